@@ -9,7 +9,10 @@ runpy.run_path(str(Path(__file__).with_name("_alias.py")))
 WEB_DIRECTORY = "./web"
 NODE_CLASS_MAPPINGS: dict[str, type] = {}
 
-if importlib.util.find_spec("comfy"):  # without the host (pytest imports this file) there is nothing to register
-    from comfyui_controlnext.nodes import NODE_CLASS_MAPPINGS as _nodes
+# without the host (pytest imports this file) there is nothing to register
+if importlib.util.find_spec("comfy"):
+    from comfyui_controlnext import nodes
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files import register_folder
 
-    NODE_CLASS_MAPPINGS.update(_nodes)
+    register_folder()
+    NODE_CLASS_MAPPINGS.update(nodes.NODE_CLASS_MAPPINGS)

@@ -1,0 +1,196 @@
+"""Weight files in and out: header peek, safe loading, atomic saving with metadata. Nothing in a file is executed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+TORCH_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
+SUFFIXES = (".safetensors", ".sft", *TORCH_SUFFIXES)
+MAX_LISTED = 5
+
+
+class CheckpointError(ValueError):
+    """A weight file that cannot be used. The message names the file, what is wrong and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says of itself before any weight is used."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def peek(path: str | Path) -> Header:
+    """Names, shapes, dtypes and metadata of a weight file.
+
+    Raises CheckpointError: not a file, empty, truncated, not a weight file, or a pickle with anything but tensors.
+    """
+    path = _existing_file(Path(path))
+    if path.suffix.lower() in TORCH_SUFFIXES:
+        tensors = _load_torch(path)
+        return Header(
+            path,
+            {name: tuple(t.shape) for name, t in tensors.items()},
+            {name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items()},
+        )
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return Header(
+                path,
+                {name: tuple(s.get_shape()) for name, s in slices.items()},
+                {name: str(s.get_dtype()) for name, s in slices.items()},
+                dict(file.metadata() or {}),
+            )
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def load(path: str | Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Tensors of a file on the CPU; only `names` where given (safetensors reads no more than those).
+
+    Raises CheckpointError as `peek`, and KeyError for a name that the file does not hold.
+    """
+    path = _existing_file(Path(path))
+    if path.suffix.lower() in TORCH_SUFFIXES:
+        tensors = _load_torch(path)
+        return tensors if names is None else {name: tensors[name] for name in names}
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            wanted = file.keys() if names is None else names
+            return {name: file.get_tensor(name) for name in wanted}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def load_strict(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Give a module built on `meta` its weights, every one and no other.
+
+    The tensors become the parameters (no copy). Raises CheckpointError naming the first missing, unexpected and
+    misshapen keys; the module is then untouched.
+    """
+    wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    problems = compare_shapes(wanted, {name: tuple(t.shape) for name, t in tensors.items()})
+    if problems:
+        raise CheckpointError(f"{source}: {problems}. Nothing was loaded.")
+    module.load_state_dict(dict(tensors), strict=True, assign=True)
+
+
+def compare_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """Differences between two sets of names and shapes in words; empty where there are none."""
+    parts = [
+        listed("missing", sorted(wanted.keys() - found.keys())),
+        listed("unexpected", sorted(found.keys() - wanted.keys())),
+        listed(
+            "of another shape",
+            [
+                f"{name} {list(found[name])} (expected {list(wanted[name])})"
+                for name in sorted(wanted.keys() & found.keys())
+                if wanted[name] != found[name]
+            ],
+        ),
+    ]
+    return "; ".join(part for part in parts if part)
+
+
+def listed(what: str, names: list[str]) -> str:
+    """'3 missing: a, b, c', cut after the first few; empty for no names."""
+    if not names:
+        return ""
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return f"{len(names)} {what}: {', '.join(names[:MAX_LISTED])}{more}"
+
+
+def save(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write a safetensors file whole or not at all, then re-open it. Returns the path.
+
+    An existing file of that name stays as it was until the new one is complete. Raises CheckpointError on a full
+    disk or an unwritable folder.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: t.contiguous() for name, t in tensors.items()}, str(temporary), dict(metadata))
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: could not be saved ({error}). Free some disk space or choose another folder; "
+            "nothing that was there has changed."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    written = peek(path)
+    if written.shapes.keys() != dict(tensors).keys():
+        raise CheckpointError(f"{path}: the saved file does not hold what was saved. Check the disk, save again.")
+    return path
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A content hash over names, dtypes, shapes and bytes, the identity of a set of weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def _existing_file(path: Path) -> Path:
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder, not a weight file. Choose a {' or '.join(SUFFIXES[:1])} file.")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file. Press R in ComfyUI to refresh its lists, then choose again.")
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path}: is empty (0 bytes): the download did not finish. Download it again.")
+    if path.suffix.lower() not in SUFFIXES:
+        raise CheckpointError(f"{path}: not a weight file; one of {', '.join(SUFFIXES)} is needed.")
+    return path
+
+
+def _load_torch(path: Path) -> dict[str, Tensor]:
+    """The tensors of a torch file, through the unpickler that knows tensors only."""
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: holds more than tensors, or is no torch file, and was not opened ({_first_line(error)}). "
+            "Files of this kind can run code on your machine: get the .safetensors version, or a file saved "
+            "with plain tensors only."
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
+        raise _unreadable(path, error) from error
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, not named tensors. Choose another file.")
+    return {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: cannot be read ({_first_line(error)}). It is truncated or not a {path.suffix} file "
+        f"({path.stat().st_size:,} bytes on disk): download it again and compare the size."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:160]

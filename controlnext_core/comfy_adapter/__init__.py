@@ -1,0 +1,1 @@
+"""The only place in the core that imports the host."""

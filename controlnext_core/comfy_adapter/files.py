@@ -1,0 +1,107 @@
+"""The host's folders: where control files lie, what the widgets list, which UNet weights belong to a control."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import folder_paths
+
+from ..checkpoint import SUFFIXES, CheckpointError, peek
+from ..detection import ControlFile, read_control_file
+
+FOLDER = "controlnext"
+FOLDERS = (FOLDER, "controlnet")
+"""Searched in this order; where both hold the same relative name the first wins."""
+
+AUTO, NONE, BUNDLED = "auto", "none", "bundled"
+
+
+def register_folder() -> None:
+    """Make `models/controlnext` and what was saved into `output/controlnext` known to the host.
+
+    Lists weight files only. Safe to call again.
+    """
+    for parent in (folder_paths.models_dir, folder_paths.get_output_directory()):
+        folder_paths.add_model_folder_path(FOLDER, os.path.join(parent, FOLDER))
+    paths, _ = folder_paths.folder_names_and_paths[FOLDER]
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, set(SUFFIXES))
+
+
+def control_names() -> list[str]:
+    """Names of every weight file in the control folders, as the widgets show them."""
+    return list(dict.fromkeys(name for folder in FOLDERS for name in folder_paths.get_filename_list(folder)))
+
+
+def control_path(name: str) -> Path:
+    """The file behind a widget's name. Raises CheckpointError where it is gone."""
+    for folder in FOLDERS:
+        path = folder_paths.get_full_path(folder, name)
+        if path is not None:
+            return Path(path)
+    raise CheckpointError(
+        f"{name}: no such file in {' or '.join('models/' + folder for folder in FOLDERS)}. Put it there and press R "
+        "in ComfyUI, or choose another file."
+    )
+
+
+@dataclass(frozen=True)
+class ChosenWeights:
+    """Where the UNet weights of a control come from."""
+
+    path: Path | None
+    """None: there are none."""
+    bundled: bool
+    why: str
+
+    @property
+    def stamp(self) -> str:
+        """Changes when the file does."""
+        return file_stamp(self.path) if self.path else NONE
+
+
+def choose_weights(file: ControlFile, weights_name: str) -> ChosenWeights:
+    """Resolve the `weights_name` widget: `auto`, `none` or a file of the control folders.
+
+    auto: the weights bundled in the control file; else the file that its metadata names; else the only
+    `unet*.safetensors` beside it; else none. Never from another folder.
+    """
+    path = file.header.path
+    if weights_name == NONE:
+        return ChosenWeights(None, False, "none, as chosen")
+    if weights_name != AUTO:
+        return ChosenWeights(control_path(weights_name), False, f"{weights_name}, as chosen")
+    if file.weights:
+        return ChosenWeights(path, True, f"{len(file.weights)} tensors bundled in the control file")
+    if file.metadata.weights_file:
+        named = path.parent / Path(file.metadata.weights_file).name
+        if not named.is_file():
+            raise CheckpointError(
+                f"{path}: names {named.name} as its UNet weights, but that file is not beside it. Put it there, or set "
+                "weights_name to none."
+            )
+        return ChosenWeights(named, False, f"{named.name}, named by the control file")
+    beside = sorted(path.parent.glob("unet*.safetensors"))
+    if len(beside) == 1:
+        return ChosenWeights(beside[0], False, f"{beside[0].name}, the only one beside the control")
+    return ChosenWeights(None, False, f"none ({len(beside)} files unet*.safetensors beside the control)")
+
+
+def fingerprint(control_name: str, weights_name: str) -> str:
+    """Changes when the control, its UNet weights or the choice between them change; for `fingerprint_inputs`."""
+    try:
+        path = control_path(control_name)
+        stamp = file_stamp(path)
+        return f"{stamp}|{choose_weights(read_control_file(peek(path)), weights_name).stamp}"
+    except CheckpointError as error:  # the node itself raises it, where the user sees it
+        return str(error)
+
+
+def file_stamp(path: Path) -> str:
+    """Path, size and time of a file: what a node's fingerprint needs to see a change."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return f"{path}:missing"
+    return f"{path}:{stat.st_size}:{stat.st_mtime_ns}"

@@ -1,0 +1,68 @@
+"""Which half of the guidance a row belongs to, and the gain that it gets.
+
+The host numbers rows by their place in the list of conditionings of one call (`cond_or_uncond`): 0 positive,
+1 negative under plain classifier-free guidance, where that list has two places. Guiders that call with one or three
+(DualCFG, PerpNeg, perturbed attention, self-attention guidance) number differently, so the length of the list is
+noted for each call.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import comfy.hooks
+from comfy.patcher_extension import WrappersMP
+
+from ..injection import gain_of
+from ..specs import Gain, Halves
+
+CONDS_KEY = "controlnext_conds"
+PLAIN_CFG_PLACES = 2
+log = logging.getLogger(__name__)
+
+
+def needs_halves(halves: Halves, gain: Gain) -> bool:
+    """Whether the gain depends on the half at all."""
+    return not (halves is Halves.BOTH or (halves is Halves.AUTO and gain.uncond is None))
+
+
+def half_gains(halves: Halves, gain: Gain, scale: float | None) -> tuple[float, float]:
+    """(positive, negative) gains at strength 1; `auto` is the released behaviour."""
+    cond = gain_of(gain, scale)
+    return {
+        Halves.AUTO: (cond, cond if gain.uncond is None else gain.uncond),
+        Halves.BOTH: (cond, cond),
+        Halves.POSITIVE: (cond, 0.0),
+        Halves.NEGATIVE: (0.0, cond),
+    }[halves]
+
+
+def is_plain(transformer_options: dict[str, Any]) -> bool:
+    """Whether this forward's rows are numbered as plain classifier-free guidance numbers them."""
+    numbers = transformer_options.get("cond_or_uncond") or [0]
+    places = transformer_options.get(CONDS_KEY, PLAIN_CFG_PLACES)
+    return places == PLAIN_CFG_PLACES and max(numbers) < PLAIN_CFG_PLACES
+
+
+def note_places(executor: Any, model: Any, conds: Any, x_in: Any, timestep: Any, model_options: dict[str, Any]) -> Any:
+    """CALC_COND_BATCH wrapper: pass on how many conditionings this call has, in options of its own."""
+    options = {**model_options.get("transformer_options", {}), CONDS_KEY: len(conds)}
+    return executor(model, conds, x_in, timestep, {**model_options, "transformer_options": options})
+
+
+_WRAPPERS = {"wrappers": {WrappersMP.CALC_COND_BATCH: {CONDS_KEY: [note_places]}}}
+_HOOK = comfy.hooks.TransformerOptionsHook(transformers_dict=_WRAPPERS)
+
+
+def places_hook() -> comfy.hooks.HookGroup:
+    """The hook by which a CONTROL_NET brings `note_places` along; the same hook for every control."""
+    group = comfy.hooks.HookGroup()
+    group.add(_HOOK.clone())
+    return group
+
+
+def add_places_wrapper(model: Any) -> None:
+    """Put `note_places` on a MODEL clone, once."""
+    if not model.get_wrappers(WrappersMP.CALC_COND_BATCH, CONDS_KEY):
+        model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, CONDS_KEY, note_places)

@@ -1,0 +1,238 @@
+"""The part of a CONTROL_NET that every kind of control of ours shares: hint, strength, range, masks, life cycle."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy.controlnet import ControlBase
+from torch import Tensor
+
+from ..schedule import Schedule, percent_of
+from ..specs import Halves
+from .base_facts import BaseFacts, base_facts
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ControlOptions:
+    """What ControlNeXtOptions and ControlNeXtApply add to a control."""
+
+    apply_to: Halves = Halves.AUTO
+    masks: tuple[Tensor, ...] = ()
+    """Each (1 or latents, 1, h, w) in [0, 1]; they multiply."""
+    schedule: Schedule = Schedule(())
+
+    @functools.cached_property
+    def masked_out(self) -> bool:
+        """Whether a mask is zero everywhere: no control at all."""
+        return not all(bool(mask.any()) for mask in self.masks)
+
+
+@dataclass
+class Run:
+    """What one sampling run needs; made in `pre_run`, gone after `cleanup`."""
+
+    facts: BaseFacts
+    model_sampling: Any
+    percents: dict[float, float] = field(default_factory=dict)
+    timesteps: dict[float, float] = field(default_factory=dict)
+    hints: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    in_range: int = 0
+    reached: int = 0
+    added: int = 0
+
+    def percent(self, sigma: float) -> float:
+        """The host's percent at a sigma, 0..1."""
+        if sigma not in self.percents:
+            self.percents[sigma] = percent_of(sigma, self.model_sampling.percent_to_sigma)
+        return self.percents[sigma]
+
+    def timestep(self, sigma: float) -> float:
+        """The number that the UNet is given at a sigma."""
+        if sigma not in self.timesteps:
+            self.timesteps[sigma] = float(self.model_sampling.timestep(torch.tensor([sigma])).float())
+        return self.timesteps[sigma]
+
+
+class HostControl(ControlBase):
+    """A control as the host's Apply nodes, samplers and memory manager know it."""
+
+    name: str
+    """The control's file, for messages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.options = ControlOptions()
+        self.run: Run | None = None
+
+    # -- set up ---------------------------------------------------------------------------------------------
+
+    def set_cond_hint(
+        self,
+        cond_hint: Tensor,
+        strength: float = 1.0,
+        timestep_percent_range: tuple[float, float] = (0.0, 1.0),
+        vae: Any = None,
+        extra_concat: Any = (),
+    ) -> HostControl:
+        """Called by the Apply nodes. cond_hint: (n, C, H, W) in [0, 1], C = 1, 3 or 4 (alpha is dropped).
+
+        A batch of masks, which the Apply nodes hand over as (n, W, H), is taken as a gray hint. Raises ValueError
+        for other shapes and for hints with NaN.
+        """
+        super().set_cond_hint(clean_hint(cond_hint, self.name), strength, timestep_percent_range)
+        self.__dict__.pop("hint_id", None)
+        return self
+
+    def copy_to(self, c: ControlBase) -> None:
+        super().copy_to(c)
+        assert isinstance(c, HostControl)
+        c.options = self.options
+
+    def with_options(self, **changes: Any) -> HostControl:
+        """A copy with other options; masks multiply onto those that are there."""
+        c = self.copy()
+        masks = tuple(m for m in (clean_mask(mask) for mask in changes.pop("masks", ())) if m is not None)
+        c.options = replace(self.options, masks=self.options.masks + masks, **changes)
+        c.previous_controlnet = self.previous_controlnet
+        return c
+
+    @functools.cached_property
+    def hint_id(self) -> str:
+        """Content hash of the hint, once per Apply."""
+        hint = self.cond_hint_original
+        digest = hashlib.blake2b(str(tuple(hint.shape)).encode(), digest_size=16)
+        digest.update(hint.cpu().contiguous().numpy())
+        return digest.hexdigest()
+
+    # -- life cycle, called by the host ---------------------------------------------------------------------
+
+    def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
+        super().pre_run(model, percent_to_timestep_function)
+        facts = base_facts(model)
+        self.check(facts)
+        self.run = Run(facts, model.model_sampling)
+
+    def get_control(
+        self, x_noisy: Tensor, t: Tensor, cond: Any, batched_number: int, transformer_options: dict[str, Any]
+    ) -> Any:
+        """Add our patches to the coming forward; returns what the previous control returned."""
+        previous = None
+        if self.previous_controlnet is not None:
+            previous = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, transformer_options)
+        self.add_to(transformer_options, x_noisy, float(t[0]))
+        return previous
+
+    def add_to(self, transformer_options: dict[str, Any], x: Tensor, sigma: float) -> None:
+        """The engine under both doors: join one forward, at this sigma, or leave it untouched.
+
+        x: (rows, C, H, W), the latent that the UNet is about to see.
+        """
+        strength = self.strength_at(sigma)
+        if strength != 0:
+            assert self.run is not None
+            self.run.in_range += 1
+            self.join(transformer_options, x, sigma, strength)
+
+    def cleanup(self) -> None:
+        if self.run is not None and self.run.in_range:
+            if not self.run.reached:
+                log.warning("%s: had no effect: the model never reached the block where it is added.", self.name)
+            elif not self.run.added:
+                log.warning(
+                    "%s: had no effect: apply_to=%s and the conditioning that it is wired to have nothing in common.",
+                    self.name,
+                    self.options.apply_to.value,
+                )
+        self.run = None
+        super().cleanup()
+
+    # -- to be given by each kind ---------------------------------------------------------------------------
+
+    def check(self, facts: BaseFacts) -> None:
+        """Raise ValueError unless the control fits the base model."""
+        raise NotImplementedError
+
+    def join(self, transformer_options: dict[str, Any], x: Tensor, sigma: float, strength: float) -> None:
+        """Put this control's patches into the options of the coming forward."""
+        raise NotImplementedError
+
+    # -- per step -------------------------------------------------------------------------------------------
+
+    def strength_at(self, sigma: float) -> float:
+        """strength x schedule inside start/end, 0 outside, and 0 where a mask is all zero."""
+        if self.run is None or self.timestep_range is None:
+            raise RuntimeError(f"{self.name}: was asked for control outside a sampling run (no pre_run).")
+        start, end = self.timestep_range
+        if sigma > start or sigma < end or self.options.masked_out:
+            return 0.0
+        schedule = self.options.schedule
+        return self.strength * (schedule.at(self.run.percent(sigma)) if schedule.points else 1.0)
+
+    def sized_hint(self, rows: tuple[int, ...], x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the hint at 8x the latent's size, on its device: (len(rows), 3, 8H, 8W). As the stock nodes size."""
+        assert self.run is not None
+        height, width = (side * self.compression_ratio for side in x.shape[-2:])
+        key = (rows, height, width, x.device, dtype)
+        if key not in self.run.hints:
+            hint = self.cond_hint_original[list(rows)]
+            sized = comfy.utils.common_upscale(hint, width, height, self.upscale_algorithm, "center")
+            self.run.hints = {key: sized.to(x.device, dtype).expand(-1, 3, -1, -1)}
+        return self.run.hints[key]
+
+    def inference_memory_requirements(self, dtype: torch.dtype) -> int:
+        hint = self.cond_hint_original
+        own = 0 if hint is None else hint.shape[-1] * hint.shape[-2] * self.bytes_per_pixel(dtype)
+        return own + super().inference_memory_requirements(dtype)
+
+    def bytes_per_pixel(self, dtype: torch.dtype) -> int:
+        """Peak working memory per hint pixel."""
+        return 128 * comfy.model_management.dtype_size(dtype)
+
+
+def clean_hint(hint: Tensor, name: str) -> Tensor:
+    """(n, 1 or 3, H, W) fp32 on the CPU's side of things; see `HostControl.set_cond_hint`."""
+    if hint.ndim == 3:
+        hint = hint.movedim(1, -1).unsqueeze(1)
+    if hint.ndim != 4 or hint.shape[1] not in (1, 3, 4) or 0 in hint.shape:
+        raise ValueError(
+            f"{name}: the hint has shape {list(hint.shape)} (batch, channels, height, width); 1, 3 or 4 channels and "
+            "at least one image are needed. Connect an IMAGE."
+        )
+    hint = hint[:, :3].float()
+    if not math.isfinite(float(hint.sum())) and not bool(hint.isfinite().all()):
+        raise ValueError(f"{name}: the hint holds NaN or infinite values. Check the node that makes it.")
+    return hint
+
+
+def clean_mask(mask: Tensor | None) -> Tensor | None:
+    """A MASK (H, W), (n, H, W) or (n, 1, H, W) as (n, 1, H, W) in [0, 1]; None for no mask or one that is all ones."""
+    if mask is None:
+        return None
+    if mask.ndim not in (2, 3, 4) or 0 in mask.shape:
+        raise ValueError(f"mask: shape {list(mask.shape)} is not a MASK (batch, height, width). Connect a MASK.")
+    mask = mask.reshape(-1, 1, *mask.shape[-2:]).float().clamp(0, 1)
+    return None if bool((mask == 1).all()) else mask
+
+
+def hint_rows(latents: int, hints: int, transformer_options: dict[str, Any]) -> tuple[int, ...]:
+    """Which hint each latent of a chunk gets: one for all, or its own; inside a context window its frame's own.
+
+    Fewer hints than latents repeat from the start, hints beyond the latents are not used, as in the stock nodes.
+    """
+    if hints == 1:
+        return (0,)
+    window = getattr(transformer_options.get("context_window"), "index_list", None)
+    if window is None:
+        window = (transformer_options.get("ad_params") or {}).get("sub_idxs")
+    frames = window if window is not None and len(window) == latents else range(latents)
+    return tuple(int(frame) % hints for frame in frames)

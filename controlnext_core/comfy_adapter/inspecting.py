@@ -1,0 +1,38 @@
+"""What is this file? The words of ControlNeXtInspect."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from .. import checkpoint
+from ..detection import read_control_file
+from ..specs import Spec
+from .files import choose_weights
+
+
+def inspect_file(path: Path) -> str:
+    """Describe a control file: variant, base models, size, gain, where it is added, its UNet weights.
+
+    Raises CheckpointError or DetectionError with what a file that is no control is instead.
+    """
+    file = read_control_file(checkpoint.peek(path))
+    parameters = sum(math.prod(file.header.shapes[stored]) for stored in file.encoder.values())
+    dtypes = sorted({file.header.dtypes[stored] for stored in file.encoder.values()})
+    lines = [
+        f"file: {path.name} ({path.stat().st_size:,} bytes)",
+        f"encoder: {parameters:,} parameters in {len(file.encoder)} tensors, {', '.join(dtypes)}, "
+        f"{file.out_channels} channels out",
+        "can be: " + "; ".join(_describe(spec) for spec in file.candidates),
+        f"UNet weights with weights_name=auto: {choose_weights(file, 'auto').why}",
+    ]
+    if len(file.candidates) > 1:
+        lines.append("the connected model decides between these; `variant` overrides")
+    if file.metadata.gain is not None:
+        lines.append(f"trained gain: {file.metadata.gain:g}")
+    lines += [f"{key}: {value}" for key, value in sorted(file.header.metadata.items())]
+    return "\n".join(lines)
+
+
+def _describe(spec: Spec) -> str:
+    return f"{spec.name} = {spec.title}, base {spec.family.value}, added {spec.fusion.site.value}"

@@ -1,0 +1,132 @@
+"""From a file to a control in the host's hands."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.ops
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import CallbacksMP
+
+from ...models.controlnext import ControlNeXt
+from .. import checkpoint
+from ..detection import ControlFile, choose_spec, read_control_file
+from ..key_maps import unet_key_map
+from ..metadata import read_metadata
+from ..specs import Family, Spec, config_of, with_normalization, with_trained_gain
+from ..unet_weights import WeightsKind, decide_kind, host_differences, published_base
+from .base_facts import base_facts, check_pair
+from .collector import KEY
+from .control import CACHE, ControlNeXtControl, LoadedControlNeXt, drop_features
+from .files import ChosenWeights, choose_weights
+from .weights import add_differences, base_weights
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What the loader node returns, and what it tells."""
+
+    model: ModelPatcher
+    control: ControlNeXtControl
+    report: str
+
+
+def load_controlnext(
+    model: ModelPatcher,
+    path: Path,
+    weights_name: str = "auto",
+    weights_strength: float = 1.0,
+    variant: str = "auto",
+    weights_kind: str = "auto",
+) -> Loaded:
+    """Load an encoder and put its UNet weights on a clone of `model`; all of it or an error.
+
+    weights_name: see `files.choose_weights`; weights_kind: `auto`, `difference` or `full`.
+    Raises CheckpointError, DetectionError or ValueError naming the file and what to do.
+    """
+    file = read_control_file(checkpoint.peek(path))
+    facts = base_facts(model.model)
+    control = load_control(file, facts.family, variant)
+    check_pair(facts, control.net.spec, file.out_channels, str(path))
+    chosen = choose_weights(file, weights_name)
+    report = [f"{file.header.path.name}: {control.net.spec.title} ({control.net.spec.name})"]
+    if chosen.path is None or weights_strength == 0:
+        report.append(f"UNet weights: {chosen.why if chosen.path is None else 'off (strength 0)'}")
+        return Loaded(model.clone(), control, "\n".join(report))
+    source = str(chosen.path)
+    tensors = _weights(file, chosen)
+    key_map = unet_key_map(facts.unet_config)
+    base = base_weights(model)
+    kind = _kind(file, chosen, weights_kind) or decide_kind(
+        tensors, published_base(tensors, key_map, base, source), source
+    )
+    differences = host_differences(tensors, key_map, base, kind, source)
+    report.append(
+        f"UNet weights: {chosen.why}; {kind.value}, {len(differences)} of {len(tensors)} tensors, "
+        f"strength {weights_strength:g}"
+    )
+    patched = add_differences(model, differences, weights_strength, source)
+    return Loaded(patched, control, "\n".join(report))
+
+
+def _weights(file: ControlFile, chosen: ChosenWeights) -> dict[str, torch.Tensor]:
+    """The UNet tensors of the chosen file."""
+    assert chosen.path is not None
+    if not chosen.bundled:
+        return checkpoint.load(chosen.path)
+    found = checkpoint.load(chosen.path, file.weights.values())
+    return {name: found[stored] for name, stored in file.weights.items()}
+
+
+def _kind(file: ControlFile, chosen: ChosenWeights, weights_kind: str) -> WeightsKind | None:
+    """The kind that the user or the metadata states; None to measure it."""
+    if weights_kind != "auto":
+        return WeightsKind(weights_kind)
+    assert chosen.path is not None
+    metadata = file.metadata if chosen.bundled else read_metadata(checkpoint.peek(chosen.path))
+    return WeightsKind(metadata.weights_kind) if metadata.weights_kind else None
+
+
+STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def load_control(file: ControlFile, family: Family, variant: str = "auto") -> ControlNeXtControl:
+    """Build the encoder of a recognised file for a base of this family.
+
+    Raises DetectionError where they do not go together, CheckpointError for a damaged file.
+    """
+    spec = _as_trained(choose_spec(file, family, variant), file)
+    net = _encoder(file, spec)
+    dtype = next(net.parameters()).dtype
+    uid = f"{checkpoint.fingerprint(net.state_dict())}:{spec.build}:{dtype}"
+    patcher = ModelPatcher(
+        net,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+    patcher.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, functools.partial(drop_features, uid))
+    weakref.finalize(net, CACHE.drop, uid)
+    scale = float(net.scale) if net.config.learned_scale else None
+    return ControlNeXtControl(LoadedControlNeXt(patcher, spec, file.header.path.name, uid, scale))
+
+
+def _as_trained(spec: Spec, file: ControlFile) -> Spec:
+    """The row with what the file's metadata says of its training."""
+    if file.metadata.normalization:
+        spec = with_normalization(spec, file.metadata.normalization)
+    return spec if file.metadata.gain is None else with_trained_gain(spec, file.metadata.gain)
+
+
+def _encoder(file: ControlFile, spec: Spec) -> Any:
+    found = checkpoint.load(file.header.path, file.encoder.values())
+    tensors = {name: found[stored] for name, stored in file.encoder.items()}
+    tensors = {n: t if t.dtype in STORED_DTYPES else t.to(torch.float32) for n, t in tensors.items()}
+    net = ControlNeXt(config_of(spec, file.out_channels), device="meta", operations=comfy.ops.manual_cast)
+    checkpoint.load_strict(net, tensors, str(file.header.path))
+    return net.eval().requires_grad_(False)

@@ -1,0 +1,65 @@
+"""UNet weight differences as patches on a MODEL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from .collector import KEY
+
+PLAIN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WEIGHTS_KEY = f"{KEY}_weights"
+
+
+@dataclass(frozen=True)
+class AppliedWeights:
+    """Control weights that one loader put on a MODEL; remembered there for saving."""
+
+    differences: Mapping[str, Tensor]
+    strength: float
+    source: str
+
+
+def base_weights(model: ModelPatcher) -> Callable[[str], Tensor | None]:
+    """Look up a base weight by its host name: as loaded, before any patch; None for a name the model lacks."""
+    patches = model.get_key_patches("diffusion_model.")
+
+    def look_up(name: str) -> Tensor | None:
+        if name not in patches:
+            return None
+        weight, convert = patches[name][0]
+        weight = weight.detach().cpu()
+        if type(weight) is Tensor and weight.dtype in PLAIN_DTYPES:
+            return weight
+        return convert(weight.to(torch.float32, copy=True), inplace=True)  # scaled or quantized: as the host reads it
+
+    return look_up
+
+
+def add_differences(
+    model: ModelPatcher, differences: Mapping[str, Tensor], strength: float, source: str
+) -> ModelPatcher:
+    """A clone of `model` with strength * differences added to its weights; commutes with LoRA loaders.
+
+    differences: host names (`diffusion_model.*`). With strength 0 no patch is made. Raises ValueError where a name
+    is not one of the model's.
+    """
+    patched = model.clone()
+    if strength == 0 or not differences:
+        return patched
+    used = patched.add_patches({name: (tensor,) for name, tensor in differences.items()}, strength)
+    if len(used) != len(differences):
+        unknown = sorted(set(differences) - {str(name) for name in used})
+        raise ValueError(f"{source}: {len(unknown)} weights are not in this model, first {unknown[0]}.")
+    earlier: tuple[AppliedWeights, ...] = patched.get_attachment(WEIGHTS_KEY) or ()
+    patched.set_attachments(WEIGHTS_KEY, (*earlier, AppliedWeights(differences, strength, source)))
+    return patched
+
+
+def applied_weights(model: ModelPatcher) -> tuple[AppliedWeights, ...]:
+    """What our loaders put on this MODEL."""
+    return model.get_attachment(WEIGHTS_KEY) or ()

@@ -1,0 +1,149 @@
+"""The maths of adding control: standardise, pool, give it the moments of the features, gain, mask. Pure tensors.
+
+Shapes: B rows (chunks of the guided batch x latents or frames), C channels, H W the site's size,
+h w the control's. Statistics are per row over (C, H, W), unbiased, in fp32.
+
+Cross Normalization as released: (c - m(c)) * s(x) / (s(c) + eps) + m(x), with m and s the mean and the standard
+deviation. The first factor depends on the hint and the timestep alone (`prepare`, which is what gets cached), the
+rest on the features (`fuse`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .specs import Fusion, Gain, GainLaw
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Mean and unbiased standard deviation of a feature map, each (B, 1, 1, 1) in fp32."""
+
+    mean: Tensor
+    std: Tensor
+    count: int
+    """Elements per row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Normalization:
+    """One way to bring a control to the scale of the features.
+
+    `own` acts on the control alone; `affine` gives the (scale, shift), each (B, 1, 1, 1), for given features.
+    """
+
+    own: Callable[[Tensor, float], Tensor]
+    affine: Callable[[Moments, float], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One control, ready to be added."""
+
+    control: Tensor
+    """(n, C, h, w), the output of `prepare`; n = 1, or one row per latent of a chunk."""
+    gains: tuple[float, ...]
+    """One gain per chunk of the guided batch."""
+    fusion: Fusion
+    mask: Tensor | None = None
+    """(1 or latents of a chunk, 1, any, any) in [0, 1], multiplied onto the control."""
+
+
+def moments(x: Tensor) -> Moments:
+    """Per-row moments of x (B, C, H, W), any float dtype, computed in fp32."""
+    std, mean = torch.std_mean(x.float(), dim=(1, 2, 3), keepdim=True)
+    return Moments(mean, std, x[0].numel())
+
+
+def standardise(control: Tensor, eps: float) -> Tensor:
+    """(c - m(c)) / (s(c) + eps), per row over (C, h, w), in fp32. A constant control gives zeros.
+
+    Source: released cross normalisation; eps is added to the standard deviation.
+    """
+    m = moments(control)
+    return (control.float() - m.mean) / (m.std + eps)
+
+
+def _released_affine(features: Moments, eps: float) -> tuple[Tensor, Tensor]:
+    return features.std, features.mean
+
+
+def _paper_affine(features: Moments, eps: float) -> tuple[Tensor, Tensor]:
+    variance = features.std.square() * ((features.count - 1) / features.count)
+    scale = (variance + eps).rsqrt()
+    return scale, -features.mean * scale
+
+
+def _plain_affine(features: Moments, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.ones_like(features.mean), torch.zeros_like(features.mean)
+
+
+NORMALIZATIONS: dict[str, Normalization] = {
+    "released": Normalization(own=standardise, affine=_released_affine),
+    # the paper, equations 8-10: (c - m(x)) / sqrt(var(x) + eps), biased variance; nothing of c's own statistics
+    "paper": Normalization(own=lambda control, eps: control.float(), affine=_paper_affine),
+    # c as it is: plain addition, and what a zero convolution at the end of the encoder needs
+    "none": Normalization(own=lambda control, eps: control.float(), affine=_plain_affine),
+}
+
+
+def pool_to(control: Tensor, size: tuple[int, int]) -> Tensor:
+    """Adaptive average pool of (n, C, h, w) to `size`; identity where the size is right. Source: released code."""
+    return control if tuple(control.shape[-2:]) == size else F.adaptive_avg_pool2d(control, size)
+
+
+def prepare(control: Tensor, size: tuple[int, int], fusion: Fusion) -> Tensor:
+    """The part of the normalisation that needs no features, at the site's size.
+
+    control: (n, C, h, w) from the encoder; size: the site's (H, W). Returns (n, C, H, W) in fp32.
+    Pooling is an average, so it commutes with the features' scale and shift that `fuse` applies.
+    """
+    own = NORMALIZATIONS[fusion.normalization].own
+    if fusion.pool_first:
+        return own(pool_to(control.float(), size), fusion.eps)
+    return pool_to(own(control, fusion.eps), size)
+
+
+def fuse(h: Tensor, terms: Sequence[Term]) -> Tensor:
+    """Add every control to h, all measured against the same h.
+
+    h: (chunks * latents, C, H, W). Returns a new tensor of h's shape and dtype: h + sum of
+    gain * mask * (control * scale + shift). With all gains zero the values of h come back bit for bit.
+    The order of `terms` decides the rounding of the sum; callers sort them.
+    """
+    features = moments(h)
+    chunks = len(terms[0].gains)
+    total: Tensor | None = None
+    for term in terms:
+        delta = _delta(term, features, chunks, h)
+        total = delta if total is None else total + delta
+    assert total is not None, "fuse needs at least one control"
+    return (h.unflatten(0, (chunks, -1)) + total).flatten(0, 1)
+
+
+def _delta(term: Term, features: Moments, chunks: int, h: Tensor) -> Tensor:
+    """(chunks, latents, C, H, W) in h's dtype: what one control adds."""
+    scale, shift = NORMALIZATIONS[term.fusion.normalization].affine(features, term.fusion.eps)
+    gains = torch.tensor(term.gains, dtype=torch.float32, device=h.device).view(chunks, 1, 1, 1, 1)
+    scale = (scale.unflatten(0, (chunks, -1)) * gains).to(h.dtype)
+    shift = (shift.unflatten(0, (chunks, -1)) * gains).to(h.dtype)
+    delta = torch.addcmul(shift, term.control.to(h.dtype)[None], scale)
+    if term.mask is None:
+        return delta
+    mask = F.interpolate(term.mask.to(h.device, torch.float32), size=h.shape[-2:], mode="area")
+    return delta * mask.to(h.dtype)[None]
+
+
+def gain_of(gain: Gain, scale: float | None) -> float:
+    """The gain of the conditional half at strength 1, from the row and the encoder's learned `scale`."""
+    if gain.law is GainLaw.CONSTANT:
+        return gain.factor
+    assert scale is not None, f"gain law {gain.law} needs the encoder's scale"
+    if gain.law is GainLaw.LEARNED:
+        return gain.factor * scale
+    return gain.factor * float(torch.sigmoid(torch.tensor(scale, dtype=torch.float64)))

@@ -1,0 +1,221 @@
+"""THE table: every released ControlNeXt variant, where it goes in the UNet and how it is added.
+
+A fact about a variant stands here once, with its source; networks, detection, nodes, tests and docs read it from
+here. "rel" in a source means the released inference code of that variant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from ..models.controlnext import ControlNeXtConfig, Stage
+
+
+class Family(str, Enum):
+    """Base model families, told apart by the UNet's own shape (see `comfy_adapter.base_facts`)."""
+
+    SD15 = "SD1.5"
+    SD21 = "SD2.1"
+    SDXL = "SDXL"
+    SVD = "SVD"
+    OTHER = "other"
+
+
+class Site(Enum):
+    """Where in the UNet a control is added. The way to the host's blocks stands once, in the adapter."""
+
+    AFTER_CONV_IN = "after the first convolution"
+    AFTER_DOWN_0 = "after the first down block and its downsampler"
+    BEFORE_MIDDLE = "before the middle block"
+    AFTER_MIDDLE = "after the middle block"
+
+
+class Halves(str, Enum):
+    """Which halves of classifier-free guidance get the control."""
+
+    AUTO = "auto"
+    BOTH = "both"
+    POSITIVE = "positive"
+    NEGATIVE = "negative"
+
+
+class GainLaw(Enum):
+    """How the gain of the injection follows from the encoder's learned `scale`."""
+
+    CONSTANT = "factor"
+    LEARNED = "factor * scale"
+    SIGMOID = "factor * sigmoid(scale)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gain:
+    """The strength at which a variant was released."""
+
+    law: GainLaw = GainLaw.CONSTANT
+    factor: float = 1.0
+    uncond: float | None = None
+    """Gain of the negative half under `auto`; None = the same as the positive half."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fusion:
+    """How a control is added at its site."""
+
+    site: Site
+    pool_first: bool
+    """Pool the control to the site's size before its statistics are taken, or after."""
+    eps: float
+    """Added to the standard deviation of the control, not to its variance."""
+    gain: Gain = Gain()
+    normalization: str = "released"
+    """A key of `injection.NORMALIZATIONS`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """One released variant."""
+
+    name: str
+    family: Family
+    build: str
+    """A key of BUILDS."""
+    fusion: Fusion
+    title: str
+    source: str
+
+
+BUILDS: dict[str, ControlNeXtConfig] = {
+    # SD15-L, 5,352,327 parameters: no stem, no norms in the middle
+    "gen1a": ControlNeXtConfig(
+        stages=(Stage(3, 128, 1), Stage(128, 256, 8), Stage(256, 256, 8)),
+        stem=False,
+        mid_norm=False,
+        mid_skip=False,
+        out_channels=1280,
+        learned_scale=True,
+    ),
+    # SDXL-0, June 2024, 5,353,351 parameters: as gen1a, norms in the middle
+    "gen1a_norm": ControlNeXtConfig(
+        stages=(Stage(3, 128, 1), Stage(128, 256, 8), Stage(256, 256, 8)),
+        stem=False,
+        mid_skip=False,
+        out_channels=1280,
+        learned_scale=True,
+    ),
+    # SDXL-1, July 2024, 5,610,176 parameters
+    "gen1b": ControlNeXtConfig(
+        stages=(Stage(128, 128, 4), Stage(128, 256, 8), Stage(256, 256, 8)),
+        stem=True,
+        stem_padded=False,
+        stem_pool=True,
+        out_channels=1280,
+    ),
+    # SVD-v1, 5,610,177 parameters
+    "gen1b_scale": ControlNeXtConfig(
+        stages=(Stage(128, 128, 4), Stage(128, 256, 8), Stage(256, 256, 8)),
+        stem=True,
+        stem_padded=False,
+        stem_pool=True,
+        out_channels=1280,
+        learned_scale=True,
+    ),
+    # SD15-T, SDXL-2, SVD-v2-T, 3,526,400 parameters
+    "gen2": ControlNeXtConfig(stages=(Stage(128, 128, 4), Stage(128, 256, 8)), stem=True),
+    # SVD-v2 as published: the same keys, stem convolutions two and three without padding
+    "gen2_unpadded": ControlNeXtConfig(stages=(Stage(128, 128, 4), Stage(128, 256, 8)), stem=True, stem_padded=False),
+}
+
+SPECS: dict[str, Spec] = {
+    spec.name: spec
+    for spec in (
+        Spec(
+            name="sd15",
+            family=Family.SD15,
+            build="gen2",
+            fusion=Fusion(site=Site.AFTER_DOWN_0, pool_first=True, eps=1e-12),
+            title="ControlNeXt SD1.5 (second generation, August 2024)",
+            source="rel ControlNeXt-SD1.5-Training; the gain is a training flag that its files do not hold",
+        ),
+        Spec(
+            name="sd15_legacy",
+            family=Family.SD15,
+            build="gen1a",
+            fusion=Fusion(site=Site.AFTER_MIDDLE, pool_first=True, eps=1e-12, gain=Gain(law=GainLaw.LEARNED)),
+            title="ControlNeXt SD1.5 (first generation, the published files)",
+            source="rel ControlNeXt-SD1.5",
+        ),
+        Spec(
+            name="sdxl",
+            family=Family.SDXL,
+            build="gen2",
+            fusion=Fusion(site=Site.AFTER_CONV_IN, pool_first=False, eps=1e-12),
+            title="ControlNeXt SDXL (August 2024 on)",
+            source="rel ControlNeXt-SDXL, models/unet.py, since commit 0f97c42",
+        ),
+        Spec(
+            name="sdxl_july",
+            family=Family.SDXL,
+            build="gen1b",
+            fusion=Fusion(site=Site.AFTER_MIDDLE, pool_first=True, eps=1e-12),
+            title="ControlNeXt SDXL (July 2024)",
+            source="rel ControlNeXt-SDXL, commit d1d16da",
+        ),
+        Spec(
+            name="sdxl_june",
+            family=Family.SDXL,
+            build="gen1a_norm",
+            fusion=Fusion(site=Site.AFTER_MIDDLE, pool_first=True, eps=1e-12, gain=Gain(law=GainLaw.LEARNED)),
+            title="ControlNeXt SDXL (June 2024)",
+            source="rel ControlNeXt-SDXL, commit 5b52496",
+        ),
+        Spec(
+            name="svd_v1",
+            family=Family.SVD,
+            build="gen1b_scale",
+            fusion=Fusion(
+                site=Site.BEFORE_MIDDLE,
+                pool_first=False,
+                eps=1e-5,
+                gain=Gain(law=GainLaw.SIGMOID, factor=1.3, uncond=0.65),
+            ),
+            title="ControlNeXt SVD v1",
+            source="rel ControlNeXt-SVD; the sigmoid follows the zeroing, hence 1.3 * sigmoid(0) = 0.65",
+        ),
+        Spec(
+            name="svd_v2",
+            family=Family.SVD,
+            build="gen2_unpadded",
+            fusion=Fusion(site=Site.AFTER_DOWN_0, pool_first=False, eps=1e-5, gain=Gain(factor=0.2, uncond=0.0)),
+            title="ControlNeXt SVD v2 (as published, unpadded stem)",
+            source="rel ControlNeXt-SVD-v2",
+        ),
+        Spec(
+            name="svd_v2_padded",
+            family=Family.SVD,
+            build="gen2",
+            fusion=Fusion(site=Site.AFTER_DOWN_0, pool_first=False, eps=1e-5, gain=Gain(factor=0.2, uncond=0.0)),
+            title="ControlNeXt SVD v2 (padded stem, as the released trainer makes it)",
+            source="rel ControlNeXt-SVD-v2-Training",
+        ),
+    )
+}
+
+PAPER_FUSION = "paper"
+"""The normalization of the paper's equation 10, for any row: `with_normalization(spec, PAPER_FUSION)`."""
+
+
+def with_normalization(spec: Spec, normalization: str) -> Spec:
+    """The same variant with another row of `injection.NORMALIZATIONS`."""
+    return replace(spec, fusion=replace(spec.fusion, normalization=normalization))
+
+
+def with_trained_gain(spec: Spec, gain: float) -> Spec:
+    """The same variant at the gain it was trained with: it takes the place of the row's constant factor."""
+    return replace(spec, fusion=replace(spec.fusion, gain=replace(spec.fusion.gain, factor=gain)))
+
+
+def config_of(spec: Spec, out_channels: int | None = None) -> ControlNeXtConfig:
+    """The encoder's configuration; `out_channels` where a file has another width at the end."""
+    config = BUILDS[spec.build]
+    return config if out_channels is None else replace(config, out_channels=out_channels)

@@ -1,0 +1,118 @@
+"""The ControlNeXt encoders: a hint and a timestep in, one feature map out.
+
+Shapes: B batch, H W hint pixels. Module names are the published state-dict keys.
+Source: the released code of ControlNeXt (arXiv 2408.06070), all builds from June 2024 on.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers import Downsample, ResBlock, TimestepMLP, timestep_embedding
+
+TIME_CHANNELS, TIME_DIM = 128, 256
+STEM_CHANNELS, STEM_OUT, STEM_GROUPS = 64, 128, 2
+MID_GROUPS = 8
+RES_EPS = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One residual block followed by a halving."""
+
+    in_ch: int
+    out_ch: int
+    groups: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlNeXtConfig:
+    """Everything that tells one encoder build from another."""
+
+    stages: tuple[Stage, ...]
+    stem: bool
+    """A convolutional stem that halves the hint; without it the RGB hint enters the first residual block."""
+    stem_padded: bool = True
+    """Whether the second and third stem convolutions pad (a published SVD-v2 file was run without)."""
+    stem_pool: bool = False
+    """A 2x2 maximum pool after the stem."""
+    mid_norm: bool = True
+    mid_skip: bool = True
+    out_channels: int = 320
+    learned_scale: bool = False
+    """A 0-d parameter `scale` beside the network: the gain of its injection, not part of its forward."""
+
+
+class ControlNeXt(nn.Module):
+    """The encoder of one build."""
+
+    def __init__(
+        self,
+        config: ControlNeXtConfig,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        operations: Any = nn,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.config = config
+        self.dtype = dtype
+        if config.learned_scale:
+            self.scale = nn.Parameter(torch.ones((), **factory))
+        self.time_embedding = TimestepMLP(TIME_CHANNELS, TIME_DIM, operations, **factory)
+        if config.stem:
+            self.embedding = _stem(config, operations, factory)
+        self.down_res = nn.ModuleList(
+            ResBlock(s.in_ch, s.out_ch, s.groups, TIME_DIM, RES_EPS, operations, **factory) for s in config.stages
+        )
+        self.down_sample = nn.ModuleList(Downsample(s.out_ch, operations, **factory) for s in config.stages)
+        width = config.stages[-1].out_ch
+        self.mid_convs = nn.ModuleList(
+            [
+                _mid(width, config.mid_norm, operations, factory),
+                operations.Conv2d(width, config.out_channels, 1, **factory),
+            ]
+        )
+
+    def forward(self, hint: Tensor, timestep: Tensor) -> Tensor:
+        """Encode the hint for one timestep.
+
+        hint: (B, 3, H, W) in [0, 1], RGB; timestep: (B,) or (1,), the number that the UNet itself is given.
+        Returns (B, out_channels, h, w): h = ceil(H/8) for the padded and the stemless builds,
+        H/8 - 1 unpadded, about H/32 with the pool.
+        """
+        emb = self.time_embedding(timestep_embedding(timestep, TIME_CHANNELS).to(hint.dtype))
+        h = self.embedding(hint) if self.config.stem else hint
+        for res, down in zip(self.down_res, self.down_sample, strict=True):
+            h = down(res(h, emb))
+        mid = self.mid_convs[0](h)
+        return self.mid_convs[1](h + mid if self.config.mid_skip else mid)
+
+
+def _stem(config: ControlNeXtConfig, operations: Any, factory: dict[str, Any]) -> nn.Sequential:
+    pad = 1 if config.stem_padded else 0
+    layers = [
+        operations.Conv2d(3, STEM_CHANNELS, 3, stride=2, padding=1, **factory),
+        operations.GroupNorm(STEM_GROUPS, STEM_CHANNELS, **factory),
+        nn.ReLU(),
+        operations.Conv2d(STEM_CHANNELS, STEM_CHANNELS, 3, padding=pad, **factory),
+        operations.GroupNorm(STEM_GROUPS, STEM_CHANNELS, **factory),
+        nn.ReLU(),
+        operations.Conv2d(STEM_CHANNELS, STEM_OUT, 3, padding=pad, **factory),
+        operations.GroupNorm(STEM_GROUPS, STEM_OUT, **factory),
+        nn.ReLU(),
+    ]
+    return nn.Sequential(*layers, *([nn.MaxPool2d(2, 2)] if config.stem_pool else []))
+
+
+def _mid(width: int, norm: bool, operations: Any, factory: dict[str, Any]) -> nn.Sequential:
+    def conv() -> nn.Module:
+        return operations.Conv2d(width, width, 3, padding=1, **factory)
+
+    def group_norm() -> nn.Module:
+        return operations.GroupNorm(MID_GROUPS, width, **factory)
+
+    layers = [conv(), nn.ReLU(), group_norm(), conv(), group_norm()] if norm else [conv(), nn.ReLU(), conv()]
+    return nn.Sequential(*layers)

@@ -1,0 +1,134 @@
+"""Apply a control to a model, and set its options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..controlnext_core.comfy_adapter.attach import attach
+from ..controlnext_core.comfy_adapter.host_control import HostControl
+from ..controlnext_core.schedule import parse_schedule
+from ..controlnext_core.specs import Halves
+from ._api import io
+
+MASK_TOOLTIP = "Where the control acts: 1 fully, 0 not at all. Masks of Options and Apply multiply."
+
+
+def our_control(control_net: Any) -> HostControl:
+    """A CONTROL_NET of this pack, or an error that says which node to use."""
+    if not isinstance(control_net, HostControl):
+        raise ValueError(
+            "control_net: is a stock ControlNet. Use the stock Apply ControlNet node for it; both can be in one "
+            "workflow. This node takes the output of Load ControlNeXt."
+        )
+    return control_net
+
+
+class ControlNeXtApply(io.ComfyNode):
+    """The door for workflows without a positive and a negative to route."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ControlNeXtApply",
+            display_name="Apply ControlNeXt",
+            category="ControlNeXt",
+            description="Applies a control to every conditioning of a model. To control single conditionings, areas or "
+            "timestep ranges, connect the control to the stock Apply ControlNet node instead.",
+            inputs=[
+                io.Model.Input("model", tooltip="From Load ControlNeXt, or from a LoRA loader after it."),
+                io.ControlNet.Input("control_net", tooltip="From Load ControlNeXt or ControlNeXt Options."),
+                io.Image.Input(
+                    "image",
+                    tooltip="The hint: one for all, or one per image of the batch. Any size; gray, RGB or RGBA.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="1 as released, 0 no control.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="The control acts from this point of sampling on.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="The control acts up to this point of sampling.",
+                ),
+                io.Mask.Input("mask", optional=True, tooltip=MASK_TOOLTIP),
+            ],
+            outputs=[io.Model.Output(tooltip="The controlled model; connect it to a sampler.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        control_net: Any,
+        image: Any,
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+        mask: Any = None,
+    ) -> io.NodeOutput:
+        control = our_control(control_net).with_options(masks=() if mask is None else (mask,))
+        hint = image.movedim(-1, 1)
+        return io.NodeOutput(attach(model, control.set_cond_hint(hint, strength, (start_percent, end_percent))))
+
+
+class ControlNeXtOptions(io.ComfyNode):
+    """Who gets the control, where, and how strongly over the run."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ControlNeXtOptions",
+            display_name="ControlNeXt Options",
+            category="ControlNeXt",
+            description="Limits a control to a half of the guidance, a mask or a strength schedule. Goes between Load "
+            "ControlNeXt and any Apply node.",
+            inputs=[
+                io.ControlNet.Input("control_net", tooltip="From Load ControlNeXt."),
+                io.Combo.Input(
+                    "apply_to",
+                    options=[half.value for half in Halves],
+                    default=Halves.AUTO.value,
+                    tooltip="Which half of the guidance gets the control. auto: as released (SD1.5 and SDXL both, SVD "
+                    "the positive).",
+                ),
+                io.Mask.Input("mask", optional=True, tooltip=MASK_TOOLTIP),
+                io.String.Input(
+                    "schedule",
+                    default="",
+                    optional=True,
+                    tooltip="percent:strength pairs, e.g. 0:1, 0.4:1, 0.8:0.2, linear in between; multiplies the "
+                    "strength of the Apply node.",
+                ),
+            ],
+            outputs=[io.ControlNet.Output(tooltip="The control with these options.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, schedule: str = "") -> bool | str:
+        try:
+            parse_schedule(schedule)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, control_net: Any, apply_to: str, mask: Any = None, schedule: str = "") -> io.NodeOutput:
+        options = {"apply_to": Halves(apply_to), "masks": () if mask is None else (mask,)}
+        if schedule.strip():
+            options["schedule"] = parse_schedule(schedule)
+        return io.NodeOutput(our_control(control_net).with_options(**options))

@@ -1,0 +1,176 @@
+"""Load, inspect and save ControlNeXt files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..controlnext_core.comfy_adapter import files, inspecting, loading, saving
+from ..controlnext_core.comfy_adapter.control import ControlNeXtControl
+from ..controlnext_core.comfy_adapter.feedback import tell
+from ..controlnext_core.metadata import WEIGHTS_KINDS
+from ..controlnext_core.specs import SPECS
+from ._api import io, ui
+
+
+class ControlNeXtLoader(io.ComfyNode):
+    """Encoder and UNet weights from files."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        names = files.control_names()
+        return io.Schema(
+            node_id="ControlNeXtLoader",
+            display_name="Load ControlNeXt",
+            category="ControlNeXt",
+            description="Loads a ControlNeXt encoder and adds the UNet weights that belong to it to the model.",
+            inputs=[
+                io.Model.Input("model", tooltip="The checkpoint's MODEL; LoRA loaders may come before or after."),
+                io.Combo.Input(
+                    "control_name",
+                    options=names,
+                    tooltip="The encoder, usually controlnet.safetensors, from models/controlnext or models/controlnet.",
+                ),
+                io.Combo.Input(
+                    "weights_name",
+                    options=[files.AUTO, files.NONE, *names],
+                    default=files.AUTO,
+                    tooltip="UNet weights of the control. auto: bundled in the encoder's file, or named by it, or the "
+                    "only unet*.safetensors beside it. none: the encoder alone.",
+                ),
+                io.Float.Input(
+                    "weights_strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Scales the UNet weight differences; 1 as released, 0 leaves the UNet as it is.",
+                ),
+                io.Combo.Input(
+                    "variant",
+                    options=["auto", *SPECS],
+                    default="auto",
+                    optional=True,
+                    tooltip="Which released variant the file is. auto: from the file, and from the model where the file "
+                    "cannot tell.",
+                ),
+                io.Combo.Input(
+                    "weights_kind",
+                    options=["auto", *WEIGHTS_KINDS],
+                    default="auto",
+                    optional=True,
+                    tooltip="Whether the UNet file holds differences or full weights. auto: measured against the model.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model with the control's UNet weights added."),
+                io.ControlNet.Output(tooltip="For Apply ControlNeXt, or the stock Apply ControlNet nodes."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, control_name: str, weights_name: str = files.AUTO, **_: Any) -> str:
+        return files.fingerprint(control_name, weights_name)
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        control_name: str,
+        weights_name: str,
+        weights_strength: float,
+        variant: str = "auto",
+        weights_kind: str = "auto",
+    ) -> io.NodeOutput:
+        path = files.control_path(control_name)
+        loaded = loading.load_controlnext(model, path, weights_name, weights_strength, variant, weights_kind)
+        tell(loaded.report, cls.hidden.unique_id)
+        return io.NodeOutput(loaded.model, loaded.control)
+
+
+class ControlNeXtInspect(io.ComfyNode):
+    """What is this file?"""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ControlNeXtInspect",
+            display_name="Inspect ControlNeXt file",
+            category="ControlNeXt",
+            description="Says what a control file is: variant, base model, size, gain, UNet weights, metadata.",
+            inputs=[
+                io.Combo.Input("control_name", options=files.control_names(), tooltip="A file of the control folders.")
+            ],
+            outputs=[io.String.Output(tooltip="The description, also shown on the node.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, control_name: str) -> str:
+        return files.fingerprint(control_name, files.AUTO)
+
+    @classmethod
+    def execute(cls, control_name: str) -> io.NodeOutput:
+        text = inspecting.inspect_file(files.control_path(control_name))
+        tell(text, cls.hidden.unique_id)
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+class ControlNeXtSave(io.ComfyNode):
+    """One file, or the authors' two."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ControlNeXtSave",
+            display_name="Save ControlNeXt",
+            category="ControlNeXt",
+            description="Saves a control, with the UNet weights that Load ControlNeXt put on the model, as safetensors.",
+            inputs=[
+                io.ControlNet.Input("control_net", tooltip="From Load ControlNeXt."),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="From Load ControlNeXt: its control weights are saved too, never a LoRA's.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default=f"{files.FOLDER}/ControlNeXt",
+                    tooltip="Below the output folder; files in its sub-folder controlnext appear in the loaders.",
+                ),
+                io.Combo.Input(
+                    "layout",
+                    options=list(saving.LAYOUTS),
+                    default=saving.LAYOUTS[0],
+                    optional=True,
+                    tooltip="single: one file. published: controlnet.safetensors and unet.safetensors in a folder, as "
+                    "the authors' scripts read them.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(saving.DTYPES),
+                    default="fp16",
+                    optional=True,
+                    tooltip="Number format in the file. fp16 halves the size and is what most releases use.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="path", tooltip="The encoder's file.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        control_net: Any,
+        filename_prefix: str,
+        model: Any = None,
+        layout: str = saving.LAYOUTS[0],
+        dtype: str = "fp16",
+    ) -> io.NodeOutput:
+        if not isinstance(control_net, ControlNeXtControl):
+            raise ValueError("control_net: is not a ControlNeXt. Connect the output of Load ControlNeXt.")
+        path = saving.save_control(control_net, model, filename_prefix, layout, dtype)
+        tell(f"saved {path}", cls.hidden.unique_id)
+        return io.NodeOutput(str(path), ui=ui.PreviewText(str(path)))
