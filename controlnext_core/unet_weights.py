@@ -1,0 +1,287 @@
+"""UNet weights that come with a control: differences or full weights, as differences of the host's tensors.
+
+"Published" is the layout of a weight file, "host" that of the base model (see `key_maps`). Tensors are taken
+one at a time: no model is ever held in fp32 beside the file. The strength is applied by the host, not here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from .checkpoint import CheckpointError, listed
+from .key_maps import HOST_ROOTS, KeyMap, Target, as_target, strip_prefix
+
+HOST_PREFIX = "diffusion_model."
+"""What the host puts before the names of a UNet's tensors in its patches."""
+
+Base = Callable[[str], "Tensor | None"]
+"""A name -> the base model's tensor without any patch, on the file's device; None = no such tensor."""
+
+MAX_SAMPLES = 16
+KEPT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FP16_MAX = torch.finfo(torch.float16).max
+
+# Training moves weights by a small part of their size, and fine-tunes of one base stay close to each other.
+# What lies between is not guessed: the wrong kind would double the model's weights, or take them away.
+SMALL, HALF, ORTHOGONAL = 0.3, 0.5, 0.3
+
+_FAMILY_MARKS = (
+    ("SD3", re.compile(r"^(transformer_blocks|joint_blocks)\.")),
+    ("SVD", re.compile(r"temporal_|\.time_stack\.")),
+    ("SDXL", re.compile(r"\.transformer_blocks\.[1-9]|^add_embedding\.|^label_emb\.")),
+    (
+        "SD1.5 or SD2.1",
+        re.compile(r"^(down_blocks\.0\.attentions|up_blocks\.3|input_blocks\.1\.1|output_blocks\.11)\."),
+    ),
+)
+"""The first family one of whose names matches."""
+_CONTEXT_WIDTHS = {768: "SD1.5", 1024: "SD2.1 or SVD", 2048: "SDXL"}
+
+
+class WeightsKind(str, Enum):
+    """What the tensors of a weights file are."""
+
+    DIFFERENCE = "difference"
+    FULL = "full"
+
+
+def resolve_names(names: Iterable[str], key_map: KeyMap, source: str = "the weights file") -> dict[str, Target]:
+    """Name in a file -> its target in the host's model; host names stand for themselves.
+
+    Raises CheckpointError where a name is not the model's, with the first few and the family they look like.
+    """
+    bare = strip_prefix(names, source=source)
+    targets = {name: as_target(target) for name, target in key_map.items()}
+    if any(name.startswith(HOST_ROOTS) for name in bare.values()):
+        targets = {target.name: Target(target.name) for target in targets.values()}
+    unknown = [name for name, b in bare.items() if b not in targets]
+    if unknown:
+        raise CheckpointError(
+            f"{source}: {listed('names that the connected model does not have', unknown)}. "
+            f"{family_hint({b: () for b in bare.values()})}Nothing was loaded."
+        )
+    return {name: targets[b] for name, b in bare.items()}
+
+
+def decide_kind(file: Mapping[str, Tensor], base: Base, source: str = "the weights file") -> WeightsKind:
+    """Tell differences from full weights by their size and direction against the base model's.
+
+    base: takes the names of `file`, gives the published layout (`published_base`). Medians over up to 16 of
+    the largest weights (no biases, no norms) of r = |file| / |base| and c = cosine(file, base) decide.
+    Difference: r <= 0.3, or r < 0.5 and |c| < 0.3. Full: r >= 0.5 and r c >= 0.5 (nearer to base than to 0).
+    Raises CheckpointError with r and c for anything else, and where there is no weight to compare.
+    """
+    weights = [name for name, tensor in file.items() if name.endswith(".weight") and tensor.ndim >= 2]
+    weights.sort(key=lambda name: (-file[name].numel(), name))
+    measured: list[tuple[float, float]] = []
+    for name in weights:
+        tensor = base(name)
+        if tensor is not None and (pair := _ratio_and_cosine(file[name], tensor)) is not None:
+            measured.append(pair)
+        if len(measured) == MAX_SAMPLES:
+            break
+    if not measured:
+        raise CheckpointError(
+            f"{source}: cannot tell whether it holds differences or full weights, as none of its {len(file)} "
+            "tensors is a weight of this model (biases and norms do not tell). Set weights_kind."
+        )
+    ratio, cosine = (statistics.median(values) for values in zip(*measured, strict=True))
+    if ratio <= SMALL or (ratio < HALF and abs(cosine) < ORTHOGONAL):
+        return WeightsKind.DIFFERENCE
+    if ratio >= HALF and ratio * cosine >= HALF:
+        return WeightsKind.FULL
+    raise CheckpointError(
+        f"{source}: cannot tell differences (norm ratio to the model near 0) from full weights (ratio and "
+        f"cosine near 1): over {len(measured)} tensors the ratio is {ratio:.3f}, the cosine {cosine:.3f}. "
+        "Check that the model is of the file's family, then set weights_kind."
+    )
+
+
+def _ratio_and_cosine(tensor: Tensor, base: Tensor) -> tuple[float, float] | None:
+    """None where the base is all zero or of another shape: that tells nothing."""
+    if tensor.shape != base.shape:
+        return None
+    ours, theirs = tensor.float().flatten(), base.float().flatten()
+    size, base_size = ours.norm().item(), theirs.norm().item()
+    if base_size == 0:
+        return None
+    cosine = torch.dot(ours, theirs).item() / (size * base_size) if size else 0.0
+    return size / base_size, cosine
+
+
+def published_base(file: Mapping[str, Tensor], key_map: KeyMap, base: Base, source: str = "the weights file") -> Base:
+    """The base model seen with the file's names and layout, as `decide_kind` wants it.
+
+    base: takes host names with `diffusion_model.`. Raises CheckpointError where a name is not the model's.
+    """
+    targets = resolve_names(file, key_map, source)
+
+    def read(name: str) -> Tensor | None:
+        whole = base(HOST_PREFIX + targets[name].name)
+        return None if whole is None else _to_published(whole, targets[name])
+
+    return read
+
+
+def host_differences(
+    file: Mapping[str, Tensor],
+    key_map: KeyMap,
+    base: Base,
+    kind: WeightsKind,
+    source: str = "the weights file",
+) -> dict[str, Tensor]:
+    """Differences to add to the host's tensors, by host name with `diffusion_model.`.
+
+    file: published or host names; a subset of the model's is fine. Differences keep the file's dtype (fp32
+    where it is not fp16, bf16 or fp32), so that a trained file acts bit for bit as it was saved. Full weights
+    give file - base, formed in fp32, held in fp16: the rounding, 2^-11 of the difference, is far below that of
+    the fp16 weights it is added to, and fp32 would double the memory of a full model; beyond fp16's range it
+    is held in fp32. Zero differences are left out: the host reserves memory for each one.
+    Raises CheckpointError, returning no part of the file: unknown names, another shape than the model's, NaN,
+    nothing left to apply.
+    """
+    targets = resolve_names(file, key_map, source)
+    found: dict[str, Tensor] = {}
+    for name, tensor in file.items():
+        target = targets[name]
+        host_name = HOST_PREFIX + target.name
+        whole = base(host_name)
+        if whole is None:
+            raise CheckpointError(
+                f"{source}: the connected model cannot give its tensor '{host_name}' for '{name}'. "
+                "Load the model from an ordinary (not GGUF) checkpoint."
+            )
+        current = _to_published(whole, target)
+        if tensor.shape != current.shape:
+            raise _shape_error(source, name, file, current)
+        difference = _difference(tensor, current, kind, f"{source}: '{name}'")
+        if difference is not None:
+            _place(found, host_name, target, difference, whole)
+    if not found:
+        why = (
+            "every tensor equals the connected model's, which holds these weights already"
+            if kind is WeightsKind.FULL and file
+            else "it holds no difference other than zero"
+        )
+        raise CheckpointError(f"{source}: nothing to apply, {why}. Set weights_name to none.")
+    return found
+
+
+def full_from_differences(
+    differences: Mapping[str, Tensor], base: Base, dtype: torch.dtype = torch.float16
+) -> dict[str, Tensor]:
+    """Full weights (base + difference, formed in fp32) by host name, for a file that holds full weights.
+
+    differences, base: host names with `diffusion_model.`. Raises CheckpointError where the model lacks the
+    tensor, has another shape, or the sum does not fit `dtype`.
+    """
+    full = {}
+    for name, difference in differences.items():
+        current = base(name)
+        if current is None or current.shape != difference.shape:
+            shape = None if current is None else list(current.shape)
+            raise CheckpointError(
+                f"the difference for '{name}' has shape {list(difference.shape)}, the model {shape}. "
+                "Connect the model that the control was loaded or trained on."
+            )
+        total = current.float() + difference.float()
+        if not _peak(total) <= torch.finfo(dtype).max:
+            raise CheckpointError(f"'{name}': base + difference does not fit {dtype}. Save in fp32.")
+        full[name] = total.to(dtype)
+    return full
+
+
+def published_names(tensors: Mapping[str, Tensor], key_map: KeyMap) -> dict[str, Tensor]:
+    """The same tensors under published names and in published layout, fused ones taken apart.
+
+    tensors: by host name, with or without `diffusion_model.`. Raises CheckpointError for unknown names.
+    """
+    published: dict[str, list[tuple[str, Target]]] = {}
+    for name, entry in key_map.items():
+        target = as_target(entry)
+        published.setdefault(target.name, []).append((name, target))
+    found = {}
+    for name, bare in strip_prefix(tensors).items():
+        if bare not in published:
+            raise CheckpointError(
+                f"'{name}' has no published name in this model's family. {family_hint({bare: ()})}"
+                "Save with the model that the control was loaded on."
+            )
+        for published_name, target in published[bare]:
+            part = _to_published(tensors[name], target)
+            # a file must not hold two views of one storage
+            found[published_name] = part if target.slice is None else part.clone()
+    return found
+
+
+def _to_published(whole: Tensor, target: Target) -> Tensor:
+    part = whole if target.slice is None else whole.narrow(*target.slice)
+    return _swap_halves(part) if target.swap_halves else part
+
+
+def _place(found: dict[str, Tensor], name: str, target: Target, difference: Tensor, whole: Tensor) -> None:
+    """Put a published difference into `found` in the host's layout; the rest of a fused tensor stays 0."""
+    if target.swap_halves:
+        difference = _swap_halves(difference)
+    if target.slice is None:
+        found[name] = difference
+        return
+    fused = found.get(name)
+    if fused is None:
+        fused = difference.new_zeros(whole.shape)
+    fused = fused.to(torch.promote_types(fused.dtype, difference.dtype))
+    fused.narrow(*target.slice).copy_(difference)
+    found[name] = fused
+
+
+def _swap_halves(tensor: Tensor) -> Tensor:
+    first, second = tensor.chunk(2)
+    return torch.cat((second, first))
+
+
+def _difference(tensor: Tensor, current: Tensor, kind: WeightsKind, what: str) -> Tensor | None:
+    """The difference in the dtype it is held in; None where it is zero."""
+    if kind is WeightsKind.FULL:
+        difference = tensor.float() - current.float()
+    else:
+        difference = tensor if tensor.dtype in KEPT_DTYPES else tensor.float()
+    peak = _peak(difference)
+    if not math.isfinite(peak):
+        raise CheckpointError(f"{what} holds NaN or infinite values. The file is damaged: download it again.")
+    if kind is WeightsKind.FULL and peak <= FP16_MAX:
+        difference = difference.half()
+    return difference if difference.any() else None
+
+
+def _peak(tensor: Tensor) -> float:
+    """Largest magnitude; NaN where there is one."""
+    low, high = torch.aminmax(tensor)
+    return torch.maximum(-low, high).item()
+
+
+def _shape_error(source: str, name: str, file: Mapping[str, Tensor], current: Tensor) -> CheckpointError:
+    bare = strip_prefix(file)
+    hint = family_hint({bare[n]: tuple(t.shape) for n, t in file.items()})
+    return CheckpointError(
+        f"{source}: '{name}' has shape {list(file[name].shape)}, the connected model {list(current.shape)}. "
+        f"{hint}Nothing was loaded."
+    )
+
+
+def family_hint(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """A sentence on the family that bare names and shapes belong to; empty where they do not tell.
+
+    shapes: `()` where not known. The width of the context outweighs the names, which SD1.5 and SD2.1 share.
+    """
+    by_name = next((family for family, mark in _FAMILY_MARKS if any(mark.search(name) for name in shapes)), "")
+    widths = {s[1] for name, s in shapes.items() if name.endswith("attn2.to_k.weight") and len(s) == 2}
+    by_width = _CONTEXT_WIDTHS.get(widths.pop(), "") if len(widths) == 1 and by_name not in ("SVD", "SD3") else ""
+    family = by_width or by_name
+    return f"The file looks made for {family}: connect such a model. " if family else ""
