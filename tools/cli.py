@@ -1,0 +1,133 @@
+"""The commands of run.py. Standard library only until the right interpreter runs; the rest is imported per command.
+
+A further command is one entry of COMMANDS: a function that adds its options and one that runs it.
+"""
+
+import argparse
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import environment, host
+from .environment import ROOT, SetupError
+
+Parser = argparse.ArgumentParser
+
+
+@dataclass(frozen=True)
+class Command:
+    """level: which pinned lists it needs ("host" or "test"); add: its own options; run: returns the exit status."""
+
+    help: str
+    level: str
+    add: Callable[[Parser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def clone_folder() -> Path:
+    """The clone as the person named it: links are not followed, so that one inside `custom_nodes` is recognised."""
+    script = Path(os.path.abspath(sys.argv[0]))
+    return script.parent if script.name == "run.py" else ROOT
+
+
+def _add_cpu(parser: Parser) -> None:
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from .demo import run_demo
+
+    run_demo(host.provide(options.comfyui, clone_folder()), cpu=options.cpu)
+    return 0
+
+
+def _add_comfy(parser: Parser) -> None:
+    parser.add_argument("--port", type=int, default=8188, metavar="N", help="default 8188")
+    _add_cpu(parser)
+
+
+def _comfy(options: argparse.Namespace) -> int:
+    from .demo import serve
+
+    own = host.find(options.comfyui, clone_folder())
+    return serve(own or host.provide(), options.port, own / "models" if own else None, cpu=options.cpu)
+
+
+def _add_test(parser: Parser) -> None:
+    from .checks import STEPS
+
+    parser.add_argument("--long", action="store_true", help="also the tests marked `long`")
+    parser.add_argument("--only", action="append", choices=[step.name for step in STEPS], help="this step; repeatable")
+    parser.add_argument("-k", dest="expression", metavar="EXPR", help="only pytest, and there only these tests")
+
+
+def _test(options: argparse.Namespace) -> int:
+    from .checks import run_checks
+
+    only = options.only or (["pytest"] if options.expression else None)
+    own = options.comfyui
+    return run_checks(lambda: host.provide(own, clone_folder()), only, options.long, options.expression)
+
+
+COMMANDS = {
+    "demo": Command("queue an example workflow in a real ComfyUI and show the result", "host", _add_cpu, _demo),
+    "comfy": Command("start ComfyUI with the pack, for use in a browser", "host", _add_comfy, _comfy),
+    "test": Command("run every check and test", "test", _add_test, _test),
+}
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Options of the command line; ends the process with a usage message where they are wrong."""
+    parser = Parser("run.py", description="ComfyUI-ControlNeXt: try it, test it, use it.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(name, help=command.help, description=command.help)
+        sub.add_argument("--comfyui", type=Path, metavar="PATH", help="use this ComfyUI instead of downloading one")
+        sub.add_argument("--venv", action="store_true", help="use the project's own .venv whatever Python runs this")
+        command.add(sub)
+    return parser.parse_args(arguments)
+
+
+def run_again_with(python: Path, arguments: Sequence[str]) -> int:
+    """Go on in `python`: replaces this process where the system can, else waits for the new one."""
+    command = [str(python), os.path.abspath(sys.argv[0]), *arguments]
+    sys.stdout.flush()
+    if os.name != "nt":
+        os.execv(python, command)
+    process = subprocess.Popen(command)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue  # it got the same Ctrl-C and is cleaning up
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line; return the exit status: 0 good, 1 failed or cannot go on, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):  # paths may hold letters that a console's code page lacks
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    options = parse(arguments)
+    command = COMMANDS[options.command]
+    try:
+        python = environment.choose(command.level, options.venv)
+        if python is not None:
+            return run_again_with(python, arguments)
+        return command.run(options)
+    except SetupError as error:
+        print(f"run.py {options.command}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(
+            "\nInterrupted. Run the same command again at any time; what is unfinished is made anew.", file=sys.stderr
+        )
+        return 130
+    except OSError as error:
+        if error.errno != errno.ENOSPC and getattr(error, "winerror", None) != 112:
+            raise
+        where = error.filename or ROOT
+        print(f"run.py {options.command}: the disk is full ({where}). Free some space, run it again.", file=sys.stderr)
+    return 1

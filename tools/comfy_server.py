@@ -1,0 +1,168 @@
+"""Start and stop a ComfyUI with the pack, in a base directory of its own.
+
+The host finds the pack through `custom_nodes:` in an extra_model_paths.yaml that names the clone's parent folder; every
+other pack, there and in the host, stays off (`--disable-all-custom-nodes`, and the clone's folder name whitelisted).
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from .comfy_client import ComfyClient, ComfyError
+from .environment import ROOT, SetupError
+
+FOLDERS = ("models", "input", "output", "custom_nodes", "temp", "user")
+START_SECONDS = 180.0
+STOP_SECONDS = 15.0
+
+
+def free_port() -> int:
+    """A TCP port that is free on loopback now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def require_free_port(port: int) -> None:
+    """Raise SetupError if something listens on loopback `port`."""
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise SetupError(
+                f"Port {port} is in use, perhaps by another ComfyUI. Stop that one or choose another: --port {port + 1}"
+            )
+
+
+def prepare_base(base: Path, pack: Path = ROOT, models: Path | None = None) -> Path:
+    """Make the base directory's folders and its extra_model_paths.yaml; return the path of that file.
+
+    models: a `models` folder of the person's own, whose sub-folders are searched as well.
+    """
+    for name in FOLDERS:
+        (base / name).mkdir(parents=True, exist_ok=True)
+    paths = {"controlnext_pack": {"custom_nodes": str(pack.parent)}}
+    if models is not None and models.is_dir():
+        paths["own_models"] = {item.name: str(item) for item in sorted(models.iterdir()) if item.is_dir()}
+    config = base / "extra_model_paths.yaml"
+    config.write_text(json.dumps(paths, ensure_ascii=False, indent=1), encoding="utf-8")  # JSON is YAML
+    return config
+
+
+class ComfyServer(ComfyClient):
+    """A ComfyUI that this process started, usable as its client; a context manager that stops it."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", port: int, base: Path, log: Path | None) -> None:
+        super().__init__(f"127.0.0.1:{port}")
+        self.process = process
+        self.base = base
+        self.log = log
+
+    @classmethod
+    def start(
+        cls,
+        host: Path,
+        base: Path,
+        *,
+        pack: Path = ROOT,
+        port: int | None = None,
+        models: Path | None = None,
+        arguments: Sequence[str] = (),
+        log: Path | None = None,
+        wait: bool = True,
+    ) -> "ComfyServer":
+        """Start main.py of `host` with `pack`, wait until it answers.
+
+        port: None for a free one. arguments: further ones for main.py, such as "--cpu". log: file for what the server
+        prints; without it that goes to this process's own output. Raises ComfyError with the end of the log.
+        """
+        config = prepare_base(base, pack, models)
+        port = free_port() if port is None else port
+        command = [
+            *(sys.executable, str(ROOT / "tools" / "launcher.py"), "--stop-with-input", str(host / "main.py")),
+            *("--port", str(port), "--disable-auto-launch", "--base-directory", str(base)),
+            *("--extra-model-paths-config", str(config), "--database-url", "sqlite:///user/comfyui.db"),
+            *("--disable-all-custom-nodes", "--whitelist-custom-nodes", pack.name, *arguments),
+        ]
+        with contextlib.ExitStack() as stack:
+            sink: IO[bytes] | None = stack.enter_context(open(log, "wb")) if log is not None else None
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=sink,
+                stderr=subprocess.STDOUT if sink is not None else None,
+                cwd=base,
+                env={**os.environ, "PYTHONIOENCODING": "utf-8:backslashreplace"},
+                start_new_session=os.name != "nt",
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            )
+        server = cls(process, port, base, log)
+        if wait:
+            try:
+                server.wait_until_ready()
+            except BaseException:
+                server.stop()
+                raise
+        return server
+
+    def wait_until_ready(self, seconds: float = START_SECONDS) -> None:
+        """Return when /system_stats answers. Raises ComfyError if the process ends first or time runs out."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if self.process.poll() is not None:
+                raise ComfyError(f"ComfyUI ended while starting: {self.whereabouts()}")
+            with contextlib.suppress(ComfyError):
+                self.get("/system_stats")
+                return
+            time.sleep(0.2)
+        raise ComfyError(f"ComfyUI did not answer within {seconds:g} s: {self.whereabouts()}")
+
+    def stop(self) -> int | None:
+        """End the server: let it finish by itself, then insist. Returns the process's exit status."""
+        if self.process.stdin is not None and not self.process.stdin.closed:
+            self.process.stdin.close()  # the launcher takes this as the sign to stop
+        for insist in (self.process.terminate, self.process.kill, lambda: None):
+            try:
+                return self.process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                insist()
+        return self.process.poll()
+
+    def log_lines(self) -> list[str]:
+        """What the server printed until now, line by line; empty without a log file."""
+        if self.log is None:
+            return []
+        return self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+
+    def whereabouts(self) -> str:
+        """Exit status if it ended, and the end of its log."""
+        status = self.process.poll()
+        state = "running" if status is None else f"ended with status {status}"
+        tail = "\n    ".join(self.log_lines()[-25:])
+        return f"{state}; log {self.log}\n    {tail}" if self.log else state
+
+    def __enter__(self) -> "ComfyServer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def fresh_base(base: Path, keep: Sequence[str] = ("models",)) -> Path:
+    """Empty the base directory except for the folders in `keep`; return it."""
+    if base.exists():
+        for item in base.iterdir():
+            if item.name not in keep:
+                shutil.rmtree(item) if item.is_dir() else item.unlink()
+    base.mkdir(parents=True, exist_ok=True)
+    return base
