@@ -1,0 +1,47 @@
+"""Small but real model files that the host's own loaders accept, made from a seed in seconds.
+
+Tiny in depth and width, never in kind. Tests, `python run.py demo` and the benchmarks use them; torch and
+safetensors suffice. Every maker takes a path and a seed, writes at once or not at all, and returns the path.
+"""
+
+from .checkpoints import (
+    make_sd15,
+    make_sd15_deep,
+    make_sd15_full_unet,
+    make_sd15_inpaint,
+    make_sdxl,
+    make_sdxl_deep,
+    make_svd,
+    make_svd_deep,
+)
+from .controls import (
+    CONTROLNEXT_BUILDS,
+    controlnext_shapes,
+    make_controlnext,
+    make_lora,
+    make_stock_controlnet,
+    make_unet_difference,
+)
+from .demo import make_demo_models
+from .layouts import LAYOUTS, attention_layers, unet_shapes
+
+__all__ = [
+    "CONTROLNEXT_BUILDS",
+    "LAYOUTS",
+    "attention_layers",
+    "controlnext_shapes",
+    "make_controlnext",
+    "make_demo_models",
+    "make_lora",
+    "make_sd15",
+    "make_sd15_deep",
+    "make_sd15_full_unet",
+    "make_sd15_inpaint",
+    "make_sdxl",
+    "make_sdxl_deep",
+    "make_stock_controlnet",
+    "make_svd",
+    "make_svd_deep",
+    "make_unet_difference",
+    "unet_shapes",
+]

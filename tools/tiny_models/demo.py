@@ -1,0 +1,42 @@
+"""The model folder of the demo."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from .checkpoints import make_sd15
+from .controls import make_controlnext, make_lora, make_stock_controlnet, make_unet_difference
+from .storage import write_atomically
+
+STAMP = "tiny_models.version"
+
+
+def make_demo_models(base_dir: Path) -> dict[str, str]:
+    """Fill `base_dir`/models and return the names as the host's widgets show them.
+
+    Files that are there are kept, unless the makers changed since: a stamp holds the hash of their source.
+    """
+    models = Path(base_dir) / "models"
+    makers: dict[str, tuple[str, str, Callable[[Path], Path]]] = {
+        "checkpoint": ("checkpoints", "tiny_sd15.ckpt", make_sd15),
+        "control": ("controlnext", "demo/controlnet.safetensors", lambda path: make_controlnext(path, "gen2")),
+        "weights": ("controlnext", "demo/unet.safetensors", make_unet_difference),
+        "lora": ("loras", "tiny_lora.safetensors", make_lora),
+        "stock_control": ("controlnet", "tiny_controlnet.pth", make_stock_controlnet),
+    }
+    stamp = models / STAMP
+    version = _version()
+    current = stamp.is_file() and stamp.read_text("utf-8") == version
+    for folder, name, make in makers.values():
+        path = models / folder / name
+        if not (current and path.is_file()):
+            make(path)
+    write_atomically(stamp, lambda file: file.write_text(version, "utf-8") and None)
+    return {key: str(Path(name)) for key, (_, name, _) in makers.items()}
+
+
+def _version() -> str:
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
