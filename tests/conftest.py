@@ -1,0 +1,116 @@
+"""What the tests share: the pack under its one name, the real host in this process, a real server, small models.
+
+`CONTROLNEXT_COMFYUI` names the ComfyUI (`python run.py test` sets it). Tests marked `comfy` need it; without it they
+are skipped, and nothing of the host is on sys.path.
+"""
+
+import importlib
+import os
+import runpy
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from comfyui_controlnext.tools.comfy_server import ComfyServer
+
+ROOT = Path(__file__).resolve().parents[1]
+HOST = os.environ.get("CONTROLNEXT_COMFYUI", "")
+HOST_MODULES = ("comfy.sd", "comfy.samplers", "comfy.controlnet", "folder_paths", "nodes", "comfy_api.latest")
+
+# `python -m pytest` puts the clone on sys.path, where its `nodes` and `models` would shadow the host's.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+runpy.run_path(str(ROOT / "_alias.py"))
+
+from comfyui_controlnext.tools.launcher import declare_missing_torchvision_ops  # noqa: E402
+
+_private_base = tempfile.TemporaryDirectory(prefix="controlnext-", ignore_cleanup_errors=True)
+
+
+def _bring_in_the_host(host: Path) -> None:
+    """Make the host importable here: on the CPU, with a private base directory, its import warnings not ours."""
+    if not (host / "main.py").is_file():
+        raise pytest.UsageError(f"CONTROLNEXT_COMFYUI={host}: no main.py there; name the root of a ComfyUI")
+    declare_missing_torchvision_ops()
+    sys.path.insert(0, str(host))
+    options = importlib.import_module("comfy.cli_args").args  # importing the host outside main.py parses no arguments
+    options.cpu = True
+    options.base_directory = _private_base.name
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in HOST_MODULES:
+            importlib.import_module(name)
+
+
+if HOST:
+    _bring_in_the_host(Path(HOST))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="also run the tests marked `long`")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for module in ("comfy", "comfy_extras", "comfy_api", "comfy_execution", "torchsde", "transformers"):
+        config.addinivalue_line("filterwarnings", rf"ignore:::{module}(\.|$)")  # not ours to mend
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons = {
+        "comfy": "" if HOST else "CONTROLNEXT_COMFYUI is not set; `python run.py test` sets it",
+        "long": "" if config.getoption("--long") else "longer than the default budget; run with --long",
+        "gpu": "" if torch.cuda.is_available() else "needs a CUDA device",
+    }
+    for item in items:
+        for marker, reason in reasons.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@dataclass(frozen=True)
+class TinyModels:
+    """Small models as files. base: a base directory for the host; names: what its widgets call them, by role."""
+
+    base: Path
+    names: dict[str, str]
+
+    @property
+    def models(self) -> Path:
+        return self.base / "models"
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def host() -> Path:
+    """The root of the real ComfyUI; only for tests marked `comfy`."""
+    return Path(HOST)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    """The demo's models, made once per session."""
+    from comfyui_controlnext.tools.tiny_models import make_demo_models
+
+    base = tmp_path_factory.mktemp("base")
+    return TinyModels(base, make_demo_models(base))
+
+
+@pytest.fixture(scope="session")
+def server(host: Path, tiny: TinyModels) -> Iterator["ComfyServer"]:
+    """One real server for the session, with the pack and the tiny models; also its client (`server.run(workflow)`)."""
+    from comfyui_controlnext.tools.comfy_server import ComfyServer
+
+    arguments = ["--cpu", "--disable-api-nodes"]
+    with ComfyServer.start(host, tiny.base, arguments=arguments, log=tiny.base / "server.log") as running:
+        yield running

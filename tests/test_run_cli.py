@@ -1,0 +1,154 @@
+"""run.py and tools/cli.py: what a person at a prompt meets before and around the work itself."""
+
+import argparse
+import ast
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from comfyui_controlnext.tools import checks, cli, environment
+from comfyui_controlnext.tools.environment import SetupError
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = ROOT / "run.py"
+
+
+def python(*arguments: str, code: str | None = None) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, *arguments] if code is None else [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=60, check=False)
+
+
+def test_an_old_python_is_told_so_in_one_sentence() -> None:
+    done = python(code=f"import runpy, sys; sys.version_info = (3, 8, 10); runpy.run_path({str(RUN)!r})")
+    assert done.returncode == 1
+    assert "needs Python 3.10 or newer" in done.stderr and "is Python 3.8." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_run_py_uses_no_syntax_that_an_old_python_cannot_read() -> None:
+    newer = (ast.JoinedStr, ast.AnnAssign, ast.NamedExpr, ast.FunctionDef, ast.AsyncFunctionDef, ast.Match, ast.Await)
+    found = [node for node in ast.walk(ast.parse(RUN.read_text("utf-8"))) if isinstance(node, newer)]
+    assert found == []
+
+
+def test_help_needs_the_standard_library_only() -> None:
+    done = python("-I", "-S", str(RUN), "--help")  # without site-packages
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in ("demo", "comfy", "test"))
+
+
+def test_the_clone_is_not_on_sys_path() -> None:
+    code = (
+        f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['run.py', '--help']\n"
+        f"runpy.run_path({str(RUN)!r}); print({str(ROOT)!r} in sys.path)"
+    )
+    done = python(code=code)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["test", "--only", "everything"], ["comfy", "--port", "x"]])
+def test_a_wrong_command_line_ends_with_usage_and_status_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert "usage: run.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        (SetupError("turn it on"), 1, "run.py demo: turn it on"),
+        (KeyboardInterrupt(), 130, "Run the same command again"),
+        (OSError(errno.ENOSPC, "No space left on device", "/some/file"), 1, "the disk is full (/some/file)"),
+    ],
+)
+def test_what_stops_a_command_is_said_in_a_sentence(
+    error: BaseException, status: int, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(options: argparse.Namespace) -> int:
+        raise error
+
+    monkeypatch.setattr(environment, "choose", lambda level, own: None)
+    monkeypatch.setitem(cli.COMMANDS, "demo", cli.Command("", "host", lambda parser: None, fail))
+    assert cli.main(["demo"]) == status
+    assert says in capsys.readouterr().err
+
+
+def test_other_system_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(options: argparse.Namespace) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(environment, "choose", lambda level, own: None)
+    monkeypatch.setitem(cli.COMMANDS, "demo", cli.Command("", "host", lambda parser: None, fail))
+    with pytest.raises(PermissionError):
+        cli.main(["demo"])
+
+
+def test_the_command_goes_on_in_the_chosen_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    went: list[tuple[Path, list[str]]] = []
+    monkeypatch.setattr(environment, "choose", lambda level, own: tmp_path / f"{level}-{own}")
+    monkeypatch.setattr(cli, "run_again_with", lambda python, arguments: went.append((python, list(arguments))) or 7)
+    assert cli.main(["test", "--venv", "--long"]) == 7
+    assert went == [(tmp_path / "test-True", ["test", "--venv", "--long"])]
+
+
+def test_run_again_passes_arguments_and_status_on(tmp_path: Path) -> None:
+    folder = tmp_path / "a b \u00e9"
+    folder.mkdir()
+    script = folder / "run.py"
+    script.write_text("import sys; print(ascii(sys.argv[1:])); sys.exit(5)", encoding="utf-8")
+    code = (
+        f"import runpy, sys; from pathlib import Path; runpy.run_path({str(ROOT / '_alias.py')!r})\n"
+        "from comfyui_controlnext.tools import cli\n"
+        f"sys.argv[0] = {str(script)!r}\n"
+        "sys.exit(cli.run_again_with(Path(sys.executable), ['demo', 'two words']))"
+    )
+    done = python(code=code)
+    assert (done.returncode, done.stdout.strip()) == (5, "['demo', 'two words']"), done.stderr
+
+
+def options(**changes: object) -> checks.Options:
+    return checks.Options(**{"host": lambda: Path("host"), "long": False, "expression": None, **changes})  # type: ignore
+
+
+def test_one_failed_check_fails_the_run_and_the_others_still_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = [checks.Step("one", lambda options: 0), checks.Step("two", lambda options: 3)]
+    monkeypatch.setattr(checks, "STEPS", (*steps, checks.Step("three", lambda options: 0)))
+    assert checks.run_checks(Path, None, False, None) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[-3:]] == [["passed", "one"], ["FAILED", "two"], ["passed", "three"]]
+    assert checks.run_checks(Path, ["one", "three"], False, None) == 0
+
+
+def test_the_pytest_step_gets_the_host_and_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[tuple[str, ...], dict[str, str]]] = []
+    monkeypatch.setattr(checks, "call", lambda *arguments, **variables: calls.append((arguments, variables)) or 0)
+    checks.run_pytest(options(long=True, expression="mask and not long"))
+    arguments, variables = calls[0]
+    assert arguments == ("-m", "pytest", "-m", "not gpu", "--long", "-k", "mask and not long")
+    assert variables["CONTROLNEXT_COMFYUI"] == "host"
+
+
+def test_an_expression_selects_the_pytest_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(checks, "run_checks", lambda host, only, long, expression: asked.append(only) or 0)
+    monkeypatch.setattr(environment, "choose", lambda level, own: None)
+    for arguments in (["-k", "mask"], ["--only", "lint", "--only", "types"], []):
+        cli.main(["test", *arguments])
+    assert asked == [["pytest"], ["lint", "types"], None]
+
+
+def test_the_type_checked_copy_mirrors_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "STAGE", tmp_path)
+    packages = checks.stage_for_types()
+    assert {"comfyui_controlnext.models", "comfyui_controlnext.controlnext_core"} <= set(packages)
+    copied = {path.relative_to(tmp_path / "comfyui_controlnext" / "models") for path in tmp_path.rglob("models/*.py")}
+    assert copied == {path.relative_to(ROOT / "models") for path in (ROOT / "models").glob("*.py")}
