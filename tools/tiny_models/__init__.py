@@ -13,6 +13,7 @@ from .checkpoints import (
     make_sdxl_deep,
     make_svd,
     make_svd_deep,
+    unet_tensors,
 )
 from .controls import (
     CONTROLNEXT_BUILDS,
@@ -24,8 +25,10 @@ from .controls import (
 )
 from .demo import make_demo_models
 from .layouts import LAYOUTS, attention_layers, unet_shapes
+from .wrong_files import CODE_MARKER, make_wrong_files
 
 __all__ = [
+    "CODE_MARKER",
     "CONTROLNEXT_BUILDS",
     "LAYOUTS",
     "attention_layers",
@@ -43,5 +46,7 @@ __all__ = [
     "make_svd",
     "make_svd_deep",
     "make_unet_difference",
+    "make_wrong_files",
     "unet_shapes",
+    "unet_tensors",
 ]

@@ -68,7 +68,12 @@ def make_svd_deep(path: Path, seed: int = 0, vision: bool = False) -> Path:
 
 def make_sd15_full_unet(path: Path, seed: int = 0) -> Path:
     """The full SD1.5 UNet (860M parameters) for UNETLoader (`.pt`)."""
-    return save(path, _unet(Pools(seed), LAYOUTS["sd15_full"], "", seed))
+    return save(path, unet_tensors("sd15_full", seed))
+
+
+def unet_tensors(layout: str, seed: int = 0) -> dict[str, Tensor]:
+    """What the UNet of that layout holds, in LDM names without prefix."""
+    return _unet(Pools(seed), LAYOUTS[layout], "", seed)
 
 
 def _make_sd(path: Path, seed: int, layout: str) -> Path:

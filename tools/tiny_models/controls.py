@@ -22,7 +22,7 @@ from .storage import Pools, random_tensor, save, uniform_tensor
 from .text_and_vae import fill
 
 HINT_WIDTHS = (16, 16, 32, 32, 96, 96, 256)  # of the stock ControlNet's hint encoder, before the last layer
-HINT_GAIN = 1.4  # makes up for what SiLU takes away
+HINT_GAINS = (8.0, *[2**0.5] * 6, 0.25)  # per layer: SiLU halves the power of large values and all of small ones
 ZERO_CONV_GAIN = 0.2  # strong enough to see, weak enough for the picture to stay in range
 ENCODER_TIME_WIDTH = 256
 RULES = {"to_out": ("attn1", "attn2"), "attn2_to_out": ("attn2",)}
@@ -53,7 +53,8 @@ def make_stock_controlnet(path: Path, unet: str = "sd15", seed: int = 0) -> Path
         if name.endswith("weight") and ("zero_convs" in name or "middle_block_out" in name):
             tensors[name] = pools.normal(name, shape, ZERO_CONV_GAIN * shape[1] ** -0.5)
         elif name.endswith("weight") and "input_hint_block" in name:
-            tensors[name] = pools.normal(name, shape, HINT_GAIN * (9 * shape[1]) ** -0.5)
+            gain = HINT_GAINS[int(name.split(".")[1]) // 2]
+            tensors[name] = pools.normal(name, shape, gain * (9 * shape[1]) ** -0.5)
     return save(path, {f"control_model.{name}": value for name, value in tensors.items()})
 
 

@@ -33,7 +33,7 @@ def make_demo_models(base_dir: Path) -> dict[str, str]:
         path = models / folder / name
         if not (current and path.is_file()):
             make(path)
-    write_atomically(stamp, lambda file: file.write_text(version, "utf-8") and None)
+    write_atomically(stamp, lambda file: file.write_text(version, "utf-8"))
     return {key: str(Path(name)) for key, (_, name, _) in makers.items()}
 
 

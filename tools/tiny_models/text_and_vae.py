@@ -13,16 +13,19 @@ from torch import Tensor
 from .layouts import Shapes, conv, linear, norm
 from .storage import Pools
 
+BIAS_STD = 0.05
 VAE_WIDTH = 64
 ENCODER_GAIN = 0.5  # keeps the residual stream of 32 layers near the embeddings it started from
 COLOR_GAIN = 3.5  # a colour, whose std is about 0.3 in [0, 1], becomes a latent with std about 1
 
 
 def fill(pools: Pools, shapes: Shapes, gain: float = 1.0) -> dict[str, Tensor]:
-    """Random weights scaled by fan-in, zero biases, unit norms."""
+    """Random weights scaled by fan-in, small random biases, norms that scale by one."""
     tensors = {}
     for name, shape in shapes.items():
-        if len(shape) < 2:
+        if name.endswith("bias"):
+            tensors[name] = pools.normal(name, shape, BIAS_STD)
+        elif len(shape) < 2:
             tensors[name] = pools.constant(1.0 if name.endswith("weight") else 0.0, shape)
         else:
             fan_in = float(torch.Size(shape[1:]).numel())
