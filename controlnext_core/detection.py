@@ -164,7 +164,7 @@ FOREIGN: tuple[tuple[Callable[[Names], bool], str], ...] = (
             "controlnet_blocks.",
             "lora_controlnet",
         ),
-        "is a classic ControlNet. Load it with the stock Load ControlNet Model node; it can be chained with ControlNeXt.",
+        "is a classic ControlNet. Load it with the stock Load ControlNet Model node; it chains with ControlNeXt.",
     ),
     (
         _any(
@@ -174,7 +174,7 @@ FOREIGN: tuple[tuple[Callable[[Names], bool], str], ...] = (
             "adapter.conv_in.",
             "adapter.body.",
         ),
-        "is a T2I-Adapter. Load it with the stock Load ControlNet Model node; it can be chained with ControlNeXt.",
+        "is a T2I-Adapter. Load it with the stock Load ControlNet Model node; it chains with ControlNeXt.",
     ),
     (
         _any("control_image_embed.", "joint_transformer_blocks.", "transformer_blocks.0.attn.to_q"),

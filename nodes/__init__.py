@@ -1,7 +1,9 @@
 """The node table: ids are public API, shared workflows depend on them."""
 
 from .apply import ControlNeXtApply, ControlNeXtOptions
+from .hints import ControlNeXtPoseAlign
 from .loaders import ControlNeXtInspect, ControlNeXtLoader, ControlNeXtSave
+from .video import ControlNeXtUNetLoader, ControlNeXtVideoWindows
 
 NODE_CLASS_MAPPINGS = {
     "ControlNeXtLoader": ControlNeXtLoader,
@@ -9,4 +11,7 @@ NODE_CLASS_MAPPINGS = {
     "ControlNeXtOptions": ControlNeXtOptions,
     "ControlNeXtInspect": ControlNeXtInspect,
     "ControlNeXtSave": ControlNeXtSave,
+    "ControlNeXtUNetLoader": ControlNeXtUNetLoader,
+    "ControlNeXtVideoWindows": ControlNeXtVideoWindows,
+    "ControlNeXtPoseAlign": ControlNeXtPoseAlign,
 }

@@ -28,7 +28,7 @@ class ControlNeXtLoader(io.ComfyNode):
                 io.Combo.Input(
                     "control_name",
                     options=names,
-                    tooltip="The encoder, usually controlnet.safetensors, from models/controlnext or models/controlnet.",
+                    tooltip="The encoder, usually controlnet.safetensors, of models/controlnext or models/controlnet.",
                 ),
                 io.Combo.Input(
                     "weights_name",
@@ -50,7 +50,7 @@ class ControlNeXtLoader(io.ComfyNode):
                     options=["auto", *SPECS],
                     default="auto",
                     optional=True,
-                    tooltip="Which released variant the file is. auto: from the file, and from the model where the file "
+                    tooltip="Which released variant the file is. auto: from the file, or from the model where it "
                     "cannot tell.",
                 ),
                 io.Combo.Input(
@@ -58,7 +58,7 @@ class ControlNeXtLoader(io.ComfyNode):
                     options=["auto", *WEIGHTS_KINDS],
                     default="auto",
                     optional=True,
-                    tooltip="Whether the UNet file holds differences or full weights. auto: measured against the model.",
+                    tooltip="Whether the UNet file holds differences or full weights. auto: measured on the model.",
                 ),
             ],
             outputs=[
@@ -126,7 +126,7 @@ class ControlNeXtSave(io.ComfyNode):
             node_id="ControlNeXtSave",
             display_name="Save ControlNeXt",
             category="ControlNeXt",
-            description="Saves a control, with the UNet weights that Load ControlNeXt put on the model, as safetensors.",
+            description="Saves a control, with the UNet weights that Load ControlNeXt put on the model.",
             inputs=[
                 io.ControlNet.Input("control_net", tooltip="From Load ControlNeXt."),
                 io.Model.Input(

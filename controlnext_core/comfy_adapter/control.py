@@ -79,7 +79,7 @@ class ControlNeXtControl(HostControl):
     def join(self, transformer_options: dict[str, Any], x: Tensor, sigma: float, strength: float) -> None:
         assert self.run is not None
         block = self.run.facts.blocks[self.net.spec.fusion.site]
-        order = (self.net.uid, self.hint_id, strength, self.options.apply_to.value, len(self.options.masks))
+        order = (self.net.uid, self.hint_id, strength, self.options.apply_to.value, self.options.mask_id)
         term = functools.partial(self.term, x=x, sigma=sigma, strength=strength)
         collect(transformer_options, Job(block, order, term))
 

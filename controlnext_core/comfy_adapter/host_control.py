@@ -32,6 +32,15 @@ class ControlOptions:
     schedule: Schedule = Schedule(())
 
     @functools.cached_property
+    def mask_id(self) -> str:
+        """Content hash of the masks."""
+        digest = hashlib.blake2b(digest_size=16)
+        for mask in self.masks:
+            digest.update(str(tuple(mask.shape)).encode())
+            digest.update(mask.cpu().contiguous().numpy())
+        return digest.hexdigest()
+
+    @functools.cached_property
     def masked_out(self) -> bool:
         """Whether a mask is zero everywhere: no control at all."""
         return not all(bool(mask.any()) for mask in self.masks)
@@ -231,7 +240,8 @@ def hint_rows(latents: int, hints: int, transformer_options: dict[str, Any]) -> 
     """
     if hints == 1:
         return (0,)
-    window = getattr(transformer_options.get("context_window"), "index_list", None)
+    host_window = transformer_options.get("context_window")
+    window = getattr(host_window, "hint_list", getattr(host_window, "index_list", None))
     if window is None:
         window = (transformer_options.get("ad_params") or {}).get("sub_idxs")
     frames = window if window is not None and len(window) == latents else range(latents)
