@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from comfyui_controlnext.tools import checks, cli, environment
+from comfyui_controlnext.tools.comfy_client import ComfyError
 from comfyui_controlnext.tools.environment import SetupError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,6 +63,7 @@ def test_a_wrong_command_line_ends_with_usage_and_status_2(
     ("error", "status", "says"),
     [
         (SetupError("turn it on"), 1, "run.py demo: turn it on"),
+        (ComfyError("node 3 failed"), 1, "run.py demo: node 3 failed"),
         (KeyboardInterrupt(), 130, "Run the same command again"),
         (OSError(errno.ENOSPC, "No space left on device", "/some/file"), 1, "the disk is full (/some/file)"),
     ],

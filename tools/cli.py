@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import environment, host
+from .comfy_client import ComfyError
 from .environment import ROOT, SetupError
 
 Parser = argparse.ArgumentParser
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str]) -> int:
         if python is not None:
             return run_again_with(python, arguments)
         return command.run(options)
-    except SetupError as error:
+    except (SetupError, ComfyError) as error:
         print(f"run.py {options.command}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print(

@@ -26,7 +26,7 @@ LEVELS = ("host", "test")  # each contains the ones before it
 # Import names, looked up without importing. `opencv` and `einops` are the two that the pack itself asks for.
 HOST_MODULES = (
     *("torch", "torchvision", "torchsde", "numpy", "scipy", "transformers", "tokenizers", "sentencepiece"),
-    *("safetensors", "aiohttp", "yarl", "yaml", "PIL", "tqdm", "psutil", "alembic", "sqlalchemy", "av"),
+    *("safetensors", "aiohttp", "requests", "yarl", "yaml", "PIL", "tqdm", "psutil", "alembic", "sqlalchemy", "av"),
     *("kornia", "spandrel", "pydantic", "pydantic_settings", "comfyui_frontend_package"),
 )
 PACK_MODULES = ("cv2", "einops")
@@ -133,7 +133,7 @@ def run_pip(python: Path, arguments: Sequence[str], log: Path) -> None:
     """Run pip of `python`; raise SetupError that says why when it fails. log: the file that keeps its full output."""
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
-    quiet = [] if sys.stdout.isatty() else ["--quiet"]
+    quiet = [] if sys.stdout.isatty() else ["--quiet", "--progress-bar", "off"]
     command = [str(python), "-m", "pip", *arguments, *quiet, "--log", str(log)]
     done = subprocess.run([*command, "--no-input", "--disable-pip-version-check"], check=False)
     if done.returncode:
