@@ -1,0 +1,436 @@
+"""Poses: reading OpenPose JSON, choosing and holding people, alignment against np.polyfit, and the drawn picture."""
+
+import copy
+import json
+import logging
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from comfyui_controlnext.controlnext_core.hints.pose import (
+    Alignment,
+    Pose,
+    align_poses,
+    cover,
+    dominant_person,
+    fit_alignment,
+    parse_frames,
+)
+from comfyui_controlnext.controlnext_core.hints.pose_drawing import draw_pose, draw_poses
+
+SIZE = (192, 320)
+FITTED = [0, 1, 2, 5, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17]
+PARTS = {
+    "pose_keypoints_2d": 18,
+    "face_keypoints_2d": 68,
+    "hand_left_keypoints_2d": 21,
+    "hand_right_keypoints_2d": 21,
+}
+# a standing person: x from the body's axis, y from the top, in a picture 320 high
+STANDING = [
+    *((0, 50), (0, 75), (-22, 77), (-33, 110), (-38, 140), (22, 77), (38, 106), (30, 138)),
+    *((-13, 147), (-15, 203), (-16, 260), (13, 147), (17, 203), (16, 260)),
+    *((-5, 45), (5, 45), (-11, 48), (11, 48)),
+]
+
+
+def person(scale: float = 1.0, shift: tuple[float, float] = (96.0, 0.0)) -> dict[str, list[float]]:
+    """A standing person with face and hands in pixels: `scale` times the figure above, then shifted."""
+    face = [(12 * math.cos(i), 50 + 15 * math.sin(i)) for i in range(68)]
+    hands = [[(x + math.cos(i) * i / 3, y + 2 + i % 5 * 3) for i in range(21)] for x, y in (STANDING[7], STANDING[4])]
+    points = dict(zip(PARTS, (STANDING, face, *hands), strict=True))
+    return {
+        key: [value for x, y in part for value in (scale * x + shift[0], scale * y + shift[1], 1.0)]
+        for key, part in points.items()
+    }
+
+
+def frame(*people: dict[str, Any], canvas: tuple[int, int] = SIZE) -> dict[str, Any]:
+    return {"people": list(people), "canvas_width": canvas[0], "canvas_height": canvas[1]}
+
+
+def changed(entry: dict[str, Any], key: str, point: int, **values: float) -> dict[str, Any]:
+    """The person with x, y or c of one point replaced."""
+    entry = copy.deepcopy(entry)
+    for name, value in values.items():
+        entry[key][3 * point + "xyc".index(name)] = value
+    return entry
+
+
+def as_fractions(entry: dict[str, Any]) -> dict[str, Any]:
+    entry = copy.deepcopy(entry)
+    for one in entry["people"]:
+        for values in one.values():
+            for index in range(0, len(values), 3):
+                values[index] /= entry["canvas_width"]
+                values[index + 1] /= entry["canvas_height"]
+    return entry
+
+
+def points_of(pose: Pose) -> np.ndarray:
+    return np.concatenate([pose.body, pose.face, pose.hands.reshape(-1, 3)])
+
+
+# reading
+
+
+def test_both_coordinate_conventions_give_the_same_picture() -> None:
+    driving = frame(person(0.7, (260.0, 20.0)), canvas=(512, 384))
+    pixels = draw_poses(align_poses([frame(person())], [driving], SIZE), SIZE)
+    fractions = draw_poses(align_poses([as_fractions(frame(person()))], [as_fractions(driving)], SIZE), SIZE)
+    assert pixels.any()
+    np.testing.assert_array_equal(pixels, fractions)
+
+
+def test_conventions_may_differ_between_the_lists_of_one_person() -> None:
+    mixed = frame(person())
+    mixed["people"][0]["pose_keypoints_2d"] = as_fractions(mixed)["people"][0]["pose_keypoints_2d"]
+    a, b = (parse_frames([entry], "poses")[0].people[0] for entry in (frame(person()), mixed))
+    np.testing.assert_allclose(points_of(a), points_of(b), atol=1e-12)
+
+
+def test_fractions_outside_the_canvas_stay_fractions() -> None:
+    below = as_fractions(frame(changed(person(), "pose_keypoints_2d", 10, y=1.3 * SIZE[1])))
+    assert parse_frames([below], "poses")[0].people[0].body[10, 1] == pytest.approx(1.3)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, lambda f: [f], lambda f: (f,), json.dumps, lambda f: json.dumps([f])])
+def test_a_dictionary_a_list_and_json_text_read_alike(wrap: Any) -> None:
+    (read,) = parse_frames(wrap(frame(person())), "poses")
+    expected = np.reshape(person()["pose_keypoints_2d"], (18, 3)) / [SIZE[1], SIZE[1], 1]
+    np.testing.assert_allclose(read.people[0].body, expected, rtol=1e-12)
+    assert read.aspect == pytest.approx(SIZE[0] / SIZE[1])
+
+
+def test_nested_points_read_like_flat_ones() -> None:
+    nested = {key: np.reshape(values, (-1, 3)).tolist() for key, values in person().items()}
+    a, b = (parse_frames([frame(one)], "poses")[0].people[0] for one in (person(), nested))
+    np.testing.assert_array_equal(points_of(a), points_of(b))
+
+
+def test_a_25_point_body_loses_mid_hip_and_feet() -> None:
+    flat = np.reshape(person()["pose_keypoints_2d"], (18, 3))
+    extra = np.full((1, 3), 9.0)
+    body_25 = np.concatenate([flat[:8], extra, flat[8:], np.repeat(extra, 6, axis=0)])
+    longer = {**person(), "pose_keypoints_2d": body_25.ravel().tolist()}
+    a, b = (parse_frames([frame(one)], "poses")[0].people[0] for one in (person(), longer))
+    np.testing.assert_array_equal(a.body, b.body)
+
+
+def test_the_pupils_of_a_70_point_face_are_left_out() -> None:
+    longer = {**person(), "face_keypoints_2d": person()["face_keypoints_2d"] + [5.0, 5.0, 1.0] * 2}
+    a, b = (parse_frames([frame(one)], "poses")[0].people[0] for one in (person(), longer))
+    np.testing.assert_array_equal(a.face, b.face)
+
+
+@pytest.mark.parametrize("missing", [None, [], "absent", [0.0] * 63])
+def test_a_part_may_be_missing(missing: Any) -> None:
+    one = {**person(), "hand_left_keypoints_2d": missing}
+    if missing == "absent":
+        del one["hand_left_keypoints_2d"]
+    pose = parse_frames([frame(one)], "poses")[0].people[0]
+    assert not pose.hands[0].any()
+    assert pose.hands[1, :, 2].all()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"c": 0.0},
+        {"c": -1.0},
+        {"c": math.nan},
+        {"x": math.nan},
+        {"y": math.inf},
+        {"x": 0.0, "y": 0.0},
+        {"x": -1.0, "y": -1.0},
+    ],
+)
+def test_a_point_that_was_not_seen_is_all_zero(values: dict[str, float]) -> None:
+    one = changed(person(), "hand_right_keypoints_2d", 3, **values)
+    pose = parse_frames([frame(one)], "poses")[0].people[0]
+    assert not pose.hands[1, 3].any()
+    assert np.isfinite(points_of(pose)).all()
+    assert np.count_nonzero(points_of(pose)[:, 2]) == sum(PARTS.values()) - 1
+
+
+def test_a_confidence_above_one_counts_as_one() -> None:
+    pose = parse_frames([frame(changed(person(), "pose_keypoints_2d", 3, c=1.7))], "poses")[0].people[0]
+    assert pose.body[3, 2] == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], "driving_poses: has no frames"),
+        ("[]", "driving_poses: has no frames"),
+        ("{", "driving_poses: is text but not JSON"),
+        (3, "driving_poses: is int"),
+        ([{"version": "ap10k", "animals": []}], "driving_poses: frame 0: .*animals are not supported"),
+        ([{"people": [person()]}], "driving_poses: frame 0: canvas_width is None"),
+        ([frame(person(), canvas=(0, 10))], "canvas_width is 0"),
+        ([frame(), frame({"pose_keypoints_2d": [1.0] * 51})], "frame 1, person 0, pose_keypoints_2d: has 17 points"),
+        ([frame({"pose_keypoints_2d": [1.0] * 50})], "pose_keypoints_2d: is not a list of x, y, confidence"),
+        ([frame({"pose_keypoints_2d": 7})], "pose_keypoints_2d: is not a list of x, y, confidence"),
+        ([frame({"hand_left_keypoints_2d": ["a", "b", "c"]})], "hand_left_keypoints_2d: is not a list"),
+        ([frame(person()), None], "driving_poses: frame 1: has no list of `people`"),
+    ],
+)
+def test_errors_name_the_input_and_the_place(value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        align_poses([frame(person())], value, SIZE)
+
+
+# choosing and holding
+
+
+def test_the_larger_person_is_chosen_and_of_equal_size_the_surer_one() -> None:
+    large, small, faint = person(1.0), person(0.5), person(1.0, (90.0, 0.0))
+    faint["pose_keypoints_2d"][2::3] = [0.4] * 18
+    for people, expected in (((small, large), large), ((faint, large), large), ((large, faint, small), large)):
+        pose = dominant_person(parse_frames([frame(*people)], "poses")[0])
+        assert pose is not None
+        np.testing.assert_allclose(pose.body[:, 0] * SIZE[1], expected["pose_keypoints_2d"][::3])
+    assert dominant_person(parse_frames([frame()], "poses")[0]) is None
+
+
+def test_frames_without_a_person_are_held_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    nobody = {key: [0.0] * 3 * count for key, count in PARTS.items()}
+    left, right = frame(person(1.0, (80.0, 0.0))), frame(person(1.0, (110.0, 0.0)))
+    driving = [frame(), frame(nobody), left, frame(), frame(), right, frame()]
+    with caplog.at_level(logging.WARNING):
+        reference, *poses = align_poses([frame(person())], driving, SIZE)
+    xs = [float(pose.body[0, 0]) for pose in poses]
+    a, b = xs[2], xs[5]
+    assert b - a == pytest.approx(30)
+    assert xs == [a, a, a, a, a, b, b]
+    assert "driving_poses: no person in frames 0-1, 3-4, 6 (the first is 0)" in caplog.text
+
+
+def test_a_whole_clip_or_a_reference_without_people_stops_with_its_name() -> None:
+    with pytest.raises(ValueError, match="driving_poses: no person in any of 2 frames. Use a clip"):
+        align_poses([frame(person())], [frame(), frame()], SIZE)
+    with pytest.raises(ValueError, match="reference_pose: no person in it. Use a reference image"):
+        align_poses([frame()], [frame(person())], SIZE)
+    with pytest.raises(ValueError, match="reference_pose: has no frames"):
+        align_poses([], [frame(person())], SIZE)
+
+
+@pytest.mark.parametrize(
+    ("size", "name"), [((100, 320), "width: 100"), ((192, 56), "height: 56"), ((0, 64), "width: 0")]
+)
+def test_sizes_are_multiples_of_8_from_64(size: tuple[int, int], name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is not a multiple of 8 of 64 or more"):
+        align_poses([frame(person())], [frame(person())], size)
+
+
+# alignment
+
+
+def test_a_known_scale_and_shift_is_undone_exactly() -> None:
+    driving = [frame(person(0.6, (300.0, 40.0)), canvas=(640, 360))] * 3
+    reference, *poses = align_poses([frame(person(1.1, (90.0, -8.0)))], driving, SIZE)
+    assert len(poses) == 3
+    for pose in poses:
+        np.testing.assert_allclose(points_of(pose), points_of(reference), atol=1e-9)
+
+
+def random_bodies(seed: int, count: int) -> np.ndarray:
+    bodies = np.random.default_rng(seed).uniform(0.1, 0.9, (count, 18, 3))
+    bodies[..., 1] += np.arange(18) % 14 * 0.3  # lets the fit have a clear direction
+    bodies[..., 2] = 1
+    return bodies
+
+
+def test_the_fit_is_polyfit_of_y_and_the_aspect_relation_in_fractions_of_the_canvas() -> None:
+    (w, h), (driving_w, driving_h) = SIZE, (640, 360)
+    reference, driving = random_bodies(0, 1)[0], random_bodies(1, 5)  # both in fractions of their picture
+    ref, drv = reference[FITTED], driving[:, FITTED]
+    slope_y, shift_y = np.polyfit(drv[..., 1].ravel(), np.tile(ref[:, 1], 5), 1)
+    slope_x = slope_y * (driving_w / driving_h) * (h / w)
+    shift_x = np.mean(np.tile(ref[:, 0], 5) - slope_x * drv[..., 0].ravel())
+
+    in_heights = driving * [driving_w / driving_h, 1, 1]
+    fitted = fit_alignment(reference * [w, h, 1], in_heights)
+    ours = (in_heights[..., :2] * fitted.scale + fitted.shift) / [w, h]
+    np.testing.assert_allclose(ours, driving[..., :2] * [slope_x, slope_y] + [shift_x, shift_y], rtol=1e-9, atol=1e-9)
+
+
+def test_the_fit_sees_only_points_that_both_show() -> None:
+    reference, driving = random_bodies(2, 1)[0], random_bodies(3, 4)
+    reference[[0, 9], 2] = 0, 0.29
+    driving[1, 12], driving[2, [1, 2], 2] = 0, 0.1
+    mask = np.ones((4, 18), dtype=bool)
+    mask[:, [3, 4, 6, 7, 0, 9]] = False
+    mask[1, 12] = mask[2, 1] = mask[2, 2] = False
+    scale, shift_y = np.polyfit(driving[..., 1][mask], np.tile(reference[:, 1], (4, 1))[mask], 1)
+    shift_x = np.mean(np.tile(reference[:, 0], (4, 1))[mask] - scale * driving[..., 0][mask])
+    fitted = fit_alignment(reference, driving)
+    np.testing.assert_allclose([fitted.scale, *fitted.shift], [scale, shift_x, shift_y], rtol=1e-9)
+
+
+def test_held_frames_do_not_weigh_in_the_fit() -> None:
+    driving = [frame(person(0.8)), frame(person(1.2, (80.0, 9.0)))]
+    plain = align_poses([frame(person())], driving, SIZE)
+    held = align_poses([frame(person())], [driving[0], frame(), frame(), driving[1]], SIZE)
+    np.testing.assert_array_equal(points_of(plain[1]), points_of(held[1]))
+
+
+@pytest.mark.parametrize(
+    ("canvas", "expected"),
+    [
+        (SIZE, Alignment(320.0, np.zeros(2))),
+        ((1000, 500), Alignment(320.0, np.array([-224.0, 0.0]))),  # 640x320, 224 cut from either side
+        ((96, 320), Alignment(640.0, np.array([0.0, -160.0]))),  # 192x640
+    ],
+)
+def test_the_reference_is_placed_as_the_image_is(canvas: tuple[int, int], expected: Alignment) -> None:
+    placed = cover(canvas[0] / canvas[1], SIZE)
+    assert placed.scale == pytest.approx(expected.scale)
+    np.testing.assert_allclose(placed.shift, expected.shift, atol=1e-9)
+
+
+def only(entry: dict[str, Any], points: set[int]) -> dict[str, Any]:
+    for point in set(range(18)) - points:
+        entry = changed(entry, "pose_keypoints_2d", point, c=0.0)
+    return entry
+
+
+def test_too_little_in_common_and_upside_down_are_refused() -> None:
+    head, legs = only(person(), {0, 14, 15, 16, 17}), only(person(), {8, 9, 10})
+    with pytest.raises(ValueError, match="share 0 of the 14 body points .* Use a reference image and a clip"):
+        align_poses([frame(head)], [frame(legs)], SIZE)
+    with pytest.raises(ValueError, match="share 1 of the 14"):
+        align_poses([frame(person())], [frame(only(person(), {0}))], SIZE)
+    with pytest.raises(ValueError, match="driving_poses: .* would turn the person over"):
+        align_poses([frame(person())], [frame(person(-1.0, (96.0, 310.0)))], SIZE)
+
+
+def test_the_inputs_are_left_as_they_were() -> None:
+    reference, driving = [frame(person())], [frame(person(0.5)), frame()]
+    before = copy.deepcopy((reference, driving))
+    align_poses(reference, driving, SIZE)
+    assert (reference, driving) == before
+
+
+# drawing
+
+
+def pose_in(one: dict[str, Any], size: tuple[int, int]) -> Pose:
+    """The person, given in pixels of a frame of this size, as a Pose in these pixels."""
+    (read,) = parse_frames([frame(one, canvas=size)], "poses")
+    return read.people[0].moved(size[1], np.zeros(2))
+
+
+def drawn(one: dict[str, Any]) -> np.ndarray:
+    """The person, given in pixels of the canvas, on a canvas of 1000x2000, RGB as the encoder sees it: (H, W, 3)."""
+    canvas = np.zeros((1000, 2000, 3), dtype=np.uint8)
+    draw_pose(canvas, pose_in(one, (2000, 1000)))
+    return canvas[..., ::-1].astype(float)
+
+
+def body_only(points: dict[int, tuple[float, float, float]]) -> dict[str, Any]:
+    flat = np.zeros((18, 3))
+    for index, point in points.items():
+        flat[index] = point
+    return {"pose_keypoints_2d": flat.ravel().tolist()}
+
+
+OPENPOSE = [  # written out, since the code computes it; red and blue are exchanged below
+    *((255, 0, 0), (255, 85, 0), (255, 170, 0), (255, 255, 0), (170, 255, 0), (85, 255, 0), (0, 255, 0), (0, 255, 85)),
+    *((0, 255, 170), (0, 255, 255), (0, 170, 255), (0, 85, 255), (0, 0, 255), (85, 0, 255), (170, 0, 255)),
+    *((255, 0, 255), (255, 0, 170), (255, 0, 85)),
+]
+
+
+@pytest.mark.parametrize("confidence", [1.0, 0.5])
+def test_each_joint_has_its_colour_times_confidence_with_red_and_blue_exchanged(confidence: float) -> None:
+    places = {index: (100.0 + 100 * index, 700.0, confidence) for index in range(18)}
+    for index in range(18):  # one at a time: no sticks
+        picture = drawn(body_only({index: places[index]}))
+        expected = [int(channel * confidence) for channel in OPENPOSE[index][::-1]]
+        np.testing.assert_allclose(picture[700, 100 + 100 * index], expected, atol=1e-3)
+        rows, columns = np.nonzero(picture.any(axis=-1))
+        assert (rows.min(), rows.max()) == (696, 704)
+        assert (columns.min(), columns.max()) == (96 + 100 * index, 104 + 100 * index)
+
+
+def test_sticks_are_darkened_and_multiplied_by_both_confidences() -> None:
+    # neck to nose is the 13th stick; half width 4
+    picture = drawn(body_only({1: (500.0, 900.0, 0.8), 0: (500.0, 300.0, 0.5)}))
+    colour = [int(int(channel * 0.8 * 0.5) * 0.6) for channel in OPENPOSE[12][::-1]]
+    np.testing.assert_allclose(picture[600, 500], colour, atol=1e-3)
+    assert colour == [61, 0, 0]
+    assert np.flatnonzero(picture[600].any(axis=-1)).tolist() == list(range(496, 505))
+    np.testing.assert_allclose(picture[300, 500], [0, 0, 127], atol=1e-3)  # joints lie over sticks
+
+
+@pytest.mark.parametrize(
+    ("stick", "ends"),
+    list(
+        enumerate(
+            [
+                *((1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13)),
+                *((1, 0), (0, 14), (14, 16), (0, 15), (15, 17)),
+            ]
+        )
+    ),
+)
+def test_each_stick_joins_its_points_in_its_colour(stick: int, ends: tuple[int, int]) -> None:
+    picture = drawn(body_only({ends[0]: (300.0, 400.0, 1.0), ends[1]: (600.0, 800.0, 1.0)}))
+    np.testing.assert_allclose(picture[600, 450], [int(c * 0.6) for c in OPENPOSE[stick][::-1]], atol=1e-3)
+
+
+def test_body_points_below_the_threshold_are_not_drawn() -> None:
+    picture = drawn(body_only({1: (500.0, 900.0, 1.0), 0: (500.0, 300.0, 0.29)}))
+    assert not picture[:890].any()
+    assert picture[900, 500].any()
+
+
+def test_face_points_are_white_times_confidence() -> None:
+    face = np.zeros((68, 3))
+    face[:2] = (700, 500, 1.0), (800, 500, 0.2)
+    picture = drawn({"face_keypoints_2d": face.ravel().tolist()})
+    np.testing.assert_allclose(picture[500, 700], [255] * 3, atol=1e-3)
+    np.testing.assert_allclose(picture[500, 800], [51] * 3, atol=1e-3)
+    assert np.flatnonzero(picture[500].any(axis=-1)).tolist() == [*range(697, 704), *range(797, 804)]
+
+
+def test_hands_have_red_points_and_rainbow_bones() -> None:
+    hand = np.array([(700.0, 500.0, 1.0)] + [(600 + 30 * (i % 4), 300 + 40 * (i // 4), 1.0) for i in range(20)])
+    picture = drawn({"hand_left_keypoints_2d": hand.ravel().tolist()})
+    for x, y, _ in hand:
+        np.testing.assert_allclose(picture[int(y), int(x)], [255, 0, 0], atol=1e-3)
+    for number, (start, end) in enumerate([(1, 2), (2, 3), (3, 4)], start=1):  # bones of the first finger
+        middle = (hand[start, :2] + hand[end, :2]) / 2
+        hue = number / 20 * 6  # between red and yellow: red full, green rising
+        red, green, blue = picture[int(middle[1]), int(middle[0])]
+        assert (round(blue), round(red)) == (255, 0)
+        assert green == pytest.approx(hue * 255, abs=1)
+
+
+def test_a_frame_is_the_2160_canvas_scaled_down_with_red_and_blue_exchanged() -> None:
+    canvas = np.zeros((2160, 2160, 3), dtype=np.uint8)
+    draw_pose(canvas, pose_in(person(5.0, (1000.0, 200.0)), (2160, 2160)))
+    fifth = draw_poses([pose_in(person(1.0, (200.0, 40.0)), (432, 432))], (432, 432))[0]
+    # linear interpolation by a whole odd factor reads the middle pixel
+    np.testing.assert_allclose(fifth * 255, canvas[2::5, 2::5, ::-1], atol=1e-3)
+    nose = draw_poses([pose_in(body_only({0: (1000.0, 700.0, 1.0)}), (2160, 2160))], (2160, 2160))[0]
+    np.testing.assert_array_equal(nose[700, 1000], [0, 0, 1])  # blue, as in the published pose clips
+
+
+def test_frames_are_float_rgb_within_0_and_1() -> None:
+    frames = draw_poses(align_poses([frame(person())], [frame(person())] * 2, SIZE), SIZE)
+    assert frames.shape == (3, SIZE[1], SIZE[0], 3)
+    assert frames.dtype == np.float32
+    assert frames.min() == 0
+    assert frames.max() == 1
+    np.testing.assert_array_equal(frames[0], frames[1])
+
+
+def test_points_far_outside_are_harmless() -> None:
+    far = changed(person(), "pose_keypoints_2d", 4, x=1e12, y=-1e12)
+    far = changed(far, "hand_right_keypoints_2d", 20, x=-1e12, y=1e12)
+    picture = drawn(far)
+    assert np.isfinite(picture).all()
+    assert picture.any()
