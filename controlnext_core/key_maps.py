@@ -59,14 +59,14 @@ _ENDS = {
     "conv_out": "out.2",
 }
 _LABELS = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
-_RESNET = {
+RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
     "norm2": "out_layers.0",
     "conv2": "out_layers.3",
 }
-_SHORTCUT = {"conv_shortcut": "skip_connection"}
+SHORTCUT = {"conv_shortcut": "skip_connection"}
 _TIME_POSITION = {
     "time_pos_embed.linear_1": "time_pos_embed.0",
     "time_pos_embed.linear_2": "time_pos_embed.2",
@@ -182,38 +182,28 @@ def _middle(layout: _Layout) -> Pairs:
 
 
 def _up(layout: _Layout) -> Pairs:
-    skips, depths = _skip_widths(layout), list(layout.up_depths)
-    block, width = 0, layout.widths[-1]
+    block, depths = 0, list(layout.up_depths)
     for level in reversed(range(len(layout.widths))):
         published = f"up_blocks.{len(layout.widths) - 1 - level}."
         for i in range(layout.resnets[level] + 1):
-            shortcut, depth = width + skips.pop() != layout.widths[level], depths.pop()
-            host = f"output_blocks.{block}."
-            yield from _resnet(f"{published}resnets.{i}.", f"{host}0.", shortcut, layout)
+            host, depth = f"output_blocks.{block}.", depths.pop()
+            # h and a skip come in, together always wider than what goes out
+            yield from _resnet(f"{published}resnets.{i}.", f"{host}0.", True, layout)
             if depth > 0:
                 yield from _transformer(f"{published}attentions.{i}.", f"{host}1.", depth, layout)
             if level and i == layout.resnets[level]:
                 place = 2 if depth > 0 else 1  # the upsampler follows whatever stands in its block
                 yield from _layers(f"{published}upsamplers.0.", f"{host}{place}.", _same("conv"))
-            width = layout.widths[level]
             block += 1
 
 
-def _skip_widths(layout: _Layout) -> list[int]:
-    """Widths of the encoder's outputs, in the order in which they arise."""
-    skips = [1]
-    for level, width in enumerate(layout.widths):
-        skips += [width] * (layout.resnets[level] + (level + 1 < len(layout.widths)))
-    return skips
-
-
 def _resnet(published: str, host: str, shortcut: bool, layout: _Layout) -> Pairs:
-    modules = _RESNET | (_SHORTCUT if shortcut else {})
+    modules = RESNET | (SHORTCUT if shortcut else {})
     if not layout.temporal_resnets:
         yield from _layers(published, host, modules)
         return
     yield from _layers(f"{published}spatial_res_block.", host, modules)
-    yield from _layers(f"{published}temporal_res_block.", f"{host}time_stack.", _RESNET)
+    yield from _layers(f"{published}temporal_res_block.", f"{host}time_stack.", RESNET)
     yield f"{published}{_MIX}", f"{host}{_MIX}"
 
 

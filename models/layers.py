@@ -47,13 +47,22 @@ class ResBlock(nn.Module):
     """
 
     def __init__(
-        self, in_ch: int, out_ch: int, groups: int, emb_dim: int, eps: float, operations: Any, **factory: Any
+        self,
+        in_ch: int,
+        out_ch: int,
+        groups: int | tuple[int, int],
+        emb_dim: int,
+        eps: float,
+        operations: Any,
+        **factory: Any,
     ) -> None:
+        """groups: of both norms, or of each."""
         super().__init__()
-        self.norm1 = operations.GroupNorm(groups, in_ch, eps=eps, **factory)
+        before, after = groups if isinstance(groups, tuple) else (groups, groups)
+        self.norm1 = operations.GroupNorm(before, in_ch, eps=eps, **factory)
         self.conv1 = operations.Conv2d(in_ch, out_ch, 3, padding=1, **factory)
         self.time_emb_proj = operations.Linear(emb_dim, out_ch, **factory)
-        self.norm2 = operations.GroupNorm(groups, out_ch, eps=eps, **factory)
+        self.norm2 = operations.GroupNorm(after, out_ch, eps=eps, **factory)
         self.conv2 = operations.Conv2d(out_ch, out_ch, 3, padding=1, **factory)
         same = in_ch == out_ch
         self.conv_shortcut = nn.Identity() if same else operations.Conv2d(in_ch, out_ch, 1, **factory)
@@ -68,10 +77,18 @@ class ResBlock(nn.Module):
 class Downsample(nn.Module):
     """Halve height and width (rounded up) with a 3x3 convolution of stride 2."""
 
-    def __init__(self, channels: int, operations: Any, **factory: Any) -> None:
+    def __init__(self, channels: int, operations: Any, out_ch: int | None = None, **factory: Any) -> None:
+        """out_ch: channels that leave, as many as enter where not given."""
         super().__init__()
-        self.conv = operations.Conv2d(channels, channels, 3, stride=2, padding=1, **factory)
+        self.conv = operations.Conv2d(channels, out_ch or channels, 3, stride=2, padding=1, **factory)
 
     def forward(self, h: Tensor) -> Tensor:
-        """h: (B, C, H, W). Returns (B, C, ceil(H/2), ceil(W/2))."""
+        """h: (B, C, H, W). Returns (B, C or out_ch, ceil(H/2), ceil(W/2))."""
         return self.conv(h)
+
+
+def zeroed(layer: nn.Module) -> nn.Module:
+    """The layer with its parameters set to zero: what it feeds starts as if it were not there."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer

@@ -16,8 +16,11 @@ from comfy.controlnet import ControlBase
 from torch import Tensor
 
 from ..schedule import Schedule, percent_of
-from ..specs import Halves
+from ..specs import Gain, Halves
 from .base_facts import BaseFacts, base_facts
+from .features import CACHE
+from .feedback import log_once
+from .halves import half_gains, is_plain, needs_halves, places_hook
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +80,9 @@ class HostControl(ControlBase):
 
     name: str
     """The control's file, for messages."""
+    gain: Gain = Gain()
+    """The gain of each half at strength 1, with the learned `scale` of the file where it has one."""
+    scale: float | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +119,12 @@ class HostControl(ControlBase):
         masks = tuple(m for m in (clean_mask(mask) for mask in changes.pop("masks", ())) if m is not None)
         c.options = replace(self.options, masks=self.options.masks + masks, **changes)
         c.previous_controlnet = self.previous_controlnet
+        c.set_hooks()
         return c
+
+    def set_hooks(self) -> None:
+        """Bring the hook that tells the halves apart, where the gain depends on them."""
+        self.extra_hooks = places_hook() if needs_halves(self.options.apply_to, self.gain) else None
 
     @functools.cached_property
     def hint_id(self) -> str:
@@ -130,6 +141,7 @@ class HostControl(ControlBase):
         facts = base_facts(model)
         self.check(facts)
         self.run = Run(facts, model.model_sampling)
+        CACHE.begin_run()
 
     def get_control(
         self, x_noisy: Tensor, t: Tensor, cond: Any, batched_number: int, transformer_options: dict[str, Any]
@@ -197,6 +209,29 @@ class HostControl(ControlBase):
             sized = comfy.utils.common_upscale(hint, width, height, self.upscale_algorithm, "center")
             self.run.hints = {key: sized.to(x.device, dtype).expand(-1, 3, -1, -1)}
         return self.run.hints[key]
+
+    def chunk_gains(self, chunks: list[int], transformer_options: dict[str, Any]) -> list[float]:
+        """One gain per chunk of the guided batch, at strength 1."""
+        apply_to = self.options.apply_to
+        positive, negative = half_gains(apply_to, self.gain, self.scale)
+        if positive != negative and not is_plain(transformer_options):
+            log_once(
+                "%s: this guider does not number its halves as plain guidance does, so apply_to=%s cannot be followed; "
+                "the control goes to both.",
+                self.name,
+                apply_to.value,
+            )
+            positive = negative = max(positive, negative)
+        return [negative if chunk else positive for chunk in chunks]
+
+    def mask(self, latents: int, h: Tensor, transformer_options: dict[str, Any]) -> Tensor | None:
+        """The product of all masks at the size of h, by area: (1 or latents, 1, H, W), or None."""
+        product: Tensor | None = None
+        for mask in self.options.masks:
+            mask = mask[list(hint_rows(latents, mask.shape[0], transformer_options))].to(h.device)
+            mask = torch.nn.functional.interpolate(mask, size=h.shape[-2:], mode="area")
+            product = mask if product is None else product * mask
+        return product
 
     def inference_memory_requirements(self, dtype: torch.dtype) -> int:
         hint = self.cond_hint_original

@@ -23,7 +23,8 @@ from ..specs import Family, Spec, config_of, with_normalization, with_trained_ga
 from ..unet_weights import WeightsKind, decide_kind, host_differences, published_base
 from .base_facts import base_facts, check_pair
 from .collector import KEY
-from .control import CACHE, ControlNeXtControl, LoadedControlNeXt, drop_features
+from .control import ControlNeXtControl, LoadedControlNeXt
+from .features import CACHE, drop_features
 from .files import ChosenWeights, choose_weights
 from .weights import add_differences, base_weights
 

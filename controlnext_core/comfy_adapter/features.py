@@ -1,0 +1,46 @@
+"""What the encoders make of hints, kept for every control of ours in one cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ..feature_cache import FeatureCache, GroupKey
+
+CACHE = FeatureCache()
+"""Outlives nodes and runs: a queue run with another seed finds the features of the one before."""
+
+ROWS_AT_ONCE = 8
+"""Hints that an encoder takes in one pass; bounds its working memory for videos."""
+
+
+def cached_rows(
+    group: GroupKey,
+    rows: tuple[int, ...],
+    common: tuple[Hashable, ...],
+    device: torch.device,
+    encode: Callable[[tuple[int, ...]], Tensor],
+) -> Tensor:
+    """The features of each row's hint, (len(rows), ...) on `device`: from the cache, or encoded and kept.
+
+    common: what else the features depend on. encode: rows, each once, -> their features. Never write to the result.
+    """
+    found = {row: CACHE.get(group, (row, *common), device) for row in dict.fromkeys(rows)}
+    missing = [row for row, value in found.items() if value is None]
+    for start in range(0, len(missing), ROWS_AT_ONCE):
+        batch = tuple(missing[start : start + ROWS_AT_ONCE])
+        for row, value in zip(batch, encode(batch).split(1), strict=True):
+            value = value.clone() if len(batch) > 1 else value
+            CACHE.put(group, (row, *common), value)
+            found[row] = value
+    values = [value for row in rows if (value := found[row]) is not None]
+    return values[0] if len(values) == 1 else torch.cat(values)
+
+
+def drop_features(uid: str, patcher: ModelPatcher, unpatch_all: bool = True) -> None:
+    """ON_DETACH callback of an encoder: the host takes it off the device, its features go too."""
+    if unpatch_all:
+        CACHE.drop(uid)

@@ -1,0 +1,196 @@
+"""ControlNet-XS: a narrow encoder that walks beside the base's own and talks with it after every block.
+
+Shapes: B rows, C channels, H W size of the features at hand, T text tokens, D width of the time embedding.
+The exchange, block by block (h base, c control, s strength):
+
+    h = base.input[i](h)              c = control.encoder[i](c)          c += hint after block 0
+    h += s * control_to_base[i](c)    keep h and c for the decoder
+    c = cat(c, base_to_control[i](h))
+    ... middle:  h += s * middle_to_base(middle(c))
+    ... decoder: h += s * decoder_to_base[j](kept c), before h meets the kept h
+
+Source: Zavadski, Feiden, Rother, "ControlNet-XS" (arXiv 2312.06573), type B of the released code; type A is the same
+without `control_to_base`. Names of the released state dict: `controlnext_core.xs_key_maps`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import Attention, SpatialTransformer, TransformerConfig, attend
+from .layers import Downsample, ResBlock, TimestepMLP, timestep_embedding, zeroed
+
+CONV, RES, DOWN = "conv", "res", "down"
+HINT_CONVS = 8
+HINT_HALVINGS = (2, 4, 6)
+"""Which convolutions of the hint encoder halve its size: 8 pixels become one latent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockConfig:
+    """One block of the control encoder, or one half of its middle."""
+
+    kind: str
+    """CONV, RES or DOWN."""
+    in_ch: int
+    """Channels that enter: the control's own and, from the second block on, the base's."""
+    out_ch: int
+    base_ch: int
+    """Channels of the base's features after its block of the same number."""
+    groups: tuple[int, int] = (1, 1)
+    """Groups of the two norms of a residual block."""
+    eps: float = 1e-5
+    transformer: TransformerConfig | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlNetXSConfig:
+    """Everything that tells one ControlNet-XS from another."""
+
+    encoder: tuple[BlockConfig, ...]
+    middle: tuple[BlockConfig, ...]
+    decoder: tuple[int, ...]
+    """Channels of the base's features as they enter each of its decoder blocks."""
+    hint: tuple[int, ...]
+    """Channels along the hint encoder, from the 3 of the picture to those of the first block."""
+    context_dim: int
+    time_dim: int
+    own_time: int | None = None
+    """Width of the sinusoidal embedding of an own time embedding; None = the base's embedding alone."""
+    adds_in_encoder: bool = True
+    """Type B; False is type A."""
+
+
+class ControlBlock(nn.Module):
+    """A convolution, a residual block with or without a transformer, or a downsampler."""
+
+    def __init__(
+        self, block: BlockConfig, config: ControlNetXSConfig, operations: Any, attention: Attention, **factory: Any
+    ) -> None:
+        super().__init__()
+        self.kind = block.kind
+        if block.kind == CONV:
+            self.conv = operations.Conv2d(block.in_ch, block.out_ch, 3, padding=1, **factory)
+        elif block.kind == DOWN:
+            self.down = Downsample(block.in_ch, operations, block.out_ch, **factory)
+        else:
+            self.res = ResBlock(
+                block.in_ch, block.out_ch, block.groups, config.time_dim, block.eps, operations, **factory
+            )
+            zeroed(self.res.conv2)
+        self.transformer: nn.Module | None = None
+        if block.transformer is not None:
+            self.transformer = SpatialTransformer(
+                block.out_ch, config.context_dim, block.transformer, operations, attention, **factory
+            )
+
+    def forward(self, c: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        """c: (B, in_ch, H, W), emb: (B, D), context: (B, T, context_dim). Returns (B, out_ch, H, W), halved by DOWN."""
+        if self.kind == CONV:
+            return self.conv(c)
+        if self.kind == DOWN:
+            return self.down(c)
+        c = self.res(c, emb)
+        return c if self.transformer is None else self.transformer(c, context)
+
+
+class ControlNetXS(nn.Module):
+    """The control stream and the 1x1 convolutions through which it and the base exchange features."""
+
+    def __init__(
+        self,
+        config: ControlNetXSConfig,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        operations: Any = nn,
+        attention: Attention = attend,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.config = config
+
+        def exchange(in_ch: int, out_ch: int) -> nn.Module:
+            return zeroed(operations.Conv2d(in_ch, out_ch, 1, **factory))
+
+        def block(part: BlockConfig) -> nn.Module:
+            return ControlBlock(part, config, operations, attention, **factory)
+
+        encoder, hint = config.encoder, config.hint
+        if config.own_time is not None:
+            self.time_embedding = TimestepMLP(config.own_time, config.time_dim, operations, **factory)
+        self.hint_encoder = nn.ModuleList(
+            operations.Conv2d(hint[k], hint[k + 1], 3, stride=2 if k in HINT_HALVINGS else 1, padding=1, **factory)
+            for k in range(HINT_CONVS)
+        )
+        zeroed(self.hint_encoder[-1])
+        self.encoder = nn.ModuleList(block(part) for part in encoder)
+        self.base_to_control = nn.ModuleList(exchange(part.base_ch, part.base_ch) for part in encoder)
+        if config.adds_in_encoder:
+            self.control_to_base = nn.ModuleList(exchange(part.out_ch, part.base_ch) for part in encoder)
+        self.middle = nn.ModuleList(block(part) for part in config.middle)
+        self.middle_to_base = exchange(config.middle[-1].out_ch, config.middle[-1].base_ch)
+        self.decoder_to_base = nn.ModuleList(
+            exchange(part.out_ch, base_ch) for part, base_ch in zip(reversed(encoder), config.decoder, strict=True)
+        )
+
+    def encode_hint(self, hint: Tensor) -> Tensor:
+        """hint: (B, 3, 8H, 8W) in [0, 1], RGB. Returns (B, C of the first block, H, W)."""
+        for conv in self.hint_encoder[:-1]:
+            hint = F.silu(conv(hint))
+        return self.hint_encoder[-1](hint)
+
+    def embed_time(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+        """The own time embedding of timestep (B,), the number that the UNet is given: (B, D) in `dtype`."""
+        assert self.config.own_time is not None, "this ControlNet-XS has no time embedding of its own"
+        return self.time_embedding(timestep_embedding(timestep, self.config.own_time).to(dtype))
+
+
+class Walk:
+    """One forward of the control stream beside the base: `encode`, `listen` per encoder block, `middle`, `decode`.
+
+    What the methods return is to be added to the base's features, times the strength.
+    """
+
+    def __init__(self, net: ControlNetXS, x: Tensor, hint: Tensor) -> None:
+        """x: (B, in_ch or more, H, W), what the base is given; hint: (B or 1, C, H, W), from `encode_hint`."""
+        self.net = net
+        self.c = x[:, : net.config.encoder[0].in_ch]
+        self.hint = hint
+        self.kept: list[Tensor] = []
+
+    def encode(self, i: int, emb: Tensor, context: Tensor) -> Tensor | None:
+        """Go through encoder block i; what the base gets there, (B, base_ch, H, W), or None for type A.
+
+        emb: (B, D), the base's time embedding with its label embedding; context: (B, T, context_dim).
+        """
+        self.c = self.net.encoder[i](self.c, emb, context)
+        if i == 0:
+            self.c = self.c + self.hint
+        self.kept.append(self.c)
+        return self.net.control_to_base[i](self.c) if self.net.config.adds_in_encoder else None
+
+    def listen(self, i: int, h: Tensor) -> None:
+        """Take in the base's features as its next block will get them: h (B, base_ch, any, any)."""
+        self.c = torch.cat([fit(self.c, h), self.net.base_to_control[i](h)], dim=1)
+
+    def middle(self, emb: Tensor, context: Tensor) -> Tensor:
+        """Go through the middle; what the base gets after its own, (B, base_ch, H, W)."""
+        for block in self.net.middle:
+            self.c = block(self.c, emb, context)
+        return self.net.middle_to_base(self.c)
+
+    def decode(self, j: int) -> Tensor:
+        """What the base gets before decoder block j, called once for each j from 0 on."""
+        return self.net.decoder_to_base[j](self.kept.pop())
+
+
+def fit(c: Tensor, h: Tensor) -> Tensor:
+    """c at the size of h: itself, or resized where something changed the base's size on the way (deep shrink)."""
+    if c.shape[-2:] == h.shape[-2:]:
+        return c
+    return F.interpolate(c, size=h.shape[-2:], mode="bilinear", align_corners=False)
