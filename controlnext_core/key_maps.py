@@ -6,20 +6,14 @@ the same tensor (`input_blocks.4.1...`), both without an outer prefix.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .checkpoint import CheckpointError, listed
 
-PUBLISHED_PREFIXES = (
-    "controlnext.",
-    "module.",
-    "controlnet.",
-    "unet.",
-    "model.diffusion_model.",
-    "diffusion_model.",
-)
+PUBLISHED_PREFIXES = ("controlnext.", "module.", "controlnet.", "unet.", "model.diffusion_model.", "diffusion_model.")
 """Outer names that a trainer, a bundle or a checkpoint puts before every name of a part."""
 
 HOST_ROOTS = ("input_blocks.", "middle_block.", "output_blocks.", "joint_blocks.")
@@ -67,10 +61,8 @@ RESNET = {
     "conv2": "out_layers.3",
 }
 SHORTCUT = {"conv_shortcut": "skip_connection"}
-_TIME_POSITION = {
-    "time_pos_embed.linear_1": "time_pos_embed.0",
-    "time_pos_embed.linear_2": "time_pos_embed.2",
-}
+"""Of a resnet whose width changes."""
+_TIME_POSITION = {"time_pos_embed.linear_1": "time_pos_embed.0", "time_pos_embed.linear_2": "time_pos_embed.2"}
 _MIX = "time_mixer.mix_factor"
 
 
@@ -84,71 +76,43 @@ _CROSS_ATTENTION = _same("norm2", "attn2.to_out.0")
 _FEED_FORWARD = _same("norm3", "ff.net.0.proj", "ff.net.2")
 _FEED_IN = _same("norm_in", "ff_in.net.0.proj", "ff_in.net.2")
 _QKV = ("to_q", "to_k", "to_v")
-
-
 _DEPTHS = ("transformer_depth", "transformer_depth_output", "transformer_depth_middle")
-_NEEDED = ("channel_mult", "num_res_blocks", *_DEPTHS)
+
+Config = Mapping[str, Any]
+"""The host's `unet_config`. Depths are those of the transformers behind each resnet, 0 = none, from the highest
+resolution down. Middle depth -2: no middle block; -1: one resnet; else two resnets around so many."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """What the names of a UNet depend on, out of the host's configuration."""
-
-    widths: tuple[int, ...]
-    """Channels of each level in units of the model's channels."""
-    resnets: tuple[int, ...]
-    down_depths: tuple[int, ...]
-    up_depths: tuple[int, ...]
-    """In the host's order, from the highest resolution down."""
-    middle_depth: int
-    """-2: no middle block; -1: one resnet; else two resnets around so many transformer blocks."""
-    labelled: bool
-    temporal_resnets: bool
-    temporal_attention: bool
-    temporal_cross_attention: bool
-
-
-def unet_key_map(config: Mapping[str, Any]) -> dict[str, str]:
+def unet_key_map(config: Config) -> dict[str, str]:
     """Published name -> host name of every tensor of an SD1.5, SDXL or SVD UNet of any depth.
 
-    config: the host's `unet_config`; where it has `adm_in_channels`, that is the published `add_embedding`.
+    The vector condition (`adm_in_channels`) is the published `add_embedding`, as in SDXL and SVD.
     Raises ValueError where the configuration is no UNet's, or contradicts itself.
     """
-    layout = _read_layout(config)
-    names = dict(_layers("", "", _ENDS | (_LABELS if layout.labelled else {})))
-    names.update(_down(layout))
-    names.update(_middle(layout))
-    names.update(_up(layout))
+    _check(config)
+    labelled = config.get("adm_in_channels") is not None
+    names = dict(_layers("", "", _ENDS | (_LABELS if labelled else {})))
+    names.update(_down(config))
+    names.update(_middle(config))
+    names.update(_up(config))
     return names
 
 
-def _read_layout(config: Mapping[str, Any]) -> _Layout:
-    absent = [key for key in _NEEDED if config.get(key) is None]
+def _check(config: Config) -> None:
+    absent = [key for key in ("channel_mult", "num_res_blocks", *_DEPTHS) if config.get(key) is None]
     if absent:
         raise ValueError(
             f"the model's configuration lacks {', '.join(absent)}: it is no UNet of these families. "
             "Connect an SD1.5, SDXL or SVD model."
         )
-    layout = _Layout(
-        widths=tuple(config["channel_mult"]),
-        resnets=tuple(config["num_res_blocks"]),
-        down_depths=tuple(config["transformer_depth"]),
-        up_depths=tuple(config["transformer_depth_output"]),
-        middle_depth=config["transformer_depth_middle"],
-        labelled=config.get("adm_in_channels") is not None,
-        temporal_resnets=bool(config.get("use_temporal_resblock")),
-        temporal_attention=bool(config.get("use_temporal_attention")),
-        temporal_cross_attention=not config.get("disable_temporal_crossattention"),
-    )
-    found = (len(layout.resnets), len(layout.down_depths), len(layout.up_depths))
-    expected = (len(layout.widths), sum(layout.resnets), sum(layout.resnets) + len(layout.widths))
+    resnets, levels = config["num_res_blocks"], len(config["channel_mult"])
+    found = (len(resnets), *(len(config[key]) for key in _DEPTHS[:2]))
+    expected = (levels, sum(resnets), sum(resnets) + levels)
     if found != expected:
         raise ValueError(
-            "num_res_blocks, transformer_depth and transformer_depth_output have "
-            f"{found} entries, expected {expected} for channel_mult {list(layout.widths)}: "
-            "give one depth per resnet of the encoder and of the decoder, 0 where there is no transformer."
+            f"num_res_blocks, {_DEPTHS[0]} and {_DEPTHS[1]} have {found} entries, expected {expected} for "
+            f"channel_mult {config['channel_mult']}: give one depth per resnet of the encoder and of the decoder."
         )
-    return layout
 
 
 def _layers(published: str, host: str, modules: Mapping[str, str], kinds: Sequence[str] = ("weight", "bias")) -> Pairs:
@@ -157,49 +121,50 @@ def _layers(published: str, host: str, modules: Mapping[str, str], kinds: Sequen
             yield f"{published}{ours}.{kind}", f"{host}{theirs}.{kind}"
 
 
-def _down(layout: _Layout) -> Pairs:
-    block, width, depths = 1, 1, iter(layout.down_depths)
-    for level, level_width in enumerate(layout.widths):
+def _down(config: Config) -> Pairs:
+    block, width, depths, widths = 1, 1, iter(config["transformer_depth"]), config["channel_mult"]
+    for level, level_width in enumerate(widths):
         published = f"down_blocks.{level}."
-        for i in range(layout.resnets[level]):
-            shortcut, depth = width != level_width, next(depths)
-            yield from _resnet(f"{published}resnets.{i}.", f"input_blocks.{block}.0.", shortcut, layout)
+        for i in range(config["num_res_blocks"][level]):
+            host, depth = f"input_blocks.{block}.", next(depths)
+            yield from _resnet(f"{published}resnets.{i}.", f"{host}0.", config, shortcut=width != level_width)
             if depth > 0:
-                yield from _transformer(f"{published}attentions.{i}.", f"input_blocks.{block}.1.", depth, layout)
+                yield from _transformer(f"{published}attentions.{i}.", f"{host}1.", config, depth)
             width = level_width
             block += 1
-        if level + 1 < len(layout.widths):
+        if level + 1 < len(widths):
             yield from _layers(f"{published}downsamplers.0.", f"input_blocks.{block}.0.", {"conv": "op"})
             block += 1
 
 
-def _middle(layout: _Layout) -> Pairs:
-    if layout.middle_depth >= -1:
-        yield from _resnet("mid_block.resnets.0.", "middle_block.0.", False, layout)
-    if layout.middle_depth >= 0:
-        yield from _transformer("mid_block.attentions.0.", "middle_block.1.", layout.middle_depth, layout)
-        yield from _resnet("mid_block.resnets.1.", "middle_block.2.", False, layout)
+def _middle(config: Config) -> Pairs:
+    depth = config["transformer_depth_middle"]
+    if depth >= -1:
+        yield from _resnet("mid_block.resnets.0.", "middle_block.0.", config, shortcut=False)
+    if depth >= 0:
+        yield from _transformer("mid_block.attentions.0.", "middle_block.1.", config, depth)
+        yield from _resnet("mid_block.resnets.1.", "middle_block.2.", config, shortcut=False)
 
 
-def _up(layout: _Layout) -> Pairs:
-    block, depths = 0, list(layout.up_depths)
-    for level in reversed(range(len(layout.widths))):
-        published = f"up_blocks.{len(layout.widths) - 1 - level}."
-        for i in range(layout.resnets[level] + 1):
-            host, depth = f"output_blocks.{block}.", depths.pop()
+def _up(config: Config) -> Pairs:
+    block, depths, resnets = 0, reversed(config["transformer_depth_output"]), config["num_res_blocks"]
+    for level in reversed(range(len(resnets))):
+        published = f"up_blocks.{len(resnets) - 1 - level}."
+        for i in range(resnets[level] + 1):
+            host, depth = f"output_blocks.{block}.", next(depths)
             # h and a skip come in, together always wider than what goes out
-            yield from _resnet(f"{published}resnets.{i}.", f"{host}0.", True, layout)
+            yield from _resnet(f"{published}resnets.{i}.", f"{host}0.", config, shortcut=True)
             if depth > 0:
-                yield from _transformer(f"{published}attentions.{i}.", f"{host}1.", depth, layout)
-            if level and i == layout.resnets[level]:
+                yield from _transformer(f"{published}attentions.{i}.", f"{host}1.", config, depth)
+            if level and i == resnets[level]:
                 place = 2 if depth > 0 else 1  # the upsampler follows whatever stands in its block
                 yield from _layers(f"{published}upsamplers.0.", f"{host}{place}.", _same("conv"))
             block += 1
 
 
-def _resnet(published: str, host: str, shortcut: bool, layout: _Layout) -> Pairs:
+def _resnet(published: str, host: str, config: Config, shortcut: bool) -> Pairs:
     modules = RESNET | (SHORTCUT if shortcut else {})
-    if not layout.temporal_resnets:
+    if not config.get("use_temporal_resblock"):
         yield from _layers(published, host, modules)
         return
     yield from _layers(f"{published}spatial_res_block.", host, modules)
@@ -207,25 +172,24 @@ def _resnet(published: str, host: str, shortcut: bool, layout: _Layout) -> Pairs
     yield f"{published}{_MIX}", f"{host}{_MIX}"
 
 
-def _transformer(published: str, host: str, depth: int, layout: _Layout) -> Pairs:
+def _transformer(published: str, host: str, config: Config, depth: int) -> Pairs:
     yield from _layers(published, host, _AROUND_BLOCKS)
     for i in range(depth):
         block = f"transformer_blocks.{i}."
         yield from _attention_block(f"{published}{block}", f"{host}{block}")
-    if not layout.temporal_attention:
+    if not config.get("use_temporal_attention"):
         return
     yield from _layers(published, host, _TIME_POSITION)
     yield f"{published}{_MIX}", f"{host}{_MIX}"
     for i in range(depth):
         ours, theirs = f"{published}temporal_transformer_blocks.{i}.", f"{host}time_stack.{i}."
         yield from _layers(ours, theirs, _FEED_IN)
-        yield from _attention_block(ours, theirs, cross=layout.temporal_cross_attention)
+        yield from _attention_block(ours, theirs, cross=not config.get("disable_temporal_crossattention"))
 
 
 def _attention_block(published: str, host: str, cross: bool = True) -> Pairs:
     attentions = ("attn1", "attn2") if cross else ("attn1",)
-    modules = _SELF_ATTENTION | (_CROSS_ATTENTION if cross else {}) | _FEED_FORWARD
-    yield from _layers(published, host, modules)
+    yield from _layers(published, host, _SELF_ATTENTION | (_CROSS_ATTENTION if cross else {}) | _FEED_FORWARD)
     yield from _layers(published, host, _same(*(f"{a}.{p}" for a in attentions for p in _QKV)), ("weight",))
 
 
@@ -254,16 +218,15 @@ _CONTEXT_STREAM = {
 }
 _CONTEXT_MODULATION = {"norm1_context.linear": "context_block.adaLN_modulation.1"}
 _FINAL_MODULATION = {"norm_out.linear": "final_layer.adaLN_modulation.1"}
-_FUSED = {
-    "x_block.attn": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "context_block.attn": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "x_block.attn2": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+_ATTENTIONS = {
+    "x_block.attn": (("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.norm_q", "attn.norm_k")),
+    "context_block.attn": (
+        ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        ("attn.norm_added_q", "attn.norm_added_k"),
+    ),
+    "x_block.attn2": (("attn2.to_q", "attn2.to_k", "attn2.to_v"), ("attn2.norm_q", "attn2.norm_k")),
 }
-_QK_NORMS = {
-    "x_block.attn": ("attn.norm_q", "attn.norm_k"),
-    "context_block.attn": ("attn.norm_added_q", "attn.norm_added_k"),
-    "x_block.attn2": ("attn2.norm_q", "attn2.norm_k"),
-}
+"""Host's attention -> published projections, fused there, and norms of query and key."""
 _HEAD_WIDTH = 64
 
 
@@ -287,11 +250,13 @@ def mmdit_key_map(
         streams = _IMAGE_STREAM | ({} if last else _CONTEXT_STREAM) | (_SECOND_ATTENTION if i in dual else {})
         targets.update(_targets(_layers(ours, theirs, streams)))
         targets.update(_targets(_layers(ours, theirs, _CONTEXT_MODULATION), swap_halves=last))
-        for attention in _FUSED if i in dual else ("x_block.attn", "context_block.attn"):
-            targets.update(_fused(ours, f"{theirs}{attention}", _FUSED[attention], depth * _HEAD_WIDTH))
+        for attention, (projections, norms) in _ATTENTIONS.items():
+            if attention == "x_block.attn2" and i not in dual:
+                continue
+            targets.update(_fused(ours, f"{theirs}{attention}", projections, depth * _HEAD_WIDTH))
             if qk_norm:
-                norms = dict(zip(_QK_NORMS[attention], ("ln_q", "ln_k"), strict=True))
-                targets.update(_targets(_layers(ours, f"{theirs}{attention}.", norms, ("weight",))))
+                modules = dict(zip(norms, ("ln_q", "ln_k"), strict=True))
+                targets.update(_targets(_layers(ours, f"{theirs}{attention}.", modules, ("weight",))))
     return targets
 
 
@@ -327,3 +292,43 @@ def strip_prefix(
             )
         bare = {name: b.removeprefix(prefix) for name, b in bare.items()}
     return bare
+
+
+def resolve_names(names: Iterable[str], key_map: KeyMap, source: str = "the weights file") -> dict[str, Target]:
+    """Name in a file -> its target in the host's model; host names stand for themselves.
+
+    Raises CheckpointError where a name is not the model's, with the first few and the family they look like.
+    """
+    bare = strip_prefix(names, source=source)
+    targets = {name: as_target(target) for name, target in key_map.items()}
+    if any(name.startswith(HOST_ROOTS) for name in bare.values()):
+        targets = {target.name: Target(target.name) for target in targets.values()}
+    unknown = [name for name, b in bare.items() if b not in targets]
+    if unknown:
+        raise CheckpointError(
+            f"{source}: {listed('names that the connected model does not have', unknown)}. "
+            f"{family_hint({b: () for b in bare.values()})}Nothing was loaded."
+        )
+    return {name: targets[b] for name, b in bare.items()}
+
+
+_FAMILY_MARKS = {
+    "SD3": r"^(transformer_blocks|joint_blocks)\.",
+    "SVD": r"temporal_|\.time_stack\.",
+    "SDXL": r"\.transformer_blocks\.[1-9]|^add_embedding\.|^label_emb\.",
+    "SD1.5 or SD2.1": r"^(down_blocks\.0\.attentions|up_blocks\.3|input_blocks\.1\.1|output_blocks\.11)\.",
+}
+"""Family -> what only its names match, after those above it."""
+_CONTEXT_WIDTHS = {768: "SD1.5", 1024: "SD2.1", 2048: "SDXL"}
+
+
+def family_hint(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """A sentence on the family that bare names and shapes belong to; empty where they do not tell.
+
+    shapes: `()` where not known. The width of the context tells SD1.5 from SD2.1, whose names are the same.
+    """
+    family = next((f for f, mark in _FAMILY_MARKS.items() if any(re.search(mark, name) for name in shapes)), "")
+    widths = {shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight") and len(shape) == 2}
+    if len(widths) == 1 and family not in ("SD3", "SVD"):
+        family = _CONTEXT_WIDTHS.get(widths.pop(), family)
+    return f"The file looks made for {family}: connect such a model. " if family else ""

@@ -7,16 +7,15 @@ one at a time: no model is ever held in fp32 beside the file. The strength is ap
 from __future__ import annotations
 
 import math
-import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 
 import torch
 from torch import Tensor
 
-from .checkpoint import CheckpointError, listed
-from .key_maps import HOST_ROOTS, KeyMap, Target, as_target, strip_prefix
+from .checkpoint import CheckpointError
+from .key_maps import KeyMap, Target, as_target, family_hint, resolve_names, strip_prefix
 
 HOST_PREFIX = "diffusion_model."
 """What the host puts before the names of a UNet's tensors in its patches."""
@@ -32,42 +31,12 @@ FP16_MAX = torch.finfo(torch.float16).max
 # What lies between is not guessed: the wrong kind would double the model's weights, or take them away.
 SMALL, HALF, ORTHOGONAL = 0.3, 0.5, 0.3
 
-_FAMILY_MARKS = (
-    ("SD3", re.compile(r"^(transformer_blocks|joint_blocks)\.")),
-    ("SVD", re.compile(r"temporal_|\.time_stack\.")),
-    ("SDXL", re.compile(r"\.transformer_blocks\.[1-9]|^add_embedding\.|^label_emb\.")),
-    (
-        "SD1.5 or SD2.1",
-        re.compile(r"^(down_blocks\.0\.attentions|up_blocks\.3|input_blocks\.1\.1|output_blocks\.11)\."),
-    ),
-)
-"""The first family one of whose names matches."""
-_CONTEXT_WIDTHS = {768: "SD1.5", 1024: "SD2.1 or SVD", 2048: "SDXL"}
-
 
 class WeightsKind(str, Enum):
     """What the tensors of a weights file are."""
 
     DIFFERENCE = "difference"
     FULL = "full"
-
-
-def resolve_names(names: Iterable[str], key_map: KeyMap, source: str = "the weights file") -> dict[str, Target]:
-    """Name in a file -> its target in the host's model; host names stand for themselves.
-
-    Raises CheckpointError where a name is not the model's, with the first few and the family they look like.
-    """
-    bare = strip_prefix(names, source=source)
-    targets = {name: as_target(target) for name, target in key_map.items()}
-    if any(name.startswith(HOST_ROOTS) for name in bare.values()):
-        targets = {target.name: Target(target.name) for target in targets.values()}
-    unknown = [name for name, b in bare.items() if b not in targets]
-    if unknown:
-        raise CheckpointError(
-            f"{source}: {listed('names that the connected model does not have', unknown)}. "
-            f"{family_hint({b: () for b in bare.values()})}Nothing was loaded."
-        )
-    return {name: targets[b] for name, b in bare.items()}
 
 
 def decide_kind(file: Mapping[str, Tensor], base: Base, source: str = "the weights file") -> WeightsKind:
@@ -273,15 +242,3 @@ def _shape_error(source: str, name: str, file: Mapping[str, Tensor], current: Te
         f"{source}: '{name}' has shape {list(file[name].shape)}, the connected model {list(current.shape)}. "
         f"{hint}Nothing was loaded."
     )
-
-
-def family_hint(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """A sentence on the family that bare names and shapes belong to; empty where they do not tell.
-
-    shapes: `()` where not known. The width of the context outweighs the names, which SD1.5 and SD2.1 share.
-    """
-    by_name = next((family for family, mark in _FAMILY_MARKS if any(mark.search(name) for name in shapes)), "")
-    widths = {s[1] for name, s in shapes.items() if name.endswith("attn2.to_k.weight") and len(s) == 2}
-    by_width = _CONTEXT_WIDTHS.get(widths.pop(), "") if len(widths) == 1 and by_name not in ("SVD", "SD3") else ""
-    family = by_width or by_name
-    return f"The file looks made for {family}: connect such a model. " if family else ""
