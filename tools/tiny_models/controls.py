@@ -87,7 +87,8 @@ def make_unet_difference(
 ) -> Path:
     """The UNet half of a ControlNeXt: output projections of attention layers in diffusers names.
 
-    rule: "to_out" (all) or "attn2_to_out" (cross-attention only). kind "difference": normal numbers of std `scale`.
+    rule: "to_out" (all) or "attn2_to_out" (cross-attention only). kind "difference": normal numbers of std `scale`,
+    by default a third of the size of the weights they go onto (320 ** -0.5).
     kind "full": the same numbers on top of `base`, the UNet's tensors in LDM names without prefix.
     Raises ValueError if kind is unknown or a full file is asked for without a base.
     """
