@@ -144,6 +144,22 @@ def test_a_server_that_dies_while_starting_is_shown_with_its_last_words(tmp_path
         ComfyServer.start(host, tmp_path / "base", log=tmp_path / "server.log")
 
 
+FAKE_IMPORT_FAILURE = """
+print("Traceback (most recent call last):\\n  someone else's")
+print("Traceback (most recent call last):\\n  File ours\\nKeyError: 'x'\\n")
+print("Cannot import PACK module for custom nodes: 'x'")
+print("   0.1 seconds (IMPORT FAILED): PACK", flush=True)
+"""
+
+
+def test_a_pack_that_does_not_import_is_shown_with_its_traceback(tmp_path: Path) -> None:
+    main = FAKE_IMPORT_FAILURE.replace("PACK", str(ROOT)) + FAKE_MAIN
+    host = fake_host(tmp_path / "host", main)
+    with pytest.raises(ComfyError, match=r"could not import the pack:\n +Traceback.*\n +File ours\n") as caught:
+        ComfyServer.start(host, tmp_path / "base", log=tmp_path / "server.log")
+    assert "someone else" not in str(caught.value)
+
+
 def test_a_server_that_never_answers_is_given_up(tmp_path: Path) -> None:
     host = fake_host(tmp_path / "host", "import time\nprint('thinking', flush=True)\ntime.sleep(60)\n")
     server = ComfyServer.start(host, tmp_path / "base", log=tmp_path / "server.log", wait=False)

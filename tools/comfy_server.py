@@ -108,6 +108,7 @@ class ComfyServer(ComfyClient):
         if wait:
             try:
                 server.wait_until_ready()
+                server.require_pack(pack)
             except BaseException:
                 server.stop()
                 raise
@@ -124,6 +125,14 @@ class ComfyServer(ComfyClient):
                 return
             time.sleep(0.2)
         raise ComfyError(f"ComfyUI did not answer within {seconds:g} s: {self.whereabouts()}")
+
+    def require_pack(self, pack: Path) -> None:
+        """Raise ComfyError with the host's traceback if its log says that the pack did not import."""
+        lines = self.log_lines()
+        if any("(IMPORT FAILED)" in line and line.endswith(str(pack)) for line in lines):
+            end = next(i for i, line in enumerate(lines) if line.startswith(f"Cannot import {pack} "))
+            begin = max((i for i in range(end) if lines[i].startswith("Traceback")), default=end)
+            raise ComfyError("ComfyUI could not import the pack:\n    " + "\n    ".join(lines[begin : end + 1]))
 
     def stop(self) -> int | None:
         """End the server: let it finish by itself, then insist. Returns the process's exit status."""
