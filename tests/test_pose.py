@@ -220,7 +220,7 @@ def test_a_whole_clip_or_a_reference_without_people_stops_with_its_name() -> Non
     ("size", "name"), [((100, 320), "width: 100"), ((192, 56), "height: 56"), ((0, 64), "width: 0")]
 )
 def test_sizes_are_multiples_of_8_from_64(size: tuple[int, int], name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} is not a multiple of 8 of 64 or more"):
+    with pytest.raises(ValueError, match=f"{name} must be a multiple of 8 and at least 64"):
         align_poses([frame(person())], [frame(person())], size)
 
 
@@ -233,6 +233,15 @@ def test_a_known_scale_and_shift_is_undone_exactly() -> None:
     assert len(poses) == 3
     for pose in poses:
         np.testing.assert_allclose(points_of(pose), points_of(reference), atol=1e-9)
+
+
+def test_frames_of_different_canvas_sizes_are_one_clip() -> None:
+    driving = [
+        frame(person(0.6, (300.0, 40.0)), canvas=(640, 360)),
+        frame(person(1.2, (600.0, 80.0)), canvas=(1280, 720)),
+    ]
+    _, small, large = align_poses([frame(person())], driving, SIZE)
+    np.testing.assert_allclose(points_of(small), points_of(large), atol=1e-9)
 
 
 def random_bodies(seed: int, count: int) -> np.ndarray:
@@ -300,8 +309,12 @@ def test_too_little_in_common_and_upside_down_are_refused() -> None:
     head, legs = only(person(), {0, 14, 15, 16, 17}), only(person(), {8, 9, 10})
     with pytest.raises(ValueError, match="share 0 of the 14 body points .* Use a reference image and a clip"):
         align_poses([frame(head)], [frame(legs)], SIZE)
+    noses = [frame(only(person(1.0, (96.0, y)), {0})) for y in (0.0, 9.0)]
     with pytest.raises(ValueError, match="share 1 of the 14"):
-        align_poses([frame(person())], [frame(only(person(), {0}))], SIZE)
+        align_poses([frame(person())], noses, SIZE)
+    level = [frame(only(person(), {14, 15}))]
+    with pytest.raises(ValueError, match="share 2 of the 14 .* two at different heights"):
+        align_poses([frame(person())], level, SIZE)
     with pytest.raises(ValueError, match="driving_poses: .* would turn the person over"):
         align_poses([frame(person())], [frame(person(-1.0, (96.0, 310.0)))], SIZE)
 
@@ -326,7 +339,7 @@ def drawn(one: dict[str, Any]) -> np.ndarray:
     """The person, given in pixels of the canvas, on a canvas of 1000x2000, RGB as the encoder sees it: (H, W, 3)."""
     canvas = np.zeros((1000, 2000, 3), dtype=np.uint8)
     draw_pose(canvas, pose_in(one, (2000, 1000)))
-    return canvas[..., ::-1].astype(float)
+    return canvas[..., ::-1]
 
 
 def body_only(points: dict[int, tuple[float, float, float]]) -> dict[str, Any]:
@@ -350,9 +363,8 @@ def test_each_joint_has_its_colour_times_confidence_with_red_and_blue_exchanged(
         picture = drawn(body_only({index: places[index]}))
         expected = [int(channel * confidence) for channel in OPENPOSE[index][::-1]]
         np.testing.assert_allclose(picture[700, 100 + 100 * index], expected, atol=1e-3)
-        rows, columns = np.nonzero(picture.any(axis=-1))
-        assert (rows.min(), rows.max()) == (696, 704)
-        assert (columns.min(), columns.max()) == (96 + 100 * index, 104 + 100 * index)
+        assert np.flatnonzero(picture[700].any(axis=-1)).tolist() == list(range(96 + 100 * index, 105 + 100 * index))
+        assert np.flatnonzero(picture[:, 100 + 100 * index].any(axis=-1)).tolist() == list(range(696, 705))
 
 
 def test_sticks_are_darkened_and_multiplied_by_both_confidences() -> None:
@@ -426,6 +438,12 @@ def test_frames_are_float_rgb_within_0_and_1() -> None:
     assert frames.min() == 0
     assert frames.max() == 1
     np.testing.assert_array_equal(frames[0], frames[1])
+
+
+def test_nothing_of_a_frame_is_left_in_the_next() -> None:
+    poses = [pose_in(person(1.0, (x, 0.0)), SIZE) for x in (60.0, 130.0)]
+    together, alone = draw_poses(poses, SIZE), draw_poses(poses[1:], SIZE)
+    np.testing.assert_array_equal(together[1], alone[0])
 
 
 def test_points_far_outside_are_harmless() -> None:

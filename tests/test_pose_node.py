@@ -55,7 +55,7 @@ def test_the_reference_comes_first_as_float_images(node: Any) -> None:
 
 
 def test_errors_reach_the_user(node: Any) -> None:
-    with pytest.raises(ValueError, match="width: 60 is not a multiple of 8"):
+    with pytest.raises(ValueError, match="width: 60 must be a multiple of 8"):
         node.execute([pose_frame(0)], [pose_frame(0)], 60, 128)
     with pytest.raises(ValueError, match="driving_poses: has no frames"):
         node.execute([pose_frame(0)], [], 64, 128)

@@ -116,7 +116,7 @@ def _parse_frame(item: Any, where: str) -> PoseFrame:
 
 def _canvas_side(frame: Mapping[str, Any], key: str, where: str) -> float:
     side = frame.get(key)
-    if isinstance(side, bool) or not isinstance(side, numbers.Real) or not 0 < side < math.inf:
+    if isinstance(side, bool) or not isinstance(side, numbers.Real) or not 0 < float(side) < math.inf:
         raise ValueError(
             f"{where}: {key} is {side!r}. It must hold the size in pixels of the picture the pose is from."
         )
@@ -291,5 +291,5 @@ def check_size(size: tuple[int, int]) -> None:
     for name, side in zip(("width", "height"), size, strict=True):
         if side % SIDE_STEP or side < MIN_SIDE:
             raise ValueError(
-                f"{name}: {side} is not a multiple of {SIDE_STEP} of at least {MIN_SIDE}. Use the video's."
+                f"{name}: {side} must be a multiple of {SIDE_STEP} and at least {MIN_SIDE}; use the video's."
             )

@@ -87,7 +87,7 @@ def draw_body(canvas: np.ndarray, xy: np.ndarray, confidence: np.ndarray) -> Non
         angle = int(math.degrees(math.atan2(y0 - y1, x0 - x1)))
         outline = cv2.ellipse2Poly(pixel(((x0 + x1) / 2, (y0 + y1) / 2)), axes, angle, 0, 360, 1)
         dark = shaded(shaded(colour, confidence[start] * confidence[end]), STICK_BRIGHTNESS)
-        cv2.fillConvexPoly(canvas, outline, dark)
+        cv2.fillConvexPoly(canvas, np.array(outline), dark)
     for point, colour, sure in zip(xy, COLOURS, confidence, strict=True):
         if sure >= SEEN:
             cv2.circle(canvas, pixel(point), BODY_RADIUS, shaded(colour, sure), thickness=-1)
