@@ -31,6 +31,8 @@ runpy.run_path(str(ROOT / "_alias.py"))
 
 from comfyui_controlnext.tools.launcher import declare_missing_torchvision_ops  # noqa: E402
 
+pytest_plugins = ["comfyui_controlnext.tests.sampling_fixtures"]
+
 _private_base = tempfile.TemporaryDirectory(prefix="controlnext-", ignore_cleanup_errors=True)
 
 
