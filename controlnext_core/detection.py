@@ -144,7 +144,8 @@ def _starts(*starts: str) -> Callable[[Names], bool]:
 FOREIGN: tuple[tuple[Callable[[Names], bool], str], ...] = (
     (
         _any("enc_zero_convs_in.0.0.weight", "control_to_base_for_conv_in.weight", "ctrl_conv_in.weight"),
-        "is a ControlNet-XS, another method than ControlNeXt. Load it with a ControlNet-XS loader.",
+        "is a ControlNet-XS, another method than ControlNeXt. Load it with Load ControlNet-XS; it stacks with "
+        "ControlNeXt.",
     ),
     (
         _any(".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", "lora_unet_", "lora_te"),

@@ -13,6 +13,10 @@ from ._api import io
 MASK_TOOLTIP = "Where the control acts: 1 fully, 0 not at all. Masks of Options and Apply multiply."
 
 
+FOLLOW_STRENGTH = -1.0
+"""The time_mix that leaves the mix to the strength."""
+
+
 def our_control(control_net: Any) -> HostControl:
     """A CONTROL_NET of this pack, or an error that says which node to use."""
     if not isinstance(control_net, HostControl):
@@ -86,6 +90,18 @@ class ControlNeXtApply(io.ComfyNode):
         return io.NodeOutput(attach(model, control.set_cond_hint(hint, strength, (start_percent, end_percent))))
 
 
+def _part_input(part: str) -> io.Float.Input:
+    return io.Float.Input(
+        f"{part}_strength",
+        default=1.0,
+        min=0.0,
+        max=10.0,
+        step=0.01,
+        optional=True,
+        tooltip=f"ControlNet-XS: multiplies what the model's {part} gets, beside the strength of the Apply node.",
+    )
+
+
 class ControlNeXtOptions(io.ComfyNode):
     """Who gets the control, where, and how strongly over the run."""
 
@@ -114,6 +130,17 @@ class ControlNeXtOptions(io.ComfyNode):
                     tooltip="percent:strength pairs, e.g. 0:1, 0.4:1, 0.8:0.2, linear in between; multiplies the "
                     "strength of the Apply node.",
                 ),
+                *(_part_input(part) for part in ("encoder", "middle", "decoder")),
+                io.Float.Input(
+                    "time_mix",
+                    default=FOLLOW_STRENGTH,
+                    min=FOLLOW_STRENGTH,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="ControlNet-XS with a time embedding of its own: how much that counts (time_mix^0.3). -1 "
+                    "follows the strength, 1 is what diffusers does.",
+                ),
             ],
             outputs=[io.ControlNet.Output(tooltip="The control with these options.")],
         )
@@ -127,8 +154,24 @@ class ControlNeXtOptions(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, control_net: Any, apply_to: str, mask: Any = None, schedule: str = "") -> io.NodeOutput:
-        options = {"apply_to": Halves(apply_to), "masks": () if mask is None else (mask,)}
+    def execute(
+        cls,
+        control_net: Any,
+        apply_to: str,
+        mask: Any = None,
+        schedule: str = "",
+        encoder_strength: float = 1.0,
+        middle_strength: float = 1.0,
+        decoder_strength: float = 1.0,
+        time_mix: float = FOLLOW_STRENGTH,
+    ) -> io.NodeOutput:
+        options: dict[str, Any] = {
+            "apply_to": Halves(apply_to),
+            "masks": () if mask is None else (mask,),
+            "parts": (encoder_strength, middle_strength, decoder_strength),
+        }
+        if time_mix >= 0:
+            options["time_mix"] = time_mix
         if schedule.strip():
             options["schedule"] = parse_schedule(schedule)
         return io.NodeOutput(our_control(control_net).with_options(**options))

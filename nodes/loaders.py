@@ -7,8 +7,11 @@ from typing import Any
 from ..controlnext_core.comfy_adapter import files, inspecting, loading, saving
 from ..controlnext_core.comfy_adapter.control import ControlNeXtControl
 from ..controlnext_core.comfy_adapter.feedback import tell
+from ..controlnext_core.comfy_adapter.xs_control import ControlNetXSControl
+from ..controlnext_core.comfy_adapter.xs_saving import save_xs
 from ..controlnext_core.metadata import WEIGHTS_KINDS
 from ..controlnext_core.specs import SPECS
+from ..controlnext_core.xs_convert import LAYOUTS as XS_LAYOUTS
 from ._api import io, ui
 
 
@@ -141,11 +144,12 @@ class ControlNeXtSave(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "layout",
-                    options=list(saving.LAYOUTS),
+                    options=[*saving.LAYOUTS, *XS_LAYOUTS],
                     default=saving.LAYOUTS[0],
                     optional=True,
                     tooltip="single: one file. published: controlnet.safetensors and unet.safetensors in a folder, as "
-                    "the authors' scripts read them.",
+                    "the authors' scripts read them. ControlNet-XS: xs_official has the released names, xs_diffusers "
+                    "is a folder for diffusers.",
                 ),
                 io.Combo.Input(
                     "dtype",
@@ -169,8 +173,11 @@ class ControlNeXtSave(io.ComfyNode):
         layout: str = saving.LAYOUTS[0],
         dtype: str = "fp16",
     ) -> io.NodeOutput:
-        if not isinstance(control_net, ControlNeXtControl):
-            raise ValueError("control_net: is not a ControlNeXt. Connect the output of Load ControlNeXt.")
-        path = saving.save_control(control_net, model, filename_prefix, layout, dtype)
+        if isinstance(control_net, ControlNetXSControl):
+            path = save_xs(control_net, filename_prefix, layout, dtype)
+        elif isinstance(control_net, ControlNeXtControl):
+            path = saving.save_control(control_net, model, filename_prefix, layout, dtype)
+        else:
+            raise ValueError("control_net: is a stock ControlNet. Connect Load ControlNeXt or Load ControlNet-XS.")
         tell(f"saved {path}", cls.hidden.unique_id)
         return io.NodeOutput(str(path), ui=ui.PreviewText(str(path)))

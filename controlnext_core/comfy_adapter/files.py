@@ -90,12 +90,22 @@ def choose_weights(file: ControlFile, weights_name: str) -> ChosenWeights:
 
 def fingerprint(control_name: str, weights_name: str) -> str:
     """Changes when the control, its UNet weights or the choice between them change; for `fingerprint_inputs`."""
+    stamp = ""
     try:
         path = control_path(control_name)
         stamp = file_stamp(path)
         return f"{stamp}|{choose_weights(read_control_file(peek(path)), weights_name).stamp}"
-    except CheckpointError as error:  # the node itself raises it, where the user sees it
+    except CheckpointError as error:  # a file of another kind; the node itself raises it, where the user sees it
+        return f"{stamp}|{error}"
+
+
+def fingerprint_alone(control_name: str) -> str:
+    """Changes when the control's file or a config.json beside it does; for controls without UNet weights."""
+    try:
+        path = control_path(control_name)
+    except CheckpointError as error:
         return str(error)
+    return f"{file_stamp(path)}|{file_stamp(path.with_name('config.json'))}"
 
 
 def file_stamp(path: Path) -> str:

@@ -24,6 +24,8 @@ from .halves import half_gains, is_plain, needs_halves, places_hook
 
 log = logging.getLogger(__name__)
 
+NO_PARTS = (1.0, 1.0, 1.0)
+
 
 @dataclass(frozen=True)
 class ControlOptions:
@@ -33,6 +35,10 @@ class ControlOptions:
     masks: tuple[Tensor, ...] = ()
     """Each (1 or latents, 1, h, w) in [0, 1]; they multiply."""
     schedule: Schedule = Schedule(())
+    parts: tuple[float, float, float] = NO_PARTS
+    """Strengths of what the base's encoder, middle and decoder get, beside the strength; ControlNet-XS only."""
+    time_mix: float | None = None
+    """Takes the strength's place in the mix of an own time embedding; ControlNet-XS only."""
 
     @functools.cached_property
     def mask_id(self) -> str:
@@ -83,6 +89,8 @@ class HostControl(ControlBase):
     gain: Gain = Gain()
     """The gain of each half at strength 1, with the learned `scale` of the file where it has one."""
     scale: float | None = None
+    has_parts = False
+    """Whether `ControlOptions.parts` and `time_mix` mean something."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +122,17 @@ class HostControl(ControlBase):
         c.options = self.options
 
     def with_options(self, **changes: Any) -> HostControl:
-        """A copy with other options; masks multiply onto those that are there."""
+        """A copy with other options; masks and parts multiply onto those that are there.
+
+        Raises ValueError for options that this kind of control does not have.
+        """
+        parts = changes.pop("parts", NO_PARTS)
+        if not self.has_parts and (parts != NO_PARTS or changes.get("time_mix") is not None):
+            raise ValueError(
+                f"{self.name}: encoder_strength, middle_strength, decoder_strength and time_mix are for ControlNet-XS. "
+                "Leave them as they are (1, 1, 1, -1) for this control."
+            )
+        changes["parts"] = tuple(new * old for new, old in zip(parts, self.options.parts, strict=True))
         c = self.copy()
         masks = tuple(m for m in (clean_mask(mask) for mask in changes.pop("masks", ())) if m is not None)
         c.options = replace(self.options, masks=self.options.masks + masks, **changes)

@@ -6,17 +6,22 @@ import math
 from pathlib import Path
 
 from .. import checkpoint
-from ..detection import read_control_file
+from ..detection import DetectionError, read_control_file
 from ..specs import Spec
+from ..xs_detection import XSFile, is_xs, read_xs_file
 from .files import choose_weights
+from .xs_loading import configured_heads, describe
 
 
 def inspect_file(path: Path) -> str:
-    """Describe a control file: variant, base models, size, gain, where it is added, its UNet weights.
+    """Describe a control file: variant or size, base model, gain, where it is added, its UNet weights.
 
     Raises CheckpointError or DetectionError with what a file that is no control is instead.
     """
-    file = read_control_file(checkpoint.peek(path))
+    header = checkpoint.peek(path)
+    if is_xs(header.shapes):
+        return inspect_xs(read_xs_file(header))
+    file = read_control_file(header)
     parameters = sum(math.prod(file.header.shapes[stored]) for stored in file.encoder.values())
     dtypes = sorted({file.header.dtypes[stored] for stored in file.encoder.values()})
     lines = [
@@ -32,6 +37,22 @@ def inspect_file(path: Path) -> str:
         lines.append(f"trained gain: {file.metadata.gain:g}")
     lines += [f"{key}: {value}" for key, value in sorted(file.header.metadata.items())]
     return "\n".join(lines)
+
+
+def inspect_xs(file: XSFile) -> str:
+    """Describe a ControlNet-XS: size, base, type, own time embedding, heads."""
+    dtypes = sorted({file.header.dtypes[stored] for stored in file.names.values()})
+    try:
+        words = describe(file, file.norm_rule().name, file.heads(beside=configured_heads(file)))
+    except DetectionError as error:  # a sound file whose heads only the user can know
+        words = str(error)
+    return "\n".join(
+        [
+            f"{words}",
+            f"{file.header.path.stat().st_size:,} bytes, {len(file.names)} tensors, {', '.join(dtypes)}",
+            *(f"{key}: {value}" for key, value in sorted(file.header.metadata.items())),
+        ]
+    )
 
 
 def _describe(spec: Spec) -> str:

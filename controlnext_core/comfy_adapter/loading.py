@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import comfy.model_management
 import comfy.ops
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import CallbacksMP
 
 from ...models.controlnext import ControlNeXt
 from .. import checkpoint
@@ -22,9 +17,8 @@ from ..metadata import read_metadata
 from ..specs import Family, Spec, config_of, with_normalization, with_trained_gain
 from ..unet_weights import WeightsKind, decide_kind, host_differences, published_base
 from .base_facts import base_facts, check_pair
-from .collector import KEY
 from .control import ControlNeXtControl, LoadedControlNeXt
-from .features import CACHE, drop_features
+from .encoders import into_host
 from .files import ChosenWeights, choose_weights
 from .weights import add_differences, base_weights
 
@@ -94,25 +88,16 @@ def _kind(file: ControlFile, chosen: ChosenWeights, weights_kind: str) -> Weight
     return WeightsKind(metadata.weights_kind) if metadata.weights_kind else None
 
 
-STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
 def load_control(file: ControlFile, family: Family, variant: str = "auto") -> ControlNeXtControl:
     """Build the encoder of a recognised file for a base of this family.
 
     Raises DetectionError where they do not go together, CheckpointError for a damaged file.
     """
     spec = _as_trained(choose_spec(file, family, variant), file)
-    net = _encoder(file, spec)
-    dtype = next(net.parameters()).dtype
-    uid = f"{checkpoint.fingerprint(net.state_dict())}:{spec.build}:{dtype}"
-    patcher = ModelPatcher(
-        net,
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
-    patcher.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, functools.partial(drop_features, uid))
-    weakref.finalize(net, CACHE.drop, uid)
+    found = checkpoint.load(file.header.path, file.encoder.values())
+    tensors = {name: found[stored] for name, stored in file.encoder.items()}
+    net = ControlNeXt(config_of(spec, file.out_channels), device="meta", operations=comfy.ops.manual_cast)
+    patcher, uid = into_host(net, tensors, spec.build, str(file.header.path))
     scale = float(net.scale) if net.config.learned_scale else None
     return ControlNeXtControl(LoadedControlNeXt(patcher, spec, file.header.path.name, uid, scale))
 
@@ -122,12 +107,3 @@ def _as_trained(spec: Spec, file: ControlFile) -> Spec:
     if file.metadata.normalization:
         spec = with_normalization(spec, file.metadata.normalization)
     return spec if file.metadata.gain is None else with_trained_gain(spec, file.metadata.gain)
-
-
-def _encoder(file: ControlFile, spec: Spec) -> Any:
-    found = checkpoint.load(file.header.path, file.encoder.values())
-    tensors = {name: found[stored] for name, stored in file.encoder.items()}
-    tensors = {n: t if t.dtype in STORED_DTYPES else t.to(torch.float32) for n, t in tensors.items()}
-    net = ControlNeXt(config_of(spec, file.out_channels), device="meta", operations=comfy.ops.manual_cast)
-    checkpoint.load_strict(net, tensors, str(file.header.path))
-    return net.eval().requires_grad_(False)

@@ -30,14 +30,12 @@ def save_control(control: ControlNeXtControl, model: ModelPatcher | None, prefix
     prefix: as in the stock save nodes, may hold sub-folders; layout: `single` (one file, bundled) or `published`
     (a folder with controlnet.safetensors and unet.safetensors, the authors' names). Raises CheckpointError.
     """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: {layout} is for ControlNet-XS. Choose {' or '.join(LAYOUTS)} for a ControlNeXt.")
     kept = DTYPES[dtype]
     encoder = {name: t.to("cpu", kept) for name, t in control.net.patcher.model.state_dict().items()}
     weights = {name: t.to(kept) for name, t in _differences(model).items()} if model is not None else {}
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
-    stem = Path(folder) / f"{name}_{counter:05}_"
-    while stem.exists() or stem.with_suffix(".safetensors").exists():
-        counter += 1
-        stem = Path(folder) / f"{name}_{counter:05}_"
+    stem = free_stem(prefix)
     if layout == "published":
         metadata = _metadata(control, None, PUBLISHED_FILES[1] if weights else None)
         if weights:
@@ -48,6 +46,16 @@ def save_control(control: ControlNeXtControl, model: ModelPatcher | None, prefix
     tensors |= {BUNDLE_WEIGHTS + name: t for name, t in weights.items()}
     kind_name = WeightsKind.DIFFERENCE.value if weights else None
     return checkpoint.save(stem.with_suffix(".safetensors"), tensors, _metadata(control, kind_name, None))
+
+
+def free_stem(prefix: str) -> Path:
+    """A path below the host's output folder, without suffix, where no file or folder is yet."""
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    stem = Path(folder) / f"{name}_{counter:05}_"
+    while stem.exists() or stem.with_suffix(".safetensors").exists():
+        counter += 1
+        stem = Path(folder) / f"{name}_{counter:05}_"
+    return stem
 
 
 def _metadata(control: ControlNeXtControl, kind: str | None, weights_file: str | None) -> dict[str, str]:

@@ -1,0 +1,172 @@
+"""ControlNet-XS as a CONTROL_NET."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...models.controlnet_xs import ControlNetXS, Walk
+from ..feature_cache import GroupKey
+from ..xs_detection import XSFile
+from ..xs_specs import XSShape, base_widths_of
+from .base_facts import BaseFacts
+from .features import CACHE, cached_rows
+from .feedback import warn_if_tiled
+from .host_control import HostControl, hint_rows
+from .xs_forward import Companion, XSJob, join_forward
+
+TIME_EXPONENT = 0.3
+"""An own time embedding counts strength^0.3. Source: the released samplers; diffusers has a constant^0.3."""
+
+
+@dataclass(frozen=True)
+class LoadedXS:
+    """A ControlNet-XS in the host's hands."""
+
+    patcher: ModelPatcher
+    file: XSFile
+    norm_rule: str
+    heads: tuple[int, ...]
+    """Per encoder block, the middle's at the end; 0 = no attention."""
+    uid: str
+    """Content hash of the weights with what else changes the features."""
+
+    @property
+    def net(self) -> ControlNetXS:
+        return self.patcher.model
+
+
+class ControlNetXSControl(HostControl):
+    """One ControlNet-XS, for the stock Apply nodes and for ControlNeXtApply."""
+
+    has_parts = True
+
+    def __init__(self, loaded: LoadedXS) -> None:
+        super().__init__()
+        self.loaded = loaded
+        self.name = loaded.file.header.path.name
+        self.set_hooks()
+
+    def copy(self) -> ControlNetXSControl:
+        c = ControlNetXSControl(self.loaded)
+        self.copy_to(c)
+        return c
+
+    def get_models(self) -> list[ModelPatcher]:
+        return [*super().get_models(), self.loaded.patcher]
+
+    def check(self, facts: BaseFacts) -> None:
+        check_xs_pair(facts, self.loaded.file.shape, self.name)
+
+    def join(self, transformer_options: dict[str, Any], x: Tensor, sigma: float, strength: float) -> None:
+        options = self.options
+        mix = -1.0 if options.time_mix is None else options.time_mix
+        order = (self.loaded.uid, self.hint_id, strength, options.apply_to.value, options.mask_id, options.parts, mix)
+        start = functools.partial(self.start, prepared_for=x, sigma=sigma, strength=strength)
+        join_forward(transformer_options, XSJob(order, start))
+
+    def start(
+        self,
+        x: Tensor,
+        context: Tensor,
+        transformer_options: dict[str, Any],
+        *,
+        prepared_for: Tensor,
+        sigma: float,
+        strength: float,
+    ) -> Companion | None:
+        """Set out beside the base; x (rows, 4 or more, H, W) and context (rows, T, D) are what the UNet is given."""
+        assert self.run is not None
+        self.run.reached += 1
+        warn_if_tiled(self.name, x.shape, prepared_for)
+        chunks = transformer_options.get("cond_or_uncond") or [0]
+        if x.shape[0] % len(chunks):
+            chunks = [0]
+        active = [n for n, gain in enumerate(self.chunk_gains(chunks, transformer_options)) if gain]
+        if not active:
+            return None
+        self.run.added += 1
+        latents = x.shape[0] // len(chunks)
+        rows = None
+        if len(active) < len(chunks):
+            rows = torch.cat([torch.arange(n * latents, (n + 1) * latents, device=x.device) for n in active])
+        hint = self.hint_features(hint_rows(latents, self.cond_hint_original.shape[0], transformer_options), x)
+        own_time = self.own_time(sigma, x) if self.loaded.net.config.own_time is not None else None
+
+        def mask(h: Tensor) -> Tensor | None:
+            whole = self.mask(latents, h, transformer_options)
+            return whole if whole is None or whole.shape[0] == 1 else whole.repeat(len(active), 1, 1, 1)
+
+        def take(batch: Tensor) -> Tensor:
+            return batch if rows is None else batch.index_select(0, rows)
+
+        return Companion(
+            name=self.name,
+            walk=Walk(self.loaded.net, take(x), hint if hint.shape[0] == 1 else hint.repeat(len(active), 1, 1, 1)),
+            rows=rows,
+            context=take(context),
+            strengths=tuple(strength * part for part in self.options.parts),
+            mask=mask,
+            own_time=own_time,
+            mix=time_mix(strength if self.options.time_mix is None else self.options.time_mix),
+        )
+
+    def hint_features(self, rows: tuple[int, ...], x: Tensor) -> Tensor:
+        """The hint encoder's output for each row's hint: (len(rows), C, H, W) in x's dtype; cached."""
+        group = GroupKey(self.loaded.uid, self.hint_id)
+
+        def encode(batch: tuple[int, ...]) -> Tensor:
+            return self.loaded.net.encode_hint(self.sized_hint(batch, x, x.dtype))
+
+        return cached_rows(group, rows, (tuple(x.shape[-2:]), x.dtype), x.device, encode)
+
+    def own_time(self, sigma: float, x: Tensor) -> Tensor:
+        """The own time embedding at this sigma, (1, D) in x's dtype; cached."""
+        assert self.run is not None
+        group, timestep = GroupKey(self.loaded.uid, "time"), self.run.timestep(sigma)
+        key = (round(timestep, 6), x.dtype)
+        found = CACHE.get(group, key, x.device)
+        if found is None:
+            found = self.loaded.net.embed_time(torch.tensor([timestep], device=x.device), x.dtype)
+            CACHE.put(group, key, found)
+        return found
+
+
+def time_mix(strength: float) -> float:
+    """How far an own time embedding takes the place of the base's: strength^0.3, 0 for strengths below 0."""
+    return max(strength, 0.0) ** TIME_EXPONENT
+
+
+def check_xs_pair(facts: BaseFacts, shape: XSShape, name: str) -> None:
+    """Raise ValueError unless a ControlNet-XS of this shape fits this base model; `name` is the control's file."""
+    wanted = shape.family.value
+    if facts.family is not shape.family or not facts.unet_config:
+        raise ValueError(
+            f"{name}: is a ControlNet-XS for {wanted}, but the connected model is {facts.family.value}. Connect a "
+            f"{wanted} checkpoint or choose another control."
+        )
+    config = facts.unet_config
+    base, decoder = base_widths_of(config)
+    for what, theirs, ours in (
+        ("text context", config.get("context_dim"), shape.context_dim),
+        ("first channels and time embedding", 4 * config["model_channels"], shape.time_dim),
+        ("encoder blocks", base, shape.base_widths),
+        ("decoder blocks", decoder, shape.decoder_widths),
+    ):
+        if theirs != ours:
+            raise ValueError(
+                f"{name}: was made for a base model with other {what}: {_words(ours)}, but the connected model has "
+                f"{_words(theirs)}. Connect the {wanted} checkpoint that this control was trained for."
+            )
+
+
+def _words(widths: Any) -> str:
+    """Channels in words; a whole UNet's as runs of equal ones."""
+    if not isinstance(widths, tuple):
+        return str(widths)
+    return f"{len(widths)} blocks of " + "-".join(str(width) for width in dict.fromkeys(widths))

@@ -1,0 +1,207 @@
+"""ControlNet-XS in one forward of the host's UNet: every control walks beside the base, block by block.
+
+The wrapper and its patches exist for one call of the UNet. Patch points used: `emb_patch` (time embedding),
+`input_block_patch` (before the skip is stored), `input_block_patch_after_skip` (the features that the next block
+gets), `output_block_patch` (before the features meet the skip; the middle's turn comes at the first of them, since
+nothing but other controls' residuals happens in between).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...models.controlnet_xs import Walk, fit
+from .collector import AFTER_SKIP, BEFORE_OUTPUT, Collector
+
+XS_KEY = "controlnext_xs"
+EMB, BEFORE_SKIP = "emb_patch", "input_block_patch"
+
+Options = dict[str, Any]
+
+
+@dataclass
+class Companion:
+    """One control in one forward. Its rows are those that get control at all."""
+
+    name: str
+    walk: Walk
+    rows: Tensor | None
+    """Which of the batch's rows, as an index; None = all."""
+    context: Tensor
+    """(rows, T, context_dim)"""
+    strengths: tuple[float, float, float]
+    """What the base gets in its encoder, middle and decoder is multiplied by these."""
+    mask: Callable[[Tensor], Tensor | None]
+    """(features) -> (1 or rows, 1, H, W) in [0, 1] at their size, or None."""
+    own_time: Tensor | None = None
+    """(1, D), the control's own time embedding."""
+    mix: float = 0.0
+    """How far the base's time embedding goes towards the own one: 0 not at all, 1 all the way."""
+
+    def take(self, batch: Tensor) -> Tensor:
+        """The control's rows of a batch."""
+        return batch if self.rows is None else batch.index_select(0, self.rows)
+
+    def weighted(self, correction: Tensor, h: Tensor, strength: float) -> Tensor:
+        """What is added to h (all rows, C, H, W): the correction at its size, strength and mask, 0 in other rows."""
+        delta = fit(correction, h) * strength
+        mask = self.mask(h)
+        if mask is not None:
+            delta = delta * mask.to(delta.dtype)
+        return delta if self.rows is None else torch.zeros_like(h).index_copy(0, self.rows, delta)
+
+
+@dataclass(frozen=True)
+class XSJob:
+    """One control's part in one forward."""
+
+    order: tuple[Any, ...]
+    """Sorts the controls, so that the order of nodes does not change the rounding."""
+    start: Callable[[Tensor, Tensor, Options], Companion | None]
+    """(x, context, transformer_options), as the UNet is given them -> the companion, or None for no control."""
+
+
+class XSForward:
+    """DIFFUSION_MODEL wrapper of one forward: brings the patches along for the time of the call."""
+
+    def __init__(self, jobs: tuple[XSJob, ...] = ()) -> None:
+        self.jobs = jobs
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> XSForward:
+        return self  # packs that copy transformer_options must not copy networks with it
+
+    def __call__(
+        self,
+        executor: Any,
+        x: Tensor,
+        timesteps: Any = None,
+        context: Any = None,
+        y: Tensor | None = None,
+        control: Any = None,
+        transformer_options: Options | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        options = dict(transformer_options or {})
+        started = (job.start(x, context, options) for job in sorted(self.jobs, key=lambda job: job.order))
+        companions = [companion for companion in started if companion is not None]
+        if not companions:
+            return executor(x, timesteps, context, y, control, options, **kwargs)
+        lockstep = Lockstep(companions, executor.class_obj, y)
+        options["patches"] = lockstep.patches(options.get("patches", {}))
+        options.pop("original_shape", None)  # the UNet's forward sets it: a sign that it ran
+        out = executor(x, timesteps, context, y, control, options, **kwargs)
+        lockstep.check_finished(ran="original_shape" in options)
+        return out
+
+
+def join_forward(transformer_options: Options, job: XSJob) -> None:
+    """Put a job into the options of the coming forward, which must belong to that forward alone.
+
+    The dictionaries and lists inside are replaced, not written to. Ours is the innermost wrapper.
+    """
+    wrappers = dict(transformer_options.get("wrappers", {}))
+    of_unet = dict(wrappers.get(WrappersMP.DIFFUSION_MODEL, {}))
+    jobs = of_unet.pop(XS_KEY)[0].jobs if XS_KEY in of_unet else ()
+    of_unet[XS_KEY] = [XSForward((*jobs, job))]
+    transformer_options["wrappers"] = {**wrappers, WrappersMP.DIFFUSION_MODEL: of_unet}
+
+
+class Lockstep:
+    """The patches of one forward, and how far it has come."""
+
+    def __init__(self, companions: Sequence[Companion], unet: Any, y: Tensor | None) -> None:
+        self.companions, self.unet, self.y = companions, unet, y
+        self.embs: list[Tensor] = []
+        self.encoded = self.decoded = 0
+
+    def patches(self, others: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """The host's patches with ours among them. FreeU and deep shrink come after what we add, ControlNeXt before."""
+        new = {name: list(patches) for name, patches in others.items()}
+        new[EMB] = [self.mix_time, *new.get(EMB, []), self.take_time]
+        new[BEFORE_SKIP] = [self.encode, *new.get(BEFORE_SKIP, [])]
+        new[AFTER_SKIP] = [*new.get(AFTER_SKIP, []), self.listen]
+        outputs = new.get(BEFORE_OUTPUT, [])
+        at = sum(isinstance(getattr(patch, "__self__", None), Collector) for patch in outputs[:1])
+        new[BEFORE_OUTPUT] = [*outputs[:at], self.decode, *outputs[at:]]
+        return new
+
+    def mix_time(self, emb: Tensor, model_channels: int, options: Options) -> Tensor:
+        """emb_patch, first: emb + sum of mix * (own - emb), in fp32; the base uses it too. emb: (B, D)."""
+        own = [c for c in self.companions if c.own_time is not None and c.mix]
+        if not own:
+            return emb
+        plain = emb.float()
+        mixed = plain
+        for companion in own:
+            assert companion.own_time is not None
+            mix = torch.full_like(plain[:, :1], companion.mix if companion.rows is None else 0.0)
+            if companion.rows is not None:
+                mix = mix.index_fill(0, companion.rows, companion.mix)
+            mixed = mixed + mix * (companion.own_time.float() - plain)
+        return mixed.to(emb.dtype)
+
+    def take_time(self, emb: Tensor, model_channels: int, options: Options) -> Tensor:
+        """emb_patch, last: note the embedding that the base's blocks will get, with its labels."""
+        whole = emb if self.unet.num_classes is None else emb + self.unet.label_emb(self.y)
+        self.embs = [companion.take(whole) for companion in self.companions]
+        return emb
+
+    def encode(self, h: Tensor, options: Options) -> Tensor:
+        """input_block_patch: the control's block of this number, and what the base gets from it."""
+        self._expect("input", options, self.encoded)
+        i, self.encoded = self.encoded, self.encoded + 1
+        total = None
+        for companion, emb in zip(self.companions, self.embs, strict=True):
+            correction = companion.walk.encode(i, emb, companion.context)
+            if correction is not None:
+                total = _plus(total, companion.weighted(correction, h, companion.strengths[0]))
+        return _plus(total, h)
+
+    def listen(self, h: Tensor, options: Options) -> Tensor:
+        """input_block_patch_after_skip: the features go to the control as they go to the base's next block."""
+        for companion in self.companions:
+            companion.walk.listen(options["block"][1], companion.take(h))
+        return h
+
+    def decode(self, h: Tensor, skip: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+        """output_block_patch: what the base gets after its middle, once, and before this decoder block."""
+        self._expect("output", options, self.decoded)
+        j, self.decoded = self.decoded, self.decoded + 1
+        total = None
+        for companion, emb in zip(self.companions, self.embs, strict=True):
+            _, middle, decoder = companion.strengths
+            if j == 0:
+                correction = companion.walk.middle(emb, companion.context)
+                total = _plus(total, companion.weighted(correction, h, middle))
+            total = _plus(total, companion.weighted(companion.walk.decode(j), h, decoder))
+        return _plus(total, h), skip
+
+    def check_finished(self, ran: bool) -> None:
+        """Raise where the UNet ran without our patches or with some of them; nothing at all means a cached step."""
+        blocks = len(self.companions[0].walk.net.encoder)
+        if (self.encoded, self.decoded) != (blocks, blocks) and (ran or self.encoded or self.decoded):
+            raise self._broken(f"{self.encoded} of {blocks} encoder and {self.decoded} of {blocks} decoder blocks ran")
+
+    def _expect(self, side: str, options: Options, number: int) -> None:
+        if not self.embs:
+            raise self._broken("its time embedding passed by our emb_patch")
+        if tuple(options["block"]) != (side, number):
+            raise self._broken(f"block {options['block']} ran where {side} block {number} was next")
+
+    def _broken(self, what: str) -> RuntimeError:
+        names = ", ".join(companion.name for companion in self.companions)
+        return RuntimeError(
+            f"{names}: ControlNet-XS needs every block of the UNet in its order, with the host's patch points, but "
+            f"{what}. Another node skips or replaces blocks (DeepCache and the like), or this ComfyUI's UNet has "
+            "changed: take that node out, or update this pack."
+        )
+
+
+def _plus(total: Tensor | None, delta: Tensor) -> Tensor:
+    return delta if total is None else total + delta

@@ -1,0 +1,97 @@
+"""From a ControlNet-XS file to a control in the host's hands."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.ldm.modules.attention as host_attention
+import comfy.ops
+from torch import Tensor
+
+from ...models.controlnet_xs import ControlNetXS
+from .. import checkpoint
+from ..xs_detection import XSFile, read_xs_file
+from ..xs_key_maps import DIFFUSERS
+from ..xs_specs import build_config, released_as
+from .encoders import into_host
+from .xs_control import ControlNetXSControl, LoadedXS
+
+ALIGNED = 8
+"""Head widths that the host's attention kernels take for sure are multiples of this; the SD2.1 release has 4."""
+
+
+@dataclass(frozen=True)
+class LoadedControl:
+    """What the loader node returns, and what it tells."""
+
+    control: ControlNetXSControl
+    report: str
+
+
+def load_controlnet_xs(path: Path, norm_rule: str = "auto", num_heads: str = "") -> LoadedControl:
+    """Load a ControlNet-XS of any known format.
+
+    norm_rule: `auto` or a key of NORM_RULES; num_heads: per level, empty for what the file and the tables say.
+    Raises CheckpointError, DetectionError naming the file and what to do.
+    """
+    file = read_xs_file(checkpoint.peek(path))
+    rule, heads = file.norm_rule(norm_rule), file.heads(num_heads, configured_heads(file))
+    net = ControlNetXS(
+        build_config(file.shape, heads, rule), device="meta", operations=comfy.ops.manual_cast, attention=attend
+    )
+    found = checkpoint.load(path, file.names.values())
+    tensors = {ours: found[stored] for ours, stored in file.names.items()}
+    patcher, uid = into_host(net, tensors, f"xs:{rule.name}:{heads}", str(path))
+    control = ControlNetXSControl(LoadedXS(patcher, file, rule.name, heads, uid))
+    return LoadedControl(control, describe(file, rule.name, heads))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """The host's attention, without the base's patches: no options are passed. q: (B, N, E); k, v: (B, M, E)."""
+    aligned = (q.shape[-1] // heads) % ALIGNED == 0
+    return (host_attention.optimized_attention if aligned else host_attention.attention_pytorch)(q, k, v, heads)
+
+
+def configured_heads(file: XSFile) -> str:
+    """Heads of the config.json that diffusers saves beside an adapter; empty where there is none."""
+    beside = file.header.path.with_name("config.json")
+    if file.format != DIFFUSERS or not beside.is_file():
+        return ""
+    try:
+        config = json.loads(beside.read_text("utf-8"))
+        if "ControlNetXS" not in config.get("_class_name", ""):
+            return ""
+        heads = config.get("ctrl_num_attention_heads", config.get("num_attention_heads", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return ",".join(str(number) for number in heads) if isinstance(heads, list) else str(heads)
+
+
+def describe(file: XSFile, norm_rule: str, heads: tuple[int, ...]) -> str:
+    """The words of the loader and of Inspect."""
+    shape, release = file.shape, released_as(file.shape)
+    parameters = sum(math.prod(file.header.shapes[stored]) for stored in file.names.values())
+    used = [
+        f"level {level} {number}x{inner // number}"
+        for (_, level, _), number, inner in zip(shape.layout.kinds, heads, shape.inner, strict=False)
+        if number
+    ]
+    used.append(f"middle {heads[-1]}x{shape.inner[-1] // heads[-1]}")
+    lines = [
+        f"{file.header.path.name}: ControlNet-XS for {shape.family.value}, "
+        + (f"released size {release.name}" if release else "a size of its own"),
+        f"{parameters:,} parameters, type {'B' if shape.layout.adds_in_encoder else 'A'}, {file.format} names, "
+        f"channels {_listed(shape.level_widths)} beside the base's {_listed(dict.fromkeys(shape.base_widths))}",
+        f"own time embedding: {'yes' if shape.layout.own_time else 'no'}",
+        f"attention heads x width: {', '.join(dict.fromkeys(used))}",
+        f"norm rule: {norm_rule}",
+    ]
+    return "\n".join(lines)
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return "-".join(map(str, numbers))

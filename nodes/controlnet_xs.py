@@ -1,0 +1,66 @@
+"""Load ControlNet-XS."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..controlnext_core.comfy_adapter import files
+from ..controlnext_core.comfy_adapter.feedback import tell
+from ..controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
+from ..controlnext_core.xs_specs import NORM_RULES, parse_heads
+from ._api import io
+
+
+class ControlNetXSLoader(io.ComfyNode):
+    """A ControlNet-XS from a file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ControlNetXSLoader",
+            display_name="Load ControlNet-XS",
+            category="ControlNeXt",
+            description="Loads a ControlNet-XS (SD1.5, SD2.1, SDXL) with the released names or as diffusers' adapter.",
+            inputs=[
+                io.Combo.Input(
+                    "control_name",
+                    options=files.control_names(),
+                    tooltip="A ControlNet-XS file of models/controlnext or models/controlnet.",
+                ),
+                io.Combo.Input(
+                    "norm_rule",
+                    options=["auto", *NORM_RULES],
+                    default="auto",
+                    optional=True,
+                    tooltip="How the norms are grouped, which the file does not hold. auto: as released, and as "
+                    "diffusers does it for adapters of other sizes than the released ones, which were trained there.",
+                ),
+                io.String.Input(
+                    "num_heads",
+                    default="",
+                    optional=True,
+                    tooltip="Attention heads per level, e.g. 1,1,2, where the file needs other ones than the released "
+                    "sizes have. Empty: from the file's metadata, its config.json, or the released sizes.",
+                ),
+            ],
+            outputs=[io.ControlNet.Output(tooltip="For Apply ControlNeXt, or the stock Apply ControlNet nodes.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, num_heads: str = "") -> bool | str:
+        try:
+            parse_heads(num_heads)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, control_name: str, **_: Any) -> str:
+        return files.fingerprint_alone(control_name)
+
+    @classmethod
+    def execute(cls, control_name: str, norm_rule: str = "auto", num_heads: str = "") -> io.NodeOutput:
+        loaded = load_controlnet_xs(files.control_path(control_name), norm_rule, num_heads)
+        tell(loaded.report, cls.hidden.unique_id)
+        return io.NodeOutput(loaded.control)
