@@ -52,4 +52,5 @@ __all__ = [
     "make_wrong_files",
     "unet_shapes",
     "unet_tensors",
+    "xs_shapes",
 ]
