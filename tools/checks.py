@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .environment import ROOT
+from .environment import PATIENT_THREADS, ROOT
 
 TYPED = ("models", "controlnext_core", "controlnext_training")  # type-checked where they exist
 CODE = (*TYPED, "nodes", "tools")
@@ -40,7 +40,7 @@ def call(*arguments: str, folder: Path = ROOT, **variables: str) -> int:
     """Run this interpreter with `arguments` in `folder`, `variables` added to the environment; its exit status."""
     sys.stdout.flush()
     return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env={**os.environ, **variables}, check=False
+        [sys.executable, *arguments], cwd=folder, env={**PATIENT_THREADS, **os.environ, **variables}, check=False
     ).returncode
 
 

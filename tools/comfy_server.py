@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import IO
 
 from .comfy_client import ComfyClient, ComfyError
-from .environment import ROOT, SetupError
+from .environment import PATIENT_THREADS, ROOT, SetupError
 
 FOLDERS = ("models", "input", "output", "custom_nodes", "temp", "user")
 START_SECONDS = 180.0
@@ -100,7 +100,7 @@ class ComfyServer(ComfyClient):
                 stdout=sink,
                 stderr=subprocess.STDOUT if sink is not None else None,
                 cwd=base,
-                env={**os.environ, "PYTHONIOENCODING": "utf-8:backslashreplace"},
+                env={**PATIENT_THREADS, **os.environ, "PYTHONIOENCODING": "utf-8:backslashreplace"},
                 start_new_session=os.name != "nt",
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
             )

@@ -32,6 +32,9 @@ HOST_MODULES = (
 PACK_MODULES = ("cv2", "einops")
 TEST_MODULES = ("pytest", "ruff", "mypy", "hypothesis", "diffusers", "playwright")
 
+# For processes that compute on the CPU: waiting threads sleep. Spinning ones cost a factor of 4 on a busy machine.
+PATIENT_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
+
 DISK_FULL = ("No space left on device", "[Errno 28]", "[WinError 112]", "not enough space on the disk")
 OFFLINE = (
     *("NewConnectionError", "NameResolutionError", "ConnectTimeoutError", "ProxyError", "Read timed out"),

