@@ -141,12 +141,24 @@ def make_files(folder: Path) -> Path:
     return folder
 
 
+def demo_pair(studio: Studio, model: Any = None) -> Any:
+    """An encoder with its UNet weights beside it, loaded on the checkpoint or on `model`."""
+    from comfyui_controlnext.tools.tiny_models import make_controlnext, make_unet_difference
+
+    folder = studio.files / "pair"
+    if not folder.is_dir():
+        make_controlnext(folder / "controlnet.safetensors", "gen2")
+        make_unet_difference(folder / "unet.safetensors")
+    return studio.load("pair/controlnet.safetensors", "auto", model)
+
+
 @pytest.fixture(scope="session")
 def loaded_studio(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Studio:
     """The checkpoint, loaded once per session."""
     import comfy.sd
-    import nodes as host_nodes
     from comfyui_controlnext.controlnext_core.comfy_adapter.features import CACHE
+
+    import nodes as host_nodes
 
     path = tiny.models / "checkpoints" / tiny.names["checkpoint"]
     with torch.inference_mode():

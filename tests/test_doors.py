@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from comfyui_controlnext.tests.sampling_fixtures import CELLS, REASSOCIATED, SEED, Studio, picture, relative
+from comfyui_controlnext.tests.sampling_fixtures import CELLS, REASSOCIATED, SEED, Studio, demo_pair, picture, relative
 from torch import Tensor
 
 pytestmark = pytest.mark.comfy
@@ -56,17 +56,6 @@ def test_applying_leaves_model_and_conditioning_untouched(studio: Studio, plain:
     assert torch.equal(studio.sample(), plain)
 
 
-def demo_pair(studio: Studio) -> Any:
-    """An encoder with its UNet weights beside it."""
-    from comfyui_controlnext.tools.tiny_models import make_controlnext, make_unet_difference
-
-    folder = studio.files / "pair"
-    if not folder.is_dir():
-        make_controlnext(folder / "controlnet.safetensors", "gen2")
-        make_unet_difference(folder / "unet.safetensors")
-    return studio.load("pair/controlnet.safetensors", weights="auto")
-
-
 def fingerprint(model: Any) -> str:
     """Everything that a node may have added to a MODEL."""
     parts = (
@@ -105,6 +94,7 @@ def test_strength_zero_and_an_empty_range_are_bitwise_the_plain_model(
 def test_a_range_controls_exactly_the_steps_inside_it(studio: Studio) -> None:
     """Against a run put together from plain and controlled pieces by the host's advanced sampler node."""
     import comfy.samplers
+
     import nodes as host_nodes
 
     steps, start, end = 4, 0.2, 0.6

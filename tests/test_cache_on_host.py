@@ -1,0 +1,184 @@
+"""How often the encoder runs, counted while the real samplers run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from comfyui_controlnext.tests.sampling_fixtures import CELLS, Studio, counted_calls, picture
+from torch import Tensor
+
+pytestmark = pytest.mark.comfy
+
+STEPS = 3
+
+
+def through_stock(studio: Studio, loaded: Any, hint: Tensor, strength: float = 1.0, **settings: Any) -> Tensor:
+    positive = settings.pop("positive", studio.positive)
+    conds = studio.apply_to(positive, studio.negative, loaded.control, hint, strength, 0.0, 1.0)
+    return studio.sample(loaded.model, *conds, **{"steps": STEPS, **settings})
+
+
+def through_ours(studio: Studio, loaded: Any, hint: Tensor, strength: float = 1.0, **settings: Any) -> Tensor:
+    model = studio.ours(loaded.model, loaded.control, hint, strength)
+    return studio.sample(model, **{"steps": STEPS, **settings})
+
+
+DOORS = pytest.mark.parametrize("door", [through_stock, through_ours])
+
+
+@DOORS
+def test_a_run_encodes_once_per_step_and_later_runs_with_the_same_hint_never(studio: Studio, door: Any) -> None:
+    loaded = studio.load()
+    with counted_calls(loaded) as calls:
+        first = door(studio, loaded, picture())
+        assert calls == [1] * STEPS  # one row for both halves
+        door(studio, loaded, picture(), seed=99)
+        door(studio, loaded, picture(), strength=0.4)
+        door(studio, loaded, picture(), cfg=1.0)
+        door(studio, loaded, picture(), positive=studio.encode("a dog"))
+        assert calls == [1] * STEPS
+        assert torch.equal(door(studio, loaded, picture()), first)
+        assert calls == [1] * STEPS
+
+
+def test_the_doors_share_what_is_kept(studio: Studio) -> None:
+    loaded = studio.load()
+    with counted_calls(loaded) as calls:
+        through_stock(studio, loaded, picture())
+        through_ours(studio, loaded, picture())
+        assert calls == [1] * STEPS
+
+
+def test_the_same_weights_under_another_name_are_the_same_encoder(studio: Studio) -> None:
+    """Executing the loader again makes a new network; what the old one gave still holds."""
+    import shutil
+
+    loaded = studio.load()
+    through_ours(studio, loaded, picture())
+    shutil.copyfile(studio.files / "gen2.safetensors", studio.files / "copy.safetensors")
+    again = studio.load("copy.safetensors")
+    with counted_calls(again) as calls:
+        through_ours(studio, again, picture())
+        assert calls == []
+
+
+@DOORS
+@pytest.mark.parametrize("change", ["hint", "size", "steps", "encoder"])
+def test_another_hint_size_schedule_or_encoder_is_encoded_anew(studio: Studio, door: Any, change: str) -> None:
+    loaded = studio.load()
+    door(studio, loaded, picture())
+    settings: dict[str, Any] = {}
+    hint = picture()
+    if change == "hint":
+        hint[0, 0, 0, 0] += 1 / 255
+    elif change == "size":
+        settings["cells"] = CELLS // 2
+    elif change == "steps":
+        settings["steps"] = STEPS + 1
+    else:
+        loaded = studio.load("other.safetensors")
+    with counted_calls(loaded) as calls:
+        found = door(studio, loaded, hint, **settings)
+    assert len(calls) == (2 if change == "steps" else STEPS)  # first and last timestep of both schedules are the same
+    studio.cache.clear()
+    assert torch.equal(door(studio, loaded, hint, **settings), found)
+
+
+def test_another_compute_dtype_is_encoded_anew(studio: Studio) -> None:
+    from comfy_extras.nodes_model_advanced import ModelComputeDtype
+
+    loaded = studio.load()
+    full = through_ours(studio, loaded, picture(), steps=1, cells=4)
+    (brain,) = ModelComputeDtype().patch(loaded.model, "bf16")
+    with counted_calls(loaded) as calls:
+        found = studio.sample(studio.ours(brain, loaded.control, picture()), steps=1, cells=4)
+        assert calls == [1]
+    assert not torch.equal(found, full)
+
+
+def test_a_changed_encoder_file_is_encoded_anew(studio: Studio, tmp_path: Any) -> None:
+    from comfyui_controlnext.tools.tiny_models import make_controlnext
+
+    path = make_controlnext(tmp_path / "control.safetensors", "gen2", seed=3)
+    before = through_ours(studio, studio.load(path), picture())
+    make_controlnext(path, "gen2", seed=4)
+    loaded = studio.load(path)
+    with counted_calls(loaded) as calls:
+        after = through_ours(studio, loaded, picture())
+        assert len(calls) == STEPS
+    assert not torch.equal(before, after)
+
+
+def test_a_hint_written_to_after_apply_does_not_reach_a_later_apply(studio: Studio) -> None:
+    """Hints are known by their content, not by the object that holds them."""
+    loaded = studio.load()
+    hint = picture()
+    through_stock(studio, loaded, hint)
+    hint[:, : 4 * CELLS] = 0
+    found = through_stock(studio, loaded, hint)
+    assert torch.equal(found, through_ours(studio, loaded, hint.clone()))
+    studio.cache.clear()
+    assert torch.equal(found, through_ours(studio, loaded, hint))
+
+
+@DOORS
+def test_unloading_all_models_empties_what_is_kept(studio: Studio, door: Any) -> None:
+    import comfy.model_management
+
+    loaded = studio.load()
+    door(studio, loaded, picture())
+    assert len(studio.cache) == STEPS and sum(studio.cache.used.values()) > 0
+    comfy.model_management.unload_all_models()
+    assert len(studio.cache) == 0 and sum(studio.cache.used.values()) == 0
+    with counted_calls(loaded) as calls:
+        door(studio, loaded, picture())
+        assert len(calls) == STEPS
+
+
+def test_what_a_control_left_goes_with_the_control(studio: Studio) -> None:
+    import gc
+
+    import comfy.model_management
+
+    loaded = studio.load()
+    through_ours(studio, loaded, picture())
+    assert len(studio.cache) == STEPS
+    del loaded
+    comfy.model_management.cleanup_models_gc()
+    gc.collect()
+    comfy.model_management.cleanup_models()
+    assert len(studio.cache) == 0
+
+
+@DOORS
+def test_a_budget_that_is_too_small_keeps_the_earliest_steps_and_the_latents(studio: Studio, door: Any) -> None:
+    loaded = studio.load()
+    expected = door(studio, loaded, picture())
+    entry = sum(studio.cache.used.values()) // STEPS
+    studio.cache.clear()
+    studio.cache.budgets = {"device": 0, "host": 2 * entry + entry // 2}
+    with counted_calls(loaded) as calls:
+        assert torch.equal(door(studio, loaded, picture()), expected)
+        assert len(calls) == STEPS and len(studio.cache) == 2
+        assert torch.equal(door(studio, loaded, picture()), expected)
+        assert len(calls) == STEPS + 1  # the last step alone
+        door(studio, loaded, picture(7))  # another hint takes the room of the older one
+        assert len(calls) == 2 * STEPS + 1 and len(studio.cache) == 2
+        assert torch.equal(door(studio, loaded, picture()), expected)
+        assert len(calls) == 3 * STEPS + 1
+
+
+@DOORS
+def test_without_any_room_the_latents_are_the_same(studio: Studio, door: Any) -> None:
+    loaded = studio.load()
+    hints = picture(count=2)
+    expected = door(studio, loaded, hints, batch=2)
+    again = door(studio, loaded, hints, batch=2)
+    studio.cache.clear()
+    studio.cache.budgets = {"device": 0, "host": 0}
+    with counted_calls(loaded) as calls:
+        found = door(studio, loaded, hints, batch=2)
+        assert calls == [2] * STEPS and len(studio.cache) == 0
+    assert torch.equal(found, expected) and torch.equal(again, expected)
