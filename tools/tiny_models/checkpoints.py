@@ -19,6 +19,7 @@ from .text_and_vae import clip_g, clip_l, clip_vision_h, fill, taesd
 UNET_PREFIX = "model.diffusion_model."
 INPUT_SHARE = 0.98  # part of the prediction that is the input; the rest of the noise stays as texture
 RANDOM_SHARE = 0.15  # std of the random part of the prediction
+QUERY_GAIN = 2.0  # sharper cross-attention; a flat one would average the prompt away
 PASS_GAIN = 8.0  # how far the input stands above the random features of the last block
 PASS_CHANNELS = 10  # one normalisation group of 320 / 32 channels: x0 -x0 x1 -x1 x2 -x2 x3 -x3 x0 -x0
 SD15_LATENT_SCALE = 0.18215
@@ -101,13 +102,19 @@ def _make_svd(path: Path, seed: int, layout: str, vision: bool) -> Path:
 
 
 def _unet(pools: Pools, layout: UNetLayout, prefix: str, seed: int) -> dict[str, Tensor]:
-    tensors = fill(pools, unet_shapes(layout))
-    tensors |= _lean_on_input(layout, 0.0 if layout.temporal else INPUT_SHARE, seed)
+    shapes = unet_shapes(layout)
+    tensors = fill(pools, shapes)
+    for name, shape in shapes.items():
+        if name.endswith("attn2.to_q.weight"):
+            tensors[name] = pools.normal(name, shape, QUERY_GAIN * shape[1] ** -0.5)
+    shares = (0.0, 1.0) if layout.temporal else (INPUT_SHARE, RANDOM_SHARE)  # SVD's own skip keeps it bounded
+    tensors |= _lean_on_input(layout, *shares, seed)
     return {prefix + name: value for name, value in tensors.items()}
 
 
-def _lean_on_input(layout: UNetLayout, share: float, seed: int) -> dict[str, Tensor]:
-    """The three weights through which the input reaches the output: prediction = share * x / std(x) + random.
+def _lean_on_input(layout: UNetLayout, share: float, random: float, seed: int) -> dict[str, Tensor]:
+    """The three weights through which the input reaches the output: prediction = share * x / std(x) + noise of
+    std `random` that depends on everything.
 
     conv_in copies x and -x into its last PASS_CHANNELS channels, the skip connection of the last block lifts
     them above all else, the last norm brings them to std 1, and silu(x) - silu(-x) = x.
@@ -127,7 +134,7 @@ def _lean_on_input(layout: UNetLayout, share: float, seed: int) -> dict[str, Ten
     skip[first_pass:] = 0
     skip[rows, rows + last.channels_in - WIDTH] = PASS_GAIN
 
-    out = random_tensor("out", (4, WIDTH, 3, 3), RANDOM_SHARE * (0.36 * 9 * first_pass) ** -0.5, seed)
+    out = random_tensor("out", (4, WIDTH, 3, 3), random * (0.36 * 9 * first_pass) ** -0.5, seed)
     out[:, first_pass:] = 0
     for channel in range(4):
         out[channel, first_pass + 2 * channel, 1, 1] = share
