@@ -4,9 +4,11 @@ The demo's workflow saves three pictures: its SaveImage nodes' prefixes end in t
 random ones made here, so the pictures show that the control acts, not what trained weights paint.
 """
 
+import contextlib
 import io
 import json
 import shutil
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -125,7 +127,9 @@ def serve(host: Path, port: int, models: Path | None, cpu: bool) -> int:
         server.wait_until_ready()
         print(f"\nComfyUI with the pack: http://{server.address}   (Ctrl-C stops it)")
         print(f"Put models into {base / 'models'}; results appear in {base / 'output'}.\n", flush=True)
-        return server.process.wait()
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return server.process.wait(0.5)  # on Windows a wait without limit does not notice Ctrl-C
     except KeyboardInterrupt:
         server.stop()
         return 0
