@@ -13,7 +13,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
-from comfyui_controlnext.tools.comfy_client import ComfyClient  # noqa: E402
+from comfyui_controlnext.tools.comfy_client import ComfyClient, ComfyError  # noqa: E402
 from comfyui_controlnext.tools.workflow_graph import (  # noqa: E402
     Model,
     Node,
@@ -329,4 +329,7 @@ def main(address: str = "127.0.0.1:8188") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    try:
+        main(*sys.argv[1:2])
+    except ComfyError as error:
+        sys.exit(str(error))

@@ -132,7 +132,7 @@ def api_format(workflow: Workflow, object_info: ObjectInfo) -> dict[str, Any]:
         inputs: dict[str, Any] = {
             name: widget_value(node, name, kind, options) for name, (kind, options, _) in widgets.items()
         }
-        for name in sockets.keys() & node.inputs.keys():
+        for name in (name for name in sockets if name in node.inputs):
             output = node.inputs[name]
             inputs[name] = [str(output.node.id), output_index(output, object_info)]
         title = node.title or info["display_name"] or node.type
