@@ -43,7 +43,7 @@ class ControlFile:
         """The rows that this file may be, the one its metadata names alone where it names one."""
         if self.metadata.spec:
             return [SPECS[self.metadata.spec]]
-        return [spec for spec in SPECS.values() if _same_names(spec.build, self.build)]
+        return _rows_of(self.build)
 
 
 def read_control_file(header: Header) -> ControlFile:
@@ -56,15 +56,21 @@ def read_control_file(header: Header) -> ControlFile:
         raise DetectionError(f"{header.path}: {_describe_foreign(header.shapes)}")
     shapes = {name: header.shapes[found] for name, found in encoder.items()}
     build = _build_of(shapes)
-    out_channels = shapes["mid_convs.1.weight"][0]
-    problems = compare_shapes(_expected_shapes(build, out_channels), shapes)
+    out_channels = next(iter(shapes["mid_convs.1.weight"]), 0)
+    problems = compare_shapes(_expected_shapes(build, out_channels or None), shapes)
     if problems:
-        titles = " or ".join(s.title for s in SPECS.values() if _same_names(s.build, build))
+        titles = " or ".join(spec.title for spec in _rows_of(build))
         raise DetectionError(
             f"{header.path}: looks most like {titles}, but does not match it: {problems}. "
             "The file is damaged, pruned or of an unknown kind: download it again."
         )
-    return ControlFile(header, build, out_channels, encoder, weights, read_metadata(header))
+    metadata = read_metadata(header)
+    if metadata.spec and not _same_names(SPECS[metadata.spec].build, build):
+        raise DetectionError(
+            f"{header.path}: its metadata says {metadata.spec}, but its names and shapes are those of "
+            f"{_names(_rows_of(build))}. The file was put together wrongly: save or download it again."
+        )
+    return ControlFile(header, build, out_channels, encoder, weights, metadata)
 
 
 def choose_spec(file: ControlFile, family: Family, variant: str = "auto") -> Spec:
@@ -74,7 +80,7 @@ def choose_spec(file: ControlFile, family: Family, variant: str = "auto") -> Spe
     """
     path = file.header.path
     if variant != "auto":
-        same_names = [spec for spec in SPECS.values() if _same_names(spec.build, file.build)]
+        same_names = _rows_of(file.build)
         if SPECS[variant] not in same_names:
             raise DetectionError(
                 f"{path}: variant={variant} needs other weights than this file holds; it can be "
@@ -91,6 +97,11 @@ def choose_spec(file: ControlFile, family: Family, variant: str = "auto") -> Spe
         f"({_names(candidates)}), but the connected model is {family.value}. Connect a checkpoint of that family, "
         f"or choose a control made for {family.value}."
     )
+
+
+def _rows_of(build: str) -> list[Spec]:
+    """The rows whose encoders have the names and shapes of this build."""
+    return [spec for spec in SPECS.values() if _same_names(spec.build, build)]
 
 
 def _names(specs: list[Spec]) -> str:
