@@ -258,13 +258,19 @@ def test_a_base_weight_that_cannot_be_read_is_named(base: Tensors) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_full_weights_come_back_from_their_differences(base: Tensors, dtype: torch.dtype) -> None:
     file = {name: t.to(dtype) for name, t in moved(part(base), 1.0, 0.9).items()}
-    full = full_from_differences(host_differences(file, KEY_MAP, base.get, FULL), base.get, dtype)
+    differences, limits = host_differences(file, KEY_MAP, base.get, FULL), torch.finfo(dtype)
+    full = full_from_differences(differences, base.get, dtype)
+    for name, difference in differences.items():
+        total = base[name].double() + difference.double()
+        torch.testing.assert_close(
+            full[name].double(), total, rtol=limits.eps, atol=limits.smallest_normal * limits.eps
+        )
     back = published_names(full, KEY_MAP)
     assert back.keys() == file.keys()
     for name, tensor in back.items():
         assert tensor.dtype is dtype
         # the difference, below 0.1, was rounded to fp16 (2^-11), the sum to dtype
-        torch.testing.assert_close(tensor, file[name], rtol=torch.finfo(dtype).eps, atol=0.1 * 2**-11)
+        torch.testing.assert_close(tensor, file[name], rtol=limits.eps, atol=0.1 * 2**-11)
 
 
 def test_full_weights_need_the_same_base_and_room_in_their_dtype(base: Tensors) -> None:
