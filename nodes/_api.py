@@ -1,5 +1,21 @@
 """The host's node API, imported here alone, so that pinning a version is one line."""
 
+from __future__ import annotations
+
+from collections.abc import Collection
+
 from comfy_api.latest import io, ui
 
-__all__ = ["io", "ui"]
+__all__ = ["io", "ui", "wrong_choice"]
+
+
+def wrong_choice(**chosen: tuple[str, Collection[str]]) -> str:
+    """What is wrong with the values of combos, {input: (value, options)}; empty for nothing.
+
+    For `validate_inputs`: the host checks the combos of older kinds of nodes only.
+    """
+    return " ".join(
+        f"{name}: {value!r} is not one of {', '.join(options)}."
+        for name, (value, options) in chosen.items()
+        if value not in options
+    )

@@ -8,7 +8,7 @@ from ..controlnext_core.comfy_adapter.attach import attach
 from ..controlnext_core.comfy_adapter.host_control import HostControl
 from ..controlnext_core.schedule import parse_schedule
 from ..controlnext_core.specs import Halves
-from ._api import io
+from ._api import io, wrong_choice
 
 MASK_TOOLTIP = "Where the control acts: 1 fully, 0 not at all. Masks of Options and Apply multiply."
 
@@ -146,12 +146,12 @@ class ControlNeXtOptions(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, schedule: str = "") -> bool | str:
+    def validate_inputs(cls, apply_to: str = Halves.AUTO.value, schedule: str = "") -> bool | str:
         try:
             parse_schedule(schedule)
         except ValueError as error:
             return str(error)
-        return True
+        return wrong_choice(apply_to=(apply_to, [half.value for half in Halves])) or True
 
     @classmethod
     def execute(

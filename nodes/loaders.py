@@ -12,7 +12,7 @@ from ..controlnext_core.comfy_adapter.xs_saving import save_xs
 from ..controlnext_core.metadata import WEIGHTS_KINDS
 from ..controlnext_core.specs import SPECS
 from ..controlnext_core.xs_convert import LAYOUTS as XS_LAYOUTS
-from ._api import io, ui
+from ._api import io, ui, wrong_choice
 
 
 class ControlNeXtLoader(io.ComfyNode):
@@ -70,6 +70,11 @@ class ControlNeXtLoader(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, variant: str = "auto", weights_kind: str = "auto") -> bool | str:
+        kinds = ["auto", *WEIGHTS_KINDS]
+        return wrong_choice(variant=(variant, ["auto", *SPECS]), weights_kind=(weights_kind, kinds)) or True
 
     @classmethod
     def fingerprint_inputs(cls, control_name: str, weights_name: str = files.AUTO, **_: Any) -> str:
@@ -163,6 +168,11 @@ class ControlNeXtSave(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, layout: str = saving.LAYOUTS[0], dtype: str = "fp16") -> bool | str:
+        layouts = [*saving.LAYOUTS, *XS_LAYOUTS]
+        return wrong_choice(layout=(layout, layouts), dtype=(dtype, saving.DTYPES)) or True
 
     @classmethod
     def execute(

@@ -7,6 +7,7 @@ are skipped, and nothing of the host is on sys.path.
 import importlib
 import os
 import runpy
+import shutil
 import sys
 import tempfile
 import warnings
@@ -113,6 +114,9 @@ def server(host: Path, tiny: TinyModels) -> Iterator["ComfyServer"]:
     """One real server for the session, with the pack and the tiny models; also its client (`server.run(workflow)`)."""
     from comfyui_controlnext.tools.comfy_server import ComfyServer
 
-    arguments = ["--cpu", "--disable-api-nodes"]
+    probe = tiny.base / "custom_nodes" / "controlnext_probe.py"
+    probe.parent.mkdir(exist_ok=True)
+    shutil.copyfile(ROOT / "tests" / "server_probe.py", probe)
+    arguments = ["--cpu", "--disable-api-nodes", "--whitelist-custom-nodes", ROOT.name, probe.name]
     with ComfyServer.start(host, tiny.base, arguments=arguments, log=tiny.base / "server.log") as running:
         yield running

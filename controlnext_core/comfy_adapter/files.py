@@ -40,6 +40,9 @@ def control_path(name: str) -> Path:
         path = folder_paths.get_full_path(folder, name)
         if path is not None:
             return Path(path)
+    for parent in (parent for folder in FOLDERS for parent in folder_paths.get_folder_paths(folder)):
+        if (Path(parent) / name).is_dir():
+            return Path(parent) / name  # whoever opens it says that it is a folder
     raise CheckpointError(
         f"{name}: no such file in {' or '.join('models/' + folder for folder in FOLDERS)}. Put it there and press R "
         "in ComfyUI, or choose another file."
