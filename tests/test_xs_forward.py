@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from comfyui_controlnext.controlnext_core import checkpoint
+from comfyui_controlnext.models.controlnet_xs import Walk
 from comfyui_controlnext.tests.xs_fixtures import SD_LIKE, SDXL_LIKE, Forward, hint_for, make_file, shape_of
 from torch import Tensor
 
@@ -36,18 +38,108 @@ def worst(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max())
 
 
+@functools.cache
+def forward_of(kind: str, **settings: Any) -> Forward:
+    """One UNet per kind for all tests of this file."""
+    config, labels = {"12": (SD_LIKE, False), "9": (SDXL_LIKE, True)}[kind]
+    return Forward.make(config, labels=labels, **settings)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("xs")
+
+
+def file_of(folder: Path, forward: Forward, widths: tuple[int, ...], own_time: bool, **settings: Any) -> Path:
+    path = folder / f"{len(forward.config['channel_mult'])}-{widths}-{own_time}-{settings}.safetensors"
+    levels = (*widths, widths[-1])[: len(forward.config["channel_mult"])]
+    return path if path.is_file() else make_file(path, shape_of(forward.config, levels, own_time), **settings)
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("own_time", [False, True], ids=["base_time", "own_time"])
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS.keys())
-@pytest.mark.parametrize(("config", "labels"), [(SD_LIKE, False), (SDXL_LIKE, True)], ids=["12_blocks", "9_blocks_y"])
+@pytest.mark.parametrize("kind", ["12", "9"], ids=["12_blocks", "9_blocks_y"])
 def test_a_forward_equals_the_plain_loop(
-    config: dict[str, Any], labels: bool, widths: tuple[int, ...], own_time: bool, scale: float, tmp_path: Path
+    kind: str, widths: tuple[int, ...], own_time: bool, scale: float, folder: Path
 ) -> None:
-    forward = Forward.make(config, labels=labels)
-    levels = len(config["channel_mult"])
-    path = make_file(tmp_path / "xs.safetensors", shape_of(config, (*widths, widths[-1])[:levels], own_time))
-    hint = hint_for(forward.x)
+    forward = forward_of(kind)
+    path, hint = file_of(folder, forward, widths, own_time), hint_for(forward.x)
     expected = forward.plain_loop(checkpoint.load(path), hint, scale=scale)
     assert worst(forward.run(load(path, hint, scale)), expected) < PARITY
     if scale:
         assert worst(expected, forward.plain_loop(None, hint)) > 0.1
+
+
+@pytest.mark.parametrize("setting", [{"size": (18, 22)}, {"size": (9, 16)}, {"in_channels": 9}], ids=str)
+def test_any_latent_size_and_inpaint_unets(setting: dict[str, Any], folder: Path) -> None:
+    forward = forward_of("9", **setting)
+    path, hint = file_of(folder, forward_of("9"), (16, 32, 32), True), hint_for(forward.x)
+    expected = forward.plain_loop(checkpoint.load(path), hint)
+    assert worst(forward.run(load(path, hint)), expected) < PARITY
+
+
+def test_encoder_middle_and_decoder_have_strengths_of_their_own(folder: Path) -> None:
+    forward, parts = forward_of("9"), (0.7, 0.0, 1.6)
+    path, hint = file_of(folder, forward, (16, 32, 32), True), hint_for(forward.x)
+    expected = forward.plain_loop(checkpoint.load(path), hint, scale=0.5, parts=parts)
+    assert worst(forward.run(load(path, hint, 0.5, parts=parts)), expected) < PARITY
+    twice = load(path, hint, 0.5, parts=(0.7, 0.0, 0.8)).with_options(parts=(1.0, 1.0, 2.0))
+    assert torch.equal(
+        forward.run(twice.set_cond_hint(hint, 0.5, (0.0, 1.0))), forward.run(load(path, hint, 0.5, parts=parts))
+    )
+
+
+def test_a_fixed_time_mix_takes_the_place_of_the_strength(folder: Path) -> None:
+    forward = forward_of("9")
+    path, hint = file_of(folder, forward, (16, 32, 32), True), hint_for(forward.x)
+    weights = checkpoint.load(path)
+    fixed = forward.run(load(path, hint, 0.5, time_mix=1.0))
+    assert worst(fixed, forward.plain_loop(weights, hint, scale=0.5, mix=1.0)) < PARITY
+    assert worst(fixed, forward.plain_loop(weights, hint, scale=0.5)) > 100 * PARITY
+
+
+def test_type_a_adds_nothing_in_the_encoder(folder: Path) -> None:
+    forward = forward_of("9")
+    path, hint = file_of(folder, forward, (16, 32, 32), True), hint_for(forward.x)
+    weights = {n: t for n, t in checkpoint.load(path).items() if not n.startswith("enc_zero_convs_out")}
+    kept = checkpoint.save(folder / "type_a.safetensors", weights, checkpoint.peek(path).metadata)
+    assert worst(forward.run(load(kept, hint)), forward.plain_loop(weights, hint)) < PARITY
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_stays_close(dtype: torch.dtype, folder: Path) -> None:
+    """Weights stored and features computed in half precision; measured 1.3e-3 and 1.0e-2 of the output's size."""
+    forward = forward_of("9")
+    path, hint = file_of(folder, forward, (4, 8, 16), True), hint_for(forward.x)
+    net, half = load(path, hint).loaded.net, load(path, hint).loaded.net.to(dtype)
+    outs = []
+    for network, kind in ((half, dtype), (net, torch.float32)):
+        walk = Walk(network, forward.x.to(kind), network.encode_hint(hint.to(kind)))
+        emb, context = forward.unet.time_embed(torch.ones(2, 32)).to(kind), forward.context.to(kind)
+        found = []
+        for i, width in enumerate(part.base_ch for part in network.config.encoder):
+            found.append(walk.encode(i, emb, context))
+            side = walk.c.shape[-2:]
+            features = torch.randn(2, width, *side, generator=torch.Generator().manual_seed(i))
+            walk.listen(i, features.to(kind))
+        outs.append(torch.cat([tensor.float().flatten() for tensor in [*found, walk.middle(emb, context)]]))
+    relative = float((outs[0] - outs[1]).norm() / outs[1].norm())
+    assert 1e-5 < relative < {torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+
+
+def test_narrow_streams_have_their_norms_in_fp32(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, real = forward_of("9"), torch.nn.functional.group_norm
+    kinds: list[torch.dtype] = []
+
+    def spy(h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        kinds.append(h.dtype)
+        return real(h, *args, **kwargs)
+
+    for widths in ((4, 8, 16), (32, 32, 32)):
+        net = load(file_of(folder, forward, widths, False), hint_for(forward.x)).loaded.net.half()
+        monkeypatch.setattr(torch.nn.functional, "group_norm", spy)
+        out = net.encoder[1].res.norm1(torch.randn(1, widths[0] + 32, 4, 4).half())
+        monkeypatch.undo()
+        assert out.dtype == torch.float16
+    assert kinds == [torch.float32, torch.float16]

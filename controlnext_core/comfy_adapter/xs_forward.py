@@ -117,6 +117,7 @@ class Lockstep:
 
     def __init__(self, companions: Sequence[Companion], unet: Any, y: Tensor | None) -> None:
         self.companions, self.unet, self.y = companions, unet, y
+        self.blocks = len(companions[0].walk.net.encoder)
         self.embs: list[Tensor] = []
         self.encoded = self.decoded = 0
 
@@ -184,15 +185,20 @@ class Lockstep:
 
     def check_finished(self, ran: bool) -> None:
         """Raise where the UNet ran without our patches or with some of them; nothing at all means a cached step."""
-        blocks = len(self.companions[0].walk.net.encoder)
-        if (self.encoded, self.decoded) != (blocks, blocks) and (ran or self.encoded or self.decoded):
-            raise self._broken(f"{self.encoded} of {blocks} encoder and {self.decoded} of {blocks} decoder blocks ran")
+        done = self.encoded == self.decoded == self.blocks
+        if not done and (ran or self.encoded or self.decoded):
+            raise self._broken(
+                f"{self.encoded} of {self.blocks} encoder and {self.decoded} of {self.blocks} decoder blocks ran"
+            )
 
     def _expect(self, side: str, options: Options, number: int) -> None:
+        """Raise unless this block of this side is the next of the UNet."""
         if not self.embs:
             raise self._broken("its time embedding passed by our emb_patch")
-        if tuple(options["block"]) != (side, number):
-            raise self._broken(f"block {options['block']} ran where {side} block {number} was next")
+        missing = side == "output" and self.encoded < self.blocks
+        if missing or tuple(options["block"]) != (side, number):
+            side, number = ("input", self.encoded) if missing else (side, number)
+            raise self._broken(f"block {tuple(options['block'])} ran where {(side, number)} was next")
 
     def _broken(self, what: str) -> RuntimeError:
         names = ", ".join(companion.name for companion in self.companions)
