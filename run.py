@@ -17,7 +17,7 @@ if sys.version_info < (3, 10):  # noqa: UP036 - this line is for the Pythons tha
 
 ROOT = os.path.dirname(os.path.realpath(__file__))
 # Python puts a script's folder on sys.path; here that would let `nodes` and `models` shadow the host's.
-sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != ROOT]
+sys.path[:] = [entry for entry in sys.path if os.path.normcase(os.path.realpath(entry)) != os.path.normcase(ROOT)]
 runpy.run_path(os.path.join(ROOT, "_alias.py"))
 
 from comfyui_controlnext.tools.cli import main  # noqa: E402

@@ -126,6 +126,7 @@ def serve(host: Path, port: int, models: Path | None, cpu: bool) -> int:
     try:
         server.wait_until_ready()
         print(f"\nComfyUI with the pack: http://{server.address}   (Ctrl-C stops it)")
+        print("Besides the stock nodes only this pack's are loaded.")
         print(f"Put models into {base / 'models'}; results appear in {base / 'output'}.\n", flush=True)
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
