@@ -26,13 +26,14 @@ from .controls import (
 from .demo import make_demo_models
 from .layouts import LAYOUTS, attention_layers, unet_shapes
 from .wrong_files import CODE_MARKER, make_wrong_files
-from .xs import RELEASED_XS, make_controlnet_xs, xs_shapes
+from .xs import RELEASED_XS, XSSize, make_controlnet_xs, xs_shapes
 
 __all__ = [
     "CODE_MARKER",
     "CONTROLNEXT_BUILDS",
     "LAYOUTS",
     "RELEASED_XS",
+    "XSSize",
     "attention_layers",
     "controlnext_shapes",
     "make_controlnet_xs",
