@@ -218,7 +218,7 @@ def _swap_halves(tensor: Tensor) -> Tensor:
 def _difference(tensor: Tensor, current: Tensor, kind: WeightsKind, what: str) -> Tensor | None:
     """The difference in the dtype it is held in; None where it is zero."""
     if kind is WeightsKind.FULL:
-        difference = tensor.float() - current.float()
+        difference = tensor.to(torch.float32, copy=True).sub_(current.float())
     else:
         difference = tensor if tensor.dtype in KEPT_DTYPES else tensor.float()
     peak = _peak(difference)
@@ -226,7 +226,8 @@ def _difference(tensor: Tensor, current: Tensor, kind: WeightsKind, what: str) -
         raise CheckpointError(f"{what} holds NaN or infinite values. The file is damaged: download it again.")
     if kind is WeightsKind.FULL and peak <= FP16_MAX:
         difference = difference.half()
-    return difference if difference.any() else None
+        peak = torch.tensor(peak).half().item()
+    return difference if peak > 0 else None
 
 
 def _peak(tensor: Tensor) -> float:
