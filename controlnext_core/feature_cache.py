@@ -71,7 +71,8 @@ class FeatureCache:
         self._groups.move_to_end(group)
         if key in target.entries:
             self._forget(target, key)
-        for tier in ("host",) if value.device.type == "cpu" else ("device", "host"):
+        tiers: tuple[Tier, ...] = ("host",) if value.device.type == "cpu" else ("device", "host")
+        for tier in tiers:
             if self._make_room(tier, value.nbytes):
                 target.entries[key] = value if tier == _tier(value) else value.cpu()
                 self.used[tier] += value.nbytes

@@ -254,7 +254,8 @@ def _middle(shape: XSShape, own: int, base: int, heads: int, rule: NormRule) -> 
 def base_widths_of(unet_config: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Channels after each encoder block and entering each decoder block of a base, from the host's `unet_config`."""
     first, mults, resnets = unet_config["model_channels"], unet_config["channel_mult"], unet_config["num_res_blocks"]
-    encoder, leaving = [first], []
+    encoder: list[int] = [first]
+    leaving: list[int] = []
     for level, (mult, number) in enumerate(zip(mults, resnets, strict=True)):
         encoder += [first * mult] * (number + (level + 1 < len(mults)))
         leaving = [first * mult] * (number + 1) + leaving

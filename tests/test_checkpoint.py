@@ -158,7 +158,9 @@ ENTRY = st.fixed_dictionaries(
 SOUND = st.integers(0, 4).map(lambda n: {"dtype": "U8", "shape": [n], "data_offsets": [0, n]})
 TABLE = st.dictionaries(st.text(max_size=8), SOUND | ENTRY | st.none() | NUMBERS, max_size=4)
 METADATA = st.dictionaries(st.text(max_size=4), st.text(max_size=4) | NUMBERS, max_size=2) | st.text(max_size=3)
-HEADER = st.builds(lambda table, meta: {**table, **meta}, TABLE, st.fixed_dictionaries({}, optional={"__metadata__": METADATA}))
+HEADER = st.builds(
+    lambda table, meta: {**table, **meta}, TABLE, st.fixed_dictionaries({}, optional={"__metadata__": METADATA})
+)
 
 
 def read_or_refuse(path: Path) -> None:

@@ -154,7 +154,9 @@ def test_the_user_may_say_the_variant_within_the_same_names() -> None:
     assert choose_spec(gen2, Family.SVD, "svd_v2_padded").name == "svd_v2_padded"
     assert choose_spec(gen2, Family.SDXL, "sdxl").name == "sdxl"
     assert choose_spec(legacy, Family.SD15, "sd15_legacy").name == "sd15_legacy"
-    with pytest.raises(DetectionError, match="variant=sd15_legacy needs other weights.* sd15, sdxl, svd_v2, svd_v2_padded"):
+    with pytest.raises(
+        DetectionError, match="variant=sd15_legacy needs other weights.* sd15, sdxl, svd_v2, svd_v2_padded"
+    ):
         choose_spec(gen2, Family.SD15, "sd15_legacy")
     with pytest.raises(DetectionError, match=r"control for SDXL \(sdxl\), but the connected model is SD1.5"):
         choose_spec(gen2, Family.SD15, "sdxl")

@@ -174,7 +174,8 @@ before, handlers, level = set(sys.modules), list(logging.root.handlers), logging
 threads, filters, path = torch.get_num_threads(), list(warnings.filters), list(sys.path)
 out, err, start = io.StringIO(), io.StringIO(), time.process_time()
 with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-    spec = importlib.util.spec_from_file_location("a_pack", root / "__init__.py", submodule_search_locations=[str(root)])
+    spec = importlib.util.spec_from_file_location("a_pack", root / "__init__.py")
+    spec.submodule_search_locations = [str(root)]
     pack = sys.modules["a_pack"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pack)
 seconds = time.process_time() - start
