@@ -4,7 +4,6 @@ Not a test and not imported by one: `conftest.py` copies it among the custom nod
 """
 
 import logging
-import sys
 from typing import Any
 
 from aiohttp import web
@@ -42,10 +41,9 @@ def count_calls(encoder: Any) -> None:
 
 @PromptServer.instance.routes.get("/controlnext_probe")
 async def probe(_: web.Request) -> web.Response:
-    """{calls: rows of each forward of an encoder, kept: entries in the feature cache, complaints: log lines, ...}"""
+    """{calls: rows of each forward of an encoder, kept: entries in the feature cache, complaints: log lines}"""
     from comfyui_controlnext.controlnext_core.comfy_adapter.features import CACHE
     from comfyui_controlnext.models.controlnext import ControlNeXt
 
     count_calls(ControlNeXt)
-    modules = [name for name in ("cv2", "diffusers") if name in sys.modules]
-    return web.json_response({"calls": CALLS, "kept": len(CACHE), "complaints": COMPLAINTS, "modules": modules})
+    return web.json_response({"calls": CALLS, "kept": len(CACHE), "complaints": COMPLAINTS})
