@@ -100,14 +100,14 @@ def read_xs_file(header: Header) -> XSFile:
     layout = _layout(shapes, format, header)
     ours = to_ours(shapes, layout, format)
     unknown = [name for name in shapes.keys() - ours.values() if not name.startswith(LEFTOVERS)]
-    shape = _shape({name: shapes[theirs] for name, theirs in ours.items()}, layout, header)
+    shape = _shape({name: shapes[theirs] for name, theirs in ours.items()}, layout, format, header)
     problems = _problems(shape, {name: shapes[theirs] for name, theirs in ours.items()}, layout, format)
     if problems or unknown:
         more = compare_shapes({}, dict.fromkeys(sorted(unknown), ())) if unknown else ""
         raise DetectionError(
             f"{header.path}: looks like a ControlNet-XS for {shape.family.value}, but does not match it: "
-            f"{'; '.join(filter(None, (problems, more)))}. The file is damaged or of an unknown kind: "
-            "download it again."
+            f"{'; '.join(filter(None, (problems, more)))}. The file is damaged, pruned or of an unknown "
+            "kind: download it again."
         )
     return XSFile(header, format, shape, {name: given[theirs] for name, theirs in ours.items()})
 
@@ -194,15 +194,16 @@ def _adapter_levels(shapes: Shapes) -> tuple[list[tuple[int, ...]], str]:
     return levels, "mid_block.midblock.attentions.0"
 
 
-def _shape(shapes: Shapes, layout: XSLayout, header: Header) -> XSShape:
+def _shape(shapes: Shapes, layout: XSLayout, format: str, header: Header) -> XSShape:
     """Read a shape from tensors in our names; what it says is checked afterwards, by building it."""
     out_layer = {"conv": "conv", "res": "res.conv2", "down": "down.conv"}
 
     def dim(name: str, axis: int) -> int:
         if len(shapes.get(f"{name}.weight", ())) <= axis:
+            (theirs,) = from_ours([f"{name}.weight"], layout, format).values()
             raise DetectionError(
-                f"{header.path}: is a pruned or incomplete ControlNet-XS: it has no {name} (our name), with "
-                f"{len(layout.kinds)} blocks in its control stream. A whole one is needed: download it again."
+                f"{header.path}: is a pruned or incomplete ControlNet-XS: it has no {theirs}, with {len(layout.kinds)} "
+                "blocks in its control stream. A whole one is needed: download it again."
             )
         return shapes[f"{name}.weight"][axis]
 

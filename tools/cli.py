@@ -74,9 +74,28 @@ def _test(options: argparse.Namespace) -> int:
     return run_checks(lambda: host.provide(own, clone_folder()), only, options.long, options.expression)
 
 
+def _add_convert(parser: Parser) -> None:
+    parser.add_argument("source", type=Path, metavar="IN", help="a ControlNet-XS file, of either set of names")
+    parser.add_argument("target", type=Path, metavar="OUT", help="the new .safetensors file")
+    parser.add_argument("--layout", choices=("xs_official", "xs_diffusers"), required=True, help="its names")
+    parser.add_argument("--num-heads", default="", metavar="N,N,..", help="attention heads per level, where unknown")
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from ..controlnext_core.checkpoint import CheckpointError
+    from ..controlnext_core.xs_convert import convert
+
+    try:
+        print(convert(options.source, options.target, options.layout, options.num_heads))
+    except CheckpointError as error:
+        raise SetupError(str(error)) from error
+    return 0
+
+
 COMMANDS = {
     "demo": Command("queue an example workflow in a real ComfyUI and show the result", "host", _add_cpu, _demo),
     "comfy": Command("start ComfyUI with the pack, for use in a browser", "host", _add_comfy, _comfy),
+    "convert": Command("write a ControlNet-XS file with the other set of names", "host", _add_convert, _convert),
     "test": Command("run every check and test", "test", _add_test, _test),
 }
 
