@@ -83,7 +83,7 @@ class Workflow:
 
     def note(self, column: int, text: str, height: int) -> None:
         """Add a note. text: Markdown."""
-        self.add(column, NOTE, text=text.strip(), height=height)
+        self.add(column, NOTE, "Note", text=text.strip(), height=height)
 
 
 def split_inputs(info: Mapping[str, Any]) -> tuple[dict[str, tuple[Any, ...]], dict[str, tuple[Any, ...]]]:
