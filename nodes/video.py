@@ -69,12 +69,12 @@ class ControlNeXtVideoWindows(io.ComfyNode):
                     options=list(windows.SCHEDULES),
                     default=windows.SCHEDULES[0],
                     tooltip="standard_static: the same windows at each step, the last one aligned to the end. uniform: "
-                    "shifted from step to step. looped: wrap around the end. batched: side by side.",
+                    "shifted from step to step. looped: wrap around the end. batched: side by side, no overlap.",
                 ),
                 io.Combo.Input(
                     "fuse",
                     options=list(windows.FUSES),
-                    default=windows.FUSES[0],
+                    default="pyramid",
                     tooltip="How overlapping results are weighted.",
                 ),
                 io.Boolean.Input(
@@ -82,15 +82,21 @@ class ControlNeXtVideoWindows(io.ComfyNode):
                     default=False,
                     optional=True,
                     tooltip="Give the first frame of each window the first hint, the reference pose, and drop its "
-                    "result, as the authors' long-video pipeline does.",
+                    "result, as the authors' long-video pipeline does. Needs an overlap.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model, sampling in windows.")],
         )
 
     @classmethod
-    def validate_inputs(cls, length: int = 14, overlap: int = 4) -> bool | str:
-        return overlap < length or f"overlap {overlap} must be less than length {length}."
+    def validate_inputs(
+        cls,
+        length: int = 14,
+        overlap: int = 4,
+        schedule: str = windows.SCHEDULES[0],
+        repeat_first_hint: bool = False,
+    ) -> bool | str:
+        return windows.problem_of(length, overlap, schedule, repeat_first_hint) or True
 
     @classmethod
     def execute(

@@ -17,7 +17,7 @@ from .base_facts import BaseFacts, check_pair
 from .collector import Job, collect
 from .features import cached_rows
 from .feedback import warn_if_tiled
-from .host_control import HostControl, hint_rows
+from .host_control import HostControl
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class ControlNeXtControl(HostControl):
             return None
         self.run.added += 1
         latents = h.shape[0] // len(chunks)
-        rows = hint_rows(latents, self.cond_hint_original.shape[0], transformer_options)
+        rows = self.hint_rows(latents, transformer_options)
         return Term(
             self.features(rows, h, x, sigma),
             gains,
@@ -106,4 +106,4 @@ class ControlNeXtControl(HostControl):
             encoded = self.net.patcher.model(hint, torch.tensor([timestep], device=h.device))
             return prepare(encoded, size, fusion).to(h.dtype)
 
-        return cached_rows(group, rows, common, h.device, encode)
+        return cached_rows(group, rows, common, h.device, encode, self.run.recent)

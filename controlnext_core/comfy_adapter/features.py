@@ -23,12 +23,18 @@ def cached_rows(
     common: tuple[Hashable, ...],
     device: torch.device,
     encode: Callable[[tuple[int, ...]], Tensor],
+    recent: dict[Hashable, Tensor],
 ) -> Tensor:
     """The features of each row's hint, (len(rows), ...) on `device`: from the cache, or encoded and kept.
 
-    common: what else the features depend on. encode: rows, each once, -> their features. Never write to the result.
+    common: what else the features depend on. encode: rows, each once, -> their features. recent: what the call before
+    used and, afterwards, what this one did, so that neighbouring windows share frames where the cache has no room.
+    Never write to the result.
     """
-    found = {row: CACHE.get(group, (row, *common), device) for row in dict.fromkeys(rows)}
+    keys = {row: (group, row, *common) for row in dict.fromkeys(rows)}
+    found = {
+        row: recent[key] if key in recent else CACHE.get(group, (row, *common), device) for row, key in keys.items()
+    }
     missing = [row for row, value in found.items() if value is None]
     for start in range(0, len(missing), ROWS_AT_ONCE):
         batch = tuple(missing[start : start + ROWS_AT_ONCE])
@@ -36,6 +42,8 @@ def cached_rows(
             value = value.clone() if len(batch) > 1 else value
             CACHE.put(group, (row, *common), value)
             found[row] = value
+    recent.clear()
+    recent.update((keys[row], value) for row, value in found.items() if value is not None)
     values = [value for row in rows if (value := found[row]) is not None]
     return values[0] if len(values) == 1 else torch.cat(values)
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import logging
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,7 +47,7 @@ class ControlOptions:
         digest = hashlib.blake2b(digest_size=16)
         for mask in self.masks:
             digest.update(str(tuple(mask.shape)).encode())
-            digest.update(mask.cpu().contiguous().numpy())
+            digest.update(mask.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
     @functools.cached_property
@@ -64,6 +65,10 @@ class Run:
     percents: dict[float, float] = field(default_factory=dict)
     timesteps: dict[float, float] = field(default_factory=dict)
     hints: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    recent: dict[Hashable, Tensor] = field(default_factory=dict)
+    """Features that the last forward used."""
+    counted: bool = False
+    """Whether the hints have been counted against the frames."""
     in_range: int = 0
     reached: int = 0
     added: int = 0
@@ -149,7 +154,8 @@ class HostControl(ControlBase):
         """Content hash of the hint, once per Apply."""
         hint = self.cond_hint_original
         digest = hashlib.blake2b(str(tuple(hint.shape)).encode(), digest_size=16)
-        digest.update(hint.cpu().contiguous().numpy())
+        for frame in hint:  # one at a time: a copy of a long video would be gigabytes
+            digest.update(frame.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
     # -- life cycle, called by the host ---------------------------------------------------------------------
@@ -228,6 +234,18 @@ class HostControl(ControlBase):
             self.run.hints = {key: sized.to(x.device, dtype).expand(-1, 3, -1, -1)}
         return self.run.hints[key]
 
+    def hint_rows(self, latents: int, transformer_options: dict[str, Any]) -> tuple[int, ...]:
+        """`hint_rows` of this control's hint; where there are not as many as frames, the log says so, once a run."""
+        assert self.run is not None
+        hints = self.cond_hint_original.shape[0]
+        frames = frames_of(latents, transformer_options)
+        if not self.run.counted and frames is not None:
+            self.run.counted = True
+            if hints not in (1, frames):
+                what = f"the last {hints - frames} are not used" if hints > frames else "they repeat from the start"
+                log.warning("%s: %d hints for %d frames or images: %s.", self.name, hints, frames, what)
+        return hint_rows(latents, hints, transformer_options)
+
     def chunk_gains(self, chunks: list[int], transformer_options: dict[str, Any]) -> list[float]:
         """One gain per chunk of the guided batch, at strength 1."""
         apply_to = self.options.apply_to
@@ -299,3 +317,12 @@ def hint_rows(latents: int, hints: int, transformer_options: dict[str, Any]) -> 
         window = (transformer_options.get("ad_params") or {}).get("sub_idxs")
     frames = window if window is not None and len(window) == latents else range(latents)
     return tuple(int(frame) % hints for frame in frames)
+
+
+def frames_of(latents: int, transformer_options: dict[str, Any]) -> int | None:
+    """Frames of the whole video, or images of the batch, that a chunk of so many latents is of; None: not known."""
+    window = transformer_options.get("context_window")
+    if window is not None:
+        return getattr(window, "frames", None)
+    params = transformer_options.get("ad_params") or {}
+    return params.get("full_length") if params.get("sub_idxs") is not None else latents

@@ -1,14 +1,15 @@
 """Videos of any length through context windows: the host's handler, made to work for frames in the batch.
 
-The host's handler compares the whole timestep vector with the schedule, which fails for windows along the batch, and
-leaves per-frame conditioning whole. This one takes the step from one timestep, slices what has one entry per frame,
-and can give each window the first hint (the reference pose), as the released long-video pipeline does.
+The host's handler compares the whole timestep vector with the schedule, which fails for windows along the batch,
+leaves per-frame conditioning whole, and knows places in a window by their frame, which fails around the end of a loop.
+This one takes the step from one timestep, slices what has one entry per frame, weighs by place, and can give each
+window the first hint (the reference pose), as the released long-video pipeline does.
 """
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import comfy.context_windows as host
@@ -16,23 +17,27 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-log = logging.getLogger(__name__)
-
 SCHEDULES = (
     host.ContextSchedules.STATIC_STANDARD,
     host.ContextSchedules.UNIFORM_STANDARD,
     host.ContextSchedules.UNIFORM_LOOPED,
     host.ContextSchedules.BATCHED,
 )
-FUSES = tuple(host.ContextFuseMethods.LIST_STATIC)
+WITHOUT_OVERLAP = (host.ContextSchedules.BATCHED,)
+LEAST_WEIGHT = 1e-6
+"""Where a ramp begins: a frame that no other window covers is divided by its own weight."""
 
 
 class VideoWindow(host.IndexListContextWindow):
     """Frames of one window, in order, and the hint frame that each of them gets."""
 
-    def __init__(self, index_list: list[int], hint_list: list[int] | None = None) -> None:
+    def __init__(self, index_list: list[int], frames: int, reference_first: bool = False) -> None:
         super().__init__(index_list, dim=0)
-        self.hint_list = index_list if hint_list is None else hint_list
+        self.frames = frames
+        """Of the whole video."""
+        self.reference_first = reference_first
+        """The first place gets the first hint, and its result does not count."""
+        self.hint_list = [0, *index_list[1:]] if reference_first else index_list
 
     def get_tensor(self, full: Tensor, device: Any = None, dim: int | None = None) -> Tensor:
         """The window's frames of a tensor with all frames along its first dimension; one entry stands for all."""
@@ -42,7 +47,7 @@ class VideoWindow(host.IndexListContextWindow):
 
     def add_window(self, full: Tensor, to_add: Tensor, dim: int | None = None) -> Tensor:
         """Add the window's frames into the whole, in place (the handler's own sums)."""
-        return full.index_add_(0, torch.tensor(self.index_list, device=full.device), to_add.to(full.dtype))
+        return full.index_add_(0, torch.tensor(self.index_list, device=full.device), to_add.to(full))
 
 
 class VideoWindows(host.IndexListContextHandler):
@@ -51,14 +56,13 @@ class VideoWindows(host.IndexListContextHandler):
     def __init__(self, length: int, overlap: int, schedule: str, fuse: str, repeat_first_hint: bool = False) -> None:
         super().__init__(
             context_schedule=host.get_matching_context_schedule(schedule),
-            fuse_method=host.get_matching_fuse_method(fuse),
+            # the host treats one of its own names apart, by frame instead of by place
+            fuse_method=host.ContextFuseMethod(f"{fuse} by place", FUSES[fuse]),
             context_length=length,
             context_overlap=overlap,
             dim=0,
         )
         self.repeat_first_hint = repeat_first_hint
-        self.covered: Counter[int] = Counter()
-        """How often each frame stands where its result counts, over the windows of the present step."""
 
     def set_step(self, timestep: Tensor, model_options: dict[str, Any]) -> None:
         """Find the step by one timestep; inside a sampler's sub-step the last step stays."""
@@ -69,10 +73,14 @@ class VideoWindows(host.IndexListContextHandler):
 
     def get_context_windows(self, model: Any, x_in: Tensor, model_options: dict[str, Any]) -> list[VideoWindow]:
         """The windows of this step over x_in (frames, C, H, W)."""
-        lists = [list(map(int, w)) for w in self.context_schedule.func(x_in.shape[0], self, model_options)]
-        windows = [VideoWindow(w, [0, *w[1:]] if self.repeat_first_hint else None) for w in lists]
-        self.covered = Counter(frame for w in windows for frame in w.index_list[self._skip(w) :])
-        return windows
+        frames = x_in.shape[0]
+        lists = [[int(frame) for frame in window] for window in self.context_schedule.func(frames, self, model_options)]
+        # a first place can only be given away where its frame stands in another place as well
+        elsewhere = Counter(frame for window in lists for frame in window[int(window[0] != 0) :])
+        return [
+            VideoWindow(window, frames, self.repeat_first_hint and window[0] != 0 and elsewhere[window[0]] > 0)
+            for window in lists
+        ]
 
     def get_resized_cond(self, cond_in: Any, x_in: Tensor, window: VideoWindow, device: Any = None) -> Any:
         """Conditioning for one window: what has one entry per frame is sliced to the window's frames."""
@@ -87,16 +95,50 @@ class VideoWindows(host.IndexListContextHandler):
     def combine_context_window_results(
         self, x_in: Tensor, sub_conds_out: list[Tensor], sub_conds: Any, window: VideoWindow, *rest: Any
     ) -> None:
-        """Sum one window into the whole, without a first frame that stood in for the reference."""
-        skip = self._skip(window)
-        if skip and self.covered[window.index_list[0]]:
-            window = VideoWindow(window.index_list[skip:])
-            sub_conds_out = [out[skip:] for out in sub_conds_out]
+        """Sum one window into the whole, without a first place that was given to the reference."""
+        if window.reference_first:
+            window = VideoWindow(window.index_list[1:], window.frames)
+            sub_conds_out = [out[1:] for out in sub_conds_out]
         super().combine_context_window_results(x_in, sub_conds_out, sub_conds, window, *rest)
 
-    def _skip(self, window: VideoWindow) -> int:
-        """1 where the window's first result belongs to the reference hint and not to its frame."""
-        return int(window.hint_list[0] != window.index_list[0] and len(window.index_list) > 1)
+
+def _relative(length: int, **_: Any) -> list[float]:
+    """Falls linearly from the middle of a window to almost nothing at its ends, as the host's `relative`."""
+    middle = (length - 1) / 2
+    return [max(1e-2, 1 - abs(place - middle) / (middle + 5e-3)) for place in range(length)]
+
+
+def _overlap_linear(length: int, full_length: int, idxs: list[int], handler: VideoWindows, **_: Any) -> Tensor:
+    """Full weight but for ramps over the overlap, up and down, where the video goes on; as the host's of that name."""
+    weights = torch.ones(length)
+    ramp = torch.linspace(LEAST_WEIGHT, 1, handler.context_overlap)[:length]
+    if len(ramp) and idxs[0] > 0:
+        weights[: len(ramp)] *= ramp
+    if len(ramp) and idxs[-1] < full_length - 1:
+        weights[-len(ramp) :] *= ramp.flip(0)
+    return weights.clamp(min=LEAST_WEIGHT)
+
+
+FUSES: dict[str, Callable[..., Any]] = {
+    host.ContextFuseMethods.PYRAMID: host.create_weights_pyramid,
+    host.ContextFuseMethods.RELATIVE: _relative,
+    host.ContextFuseMethods.FLAT: host.create_weights_flat,
+    host.ContextFuseMethods.OVERLAP_LINEAR: _overlap_linear,
+}
+"""Name -> (length of a window, what the host tells) -> the weight of each place; a frame's weights sum to 1."""
+
+
+def problem_of(length: int, overlap: int, schedule: str, repeat_first_hint: bool) -> str:
+    """What is wrong with these settings together, in a sentence; empty where nothing is."""
+    if not 0 <= overlap < length:
+        return f"overlap {overlap} must be 0 or more and less than length {length}, or no window ever gets further."
+    if repeat_first_hint and (overlap == 0 or schedule in WITHOUT_OVERLAP):
+        return (
+            f"repeat_first_hint needs windows that overlap, as each window's first frame is dropped; schedule "
+            f"{schedule} with overlap {overlap} has none. Set an overlap of 1 or more and another schedule than "
+            f"{WITHOUT_OVERLAP[0]}."
+        )
+    return ""
 
 
 def add_video_windows(
@@ -104,12 +146,11 @@ def add_video_windows(
 ) -> ModelPatcher:
     """A clone of `model` that samples videos longer than `length` frames in windows; shorter ones as before.
 
-    Raises ValueError where the overlap leaves no progress.
+    Raises ValueError for settings that do not go together.
     """
-    if not 0 <= overlap < length:
-        raise ValueError(f"overlap {overlap} must be less than length {length}, or no window ever gets further.")
-    if repeat_first_hint and overlap == 0:
-        raise ValueError("repeat_first_hint needs an overlap of 1 or more: each window's first frame is dropped.")
+    problem = problem_of(length, overlap, schedule, repeat_first_hint)
+    if problem:
+        raise ValueError(problem)
     windowed = model.clone()
     windowed.model_options["context_handler"] = VideoWindows(length, overlap, schedule, fuse, repeat_first_hint)
     host.create_prepare_sampling_wrapper(windowed)

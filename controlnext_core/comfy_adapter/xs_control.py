@@ -17,7 +17,7 @@ from ..xs_specs import XSShape, base_widths_of
 from .base_facts import BaseFacts
 from .features import CACHE, cached_rows
 from .feedback import warn_if_tiled
-from .host_control import HostControl, hint_rows
+from .host_control import HostControl
 from .xs_forward import Companion, XSJob, join_forward
 
 TIME_EXPONENT = 0.3
@@ -95,7 +95,7 @@ class ControlNetXSControl(HostControl):
         rows = None
         if len(active) < len(chunks):
             rows = torch.cat([torch.arange(n * latents, (n + 1) * latents, device=x.device) for n in active])
-        hint = self.hint_features(hint_rows(latents, self.cond_hint_original.shape[0], transformer_options), x)
+        hint = self.hint_features(self.hint_rows(latents, transformer_options), x)
         own_time = self.own_time(sigma, x) if self.loaded.net.config.own_time is not None else None
 
         def mask(h: Tensor) -> Tensor | None:
@@ -105,12 +105,13 @@ class ControlNetXSControl(HostControl):
         def take(batch: Tensor) -> Tensor:
             return batch if rows is None else batch.index_select(0, rows)
 
+        encoder, middle, decoder = self.options.parts
         return Companion(
             name=self.name,
             walk=Walk(self.loaded.net, take(x), hint if hint.shape[0] == 1 else hint.repeat(len(active), 1, 1, 1)),
             rows=rows,
             context=take(context),
-            strengths=tuple(strength * part for part in self.options.parts),
+            strengths=(strength * encoder, strength * middle, strength * decoder),
             mask=mask,
             own_time=own_time,
             mix=time_mix(strength if self.options.time_mix is None else self.options.time_mix),
@@ -118,12 +119,14 @@ class ControlNetXSControl(HostControl):
 
     def hint_features(self, rows: tuple[int, ...], x: Tensor) -> Tensor:
         """The hint encoder's output for each row's hint: (len(rows), C, H, W) in x's dtype; cached."""
+        assert self.run is not None
         group = GroupKey(self.loaded.uid, self.hint_id)
 
         def encode(batch: tuple[int, ...]) -> Tensor:
             return self.loaded.net.encode_hint(self.sized_hint(batch, x, x.dtype))
 
-        return cached_rows(group, rows, (tuple(x.shape[-2:]), x.dtype), x.device, encode)
+        common = (tuple(x.shape[-2:]), x.dtype)
+        return cached_rows(group, rows, common, x.device, encode, self.run.recent)
 
     def own_time(self, sigma: float, x: Tensor) -> Tensor:
         """The own time embedding at this sigma, (1, D) in x's dtype; cached."""
