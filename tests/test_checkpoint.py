@@ -120,6 +120,13 @@ def test_files_that_are_none_say_so(folder: Path, suffix: str) -> None:
     assert "is a folder, not a weight file" in refusal(path)
 
 
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"), ValueError("odd")])
+def test_a_file_that_cannot_be_opened_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    path = save(folder / "x.safetensors", tensors(), {})
+    monkeypatch.setattr(checkpoint, "safe_open", raiser(error))
+    assert str(error) in refusal(path)
+
+
 def test_other_suffixes_are_refused(folder: Path) -> None:
     (folder / "x.txt").write_text("hello")
     assert "not a weight file; one of .safetensors" in refusal(folder / "x.txt")
