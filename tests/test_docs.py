@@ -1,0 +1,107 @@
+"""README, help pages, locales: every node has them, nothing in them has drifted, the host serves them."""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import pytest
+from comfyui_controlnext.tools import cli, host, make_locales, make_workflows
+
+if TYPE_CHECKING:
+    from comfyui_controlnext.tools.comfy_server import ComfyServer
+
+ROOT = Path(__file__).resolve().parents[1]
+HELP = ROOT / "web" / "docs"
+README = (ROOT / "README.md").read_text("utf-8")
+CHINESE = re.compile("[\u4e00-\u9fff]")
+PAGE_LINES = 75
+TEXTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md"), *HELP.glob("*.md")]
+
+
+def locale(language: str) -> dict[str, Any]:
+    return json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text("utf-8"))
+
+
+def leaves(texts: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], str]:
+    """{path of keys: text}"""
+    if not isinstance(texts, dict):
+        return {path: texts}
+    return {place: text for key, value in texts.items() for place, text in leaves(value, (*path, key)).items()}
+
+
+def test_chinese_has_the_keys_of_english() -> None:
+    english, chinese = leaves(locale("en")), leaves(locale("zh"))
+    assert chinese.keys() == english.keys()
+    assert all(text.strip() for text in chinese.values())
+    untranslated = [place for place, text in chinese.items() if place[-1] != "name" and not CHINESE.search(text)]
+    assert untranslated == []
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_links_between_our_texts_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", path.read_text("utf-8")):
+        if not target.startswith(("http://", "https://")):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_readme_names_what_there_is() -> None:
+    for texts in locale("en").values():
+        assert texts["display_name"] in README
+    for describe in make_workflows.WORKFLOWS:
+        assert f"{describe.__name__}.json" in README
+    for name, command in cli.COMMANDS.items():
+        assert f"run.py {name}" in README, command.help
+    for told in (host.WHEEL.replace("==", " "), f"ComfyUI {host.VERSION}", "AGPL-3", "GPL-3", "8.1 MB"):
+        assert told in README, told
+    for files in (value for value in vars(make_workflows).values() if isinstance(value, tuple)):
+        for file in files:
+            if isinstance(file, make_workflows.Model):
+                assert file.name.rpartition("/")[0] in README, file.name
+
+
+def test_changelog_has_the_present_version() -> None:
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text("utf-8"), re.M)
+    assert version and f"## [{version[1]}]" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_engineers_pages_stay_pages(path: Path) -> None:
+    assert len(path.read_text("utf-8").splitlines()) <= PAGE_LINES
+
+
+@pytest.mark.comfy
+def test_english_is_what_the_nodes_say(server: "ComfyServer") -> None:
+    text = (ROOT / "locales" / "en" / "nodeDefs.json").read_text("utf-8")
+    assert text == make_locales.english(server.object_info()), "run tools/make_locales.py"
+
+
+@pytest.mark.comfy
+def test_every_node_has_a_help_page_that_names_its_inputs(server: "ComfyServer") -> None:
+    nodes = make_locales.own_nodes(server.object_info())
+    assert {path.stem for path in HELP.glob("*.md")} == nodes.keys()
+    for name, info in nodes.items():
+        page = (HELP / f"{name}.md").read_text("utf-8")
+        assert page.startswith(f"# {info['display_name']}\n")
+        assert re.search("^## .*[Ee]rrors", page, re.M)
+        for part in ("required", "optional"):
+            for field in info["input"].get(part, {}):
+                assert re.search(rf"\b{field}\b", page), f"{name}.md does not explain {field}"
+
+
+@pytest.mark.comfy
+def test_the_host_serves_help_texts_and_workflows(server: "ComfyServer") -> None:
+    pack = quote(ROOT.name)
+    for path in HELP.glob("*.md"):
+        assert server.request(f"/extensions/{pack}/docs/{path.name}") == path.read_bytes()
+    translations = server.get("/i18n")
+    for language in ("en", "zh"):
+        for name, texts in locale(language).items():
+            assert translations[language]["nodeDefs"][name] == texts
+    names = [describe.__name__ for describe in make_workflows.WORKFLOWS]
+    assert sorted(server.get("/workflow_templates")[ROOT.name]) == sorted(names)
+    for name in names:
+        for suffix in ("json", "jpg"):
+            served = server.request(f"/api/workflow_templates/{pack}/{name}.{suffix}")
+            assert served == (make_workflows.FOLDER / f"{name}.{suffix}").read_bytes()
