@@ -13,7 +13,7 @@ from torch import Tensor
 
 PARITY = 1e-5
 HEADS = 2
-WIDTHS = {"12": (22, 24, 24, 24), "9": (4, 8, 16)}
+WIDTHS = {"12": (22, 24, 48, 96), "9": (40, 48, 96)}
 
 
 def network(kind: str, own_time: bool = False, rule: str = "official") -> tuple[ControlNetXS, xs_specs.XSShape]:
