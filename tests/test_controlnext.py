@@ -87,7 +87,10 @@ def test_forward_is_the_layer_table(build: str, batch: int, height: int, width: 
 def test_forward_is_the_layer_table_at_a_published_odd_size() -> None:
     net, weights = make("SDXL-1")
     hint = hints(1, 3, 520, 520)
-    assert difference(net(hint, torch.tensor([7.0])), reference.encode("SDXL-1", weights, hint, torch.tensor([7.0]))) < 1e-5
+    assert (
+        difference(net(hint, torch.tensor([7.0])), reference.encode("SDXL-1", weights, hint, torch.tensor([7.0])))
+        < 1e-5
+    )
 
 
 @pytest.mark.long
