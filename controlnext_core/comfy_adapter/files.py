@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,24 +30,38 @@ def register_folder() -> None:
     folder_paths.folder_names_and_paths[FOLDER] = (paths, set(SUFFIXES))
 
 
-def control_names() -> list[str]:
-    """Names of every weight file in the control folders, as the widgets show them."""
-    return list(dict.fromkeys(name for folder in FOLDERS for name in folder_paths.get_filename_list(folder)))
+def list_names(folders: Sequence[str]) -> list[str]:
+    """Names of every weight file in these folders, as the widgets show them: with `/` on every system.
+
+    So a graph that was shared from another system finds its files.
+    """
+    found = (name for folder in folders for name in folder_paths.get_filename_list(folder))
+    return list(dict.fromkeys(Path(name).as_posix() for name in found))
 
 
-def control_path(name: str) -> Path:
+def find(name: str, folders: Sequence[str]) -> Path:
     """The file behind a widget's name. Raises CheckpointError where it is gone."""
-    for folder in FOLDERS:
+    for folder in folders:
         path = folder_paths.get_full_path(folder, name)
         if path is not None:
             return Path(path)
-    for parent in (parent for folder in FOLDERS for parent in folder_paths.get_folder_paths(folder)):
+    for parent in (parent for folder in folders for parent in folder_paths.get_folder_paths(folder)):
         if (Path(parent) / name).is_dir():
             return Path(parent) / name  # whoever opens it says that it is a folder
     raise CheckpointError(
-        f"{name}: no such file in {' or '.join('models/' + folder for folder in FOLDERS)}. Put it there and press R "
+        f"{name}: no such file in {' or '.join('models/' + folder for folder in folders)}. Put it there and press R "
         "in ComfyUI, or choose another file."
     )
+
+
+def control_names() -> list[str]:
+    """Names of every weight file in the control folders."""
+    return list_names(FOLDERS)
+
+
+def control_path(name: str) -> Path:
+    """The control file behind a widget's name. Raises CheckpointError where it is gone."""
+    return find(name, FOLDERS)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import comfy.sd
-import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
@@ -15,9 +15,9 @@ from .. import checkpoint
 from ..checkpoint import CheckpointError
 from ..key_maps import resolve_names, strip_prefix, unet_key_map
 from ..published_unets import unet_config_of
-from .files import FOLDER
+from . import files
 
-UNET_FOLDERS = (FOLDER, "diffusion_models")
+UNET_FOLDERS = (files.FOLDER, "diffusion_models")
 WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
     "default": {},
     "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
@@ -28,29 +28,41 @@ WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
 
 
 def unet_names() -> list[str]:
-    """Weight files of the folders that may hold UNets."""
-    return list(dict.fromkeys(name for folder in UNET_FOLDERS for name in folder_paths.get_filename_list(folder)))
+    """Names of every weight file in the folders that may hold UNets."""
+    return files.list_names(UNET_FOLDERS)
 
 
 def unet_path(name: str) -> Path:
     """The file behind a widget's name. Raises CheckpointError where it is gone."""
-    for folder in UNET_FOLDERS:
-        path = folder_paths.get_full_path(folder, name)
-        if path is not None:
-            return Path(path)
-    raise CheckpointError(f"{name}: no such file in {' or '.join(UNET_FOLDERS)}. Press R in ComfyUI, choose again.")
+    return files.find(name, UNET_FOLDERS)
 
 
 def load_unet(path: Path, weight_dtype: str = "default") -> ModelPatcher:
     """A whole UNet as a MODEL; no second copy of it is held. Raises CheckpointError."""
     tensors = _host_names(checkpoint.load(path), str(path))
-    model = comfy.sd.load_diffusion_model_state_dict(tensors, model_options=dict(WEIGHT_DTYPES[weight_dtype]))
+    names = set(tensors)
+    try:
+        model = comfy.sd.load_diffusion_model_state_dict(tensors, model_options=dict(WEIGHT_DTYPES[weight_dtype]))
+    except (KeyError, RuntimeError) as error:  # what the host's detection and loading say of parts of a UNet
+        raise CheckpointError(
+            f"{path}: the host cannot load it ({str(error).strip()[:300]}). The UNet is not whole: get it again."
+        ) from error
     if model is None:
         raise CheckpointError(
             f"{path}: the host does not know this UNet. Choose the UNet of an SD1.5, SDXL or SVD release, or load the "
             "file with the stock Load Diffusion Model node."
         )
+    _refuse_missing(model.model.diffusion_model.state_dict().keys() - names, str(path))
     return model
+
+
+def _refuse_missing(names: Iterable[str], source: str) -> None:
+    """Raise CheckpointError where a UNet lacks tensors."""
+    if missing := sorted(names):
+        raise CheckpointError(
+            f"{source}: {checkpoint.listed('missing', missing)}. The UNet is not whole: get it again. Weights that go "
+            "on a loaded model are chosen as weights_name in Load ControlNeXt."
+        )
 
 
 def _host_names(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -60,9 +72,5 @@ def _host_names(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
         return {name: tensors[stored] for name, stored in bare.items()}
     key_map = unet_key_map(unet_config_of({name: tuple(tensors[s].shape) for name, s in bare.items()}, source))
     targets = resolve_names(bare, key_map, source)
-    missing = sorted(key_map.keys() - bare.keys())
-    if missing:
-        raise CheckpointError(
-            f"{source}: {checkpoint.listed('missing', missing)}. The UNet is not whole: get it again."
-        )
+    _refuse_missing(key_map.keys() - bare.keys(), source)
     return {targets[name].name: tensors[stored] for name, stored in bare.items()}
