@@ -22,7 +22,7 @@ def our_control(control_net: Any) -> HostControl:
     if not isinstance(control_net, HostControl):
         raise ValueError(
             "control_net: is a stock ControlNet. Use the stock Apply ControlNet node for it; both can be in one "
-            "workflow. This node takes the output of Load ControlNeXt."
+            "workflow. This node takes the output of Load ControlNeXt or Load ControlNet-XS."
         )
     return control_net
 

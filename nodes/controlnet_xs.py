@@ -8,7 +8,7 @@ from ..controlnext_core.comfy_adapter import files
 from ..controlnext_core.comfy_adapter.feedback import tell
 from ..controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
 from ..controlnext_core.xs_specs import NORM_RULES, parse_heads
-from ._api import io
+from ._api import io, wrong_choice
 
 
 class ControlNetXSLoader(io.ComfyNode):
@@ -48,12 +48,12 @@ class ControlNetXSLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, num_heads: str = "") -> bool | str:
+    def validate_inputs(cls, norm_rule: str = "auto", num_heads: str = "") -> bool | str:
         try:
             parse_heads(num_heads)
         except ValueError as error:
             return str(error)
-        return True
+        return wrong_choice(norm_rule=(norm_rule, ["auto", *NORM_RULES])) or True
 
     @classmethod
     def fingerprint_inputs(cls, control_name: str, **_: Any) -> str:
