@@ -32,7 +32,7 @@ def unet_config_of(shapes: Shapes, source: str) -> dict[str, Any]:
     temporal = any("temporal_res_block" in name for name in shapes)
     labels = shapes.get("add_embedding.linear_1.weight")
     return {
-        "channel_mult": [_width(shapes, i) // shapes["conv_in.weight"][0] for i in range(levels)],
+        "channel_mult": [_width(shapes, i, source) // shapes["conv_in.weight"][0] for i in range(levels)],
         "num_res_blocks": resnets,
         "transformer_depth": down,
         "transformer_depth_output": up[::-1],
@@ -59,10 +59,12 @@ def _middle_depth(shapes: Shapes) -> int:
     return _depth(shapes, "mid_block.attentions.0") if resnets > 1 else resnets - 2
 
 
-def _width(shapes: Shapes, level: int) -> int:
+def _width(shapes: Shapes, level: int, source: str) -> int:
     """Output channels of a level's first resnet."""
     for inner in ("", "spatial_res_block."):
         found = shapes.get(f"down_blocks.{level}.resnets.0.{inner}conv1.weight")
         if found:
             return found[0]
-    raise CheckpointError(f"down_blocks.{level}.resnets.0.conv1.weight is missing: the UNet is not whole.")
+    raise CheckpointError(
+        f"{source}: down_blocks.{level}.resnets.0.conv1.weight is missing: the UNet is not whole. Get it again."
+    )

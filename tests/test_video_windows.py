@@ -95,7 +95,10 @@ def test_features_follow_the_frame_not_the_place(monkeypatch: pytest.MonkeyPatch
 def test_a_video_of_one_window_is_sampled_as_without(schedule: str, frames: int) -> None:
     controlled = video.controlled(video.toy_patcher(), NAME, video.hints(frames))
     expected = video.sample(controlled, frames, 1)
-    assert torch.equal(video.sample(video.windowed(controlled, 4, 1, schedule), frames, 1), expected)
+    model = video.windowed(controlled, 4, 1, schedule, "relative")
+    with video.seen_windows(model) as windows:
+        assert torch.equal(video.sample(model, frames, 1), expected)
+    assert windows == []
 
 
 def test_each_window_is_the_plain_forward_of_its_frames() -> None:

@@ -45,7 +45,8 @@ def load_unet(path: Path, weight_dtype: str = "default") -> ModelPatcher:
         model = comfy.sd.load_diffusion_model_state_dict(tensors, model_options=dict(WEIGHT_DTYPES[weight_dtype]))
     except (KeyError, RuntimeError) as error:  # what the host's detection and loading say of parts of a UNet
         raise CheckpointError(
-            f"{path}: the host cannot load it ({str(error).strip()[:300]}). The UNet is not whole: get it again."
+            f"{path}: the host cannot load it ({str(error).strip()[:300]}). The file is damaged, or not a whole UNet: "
+            "get it again."
         ) from error
     if model is None:
         raise CheckpointError(
@@ -67,7 +68,7 @@ def _refuse_missing(names: Iterable[str], source: str) -> None:
 
 def _host_names(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     """The same tensors under the host's names, every one of a UNet's."""
-    bare = {name: stored for stored, name in strip_prefix(tensors).items()}
+    bare = {name: stored for stored, name in strip_prefix(tensors, source=source).items()}
     if "input_blocks.0.0.weight" in bare:
         return {name: tensors[stored] for name, stored in bare.items()}
     key_map = unet_key_map(unet_config_of({name: tuple(tensors[s].shape) for name, s in bare.items()}, source))
