@@ -123,17 +123,22 @@ def test_queueing_again_with_another_seed_or_prompt_runs_no_encoder(server: Comf
     assert len(probe(server)["calls"]) == calls
 
 
-def test_free_empties_the_cache_and_the_next_prompt_works(server: ComfyServer, graph: Graph) -> None:
+@pytest.mark.parametrize("also_results", [False, True], ids=["unload models", "free memory"])
+def test_free_empties_the_cache_and_the_next_prompt_works(
+    server: ComfyServer, graph: Graph, also_results: bool
+) -> None:
+    """Unloading alone keeps the nodes' results, and with them the control."""
     probe(server)
-    first = latents(server, graph("stock", seed=20))
+    seed = 20 + also_results
+    first = latents(server, graph("stock", seed=seed))
     before = probe(server)
     assert before["kept"] > 0
-    server.free()
+    server.free(unload_models=True, free_memory=also_results)
     until = time.monotonic() + 30
     while probe(server)["kept"] and time.monotonic() < until:
         time.sleep(0.1)
     assert probe(server)["kept"] == 0
-    assert torch.equal(latents(server, graph("ours", seed=20)), first)
+    assert torch.equal(latents(server, graph("ours", seed=seed)), first)
     assert len(probe(server)["calls"]) > len(before["calls"])
 
 

@@ -67,8 +67,8 @@ def test_the_same_weights_under_another_name_are_the_same_encoder(studio: Studio
 @DOORS
 @pytest.mark.parametrize("change", ["hint", "size", "steps", "encoder"])
 def test_another_hint_size_schedule_or_encoder_is_encoded_anew(studio: Studio, door: Any, change: str) -> None:
-    loaded = studio.load()
-    door(studio, loaded, picture())
+    loaded = first = studio.load()
+    door(studio, first, picture())
     settings: dict[str, Any] = {}
     hint = picture()
     if change == "hint":
@@ -102,11 +102,12 @@ def test_a_changed_encoder_file_is_encoded_anew(studio: Studio, tmp_path: Any) -
     from comfyui_controlnext.tools.tiny_models import make_controlnext
 
     path = make_controlnext(tmp_path / "control.safetensors", "gen2", seed=3)
-    before = through_ours(studio, studio.load(path), picture())
+    old = studio.load(path)  # held: what a network left goes when it goes
+    before = through_ours(studio, old, picture())
     make_controlnext(path, "gen2", seed=4)
-    loaded = studio.load(path)
-    with counted_calls(loaded) as calls:
-        after = through_ours(studio, loaded, picture())
+    new = studio.load(path)
+    with counted_calls(new) as calls:
+        after = through_ours(studio, new, picture())
         assert len(calls) == STEPS
     assert not torch.equal(before, after)
 
