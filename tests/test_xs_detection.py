@@ -133,9 +133,15 @@ def without(*starts: str) -> Shapes:
 
 WRONG: dict[str, tuple[Shapes, str]] = {
     "type C": (released("sd15_53m") | {"middle_block_in.0.weight": (256, 1280, 1, 1)}, "type C.*decoder of its own"),
-    "pruned late blocks": (without("control_model.input_blocks.11.", "enc_zero_convs_in.11."), "4 unexpected.*damaged, pruned"),
+    "pruned late blocks": (
+        without("control_model.input_blocks.11.", "enc_zero_convs_in.11."),
+        "4 unexpected.*damaged, pruned",
+    ),
     "no middle": (without("control_model.middle_block."), "pruned or incomplete"),
-    "no decoder connections": (without("dec_zero_convs_out."), "pruned or incomplete.*no dec_zero_convs_out.0.0.weight"),
+    "no decoder connections": (
+        without("dec_zero_convs_out."),
+        "pruned or incomplete.*no dec_zero_convs_out.0.0.weight",
+    ),
     "a tensor missing": (
         without("control_model.input_blocks.4.0.out_layers.3.bias"),
         "1 missing: control_model.input_blocks.4.0.out_layers.3.bias",

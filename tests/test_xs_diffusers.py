@@ -33,7 +33,9 @@ def adapter(tmp_path: Path) -> Path:
     heads = xs_specs.heads_of(shape, (golden.HEADS,), "test")
     net = ControlNetXS(xs_specs.build_config(shape, heads, xs_specs.NORM_RULES[DIFFUSERS]), device="meta")
     names = from_ours(net.state_dict(), shape.layout, DIFFUSERS)
-    tensors = {name: golden.weight("adapter", name, tuple(net.state_dict()[ours].shape)) for ours, name in names.items()}
+    tensors = {
+        name: golden.weight("adapter", name, tuple(net.state_dict()[ours].shape)) for ours, name in names.items()
+    }
     return checkpoint.save(tmp_path / "adapter.safetensors", tensors, {})
 
 
