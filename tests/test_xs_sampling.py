@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -201,3 +202,12 @@ def test_the_network_is_the_hosts_to_load_and_its_features_go_with_it(studio: St
     assert len(studio.cache) == 3  # one hint, two timesteps
     control.loaded.patcher.detach()
     assert len(studio.cache) == 0
+
+
+def test_an_older_load_of_a_file_does_not_take_its_features_along(studio: Studio, files: dict[str, Path]) -> None:
+    older, newer = load(files), load(files)
+    studio.sample(None, *studio.stock(newer, picture()))
+    kept = len(studio.cache)
+    del older
+    gc.collect()
+    assert len(studio.cache) == kept > 0

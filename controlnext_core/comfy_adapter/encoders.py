@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Mapping
 
 import comfy.model_management
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 from .collector import KEY
-from .features import CACHE, drop_features
+from .features import drop_features, keep_features_of
 
 STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -35,5 +34,5 @@ def into_host(net: nn.Module, tensors: Mapping[str, Tensor], build: str, source:
         offload_device=comfy.model_management.unet_offload_device(),
     )
     patcher.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, functools.partial(drop_features, uid))
-    weakref.finalize(net, CACHE.drop, uid)
+    keep_features_of(net, uid)
     return patcher, uid

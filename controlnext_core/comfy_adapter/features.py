@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable
 
 import torch
 from comfy.model_patcher import ModelPatcher
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..feature_cache import FeatureCache, GroupKey
 
 CACHE = FeatureCache()
 """Outlives nodes and runs: a queue run with another seed finds the features of the one before."""
+
+LIVE: Counter[str] = Counter()
+"""Networks alive, by the identity of what they compute."""
 
 ROWS_AT_ONCE = 8
 """Hints that an encoder takes in one pass; bounds its working memory for videos."""
@@ -46,6 +51,19 @@ def cached_rows(
     recent.update((keys[row], value) for row, value in found.items() if value is not None)
     values = [value for row in rows if (value := found[row]) is not None]
     return values[0] if len(values) == 1 else torch.cat(values)
+
+
+def keep_features_of(net: nn.Module, uid: str) -> None:
+    """Let the features of `uid` live as long as any network with these weights does: a file may be loaded twice."""
+    LIVE[uid] += 1
+    weakref.finalize(net, _forget, uid)
+
+
+def _forget(uid: str) -> None:
+    LIVE[uid] -= 1
+    if LIVE[uid] <= 0:
+        del LIVE[uid]
+        CACHE.drop(uid)
 
 
 def drop_features(uid: str, patcher: ModelPatcher, unpatch_all: bool = True) -> None:
