@@ -84,6 +84,10 @@ class FeatureCache:
         for key in [key for key in self._groups if key.encoder == encoder]:
             self._drop_group(key)
 
+    def room(self, tier: Tier = "device") -> int:
+        """Bytes that may still be put there before entries have to go."""
+        return max(0, self.budgets[tier] - self.used[tier])
+
     def clear(self) -> None:
         """Forget everything."""
         self._groups.clear()

@@ -258,7 +258,7 @@ def test_a_frame_in_two_neighbouring_windows_is_encoded_once_per_step(budget: in
 
 
 def test_many_frames_are_encoded_a_few_at_a_time() -> None:
-    from comfyui_controlnext.controlnext_core.comfy_adapter.features import ROWS_AT_ONCE
+    from comfyui_controlnext.controlnext_core.memory import ROWS_AT_ONCE
 
     frames = ROWS_AT_ONCE + 3
     model = video.controlled(video.toy_patcher(), NAME, video.hints(frames))

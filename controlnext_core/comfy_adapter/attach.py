@@ -22,6 +22,7 @@ def attach(model: ModelPatcher, control: HostControl) -> ModelPatcher:
     controlled = model.clone()
     door = _Door(control)
     controlled.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, door.sample)
+    controlled.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, door.prepare_sampling)
     controlled.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, door.apply_model)
     if control.extra_hooks is not None:
         add_places_wrapper(controlled)
@@ -31,7 +32,7 @@ def attach(model: ModelPatcher, control: HostControl) -> ModelPatcher:
 
 
 class _Door:
-    """Two wrappers around one control."""
+    """Wrappers around one control."""
 
     def __init__(self, control: HostControl) -> None:
         self.control = control
@@ -43,6 +44,14 @@ class _Door:
             return executor(*args, **kwargs)
         finally:
             self.control.cleanup()
+
+    def prepare_sampling(
+        self, executor: Any, model: Any, noise_shape: Any, conds: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """PREPARE_SAMPLING: the host counts this control's working memory as that of one on a conditioning."""
+        counted = {**conds, KEY: [*conds.get(KEY, []), {"control": self.control}]}
+        real_model, _, models = executor(model, noise_shape, counted, *args, **kwargs)
+        return real_model, conds, models
 
     def apply_model(
         self,

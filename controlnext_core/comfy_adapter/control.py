@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..feature_cache import GroupKey
 from ..injection import Term, prepare
+from ..memory import NUMBERS_PER_PIXEL, feature_bytes, rows_at_once
 from ..specs import Spec
 from .base_facts import BaseFacts, check_pair
 from .collector import Job, collect
@@ -106,4 +107,16 @@ class ControlNeXtControl(HostControl):
             encoded = self.net.patcher.model(hint, torch.tensor([timestep], device=h.device))
             return prepare(encoded, size, fusion).to(h.dtype)
 
-        return cached_rows(group, rows, common, h.device, encode, self.run.recent)
+        pixels = x.shape[-2] * x.shape[-1] * self.compression_ratio**2
+        at_once = rows_at_once(pixels * self.bytes_per_pixel(h.dtype))
+        return cached_rows(group, rows, common, h.device, encode, self.run.recent, at_once)
+
+    def bytes_per_pixel(self, dtype: torch.dtype) -> int:
+        return NUMBERS_PER_PIXEL[self.net.spec.build] * dtype.itemsize
+
+    def kept_bytes(self, dtype: torch.dtype) -> int:
+        if self.net.patcher.load_device.type == "cpu":
+            return 0
+        height, width = self.cond_hint_original.shape[-2:]
+        out_channels = self.net.patcher.model.config.out_channels
+        return feature_bytes(self.net.spec, out_channels, height, width, dtype.itemsize)

@@ -11,15 +11,13 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ..feature_cache import FeatureCache, GroupKey
+from ..memory import ROWS_AT_ONCE
 
 CACHE = FeatureCache()
 """Outlives nodes and runs: a queue run with another seed finds the features of the one before."""
 
 LIVE: Counter[str] = Counter()
 """Networks alive, by the identity of what they compute."""
-
-ROWS_AT_ONCE = 8
-"""Hints that an encoder takes in one pass; bounds its working memory for videos."""
 
 
 def cached_rows(
@@ -29,11 +27,13 @@ def cached_rows(
     device: torch.device,
     encode: Callable[[tuple[int, ...]], Tensor],
     recent: dict[Hashable, Tensor],
+    at_once: int = ROWS_AT_ONCE,
 ) -> Tensor:
     """The features of each row's hint, (len(rows), ...) on `device`: from the cache, or encoded and kept.
 
     common: what else the features depend on. encode: rows, each once, -> their features. recent: what the call before
     used and, afterwards, what this one did, so that neighbouring windows share frames where the cache has no room.
+    at_once: rows that `encode` is given at most.
     Never write to the result.
     """
     keys = {row: (group, row, *common) for row in dict.fromkeys(rows)}
@@ -41,8 +41,8 @@ def cached_rows(
         row: recent[key] if key in recent else CACHE.get(group, (row, *common), device) for row, key in keys.items()
     }
     missing = [row for row, value in found.items() if value is None]
-    for start in range(0, len(missing), ROWS_AT_ONCE):
-        batch = tuple(missing[start : start + ROWS_AT_ONCE])
+    for start in range(0, len(missing), at_once):
+        batch = tuple(missing[start : start + at_once])
         for row, value in zip(batch, encode(batch).split(1), strict=True):
             value = value.clone() if len(batch) > 1 else value
             CACHE.put(group, (row, *common), value)

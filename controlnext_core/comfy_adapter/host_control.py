@@ -16,6 +16,7 @@ import torch
 from comfy.controlnet import ControlBase
 from torch import Tensor
 
+from ..memory import rows_at_once
 from ..schedule import Schedule, percent_of
 from ..specs import Gain, Halves
 from .base_facts import BaseFacts, base_facts
@@ -26,6 +27,8 @@ from .halves import half_gains, is_plain, needs_halves, places_hook
 log = logging.getLogger(__name__)
 
 NO_PARTS = (1.0, 1.0, 1.0)
+STEPS_TO_KEEP = 50
+"""Steps of a run whose features the memory manager is asked to leave room for, as far as the cache goes."""
 
 
 @dataclass(frozen=True)
@@ -270,13 +273,24 @@ class HostControl(ControlBase):
         return product
 
     def inference_memory_requirements(self, dtype: torch.dtype) -> int:
-        hint = self.cond_hint_original
-        own = 0 if hint is None else hint.shape[-1] * hint.shape[-2] * self.bytes_per_pixel(dtype)
+        """Peak of an encoder's pass, and room for the features that a run keeps on the device.
+
+        The latent's size is not known here: the hint is taken to have 8 times that size.
+        """
+        own, hint = 0, self.cond_hint_original
+        if hint is not None:
+            row_bytes = hint.shape[-1] * hint.shape[-2] * self.bytes_per_pixel(dtype)
+            kept = min(self.kept_bytes(dtype) * hint.shape[0] * STEPS_TO_KEEP, CACHE.room())
+            own = row_bytes * min(hint.shape[0], rows_at_once(row_bytes)) + kept
         return own + super().inference_memory_requirements(dtype)
 
     def bytes_per_pixel(self, dtype: torch.dtype) -> int:
         """Peak working memory per hint pixel."""
         return 128 * comfy.model_management.dtype_size(dtype)
+
+    def kept_bytes(self, dtype: torch.dtype) -> int:
+        """What the features of one hint take on the device for one step."""
+        return 0
 
 
 def clean_hint(hint: Tensor, name: str) -> Tensor:

@@ -1,0 +1,113 @@
+"""What the encoders need in memory per pixel of the hint, and what the features of a video take.
+
+    python benchmarks/bench_video_memory.py [frames height width]
+
+Every tensor that comes to life is counted, operation by operation, on torch's `meta` device: shapes without numbers,
+so that it takes a moment at any size. What a convolution keeps for itself while it runs is not in it. The law of a
+video (controlnext_core/memory.py, docs/video.md) is then worked out for the frames and the size given.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+if __package__ in (None, ""):
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
+
+from comfyui_controlnext.controlnext_core.feature_cache import DEVICE_BUDGET, HOST_BUDGET  # noqa: E402
+from comfyui_controlnext.controlnext_core.injection import prepare  # noqa: E402
+from comfyui_controlnext.controlnext_core.memory import (  # noqa: E402
+    NUMBERS_PER_PIXEL,
+    PIXELS_PER_CELL,
+    feature_bytes,
+    rows_at_once,
+)
+from comfyui_controlnext.controlnext_core.specs import BUILDS, SPECS, Spec, config_of  # noqa: E402
+from comfyui_controlnext.models.controlnext import ControlNeXt  # noqa: E402
+
+MIB = 1024 * 1024
+SIZES = ((512, 512), (576, 1024), (1024, 1024))
+DTYPES = (torch.float32, torch.float16)
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of all tensors that operations inside this block made and that are still alive; `peak` is the most.
+
+    old: tensors that were there before and are not counted, nor are views of them.
+    """
+
+    def __init__(self, old: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.old = [StorageWeakRef(tensor.untyped_storage()) for tensor in old]
+        known = {reference.cdata for reference in self.old}
+        self.is_new: Callable[[int], bool] = lambda cdata: cdata not in known
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                reference = StorageWeakRef(storage)
+                if self.is_new(reference.cdata):
+                    self.live.setdefault(reference.cdata, (reference, storage.nbytes()))
+        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return result
+
+
+def encoder_peak(spec: Spec, height: int, width: int, dtype: torch.dtype, rows: int = 1, device: str = "meta") -> int:
+    """Most bytes alive while `rows` hints of height x width become features at the site; weights not counted."""
+    net = ControlNeXt(config_of(spec), dtype=dtype, device=device).eval().requires_grad_(False)
+    cell = PIXELS_PER_CELL[spec.fusion.site]
+    timestep = torch.zeros(1, device=device)
+    with torch.no_grad(), Allocations(net.parameters()) as allocations:
+        hint = torch.zeros(rows, 3, height, width, dtype=dtype, device=device)
+        prepare(net(hint, timestep), (-(-height // cell), -(-width // cell)), spec.fusion).to(dtype)
+    return allocations.peak
+
+
+def numbers_per_pixel(spec: Spec, dtype: torch.dtype, height: int = 576, width: int = 1024, rows: int = 1) -> float:
+    """`encoder_peak` in numbers of `dtype` per pixel of the hints."""
+    return encoder_peak(spec, height, width, dtype, rows) / (rows * height * width * dtype.itemsize)
+
+
+def plan(spec: Spec, frames: int, height: int, width: int) -> str:
+    """A row of the table of docs/video.md, in MiB, for fp16."""
+    row = NUMBERS_PER_PIXEL[spec.build] * 2 * height * width
+    working = row * min(frames, rows_at_once(row))
+    step = feature_bytes(spec, config_of(spec).out_channels, height, width, 2) * frames
+    hint = 3 * 4 * frames * height * width
+    kept = (DEVICE_BUDGET + HOST_BUDGET) / step
+    cells = (working, step, 25 * step, hint)
+    return f"{spec.name:14}" + "".join(f"{cell / MIB:12.1f}" for cell in cells) + f"{kept:10.1f}"
+
+
+def main() -> None:
+    frames, height, width = (int(word) for word in sys.argv[1:4]) if len(sys.argv) > 3 else (240, 576, 1024)
+    print(f"torch {torch.__version__}; numbers of the compute dtype per pixel of the hint, at the peak")
+    heads = [f"{h}x{w} {str(dtype).removeprefix('torch.float')}" for h, w in SIZES for dtype in DTYPES]
+    print(f"{'build':15}" + "".join(f"{head:>13}" for head in heads) + f"{'table':>8}")
+    for build in BUILDS:
+        spec = next(spec for spec in SPECS.values() if spec.build == build)
+        cells = [numbers_per_pixel(spec, dtype, *size) for size in SIZES for dtype in DTYPES]
+        print(f"{build:15}" + "".join(f"{cell:13.1f}" for cell in cells) + f"{NUMBERS_PER_PIXEL[build]:8}")
+    print(f"\n{frames} frames of {height} x {width}, fp16, in MiB")
+    print(f"{'variant':14}{'encoder':>12}{'a step':>12}{'25 steps':>12}{'hint (CPU)':>12}{'steps kept':>11}")
+    for spec in SPECS.values():
+        if spec.name.startswith("svd"):
+            print(plan(spec, frames, height, width))
+
+
+if __name__ == "__main__":
+    main()
