@@ -1,0 +1,1 @@
+"""Training of ControlNeXt and ControlNet-XS in ComfyUI, over its API and from the command line."""
