@@ -1,0 +1,194 @@
+"""What a run learns: how latents are noised, what the network's output should be, how its error is weighted.
+
+Shapes: B samples, R rows = B x frames as the host lays clips out (pictures: R = B), C H W of the latent.
+`sigma` is (B,); every row of a sample has the sample's noise level. All results are fp32 (fp64 for fp64 arguments).
+
+Noising is the host's: z + sigma n, and (1 - sigma) z + sigma n for flow. The loss is the mean squared error of the
+network's output. In terms of the denoised latents that is `clean_weight(sigma)` times their squared error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """One parameterisation. The functions take (R, C, H, W) tensors and sigma as (R, 1, 1, 1)."""
+
+    noisy: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """(z, n, sigma) -> x, what the sampler would have at sigma."""
+    target: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """(z, n, sigma) -> what the network should answer to x."""
+    denoised: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """(output, x, sigma) -> the network's idea of z."""
+    snr: Callable[[Tensor], Tensor]
+    """sigma -> signal-to-noise ratio of x, in power."""
+    clean_weight: Callable[[Tensor], Tensor]
+    """sigma -> w with (output - target)^2 = w (denoised - z)^2."""
+
+
+def _add(z: Tensor, n: Tensor, sigma: Tensor) -> Tensor:
+    return z + sigma * n
+
+
+def _velocity(z: Tensor, n: Tensor, sigma: Tensor) -> Tensor:
+    """alpha n - sqrt(1 - alpha^2) z with alpha = 1 / sqrt(1 + sigma^2). Source: Salimans and Ho 2022."""
+    return (n - sigma * z) / (1 + sigma.square()).sqrt()
+
+
+def _from_velocity(out: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+    power = 1 + sigma.square()
+    return x / power - out * sigma / power.sqrt()
+
+
+_V = Objective(
+    noisy=_add,
+    target=_velocity,
+    denoised=_from_velocity,
+    snr=lambda sigma: sigma.pow(-2),
+    clean_weight=lambda sigma: 1 + sigma.pow(-2),
+)
+
+OBJECTIVES: dict[str, Objective] = {
+    "epsilon": Objective(
+        noisy=_add,
+        target=lambda z, n, sigma: n,
+        denoised=lambda out, x, sigma: x - sigma * out,
+        snr=lambda sigma: sigma.pow(-2),
+        clean_weight=lambda sigma: sigma.pow(-2),
+    ),
+    "v": _V,
+    # SVD: x^ = x / (1 + sigma^2) - out sigma / sqrt(1 + sigma^2), loss (1 + sigma^2) / sigma^2 (x^ - z)^2. Both are
+    # those of v, whose weight this is, so the loss is (out - v)^2; written that way nothing cancels at sigma = 0.002.
+    "edm": _V,
+    "flow": Objective(
+        noisy=lambda z, n, sigma: (1 - sigma) * z + sigma * n,
+        target=lambda z, n, sigma: n - z,
+        denoised=lambda out, x, sigma: x - sigma * out,
+        snr=lambda sigma: ((1 - sigma) / sigma).square(),
+        clean_weight=lambda sigma: sigma.pow(-2),
+    ),
+}
+"""Name in a recipe -> what the network predicts."""
+
+
+def per_row(sigma: Tensor, x: Tensor) -> Tensor:
+    """sigma (B,) as (R, 1, 1, 1) in fp32 or fp64 on x's device, for x (R, C, H, W). Raises ValueError if B does not
+    divide R."""
+    rows, samples = x.shape[0], sigma.shape[0]
+    if rows % samples:
+        raise ValueError(f"sigma: {samples} noise levels are not for {rows} rows. Give one per sample.")
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return sigma.to(x.device, dtype).repeat_interleave(rows // samples).view(-1, *[1] * (x.ndim - 1))
+
+
+def noisy(z: Tensor, n: Tensor, sigma: Tensor, objective: Objective) -> Tensor:
+    """The noised latents x (R, C, H, W), in the host's convention, before its scaling of the network's input."""
+    level = per_row(sigma, z)
+    return objective.noisy(z.to(level.dtype), n.to(level.dtype), level)
+
+
+def denoised(out: Tensor, x: Tensor, sigma: Tensor, objective: Objective) -> Tensor:
+    """The clean latents (R, C, H, W) that the network's output means."""
+    level = per_row(sigma, x)
+    return objective.denoised(out.to(level.dtype), x.to(level.dtype), level)
+
+
+def weight(sigma: Tensor, objective: Objective, min_snr_gamma: float) -> Tensor:
+    """Weight of each sample's error (B,): 1, or with gamma > 0 min(SNR, gamma) per error of the clean latents.
+
+    That is min(SNR, gamma) / SNR for epsilon and / (SNR + 1) for v. Source: Hang et al. 2023, Efficient Diffusion
+    Training via Min-SNR Weighting Strategy, section 3.4.
+    """
+    if not min_snr_gamma:
+        return torch.ones_like(sigma)
+    return objective.snr(sigma).clamp(max=min_snr_gamma) / objective.clean_weight(sigma)
+
+
+def region_weight(mask: Tensor, size: tuple[int, int], extra: float) -> Tensor:
+    """1 + extra * mask, averaged over the area of each latent cell.
+
+    mask: (R, H, W) in [0, 1], pixels; size: the latent's (h, w). Returns (R, 1, h, w) in fp32.
+    """
+    return 1 + extra * F.adaptive_avg_pool2d(mask.float()[:, None], size)
+
+
+def loss(
+    out: Tensor,
+    z: Tensor,
+    n: Tensor,
+    sigma: Tensor,
+    objective: Objective,
+    *,
+    min_snr_gamma: float = 0.0,
+    region: Tensor | None = None,
+) -> Tensor:
+    """Each sample's loss (B,): the mean over frames, channels and places of the weighted squared error.
+
+    out: the network's output (R, C, H, W); z, n: latents and noise, alike; region: (R, 1, H, W) of `region_weight`,
+    multiplied on (not normalised, so that a region counts more and nothing else counts less).
+    """
+    level = per_row(sigma, out)
+    error = (out.to(level.dtype) - objective.target(z.to(level.dtype), n.to(level.dtype), level)).square()
+    if region is not None:
+        error = error * region.to(error)
+    samples = sigma.to(error)
+    return error.reshape(len(sigma), -1).mean(dim=1) * weight(samples, objective, min_snr_gamma)
+
+
+def offset_noise(noise: Tensor, offsets: Tensor, strength: float) -> Tensor:
+    """Noise whose channels have a common part, from which very dark and bright pictures are learned.
+
+    noise: (R, C, H, W); offsets: (B, C) of standard normal numbers; one offset for all frames of a sample.
+    Source: Guttenberg 2023, Diffusion with offset noise.
+    """
+    if not strength:
+        return noise
+    return noise + strength * offsets.to(noise).repeat_interleave(len(noise) // len(offsets), dim=0)[..., None, None]
+
+
+def _uniform(u: Tensor, sigmas: Tensor) -> Tensor:
+    return sigmas[(u * len(sigmas)).long().clamp(max=len(sigmas) - 1).to(sigmas.device)]
+
+
+def _logit_normal(u: Tensor, sigmas: Tensor) -> Tensor:
+    """The part of the table is the logistic function of a standard normal. Source: Esser et al. 2024 (SD3), 3.1."""
+    return _uniform(torch.special.ndtri(u).sigmoid(), sigmas)
+
+
+SVD_IMAGE_SIDE = 64
+SVD_NOISE_SIDES = (32, 64)
+SVD_SIGMA_DATA = 0.5
+
+
+def _svd_cosine(u: Tensor, sigmas: Tensor) -> Tensor:
+    """The cosine law at two noise resolutions, interpolated in log sigma; falls from the table's end to its start.
+
+    tan(a + u (b - a)) of the angles whose tangents are the range's ends, shifted by the ratio of the sides.
+    Source: the SVD trainer's numbers; the law is Hoogeboom et al. 2023 (simple diffusion), section 3.
+    """
+    low, high = sigmas[0].double().cpu(), sigmas[-1].double().cpu()
+    log_sigma = torch.zeros_like(u)
+    for side, part in zip(SVD_NOISE_SIDES, (1 - u, u), strict=True):
+        ratio = side / SVD_IMAGE_SIDE / SVD_SIGMA_DATA
+        start, end = torch.atan(ratio * high), torch.atan(ratio * low)
+        log_sigma = log_sigma + part * (torch.tan(start + u * (end - start)).log() - math.log(ratio))
+    return log_sigma.exp().to(sigmas)
+
+
+TIMESTEP_LAWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "uniform": _uniform,
+    "logit_normal": _logit_normal,
+    "svd_cosine": _svd_cosine,
+}
+"""Name -> (u, sigmas) -> sigma (B,), in the dtype and on the device of `sigmas`.
+
+u: (B,) float64 in (0, 1), on the CPU; sigmas: the host's table (T,), ascending.
+"""
