@@ -9,13 +9,14 @@ from comfy_api.latest import io, ui
 __all__ = ["io", "ui", "wrong_choice"]
 
 
-def wrong_choice(**chosen: tuple[str, Collection[str]]) -> str:
+def wrong_choice(**chosen: tuple[str | None, Collection[str]]) -> str:
     """What is wrong with the values of combos, {input: (value, options)}; empty for nothing.
 
-    For `validate_inputs`: the host checks the combos of older kinds of nodes only.
+    For `validate_inputs`: the host checks the combos of older kinds of nodes only. Inputs that are connected have no
+    value yet and come as None.
     """
     return " ".join(
         f"{name}: {value!r} is not one of {', '.join(options)}."
         for name, (value, options) in chosen.items()
-        if value not in options
+        if value is not None and value not in options
     )

@@ -39,8 +39,13 @@ class ControlNeXtApply(io.ComfyNode):
             description="Applies a control to every conditioning of a model. To control single conditionings, areas or "
             "timestep ranges, connect the control to the stock Apply ControlNet node instead.",
             inputs=[
-                io.Model.Input("model", tooltip="From Load ControlNeXt, or from a LoRA loader after it."),
-                io.ControlNet.Input("control_net", tooltip="From Load ControlNeXt or ControlNeXt Options."),
+                io.Model.Input(
+                    "model",
+                    tooltip="From Load ControlNeXt (for ControlNet-XS the checkpoint's), or a LoRA loader after.",
+                ),
+                io.ControlNet.Input(
+                    "control_net", tooltip="From Load ControlNeXt, Load ControlNet-XS or ControlNeXt Options."
+                ),
                 io.Image.Input(
                     "image",
                     tooltip="The hint: one for all, or one per image of the batch. Any size; gray, RGB or RGBA.",
@@ -111,16 +116,16 @@ class ControlNeXtOptions(io.ComfyNode):
             node_id="ControlNeXtOptions",
             display_name="ControlNeXt Options",
             category="ControlNeXt",
-            description="Limits a control to a half of the guidance, a mask or a strength schedule. Goes between Load "
-            "ControlNeXt and any Apply node.",
+            description="Limits a control to a half of the guidance, a mask or a strength schedule. Goes between a "
+            "loader and any Apply node.",
             inputs=[
-                io.ControlNet.Input("control_net", tooltip="From Load ControlNeXt."),
+                io.ControlNet.Input("control_net", tooltip="From Load ControlNeXt or Load ControlNet-XS."),
                 io.Combo.Input(
                     "apply_to",
                     options=[half.value for half in Halves],
                     default=Halves.AUTO.value,
-                    tooltip="Which half of the guidance gets the control. auto: as released (SD1.5 and SDXL both, SVD "
-                    "the positive).",
+                    tooltip="Which half of the guidance gets the control. auto: as released (SVD the positive, all "
+                    "others both).",
                 ),
                 io.Mask.Input("mask", optional=True, tooltip=MASK_TOOLTIP),
                 io.String.Input(
@@ -146,9 +151,9 @@ class ControlNeXtOptions(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, apply_to: str = Halves.AUTO.value, schedule: str = "") -> bool | str:
+    def validate_inputs(cls, apply_to: str | None = None, schedule: str | None = None) -> bool | str:
         try:
-            parse_schedule(schedule)
+            parse_schedule(schedule or "")
         except ValueError as error:
             return str(error)
         return wrong_choice(apply_to=(apply_to, [half.value for half in Halves])) or True

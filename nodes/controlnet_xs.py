@@ -48,9 +48,9 @@ class ControlNetXSLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, norm_rule: str = "auto", num_heads: str = "") -> bool | str:
+    def validate_inputs(cls, norm_rule: str | None = None, num_heads: str | None = None) -> bool | str:
         try:
-            parse_heads(num_heads)
+            parse_heads(num_heads or "")
         except ValueError as error:
             return str(error)
         return wrong_choice(norm_rule=(norm_rule, ["auto", *NORM_RULES])) or True

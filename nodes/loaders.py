@@ -72,7 +72,7 @@ class ControlNeXtLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, variant: str = "auto", weights_kind: str = "auto") -> bool | str:
+    def validate_inputs(cls, variant: str | None = None, weights_kind: str | None = None) -> bool | str:
         kinds = ["auto", *WEIGHTS_KINDS]
         return wrong_choice(variant=(variant, ["auto", *SPECS]), weights_kind=(weights_kind, kinds)) or True
 
@@ -136,7 +136,7 @@ class ControlNeXtSave(io.ComfyNode):
             category="ControlNeXt",
             description="Saves a control, with the UNet weights that Load ControlNeXt put on the model.",
             inputs=[
-                io.ControlNet.Input("control_net", tooltip="From Load ControlNeXt."),
+                io.ControlNet.Input("control_net", tooltip="From Load ControlNeXt or Load ControlNet-XS."),
                 io.Model.Input(
                     "model",
                     optional=True,
@@ -170,7 +170,7 @@ class ControlNeXtSave(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, layout: str = saving.LAYOUTS[0], dtype: str = "fp16") -> bool | str:
+    def validate_inputs(cls, layout: str | None = None, dtype: str | None = None) -> bool | str:
         layouts = [*saving.LAYOUTS, *XS_LAYOUTS]
         return wrong_choice(layout=(layout, layouts), dtype=(dtype, saving.DTYPES)) or True
 

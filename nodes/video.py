@@ -6,7 +6,7 @@ from typing import Any
 
 from ..controlnext_core.comfy_adapter import unet_files, windows
 from ..controlnext_core.comfy_adapter.files import file_stamp
-from ._api import io
+from ._api import io, wrong_choice
 
 
 class ControlNeXtUNetLoader(io.ComfyNode):
@@ -35,6 +35,10 @@ class ControlNeXtUNetLoader(io.ComfyNode):
             ],
             outputs=[io.Model.Output(tooltip="The UNet; CLIP vision and VAE come from the base checkpoint.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, weight_dtype: str | None = None) -> bool | str:
+        return wrong_choice(weight_dtype=(weight_dtype, unet_files.WEIGHT_DTYPES)) or True
 
     @classmethod
     def fingerprint_inputs(cls, weights_name: str, weight_dtype: str = "default") -> str:
@@ -82,7 +86,7 @@ class ControlNeXtVideoWindows(io.ComfyNode):
                     default=False,
                     optional=True,
                     tooltip="Give the first frame of each window the first hint, the reference pose, and drop its "
-                    "result, as the authors' long-video pipeline does. Needs an overlap.",
+                    "result, as the authors' long-video pipeline does. Needs an overlap, so not batched.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model, sampling in windows.")],
@@ -91,11 +95,15 @@ class ControlNeXtVideoWindows(io.ComfyNode):
     @classmethod
     def validate_inputs(
         cls,
-        length: int = 14,
-        overlap: int = 4,
-        schedule: str = windows.SCHEDULES[0],
-        repeat_first_hint: bool = False,
+        length: int | None = None,
+        overlap: int | None = None,
+        schedule: str | None = None,
+        fuse: str | None = None,
+        repeat_first_hint: bool | None = False,
     ) -> bool | str:
+        wrong = wrong_choice(schedule=(schedule, windows.SCHEDULES), fuse=(fuse, windows.FUSES))
+        if wrong or length is None or overlap is None or schedule is None or repeat_first_hint is None:
+            return wrong or True  # what is connected is checked when it is known, in `execute`
         return windows.problem_of(length, overlap, schedule, repeat_first_hint) or True
 
     @classmethod

@@ -226,6 +226,11 @@ def test_a_stock_controlnet_in_our_apply_node_is_refused(server: ComfyServer, gr
         ("load", {"weights_kind": "half"}, "weights_kind: 'half' is not one of auto, difference, full"),
         ("keep", {"layout": "zip"}, "layout: 'zip' is not one of single, published"),
         ("keep", {"dtype": "int4"}, "dtype: 'int4' is not one of fp16, bf16, fp32"),
+        ("xs", {"norm_rule": "mine"}, "norm_rule: 'mine' is not one of auto, official, diffusers"),
+        ("unet", {"weight_dtype": "int4"}, "weight_dtype: 'int4' is not one of default, fp8_e4m3fn, "),
+        ("windows", {"schedule": "spiral"}, "schedule: 'spiral' is not one of standard_static, "),
+        ("windows", {"fuse": "glue"}, "fuse: 'glue' is not one of pyramid, relative, flat, overlap-linear"),
+        ("windows", {"overlap": 14}, "overlap 14 must be 0 or more and less than length 14"),
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
 )
@@ -234,12 +239,36 @@ def test_values_that_no_widget_offers_are_refused_before_anything_runs(
 ) -> None:
     workflow = graph("ours")
     workflow["options"] = node("ControlNeXtOptions", control_net=["load", 1], apply_to="auto")
-    workflow["keep"] = node("ControlNeXtSave", control_net=["options", 0], filename_prefix="refused")
+    workflow["unet"] = node("ControlNeXtUNetLoader", weights_name="svd.bin", weight_dtype="default")
+    settings = {"length": 14, "overlap": 4, "schedule": "batched", "fuse": "flat"}
+    workflow["windows"] = node("ControlNeXtVideoWindows", model=["unet", 0], **settings)
+    workflow["xs"] = node("ControlNetXSLoader", control_name="xs.safetensors")
+    workflow["apply"]["inputs"] |= {"model": ["windows", 0], "control_net": ["xs", 0]}
+    saved = {"control_net": ["options", 0], "model": ["apply", 0], "filename_prefix": "refused"}
+    workflow["keep"] = node("ControlNeXtSave", **saved)
     workflow[at]["inputs"] |= values
-    del workflow["save"], workflow["sample"], workflow["apply"]
+    del workflow["save"], workflow["sample"]
     with pytest.raises(PromptError) as refusal:
         server.queue(workflow)
     assert "refused the workflow" in str(refusal.value) and words in refusal.value.node_errors[at]
+
+
+def test_what_is_connected_is_checked_when_it_is_known(server: ComfyServer, graph: Graph) -> None:
+    """Text and numbers from other nodes, asked about before they are there; and inputs that are left out."""
+    workflow = graph("ours", seed=31, variant="auto")
+    workflow["options"] = node("ControlNeXtOptions", control_net=["load", 1], apply_to="both", schedule="0:1, 1:0.2")
+    settings = {"length": 3, "overlap": 1, "schedule": "batched", "fuse": "flat"}
+    workflow["windows"] = node("ControlNeXtVideoWindows", model=["apply", 0], **settings)
+    workflow["apply"]["inputs"]["control_net"], workflow["sample"]["inputs"]["model"] = ["options", 0], ["windows", 0]
+    expected = latents(server, workflow)
+    workflow["text"] = node("PrimitiveString", value="0:1, 1:0.2")
+    workflow["number"] = node("PrimitiveInt", value=1)
+    workflow["options"]["inputs"]["schedule"] = ["text", 0]
+    workflow["windows"]["inputs"]["overlap"] = ["number", 0]
+    assert torch.equal(latents(server, workflow), expected)
+    workflow["number"]["inputs"]["value"] = 3
+    with pytest.raises(PromptError, match="overlap 3 must be 0 or more and less than length 3"):
+        server.run(workflow)
 
 
 def test_inspect_and_save_show_their_text_on_the_node(server: ComfyServer, graph: Graph, tiny: Any) -> None:
@@ -297,6 +326,12 @@ PUBLISHED = {
     "ControlNeXtOptions": ("control_net apply_to=auto mask schedule=", ["CONTROL_NET"]),
     "ControlNeXtInspect": ("control_name", ["STRING"]),
     "ControlNeXtSave": ("control_net model filename_prefix layout=single dtype=fp16", ["STRING"]),
+    "ControlNetXSLoader": ("control_name norm_rule=auto num_heads=", ["CONTROL_NET"]),
+    "ControlNeXtUNetLoader": ("weights_name weight_dtype=default", ["MODEL"]),
+    "ControlNeXtVideoWindows": (
+        "model length=14 overlap=4 schedule=standard_static fuse=pyramid repeat_first_hint=False",
+        ["MODEL"],
+    ),
 }
 """Ids, defaults and outputs that shared workflows depend on."""
 

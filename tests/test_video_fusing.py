@@ -178,9 +178,9 @@ def test_settings_without_progress_or_overlap_are_refused(
 
     with pytest.raises(ValueError, match=message):
         video.windowed(video.toy_patcher(), length, overlap, schedule, "flat", repeat)
-    said = ControlNeXtVideoWindows.validate_inputs(length, overlap, schedule, repeat)
+    said = ControlNeXtVideoWindows.validate_inputs(length, overlap, schedule, "flat", repeat)
     assert isinstance(said, str) and re.search(message, said)
-    assert ControlNeXtVideoWindows.validate_inputs() is True
+    assert ControlNeXtVideoWindows.validate_inputs(14, 4, "standard_static", "pyramid") is True
 
 
 def test_the_model_that_goes_in_stays_without_windows() -> None:
