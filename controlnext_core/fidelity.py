@@ -1,0 +1,147 @@
+"""How well a generated image follows its hint: one number per pair, 1 for a perfect match.
+
+Each metric draws from the image the kind of hint that it was controlled with, and compares. The numbers of different
+metrics are not comparable, and none is 0 by chance: beside the mean over true pairs, report the mean over pairs that
+do not belong together (each image with another image's hint).
+
+H, W height and width in pixels; images and hints as the functions of `hints` take them: floats in 0..1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from .hints import HINTS, Hint
+from .hints.picture import as_rgb, luminance
+
+TOLERANCE_PX = 2.0
+"""How far two edges may lie apart and count as one. BSDS allows 0.0075 of the diagonal (5.4 pixels at 512x512), but
+matches one to one; here one edge may match many, and among dense edges that would be met by chance."""
+ON = 0.5
+"""From here on a pixel of an edge map or mask counts as set."""
+
+Metric = Callable[[np.ndarray, np.ndarray], float]
+"""(image, hint) -> up to 1. Both (H, W, 3), or gray or with alpha; ValueError if they differ in size."""
+
+
+def edge_f1(
+    image: np.ndarray, hint_edges: np.ndarray, tolerance_px: float = TOLERANCE_PX, draw: Hint = HINTS["canny"]
+) -> float:
+    """F1 of the edges of an image, drawn by `draw`, against the edges that it should have; see `boundary_f1`."""
+    _check_sizes(image, hint_edges)
+    return boundary_f1(luminance(draw(image)), luminance(as_rgb(hint_edges)), tolerance_px)
+
+
+def boundary_f1(found: np.ndarray, wanted: np.ndarray, tolerance_px: float = TOLERANCE_PX) -> float:
+    """2 P R / (P + R) of two (H, W) edge maps, set from ON on. 1 if both are empty, 0 if one is.
+
+    P: share of the found pixels with a wanted one no further than tolerance_px (Euclidean) away; R: the same the other
+    way round. Computed by dilation with a disc. Source: Martin et al., PAMI 2004 (BSDS), with the one-to-one matching
+    left out, as the boundary measure of DAVIS (Perazzi et al., CVPR 2016) does.
+    Raises ValueError if the tolerance is negative or the sizes differ.
+    """
+    if not tolerance_px >= 0:
+        raise ValueError(f"tolerance_px: {tolerance_px} must be 0 or more pixels.")
+    _check_sizes(found, wanted)
+    found, wanted = found >= ON, wanted >= ON
+    if not (found.any() and wanted.any()):
+        return float(found.any() == wanted.any())
+    precision = float(dilated(wanted, tolerance_px)[found].mean())
+    recall = float(dilated(found, tolerance_px)[wanted].mean())
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def dilated(region: np.ndarray, radius: float) -> np.ndarray:
+    """Where a set pixel of (H, W) bool is no further than `radius` pixels away."""
+    import cv2
+
+    reach = np.arange(-int(radius), int(radius) + 1)
+    disc = (reach[:, None] ** 2 + reach**2 <= radius**2).astype(np.uint8)
+    return cv2.dilate(region.astype(np.uint8), disc) > 0
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's correlation over pixels, -1..1; equal values share the mean of their ranks.
+
+    a, b: (H, W) in any units, such as depth, or (H, W, C) pictures, of which the luminance counts. Not defined for a
+    map of one value; here 1 if both are such maps, 0 if one is. Raises ValueError for other sizes and for NaN.
+    """
+    _check_sizes(a, b)
+    ranks = [average_ranks(_one_channel(values)) for values in (a, b)]
+    centred = [rank - rank.mean() for rank in ranks]
+    spreads = [float(np.sqrt((rank**2).sum())) for rank in centred]
+    if 0 in spreads:
+        return float(spreads[0] == spreads[1])
+    return float((centred[0] * centred[1]).sum() / (spreads[0] * spreads[1]))
+
+
+def average_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1 on, flat, float64; equal values get the mean of the ranks they take up. ValueError for NaN."""
+    if not np.isfinite(values).all():
+        raise ValueError("rank correlation: a map has NaN or infinite values. Replace or crop them first.")
+    _, place, counts = np.unique(values.ravel(), return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[place.ravel()]
+
+
+def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two masks, set from ON on; 1 if both are empty.
+
+    a, b: (H, W), or pictures, of which the luminance counts. Raises ValueError if the sizes differ.
+    """
+    _check_sizes(a, b)
+    inside, other = (luminance(as_rgb(values)) >= ON for values in (a, b))
+    union = int((inside | other).sum())
+    return int((inside & other).sum()) / union if union else 1.0
+
+
+def tone_correlation(image: np.ndarray, hint: np.ndarray, draw: Hint = HINTS["gray"]) -> float:
+    """Rank correlation of light and dark between what `draw` makes of the image and the hint.
+
+    For depth this is a weak stand-in: near is bright in the hint, not always in the image. For a figure to publish,
+    estimate the image's depth with the estimator that made the hint, and call `rank_correlation`.
+    """
+    return rank_correlation(draw(image), as_rgb(hint))
+
+
+def mask_agreement(image: np.ndarray, hint: np.ndarray) -> float:
+    """IoU of the image's bright part (Otsu) and the hint.
+
+    Meant for hints drawn so; for masks of objects segment the image with a model and call `mask_iou`.
+    """
+    return mask_iou(HINTS["mask"](image), hint)
+
+
+def picture_edge_f1(image: np.ndarray, hint: np.ndarray) -> float:
+    """For hints of unknown kind: F1 of the image's Canny edges against those of the hint as a picture."""
+    return edge_f1(image, HINTS["canny"](hint))
+
+
+METRICS: dict[str, Metric] = {
+    "canny": edge_f1,
+    "soft_edge": partial(edge_f1, draw=HINTS["soft_edge"]),
+    "lines": partial(edge_f1, draw=HINTS["lines"]),
+    "blur": partial(tone_correlation, draw=HINTS["blur"]),
+    "mask": mask_agreement,
+    "gray": tone_correlation,
+    "depth": tone_correlation,
+    "paired": picture_edge_f1,
+}
+"""Kind of hint -> metric. Each name in HINTS is there with the defaults of its drawing: an image scores 1 against a
+hint drawn from itself. `depth` and `paired` are for hints from elsewhere."""
+
+
+def _one_channel(values: np.ndarray) -> np.ndarray:
+    if values.ndim == 2:
+        return values
+    return values[..., 0] if values.shape[2] < 3 else luminance(values)
+
+
+def _check_sizes(a: np.ndarray, b: np.ndarray) -> None:
+    if a.shape[:2] != b.shape[:2]:
+        raise ValueError(
+            f"sizes differ: {a.shape[1]}x{a.shape[0]} and {b.shape[1]}x{b.shape[0]} pixels. Scale the hint to the "
+            "image as it was scaled for the control."
+        )
