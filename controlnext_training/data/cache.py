@@ -1,0 +1,94 @@
+"""Encoded samples on disk, so that each picture and caption goes through the encoders once.
+
+One file per key, whole or not at all. What does not read back as it was written (a damaged disk, a power failure, a
+file renamed by hand) counts as missing and is written again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ...controlnext_core.checkpoint import fingerprint
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = ".safetensors"
+STALE_SECONDS = 3600.0
+"""Unfinished files older than this come from a process that was killed."""
+
+
+class Cache:
+    """Tensors by key in a folder; several processes may share it."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._unfinished = self.folder / "unfinished"
+        self._told = False
+        with contextlib.suppress(OSError):
+            for left in self._unfinished.iterdir():
+                if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                    left.unlink()
+
+    def path(self, key: str) -> Path:
+        """Where a key's file is; keys that are no plain file names are hashed."""
+        plain = re.fullmatch(r"[0-9a-z_-]{3,100}", key)
+        name = key if plain else hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+        return self.folder / name[:2] / f"{name}{SUFFIX}"
+
+    def __contains__(self, key: str) -> bool:
+        """Whether there is a file for it, read or not; a damaged one shows in `get`."""
+        return self.path(key).is_file()
+
+    def get(self, key: str) -> dict[str, Tensor] | None:
+        """What was put under the key, on the CPU; None if that is nothing, or damaged."""
+        path = self.path(key)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(str(path), framework="pt", device="cpu") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            logger.warning("%s: is damaged (%s) and will be made again", path, error)
+            return None
+        if metadata.get("key") != key or metadata.get("content") != fingerprint(tensors):
+            logger.warning("%s: does not hold what was saved and will be made again", path)
+            return None
+        return tensors
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> bool:
+        """Keep tensors under a key; whether that worked. A full disk costs speed, not the run: it is logged once."""
+        held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        content = save(held, {"key": key, "content": fingerprint(held)})
+        path = self.path(key)
+        temporary = self._unfinished / f"{path.stem}.{os.getpid()}.{threading.get_ident()}"
+        try:
+            for folder in (path.parent, self._unfinished):
+                folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        except OSError as error:
+            if not self._told:
+                logger.warning(
+                    "%s: cannot be written (%s); pictures are encoded anew each time. Free some disk space or choose "
+                    "another cache_folder",
+                    self.folder,
+                    error,
+                )
+            self._told = True
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            return False
+        return True

@@ -1,0 +1,243 @@
+"""Datasets of files: found, examined, sorted into buckets, and read sample by sample."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...controlnext_core.hints import HINTS
+from .buckets import Fit, bucket_sizes, choose, fit
+from .clips import Clip, Frames, clips
+from .index import Index, Progress
+from .pictures import BLACK, WHITE, Picture, cut, luminance
+from .samples import PAIRED, Broken, BrokenSample, ControlDataset, DatasetError, Sample, digest
+from .sources import Entry, entries, open_tree
+from .video import REFERENCES, chosen_frames, windows
+
+logger = logging.getLogger(__name__)
+
+MASKS = ("auto", "alpha", "none")
+"""Where loss regions come from: mask files where there are any; else the pictures' alpha too; nowhere."""
+CUT_VERSION = 1
+"""Part of every key: raise it when the same file comes to give other values."""
+FIRST = 3
+"""Broken files that an error names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One sample before it is read."""
+
+    clip: Clip
+    start: int
+    fit: Fit
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How samples are made of files."""
+
+    hint: str = PAIRED
+    mask: str = "auto"
+    clip_frames: int = 1
+    clip_stride: int = 1
+    reference: str = "random"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("hint", (PAIRED, *HINTS)), ("mask", MASKS), ("reference", REFERENCES)):
+            if getattr(self, name) not in allowed:
+                raise DatasetError(f"{name}: {getattr(self, name)!r} is unknown. Choose one of {', '.join(allowed)}.")
+        if self.clip_frames < 1 or self.clip_stride < 1:
+            raise DatasetError("clip_frames, clip_stride: must be 1 or more.")
+
+    def hint_identity(self) -> str:
+        """The kind and, where it is computed, what it is computed with."""
+        return self.hint if self.hint == PAIRED else f"{self.hint}{inspect.signature(HINTS[self.hint])}"
+
+
+class FileDataset:
+    """Samples from files; see `open_dataset`."""
+
+    def __init__(self, items: Sequence[Item], reading: Reading, broken: Sequence[Broken]) -> None:
+        self.items = tuple(items)
+        self.reading = reading
+        self.broken = tuple(broken)
+        self.sizes = [item.fit.size for item in items]
+        self.captions = [item.clip.caption for item in items]
+        self._hint_identity = reading.hint_identity()
+        self.fingerprint = digest(
+            reading.clip_frames, reading.clip_stride, reading.reference, [self._identity(item) for item in items]
+        )
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def frame_keys(self, index: int, seed: int = 0, position: int = 0) -> tuple[str, ...]:
+        """See ControlDataset."""
+        item = self.items[index]
+        return tuple(self._frame_key(item, number) for number in self._chosen(item, seed, position))
+
+    def load(self, index: int, seed: int = 0, position: int = 0) -> Sample:
+        """See ControlDataset."""
+        item = self.items[index]
+        numbers = self._chosen(item, seed, position)
+        clip, where = item.clip, item.fit
+        pictures = _read(clip.images, numbers, where.original)
+        frames = [cut(picture.over(WHITE), where, smooth=True) for picture in pictures]
+        masks = self._masks(item, pictures, numbers)
+        if clip.hints is not None:
+            read = clip.hints.read(numbers)
+            hints = [cut(picture.over(BLACK), where, smooth=False) for picture in read]
+        else:
+            alphas = [None if p.alpha is None else cut(p.alpha, where, smooth=False) for p in pictures]
+            hints = [self._computed(f, a if m is None else m) for f, a, m in zip(frames, alphas, masks, strict=True)]
+        held = [mask for mask in masks if mask is not None]
+        keys = tuple(self._frame_key(item, number) for number in numbers)
+        region = _stack(held) if held and self.reading.mask != "none" else None
+        return Sample(_stack(frames), _stack(hints), clip.caption, region, where.original, where.crop, keys)
+
+    def _masks(self, item: Item, pictures: Sequence[Picture], numbers: Sequence[int]) -> list[np.ndarray | None]:
+        """(H, W) per frame, or None for all: from mask files, else from alpha if the loss is to use it."""
+        if item.clip.masks is not None:
+            read = item.clip.masks.read(numbers)
+            return [cut(luminance(picture), item.fit, smooth=False) for picture in read]
+        if self.reading.mask != "alpha" or all(picture.alpha is None for picture in pictures):
+            return [None] * len(pictures)
+        opaque = np.ones(item.fit.original, np.float32)
+        return [cut(opaque if p.alpha is None else p.alpha, item.fit, smooth=False) for p in pictures]
+
+    def _computed(self, frame: np.ndarray, region: np.ndarray | None) -> np.ndarray:
+        """The hint of one frame; a mask or alpha channel is the foreground where that is what the hint shows."""
+        if self.reading.hint == "mask":
+            return HINTS["mask"](frame, given=region)
+        return HINTS[self.reading.hint](frame)
+
+    def _chosen(self, item: Item, seed: int, position: int) -> tuple[int, ...]:
+        how = self.reading
+        return chosen_frames(
+            item.start, item.clip.count, how.clip_frames, how.clip_stride, how.reference, seed, position
+        )
+
+    def _frame_key(self, item: Item, number: int) -> str:
+        clip = item.clip
+        hint = self._hint_identity if clip.hints is None else clip.hints.content(number)
+        mask = None if clip.masks is None else clip.masks.content(number)
+        where = item.fit
+        content = clip.images.content(number)
+        return digest(CUT_VERSION, content, hint, mask, self.reading.mask, where.resized, where.crop, where.size)
+
+    def _identity(self, item: Item) -> list[str]:
+        how = self.reading
+        numbers = chosen_frames(item.start, item.clip.count, how.clip_frames, how.clip_stride, "first", 0, 0)
+        return [item.clip.caption, *(self._frame_key(item, number) for number in numbers)]
+
+
+class Subset:
+    """Some items of a dataset, as a dataset."""
+
+    def __init__(self, dataset: ControlDataset, indices: Iterable[int]) -> None:
+        self.dataset, self.indices = dataset, tuple(indices)
+        if not self.indices:
+            raise DatasetError("No items are left of the dataset. Add pictures, or keep fewer for validation.")
+        self.sizes = [dataset.sizes[index] for index in self.indices]
+        self.captions = [dataset.captions[index] for index in self.indices]
+        self.fingerprint = digest(dataset.fingerprint, self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def frame_keys(self, index: int, seed: int = 0, position: int = 0) -> tuple[str, ...]:
+        """See ControlDataset."""
+        return self.dataset.frame_keys(self.indices[index], seed, position)
+
+    def load(self, index: int, seed: int = 0, position: int = 0) -> Sample:
+        """See ControlDataset."""
+        return self.dataset.load(self.indices[index], seed, position)
+
+
+def open_dataset(
+    sources: str | Path | Sequence[str | Path],
+    *,
+    hint: str = PAIRED,
+    resolution: int = 512,
+    buckets: bool = True,
+    bucket_step: int = 64,
+    caption_extension: str = ".txt",
+    mask: str = "auto",
+    clip_frames: int = 1,
+    clip_stride: int = 1,
+    reference: str = "random",
+    roots: Sequence[Path] | None = None,
+    index: Path | None = None,
+    progress: Progress | None = None,
+) -> FileDataset:
+    """Find and examine what can train in folders, shards and tables; `sources.py` says what belongs together.
+
+    clip_frames: 1 for pictures; more for clips of every clip_stride-th frame, from folders of frames and from videos.
+    roots: folders that files must lie in, links followed; None = anywhere. index: file that remembers what was read.
+    Files that cannot be used are listed in `.broken`. Raises DatasetError if nothing is left, or for a bad setting.
+    """
+    reading = Reading(hint, mask, clip_frames, clip_stride, reference)
+    sizes = bucket_sizes(resolution, bucket_step, buckets)
+    given = [sources] if isinstance(sources, str | Path) else list(sources)
+    extension = caption_extension if caption_extension.startswith(".") else f".{caption_extension}"
+    broken: list[Broken] = []
+    found: list[list[Entry]] = []
+    for source in given:
+        tree, table = open_tree(Path(source), roots)
+        found.append([_trimmed(entry, reading) for entry in entries(tree, table, extension, hint == PAIRED)])
+        broken += tree.broken
+    blobs = [b for part in found for e in part for b in (e.image, e.hint, e.mask) if b is not None]
+    facts = Index(index).facts(blobs, progress)
+    items = []
+    for part in found:
+        for clip in clips(part, facts, clip_frames > 1, hint == PAIRED, broken):
+            starts = windows(clip.count, clip_frames, clip_stride)
+            if not starts:
+                need = (clip_frames - 1) * clip_stride + 1
+                broken.append(
+                    Broken(clip.images.label, f"has {clip.count} frames, {need} are needed. Take shorter clips")
+                )
+            where = fit(clip.images.size, choose(clip.images.size, sizes))
+            items += [Item(clip, start, where) for start in starts]
+    if not items:
+        raise _nothing_left(given, reading, broken)
+    if broken:
+        logger.warning("%d files are left out; the first: %s: %s", len(broken), *broken[0])
+    return FileDataset(items, reading, broken)
+
+
+def _trimmed(entry: Entry, reading: Reading) -> Entry:
+    """Without the files that will not be read."""
+    masked = reading.mask != "none" or reading.hint == "mask"
+    return replace(entry, hint=entry.hint if reading.hint == PAIRED else None, mask=entry.mask if masked else None)
+
+
+def _read(frames: Frames, numbers: Sequence[int], size: tuple[int, int]) -> list[Picture]:
+    pictures = frames.read(numbers)
+    if any(picture.size != size for picture in pictures):
+        raise BrokenSample(frames.label, "has another size than when the dataset was opened. Open it again")
+    return pictures
+
+
+def _stack(arrays: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(arrays))
+
+
+def _nothing_left(sources: Sequence[str | Path], reading: Reading, broken: Sequence[Broken]) -> DatasetError:
+    named = ", ".join(map(str, sources)) or "no source was given"
+    if not broken:
+        return DatasetError(f"{named}: no pictures there. Put png, jpg, webp or bmp files in it, or choose another.")
+    listed = "; ".join(f"{path}: {why}" for path, why in broken[:FIRST])
+    more = f"; and {len(broken) - FIRST} more" if len(broken) > FIRST else ""
+    pairs = ""
+    if reading.hint == PAIRED:
+        pairs = " Pairs are images/NAME and hints/NAME, or NAME.png and NAME_hint.png, or rows of metadata.jsonl."
+    return DatasetError(f"{named}: nothing usable of {len(broken)} files. {listed}{more}.{pairs}")

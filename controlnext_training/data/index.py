@@ -1,0 +1,141 @@
+"""What reading a file once tells of it: content, size, whether it can be read. Remembered from run to run.
+
+Every file is read and decoded before a run, so that a broken one shows then and not after a night. What was read is
+written to an index; a file with the same place, length and time of change is not read again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .pictures import PictureError, decode
+from .samples import first_line
+from .sources import VIDEO_SUFFIXES
+from .tree import Blob
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+THREADS = 8
+AT_ONCE = 1024
+"""Files between two reports of progress at most."""
+
+Progress = Callable[[int, int], None]
+"""(files read, files in all); may raise to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Of one readable picture or video."""
+
+    content: str
+    """Hash of its bytes."""
+    height: int
+    width: int
+    frames: int = 1
+    times: tuple[int, ...] = ()
+    """Video: when each frame shows, in the stream's own unit; empty where frames must be counted from the start."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W), as it is seen: turned where the file says so."""
+        return self.height, self.width
+
+
+def examine(blob: Blob) -> Facts | str:
+    """Facts, or why the file cannot be used."""
+    from .video import examine_video
+
+    try:
+        content = blob.read()
+        name = content_hash(content)
+        if blob.suffix in VIDEO_SUFFIXES:
+            return Facts(name, *examine_video(blob))
+        return Facts(name, *decode(content).size)
+    except OSError as error:
+        return f"cannot be read ({error.strerror or first_line(error)}). Check the file and its permissions"
+    except PictureError as error:
+        return str(error)
+
+
+def content_hash(content: bytes) -> str:
+    """Identity of a file's bytes."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+class Index:
+    """The memory of `examine`, in one JSON file, or in none."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self._known: dict[str, Facts] = {}
+        if path is not None and path.is_file():
+            try:
+                self._known = _parsed(json.loads(path.read_text("utf-8")))
+            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+                logger.warning("%s: cannot be read (%s); every file is read again", path, first_line(error))
+
+    def facts(self, blobs: Sequence[Blob], progress: Progress | None = None) -> dict[Blob, Facts | str]:
+        """Facts or a reason for each file; files that are not known are read, several at a time."""
+        places = _places(blobs)
+        found: dict[Blob, Facts | str] = {b: self._known[places[b]] for b in blobs if places[b] in self._known}
+        unread = [blob for blob in dict.fromkeys(blobs) if blob not in found]
+        done, total = len(found), len(found) + len(unread)
+        with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+            for start in range(0, len(unread), AT_ONCE):
+                part = unread[start : start + AT_ONCE]
+                for blob, facts in zip(part, pool.map(examine, part), strict=True):
+                    found[blob] = facts
+                    if isinstance(facts, Facts):  # what is broken may be mended, or be on a drive that comes back
+                        self._known[places[blob]] = facts
+                    done += 1
+                    if progress is not None:
+                        progress(done, total)
+        if unread:
+            self._save()
+        return found
+
+    def _save(self) -> None:
+        """Replace the file; that it cannot be written costs time, not the run."""
+        if self.path is None:
+            return
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        rows = {place: asdict(facts) for place, facts in self._known.items()}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps({"version": VERSION, "files": rows}), "utf-8")
+            os.replace(temporary, self.path)
+        except OSError as error:
+            logger.warning("%s: cannot be written (%s); all files are read again next time", self.path, error)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _parsed(content: Any) -> dict[str, Facts]:
+    if content["version"] != VERSION:
+        return {}
+    return {place: Facts(**{**row, "times": tuple(row["times"])}) for place, row in content["files"].items()}
+
+
+def _places(blobs: Sequence[Blob]) -> dict[Blob, str]:
+    """Where a file's bytes are and which they are, as far as the file system tells."""
+
+    @functools.cache
+    def state(path: Path) -> str:
+        try:
+            status = path.stat()
+        except OSError:
+            return "?"  # examine says why
+        return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
+
+    return {blob: f"{state(blob.path)}|{blob.offset}|{blob.size}" for blob in blobs}

@@ -1,0 +1,120 @@
+"""Bytes of a png, jpg, webp or bmp -> floats, and their resizing.
+
+# H W height and width; arrays are float32 in [0, 1]
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .buckets import Fit
+from .samples import first_line
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "MPO")
+MAX_PIXELS = 89_478_485
+"""Larger pictures are refused: a small file can claim any size. Source: PIL's own limit (a quarter GiB of RGB)."""
+WHITE, BLACK = 1.0, 0.0
+SIXTEEN_BITS = 65535.0
+
+
+class PictureError(ValueError):
+    """Bytes that are no picture. The message is the reason without the file's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One decoded picture, turned as its EXIF orientation says."""
+
+    rgb: np.ndarray
+    """(H, W, 3)"""
+    alpha: np.ndarray | None = None
+    """(H, W); None where everything is opaque."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W)"""
+        return self.rgb.shape[0], self.rgb.shape[1]
+
+    def over(self, background: float) -> np.ndarray:
+        """(H, W, 3), laid over one tone of gray."""
+        if self.alpha is None:
+            return self.rgb
+        alpha = self.alpha[..., None]
+        return self.rgb * alpha + np.float32(background) * (1 - alpha)
+
+
+def decode(content: bytes) -> Picture:
+    """Read a picture. Gray of 16 bits keeps its depth; palettes, CMYK and one channel become RGB.
+
+    Raises PictureError.
+    """
+    from PIL import Image, ImageOps
+
+    if not content:
+        raise PictureError("is empty (0 bytes). Copy or download it again")
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise PictureError(
+                    f"has {image.width}x{image.height} pixels, more than {MAX_PIXELS:,}. Make it smaller"
+                )
+            return _to_floats(ImageOps.exif_transpose(image))
+    except PictureError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise PictureError(f"has too many pixels ({first_line(error)}). Make it smaller") from error
+    except Exception as error:  # on damaged bytes the decoders raise whatever comes
+        reason = first_line(error).replace(repr(type(error)), "")
+        if "cannot identify image file" in reason:
+            reason = "its content is of none of these kinds"
+        raise PictureError(
+            f"is not a readable picture ({reason}). Save it again as png, jpg, webp or bmp, or remove it"
+        ) from error
+
+
+def _to_floats(image: Any) -> Picture:
+    """PIL image -> Picture."""
+    if image.mode.startswith("I"):  # I;16, I;16B, and I, which older PIL makes of them
+        gray = np.asarray(image).astype(np.float32).clip(0, SIXTEEN_BITS) / np.float32(SIXTEEN_BITS)
+        return Picture(np.repeat(gray[..., None], 3, axis=2))
+    transparent = "A" in image.getbands() or "transparency" in image.info
+    values = np.asarray(image.convert("RGBA" if transparent else "RGB")).astype(np.float32) / np.float32(255)
+    if not transparent or bool((values[..., 3] == 1).all()):
+        return Picture(values[..., :3])
+    return Picture(values[..., :3], values[..., 3])
+
+
+def luminance(picture: Picture) -> np.ndarray:
+    """(H, W): a mask's values; what is transparent is black."""
+    from ...controlnext_core.hints.picture import luminance as weigh
+
+    return weigh(picture.over(BLACK)).astype(np.float32)
+
+
+def resize(values: np.ndarray, size: tuple[int, int], smooth: bool) -> np.ndarray:
+    """(H, W) or (H, W, C) -> the same at `size`, both axes by the same rule, pixel centres on pixel centres.
+
+    Shrinking takes the mean over the area of each new pixel. Enlarging is cubic if `smooth` (pictures), else the
+    nearest pixel (hints and masks: thin lines stay lines, and no values arise between two labels).
+    """
+    import cv2
+
+    enlarge = cv2.INTER_CUBIC if smooth else cv2.INTER_NEAREST_EXACT
+    for height, width in ((size[0], values.shape[1]), size):  # one axis at a time, since each may grow or shrink
+        old = values.shape[:2]
+        if (height, width) != old:
+            shrinks = height <= old[0] and width <= old[1]
+            values = cv2.resize(values, (width, height), interpolation=cv2.INTER_AREA if shrinks else enlarge)
+    return values.clip(0, 1) if smooth else values
+
+
+def cut(values: np.ndarray, fit: Fit, smooth: bool) -> np.ndarray:
+    """Resize and crop as `fit` says; a hint or mask of another size is stretched over its picture by that."""
+    resized = resize(values, fit.resized, smooth)
+    (top, left), (height, width) = fit.crop, fit.size
+    return np.ascontiguousarray(resized[top : top + height, left : left + width])

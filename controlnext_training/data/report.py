@@ -1,0 +1,113 @@
+"""What a dataset holds, in words and as a picture, to look at before a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .dataset import FileDataset
+from .samples import Broken, BrokenSample, ControlDataset
+
+LISTED = 20
+"""Files of a kind that the text names; the report holds all of them."""
+GAP = 4
+GRAY = (40, 40, 40)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Counts and lists; `text` says them in words."""
+
+    items: int
+    buckets: dict[tuple[int, int], int]
+    """(H, W) -> items."""
+    originals: dict[tuple[int, int], int]
+    """(H, W) before resizing -> items; empty for images from the graph."""
+    enlarged: int
+    """Items smaller than their bucket."""
+    without_caption: tuple[str, ...]
+    with_mask: int
+    duplicates: tuple[tuple[str, ...], ...]
+    """Groups of files with the same bytes."""
+    broken: tuple[Broken, ...]
+
+    @property
+    def text(self) -> str:
+        """For a log or a page."""
+        lines = [f"{self.items} samples"]
+        lines += [f"  {width}x{height}: {count}" for (height, width), count in self.buckets.items()]
+        if self.originals:
+            smallest, largest = min(self.originals, key=_area), max(self.originals, key=_area)
+            lines.append(f"original sizes from {smallest[1]}x{smallest[0]} to {largest[1]}x{largest[0]}")
+        if self.enlarged:
+            lines.append(f"{self.enlarged} are smaller than their bucket and are enlarged")
+        lines.append(f"{self.with_mask} have a mask")
+        lines += _listed("have no caption", self.without_caption)
+        lines += _listed("groups of files are the same", [", ".join(group) for group in self.duplicates])
+        lines += _listed("files are left out", [f"{path}: {why}" for path, why in self.broken])
+        return "\n".join(lines)
+
+
+def report(dataset: ControlDataset) -> Report:
+    """Take stock of a dataset; nothing is read again."""
+    buckets = dict(sorted(Counter(dataset.sizes).items()))
+    if not isinstance(dataset, FileDataset):
+        without = tuple(f"sample {index}" for index, caption in enumerate(dataset.captions) if not caption)
+        return Report(len(dataset), buckets, {}, 0, without, 0, (), ())
+    items = dataset.items
+    clips = list({id(item.clip): item.clip for item in items}.values())
+    same: dict[str, list[str]] = {}
+    for clip in clips:
+        same.setdefault(" ".join(clip.images.content(n) for n in range(clip.count)), []).append(clip.images.label)
+    return Report(
+        items=len(items),
+        buckets=buckets,
+        originals=dict(sorted(Counter(item.fit.original for item in items).items())),
+        enlarged=sum(item.fit.original[0] < item.fit.resized[0] for item in items),
+        without_caption=tuple(clip.images.label for clip in clips if not clip.caption),
+        with_mask=sum(item.clip.masks is not None for item in items),
+        duplicates=tuple(tuple(labels) for labels in same.values() if len(labels) > 1),
+        broken=dataset.broken,
+    )
+
+
+def contact_sheet(dataset: ControlDataset, count: int = 12, columns: int = 3, side: int = 192) -> Any:
+    """PIL image of the first `count` samples, evenly spread over the set: picture and hint side by side.
+
+    side: longest side of a picture in pixels. What cannot be read any more stays empty.
+    """
+    from PIL import Image
+
+    count = min(count, len(dataset))
+    columns = min(columns, count)
+    indices = [number * len(dataset) // count for number in range(count)]
+    rows = -(-count // columns)
+    cell = (2 * side + 2 * GAP, side + GAP)
+    sheet = Image.new("RGB", (columns * cell[0] + GAP, rows * cell[1] + GAP), GRAY)
+    for place, index in enumerate(indices):
+        try:
+            sample = dataset.load(index)
+        except BrokenSample:
+            continue
+        row, column = divmod(place, columns)
+        for half, frames in enumerate((sample.frames, sample.hints)):
+            picture = Image.fromarray(np.rint(frames[0].numpy() * 255).astype(np.uint8))
+            picture.thumbnail((side, side))
+            sheet.paste(picture, (GAP + column * cell[0] + half * (side + GAP // 2), GAP + row * cell[1]))
+    return sheet
+
+
+def _area(size: tuple[int, int]) -> int:
+    return size[0] * size[1]
+
+
+def _listed(what: str, names: Sequence[str]) -> list[str]:
+    """How many, then the first of them a line each."""
+    if not names:
+        return []
+    more = [f"  and {len(names) - LISTED} more"] if len(names) > LISTED else []
+    return [f"{len(names)} {what}:", *(f"  {name}" for name in names[:LISTED]), *more]

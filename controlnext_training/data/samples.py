@@ -1,0 +1,97 @@
+"""What a dataset gives: the sample, the protocol that every dataset keeps to, and its errors.
+
+# F frames (1 for a picture), H W height and width of the bucket in pixels
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+PAIRED = "paired"
+"""The kind of hint that is a picture of its own; the other kinds are computed, see controlnext_core.hints."""
+
+
+class DatasetError(ValueError):
+    """A dataset that cannot be used at all. The message names the source, what is wrong and what to do."""
+
+
+class BrokenSample(ValueError):  # noqa: N818 - it says what is broken
+    """One sample that cannot be read; the others can. path: the file, why: the reason."""
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(f"{path}: {why}")
+        self.path, self.why = path, why
+
+
+class Broken(NamedTuple):
+    """A file that is left out, and the reason in words."""
+
+    path: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One picture or clip as the trainer takes it; RGB float32 in [0, 1]."""
+
+    frames: Tensor
+    """(F, H, W, 3)"""
+    hints: Tensor
+    """(F, H, W, 3), cut exactly as the frames."""
+    caption: str
+    mask: Tensor | None
+    """(F, H, W) in [0, 1], where the loss weighs more; or None."""
+    original_size: tuple[int, int]
+    """(height, width) before resizing."""
+    crop: tuple[int, int]
+    """(top, left) of the cut in the resized picture."""
+    frame_keys: tuple[str, ...]
+    """Per frame: content of picture, hint and mask, their cut and size. Equal keys give equal frames in any clip."""
+
+    @property
+    def key(self) -> str:
+        """Content identity of the whole sample except its caption."""
+        return self.frame_keys[0] if len(self.frame_keys) == 1 else digest(*self.frame_keys)
+
+
+class ControlDataset(Protocol):
+    """Anything that can be trained on. Reading the same index, seed and position gives the same bits."""
+
+    @property
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """(H, W) of every item: its bucket."""
+
+    @property
+    def captions(self) -> Sequence[str]:
+        """Of every item; empty where there is none."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Content identity of the whole set, the same wherever its files lie."""
+
+    def __len__(self) -> int: ...
+
+    def frame_keys(self, index: int, seed: int = 0, position: int = 0) -> tuple[str, ...]:
+        """`load(...).frame_keys` without reading a picture: whether a cache already holds what it would give."""
+
+    def load(self, index: int, seed: int = 0, position: int = 0) -> Sample:
+        """The sample as it is at one position of the run, from which a clip draws its reference frame.
+
+        Raises BrokenSample.
+        """
+
+
+def digest(*parts: object) -> str:
+    """Identity of a list of numbers and texts."""
+    return hashlib.blake2b(json.dumps(parts, ensure_ascii=False).encode(), digest_size=16).hexdigest()
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, on one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
