@@ -2,6 +2,14 @@
 
 from .apply import ControlNeXtApply, ControlNeXtOptions
 from .controlnet_xs import ControlNetXSLoader
+from .hint_images import (
+    ControlNeXtHintBlur,
+    ControlNeXtHintCanny,
+    ControlNeXtHintGray,
+    ControlNeXtHintLines,
+    ControlNeXtHintMask,
+    ControlNeXtHintSoftEdge,
+)
 from .hints import ControlNeXtPoseAlign
 from .loaders import ControlNeXtInspect, ControlNeXtLoader, ControlNeXtSave
 from .video import ControlNeXtUNetLoader, ControlNeXtVideoWindows
@@ -16,4 +24,10 @@ NODE_CLASS_MAPPINGS = {
     "ControlNeXtUNetLoader": ControlNeXtUNetLoader,
     "ControlNeXtVideoWindows": ControlNeXtVideoWindows,
     "ControlNeXtPoseAlign": ControlNeXtPoseAlign,
+    "ControlNeXtHintCanny": ControlNeXtHintCanny,
+    "ControlNeXtHintSoftEdge": ControlNeXtHintSoftEdge,
+    "ControlNeXtHintLines": ControlNeXtHintLines,
+    "ControlNeXtHintBlur": ControlNeXtHintBlur,
+    "ControlNeXtHintMask": ControlNeXtHintMask,
+    "ControlNeXtHintGray": ControlNeXtHintGray,
 }

@@ -243,8 +243,11 @@ def test_what_is_no_picture_is_refused(name: str, image: np.ndarray, words: str)
 @pytest.mark.parametrize(
     ("draw", "words"),
     [
-        (lambda: canny(PICTURE, 200, 100), "low: 200 must be 0 or more and not above high, 100. Lower low, or raise"),
-        (lambda: canny(PICTURE, -1, 100), "low: -1 must be 0 or more"),
+        (
+            lambda: canny(PICTURE, 200, 100),
+            "low_threshold: 200 must be 0 or more and not above high_threshold, 100. Lower",
+        ),
+        (lambda: canny(PICTURE, -1, 100), "low_threshold: -1 must be 0 or more"),
         (lambda: soft_edge(PICTURE, 0), "width: 0 must be above 0. The default is 1"),
         (lambda: soft_edge(PICTURE, 1, math.nan), "sensitivity: nan must be above 0"),
         (lambda: lines(PICTURE, 101), r"min_length: 101 must be in 0..100, in percent"),

@@ -25,18 +25,21 @@ LINE_SMOOTHING = 1.0
 """Lines: Gaussian sigma in pixels before the search, so that grain does not break lines into pieces."""
 
 
-def canny(image: np.ndarray, low: float = CANNY_LOW, high: float = CANNY_HIGH) -> np.ndarray:
+def canny(image: np.ndarray, low_threshold: float = CANNY_LOW, high_threshold: float = CANNY_HIGH) -> np.ndarray:
     """Canny edges, one pixel wide, of the colour picture: at each pixel the channel with the strongest gradient counts.
 
-    low, high: thresholds on |dx| + |dy| of the 3x3 Sobel over 8-bit values; edges start at `high` and go on down to
-    `low`. The ControlNet-XS authors drew low from 50..100 and high from 200..350 for each training picture.
-    Raises ValueError if low is negative or above high.
+    Thresholds on |dx| + |dy| of the 3x3 Sobel over 8-bit values: edges start at the high one and go on down to the low
+    one. The ControlNet-XS authors drew low from 50..100 and high from 200..350 for each training picture.
+    Raises ValueError if the low one is negative or above the high one.
     """
     import cv2
 
-    if not 0 <= low <= high:
-        raise ValueError(f"low: {low} must be 0 or more and not above high, {high}. Lower low, or raise high.")
-    return as_hint(cv2.Canny(as_bytes(as_rgb(image)), low, high) > 0)
+    if not 0 <= low_threshold <= high_threshold:
+        raise ValueError(
+            f"low_threshold: {low_threshold} must be 0 or more and not above high_threshold, {high_threshold}. Lower "
+            "the one or raise the other."
+        )
+    return as_hint(cv2.Canny(as_bytes(as_rgb(image)), low_threshold, high_threshold) > 0)
 
 
 def soft_edge(image: np.ndarray, width: float = EDGE_WIDTH, sensitivity: float = EDGE_SENSITIVITY) -> np.ndarray:
