@@ -47,8 +47,8 @@ class Term:
 
     control: Tensor
     """(n, C, h, w), the output of `prepare`; n = 1, or one row per latent of a chunk."""
-    gains: tuple[float, ...]
-    """One gain per chunk of the guided batch."""
+    gains: tuple[float, ...] | Tensor
+    """One gain per chunk of the guided batch; a tensor where gains train."""
     fusion: Fusion
     mask: Tensor | None = None
     """(1 or latents of a chunk, 1, any, any) in [0, 1], multiplied onto the control."""
@@ -129,7 +129,7 @@ def fuse(h: Tensor, terms: Sequence[Term]) -> Tensor:
 def _delta(term: Term, features: Moments, chunks: int, h: Tensor) -> Tensor:
     """(chunks, latents, C, H, W) in h's dtype: what one control adds."""
     scale, shift = NORMALIZATIONS[term.fusion.normalization].affine(features, term.fusion.eps)
-    gains = torch.tensor(term.gains, dtype=torch.float32, device=h.device).view(chunks, 1, 1, 1, 1)
+    gains = torch.as_tensor(term.gains, dtype=torch.float32, device=h.device).view(chunks, 1, 1, 1, 1)
     scale = (scale.unflatten(0, (chunks, -1)) * gains).to(h.dtype)
     shift = (shift.unflatten(0, (chunks, -1)) * gains).to(h.dtype)
     delta = torch.addcmul(shift, term.control.to(h.dtype)[None], scale)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .checkpoint import CheckpointError, Header
@@ -70,7 +69,6 @@ def write_metadata(
     gain: float | None = None,
     weights_kind: str | None = None,
     weights_file: str | None = None,
-    sources: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """The metadata of a file that holds `spec`, as safetensors wants it: strings only."""
     values = {
@@ -79,7 +77,6 @@ def write_metadata(
         "gain": None if gain is None else repr(gain),
         "weights_kind": weights_kind,
         "weights_file": weights_file,
-        "sources": "; ".join(f"{k}: {v}" for k, v in sources.items()) if sources else None,
     }
     return {
         "modelspec.sai_model_spec": "1.0.1",

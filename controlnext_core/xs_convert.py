@@ -39,14 +39,22 @@ def convert(source: Path, target: Path, layout: str, num_heads: str = "", norm_r
 
 
 def write(
-    target: Path, tensors: Mapping[str, Tensor], shape: XSShape, heads: tuple[int, ...], norm_rule: str, layout: str
+    target: Path,
+    tensors: Mapping[str, Tensor],
+    shape: XSShape,
+    heads: tuple[int, ...],
+    norm_rule: str,
+    layout: str,
+    facts: Mapping[str, str] | None = None,
 ) -> Path:
-    """Save tensors (our names) as a ControlNet-XS file; beside an adapter its config.json, where diffusers has one."""
+    """Save tensors (our names) as a ControlNet-XS file; beside an adapter its config.json, where diffusers has one.
+
+    facts: further metadata, whole keys.
+    """
     format = LAYOUTS[layout]
     names = from_ours(tensors, shape.layout, format)
-    path = checkpoint.save(
-        target, {names[ours]: tensor for ours, tensor in tensors.items()}, _metadata(shape, heads, norm_rule)
-    )
+    metadata = {**_metadata(shape, heads, norm_rule), **(facts or {})}
+    path = checkpoint.save(target, {names[ours]: tensor for ours, tensor in tensors.items()}, metadata)
     config = adapter_config(shape, heads) if format == DIFFUSERS else None
     if config is not None:
         path.with_name(CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")

@@ -9,6 +9,7 @@ from ..controlnext_core.comfy_adapter.control import ControlNeXtControl
 from ..controlnext_core.comfy_adapter.feedback import tell
 from ..controlnext_core.comfy_adapter.xs_control import ControlNetXSControl
 from ..controlnext_core.comfy_adapter.xs_saving import save_xs
+from ..controlnext_core.control_files import DTYPES, LAYOUTS
 from ..controlnext_core.metadata import WEIGHTS_KINDS
 from ..controlnext_core.specs import SPECS
 from ..controlnext_core.xs_convert import LAYOUTS as XS_LAYOUTS
@@ -149,8 +150,8 @@ class ControlNeXtSave(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "layout",
-                    options=[*saving.LAYOUTS, *XS_LAYOUTS],
-                    default=saving.LAYOUTS[0],
+                    options=[*LAYOUTS, *XS_LAYOUTS],
+                    default=LAYOUTS[0],
                     optional=True,
                     tooltip="single: one file. published: controlnet.safetensors and unet.safetensors in a folder, as "
                     "the authors' scripts read them. ControlNet-XS: xs_official has the released names, xs_diffusers "
@@ -158,7 +159,7 @@ class ControlNeXtSave(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "dtype",
-                    options=list(saving.DTYPES),
+                    options=list(DTYPES),
                     default="fp16",
                     optional=True,
                     tooltip="Number format in the file. fp16 halves the size and is what most releases use.",
@@ -171,8 +172,8 @@ class ControlNeXtSave(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, layout: str | None = None, dtype: str | None = None) -> bool | str:
-        layouts = [*saving.LAYOUTS, *XS_LAYOUTS]
-        return wrong_choice(layout=(layout, layouts), dtype=(dtype, saving.DTYPES)) or True
+        layouts = [*LAYOUTS, *XS_LAYOUTS]
+        return wrong_choice(layout=(layout, layouts), dtype=(dtype, DTYPES)) or True
 
     @classmethod
     def execute(
@@ -180,7 +181,7 @@ class ControlNeXtSave(io.ComfyNode):
         control_net: Any,
         filename_prefix: str,
         model: Any = None,
-        layout: str = saving.LAYOUTS[0],
+        layout: str = LAYOUTS[0],
         dtype: str = "fp16",
     ) -> io.NodeOutput:
         if isinstance(control_net, ControlNetXSControl):

@@ -24,8 +24,8 @@ def test_what_is_written_is_read_back_from_a_file(name: str, tmp_path: Path) -> 
         gain=0.1 + 0.2,
         weights_kind="difference",
         weights_file="unet.safetensors",
-        sources={"encoder": "a.safetensors", "seed": "7"},
     )
+    metadata |= {"controlnext.sources": "encoder: a.safetensors; seed: 7"}
     found = read_metadata(peek(save(tmp_path / "x.safetensors", {"a": torch.zeros(1)}, metadata)))
     assert found == ControlMetadata(
         spec=name,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..control_files import DTYPES
 from ..xs_convert import LAYOUTS, write
-from .saving import DTYPES, free_stem
+from .saving import free_stem
 from .xs_control import ControlNetXSControl
 
 ADAPTER_FILE = "diffusion_pytorch_model.safetensors"
@@ -24,5 +25,5 @@ def save_xs(control: ControlNetXSControl, prefix: str, layout: str, dtype: str) 
         raise ValueError(f"layout: {layout} is for ControlNeXt. Choose {' or '.join(LAYOUTS)} for a ControlNet-XS.")
     loaded, stem = control.loaded, free_stem(prefix)
     tensors = {name: tensor.to("cpu", DTYPES[dtype]) for name, tensor in loaded.net.state_dict().items()}
-    path = stem.with_suffix(".safetensors") if layout == "xs_official" else stem / ADAPTER_FILE
+    path = stem.with_name(f"{stem.name}.safetensors") if layout == "xs_official" else stem / ADAPTER_FILE
     return write(path, tensors, loaded.file.shape, loaded.heads, loaded.norm_rule, layout)

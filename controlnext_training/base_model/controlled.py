@@ -1,0 +1,168 @@
+"""The base with its control as one module: what goes in is noisy latents and conditions, what comes out is the UNet's
+own output, from which the objective makes a loss."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from comfy.model_base import ModelType
+from comfy.model_patcher import ModelPatcher
+from comfy.samplers import cond_cat
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ...controlnext_core.comfy_adapter.base_facts import BaseFacts, base_facts
+from ...controlnext_core.key_maps import KeyMap, unet_key_map
+from ...controlnext_core.unet_weights import published_names
+from ..config import TrainConfig
+from ..trainables import Differences, selected, train_differences
+from .controls import TrainedControl, new_control
+from .unet import checkpoint_blocks, plain_attention, training_unet
+
+Conditions = dict[str, Any]
+"""What the host's `extra_conds` gives for one sample: name -> its COND object."""
+
+
+class _RawOutput:
+    """The model sampling of the base, except that the network's own output is what it gives back."""
+
+    def __init__(self, model_sampling: Any) -> None:
+        self._inner = model_sampling
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def calculate_denoised(self, sigma: Tensor, output: Tensor, x: Tensor) -> Tensor:
+        return output
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a picture's conditions say of its size, in pixels."""
+
+    original: tuple[int, int]
+    """(height, width) before it was resized."""
+    crop: tuple[int, int]
+    """(top, left)"""
+    target: tuple[int, int]
+    """(height, width) of what trains."""
+
+
+class Controlled(nn.Module):
+    """The trainable copy of a base model, its control, and the host's own way from latents to an output."""
+
+    def __init__(self, model: ModelPatcher, config: TrainConfig, dtype: torch.dtype, device: torch.device) -> None:
+        """Raises ConfigError or ValueError where the configuration does not fit the base; `model` is only read."""
+        super().__init__()
+        self.facts: BaseFacts = base_facts(model.model)
+        self.device, self.dtype = device, dtype
+        self.control: TrainedControl = new_control(config, self.facts, device)
+        self.key_map: KeyMap = unet_key_map(self.facts.unet_config)
+        self.unet = training_unet(model, dtype, torch.device("cpu") if config.offload else device)
+        names = selected(self.key_map, config.trainable, config.blocks) if config.variant != "xs" else []
+        self.differences: Differences = train_differences(self.unet, names, device)
+        if config.checkpointing:
+            checkpoint_blocks(self.unet)
+        self.net = self.control.net
+        # not sub-modules: they are the host's, and hold the UNet again
+        self._shells = (
+            _shell(model.model, self.unet, dtype, device, raw=True),
+            _shell(model.model, self.unet, dtype, device),
+        )
+
+    @property
+    def base(self) -> Any:
+        """The host's BaseModel with the training UNet inside."""
+        return self._shells[1]
+
+    @property
+    def predicts(self) -> str:
+        """Key of OBJECTIVES for what this base's UNet answers."""
+        return PREDICTS[self.base.model_type]
+
+    def forward(
+        self, noisy: Tensor, sigma: Tensor, conditions: Sequence[Conditions], hint: Tensor, strength: float = 1.0
+    ) -> Tensor:
+        """The UNet's output for noisy (rows, C, H, W) at sigma (rows,), in fp32.
+
+        conditions: one per sample, whose rows follow each other; hint: (rows, 3, 8H, 8W) in [0, 1]. At strength 0
+        the control does not run.
+        """
+        return self._call(self._shells[0], noisy, sigma, conditions, hint, strength)
+
+    def denoised(
+        self, noisy: Tensor, sigma: Tensor, conditions: Sequence[Conditions], hint: Tensor, strength: float = 1.0
+    ) -> Tensor:
+        """The same, as the host's samplers want it: an estimate of the clean latents."""
+        return self._call(self._shells[1], noisy, sigma, conditions, hint, strength)
+
+    def _call(
+        self, shell: Any, noisy: Tensor, sigma: Tensor, conditions: Sequence[Conditions], hint: Tensor, strength: float
+    ) -> Tensor:
+        options: dict[str, Any] = {"optimized_attention_override": plain_attention}
+        if strength:
+            self.control.join(options, hint, shell.model_sampling.timestep(sigma).float(), strength)
+        rows = noisy.shape[0] // len(conditions)
+        ready = [
+            {name: cond.process_cond(batch_size=rows, device=noisy.device, area=None) for name, cond in one.items()}
+            for one in conditions
+        ]
+        with parametrize.cached():
+            return shell.apply_model(noisy, sigma, transformer_options=options, **cond_cat(ready))
+
+    def conditions(self, latent: Tensor, encoded: Mapping[str, Tensor], sizes: Sizes) -> Conditions:
+        """The host's conditions of one sample.
+
+        latent: (rows, C, H, W), for its shape; encoded: what the text or vision encoder gave (`context`, `pooled`,
+        `concat`; any may be missing).
+        """
+        given: dict[str, Any] = {
+            "noise": latent,
+            "device": latent.device,
+            "cross_attn": encoded.get("context"),
+            "pooled_output": encoded.get("pooled"),
+            "height": sizes.original[0],
+            "width": sizes.original[1],
+            "crop_h": sizes.crop[0],
+            "crop_w": sizes.crop[1],
+            "target_height": sizes.target[0],
+            "target_width": sizes.target[1],
+            "latent_image": torch.zeros_like(latent),
+        }
+        if "concat" in encoded:
+            given |= {"concat_latent_image": encoded["concat"], **VIDEO_CONDITIONS}
+        return self.base.extra_conds(**given)
+
+    def published_differences(self) -> dict[str, Tensor]:
+        """What the base's weights have learned, under published names, in fp32 on the CPU."""
+        host = {name: t.cpu() for name, t in self.differences.tensors().items()}
+        return published_names(host, self.key_map) if host else {}
+
+
+PREDICTS = {
+    ModelType.EPS: "epsilon",
+    ModelType.V_PREDICTION: "v",
+    ModelType.V_PREDICTION_EDM: "edm",
+    ModelType.FLOW: "flow",
+}
+
+VIDEO_CONDITIONS = {"fps": 7, "motion_bucket_id": 127, "augmentation_level": 0.02}
+"""What the released SVD trainer tells the UNet; the host takes one off fps. Source: its time ids (6, 127, 0.02)."""
+
+
+def _shell(base: Any, unet: nn.Module, dtype: torch.dtype, device: torch.device, raw: bool = False) -> Any:
+    """The host's BaseModel around another UNet; what it shares with `base` is only read."""
+    shell = copy.copy(base)
+    shell._modules = dict(base._modules)
+    shell._modules["diffusion_model"] = unet
+    shell.__dict__["manual_cast_dtype"] = dtype
+    shell.__dict__["device"] = device
+    shell.__dict__["current_patcher"] = None
+    if raw:
+        del shell._modules["model_sampling"]
+        shell.__dict__["model_sampling"] = _RawOutput(base.model_sampling)
+    return shell

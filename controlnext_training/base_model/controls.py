@@ -1,0 +1,191 @@
+"""The control that trains: its network, fresh or from a file, and its part in a forward of the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import comfy.ops
+import torch
+from torch import Tensor, nn
+
+from ...controlnext_core import checkpoint
+from ...controlnext_core.comfy_adapter.base_facts import BaseFacts, check_pair
+from ...controlnext_core.comfy_adapter.collector import Job, collect
+from ...controlnext_core.comfy_adapter.xs_control import time_mix
+from ...controlnext_core.comfy_adapter.xs_forward import Companion, XSJob, join_forward
+from ...controlnext_core.comfy_adapter.xs_loading import FEW_CHANNELS, Fp32Norms
+from ...controlnext_core.comfy_adapter.xs_saving import ADAPTER_FILE
+from ...controlnext_core.control_files import write_control
+from ...controlnext_core.detection import choose_spec, read_control_file
+from ...controlnext_core.injection import Term, prepare
+from ...controlnext_core.specs import SPECS, GainLaw, Spec, config_of, with_normalization, with_trained_gain
+from ...controlnext_core.xs_convert import write as write_xs
+from ...controlnext_core.xs_detection import read_xs_file
+from ...controlnext_core.xs_specs import FAMILIES as XS_FAMILIES_BY_CONTEXT
+from ...controlnext_core.xs_specs import NORM_RULES, XSShape, build_config, design, heads_of
+from ...models.controlnet_xs import ControlNetXS, Walk
+from ...models.controlnext import ControlNeXt
+from ..choices import FUSIONS, XS
+from ..config import ConfigError, TrainConfig
+
+Options = dict[str, Any]
+
+XS_FAMILIES = tuple(XS_FAMILIES_BY_CONTEXT.values())
+
+
+class TrainedControl(Protocol):
+    """What the loop needs to know of a control."""
+
+    net: nn.Module
+
+    def join(self, options: Options, hint: Tensor, timesteps: Tensor, strength: float) -> None:
+        """Take part in the coming forward.
+
+        hint: (rows, 3, 8H, 8W) in [0, 1], one per row of the batch; timesteps: (rows,), as the UNet is given them.
+        """
+
+    def save(
+        self, stem: Path, weights: Mapping[str, Tensor], layout: str, dtype: torch.dtype, facts: Mapping[str, str]
+    ) -> Path:
+        """Write the trained file; weights: differences by published name; facts: metadata of the run."""
+
+
+def new_control(config: TrainConfig, facts: BaseFacts, device: torch.device) -> TrainedControl:
+    """The control of this configuration for this base, its weights in fp32 on `device`, ready to train.
+
+    Fresh weights depend on the seed alone. Raises ConfigError, or ValueError where the base is of another family.
+    """
+    if config.variant == XS:
+        return _XS(config, facts, device)
+    return _NeXt(config, facts, device)
+
+
+def _initialised(net: nn.Module, fresh: nn.Module, device: torch.device) -> None:
+    """Give `net`, whose host layers start with whatever is in memory, the weights of its plain twin."""
+    checkpoint.load_strict(net, {name: t.float() for name, t in fresh.state_dict().items()}, "fresh weights")
+    net.to(device).train().requires_grad_(True)
+
+
+class _NeXt:
+    """A ControlNeXt encoder."""
+
+    def __init__(self, config: TrainConfig, facts: BaseFacts, device: torch.device) -> None:
+        spec = SPECS[config.variant]
+        built = config_of(spec)
+        if facts.family is spec.family:
+            built = replace(built, out_channels=facts.widths[spec.fusion.site])
+        check_pair(facts, spec, built.out_channels, f"variant {spec.name}")
+        self.spec = _as_configured(spec, config)
+        self.block = facts.blocks[spec.fusion.site]
+        self.net = ControlNeXt(built, device="meta", operations=comfy.ops.manual_cast)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            fresh = ControlNeXt(built)
+        if config.fusion == "zero_conv":
+            nn.init.zeros_(fresh.mid_convs[1].weight)
+            nn.init.zeros_(fresh.mid_convs[1].bias)
+        if config.init_control:
+            fresh.load_state_dict(_encoder_of(Path(config.init_control), spec))
+        _initialised(self.net, fresh, device)
+
+    def join(self, options: Options, hint: Tensor, timesteps: Tensor, strength: float) -> None:
+        def term(h: Tensor, given: Options) -> Term:
+            encoded = self.net(hint.to(h.dtype), timesteps)
+            control = prepare(encoded, (int(h.shape[-2]), int(h.shape[-1])), self.spec.fusion)
+            return Term(control, self._gain(h.device) * strength, self.spec.fusion)
+
+        collect(options, Job(self.block, (), term))
+
+    def _gain(self, device: torch.device) -> Tensor:
+        """(1,), with a gradient where the variant learns its scale."""
+        gain = self.spec.fusion.gain
+        if gain.law is GainLaw.CONSTANT:
+            return torch.full((1,), gain.factor, device=device)
+        scale = self.net.scale if gain.law is GainLaw.LEARNED else torch.sigmoid(self.net.scale)
+        return (gain.factor * scale).reshape(1)
+
+    def save(
+        self, stem: Path, weights: Mapping[str, Tensor], layout: str, dtype: torch.dtype, facts: Mapping[str, str]
+    ) -> Path:
+        return write_control(stem, self.net.state_dict(), weights, self.spec, layout, dtype, facts)
+
+
+class _XS:
+    """A ControlNet-XS: the released size rules, `xs_ratio` of the base's widths."""
+
+    rule = NORM_RULES["official"]
+
+    def __init__(self, config: TrainConfig, facts: BaseFacts, device: torch.device) -> None:
+        self.shape = _xs_shape(config, facts)
+        self.heads = heads_of(self.shape, (), f"xs_ratio {config.xs_ratio:g}")
+        built = build_config(self.shape, self.heads, self.rule)
+        operations = Fp32Norms if min(self.shape.widths) < FEW_CHANNELS else comfy.ops.manual_cast
+        self.net = ControlNetXS(built, device="meta", operations=operations)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            fresh = ControlNetXS(built)
+        if config.init_control:
+            fresh.load_state_dict(_xs_tensors(Path(config.init_control), self.shape))
+        _initialised(self.net, fresh, device)
+
+    def join(self, options: Options, hint: Tensor, timesteps: Tensor, strength: float) -> None:
+        def start(x: Tensor, context: Tensor, given: Options) -> Companion:
+            own_time = self.net.embed_time(timesteps, x.dtype) if self.net.config.own_time is not None else None
+            return Companion(
+                name="the control in training",
+                walk=Walk(self.net, x, self.net.encode_hint(hint.to(x.dtype))),
+                rows=None,
+                context=context,
+                strengths=(strength, strength, strength),
+                mask=lambda h: None,
+                own_time=own_time,
+                mix=time_mix(strength),
+            )
+
+        join_forward(options, XSJob((), start))
+
+    def save(
+        self, stem: Path, weights: Mapping[str, Tensor], layout: str, dtype: torch.dtype, facts: Mapping[str, str]
+    ) -> Path:
+        tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in self.net.state_dict().items()}
+        folder = layout == "xs_diffusers"
+        path = stem / ADAPTER_FILE if folder else stem.with_name(f"{stem.name}.safetensors")
+        layout = "xs_official" if layout == "single" else layout
+        return write_xs(path, tensors, self.shape, self.heads, self.rule.name, layout, facts)
+
+
+def _xs_shape(config: TrainConfig, facts: BaseFacts) -> XSShape:
+    if facts.family not in XS_FAMILIES:
+        raise ConfigError(
+            f"variant: xs is for SD1.5, SD2.1 and SDXL, and the connected model is {facts.family.value}. Connect one "
+            "of these, or choose another variant."
+        )
+    return design(facts.unet_config, config.xs_ratio, config.xs_own_time)
+
+
+def _xs_tensors(path: Path, shape: XSShape) -> dict[str, Tensor]:
+    file = read_xs_file(checkpoint.peek(path))
+    if file.shape != shape:
+        raise ConfigError(
+            f"init_control: {path} has channels {file.shape.level_widths}, and xs_ratio makes {shape.level_widths}. "
+            "Set xs_ratio and xs_own_time as they are in the file."
+        )
+    stored = checkpoint.load(path, file.names.values())
+    return {ours: stored[name].float() for ours, name in file.names.items()}
+
+
+def _as_configured(spec: Spec, config: TrainConfig) -> Spec:
+    spec = with_normalization(spec, FUSIONS[config.fusion])
+    return with_trained_gain(spec, config.gain) if config.gain else spec
+
+
+def _encoder_of(path: Path, spec: Spec) -> dict[str, Tensor]:
+    file = read_control_file(checkpoint.peek(path))
+    found = choose_spec(file, spec.family)
+    if found.build != spec.build:
+        raise ConfigError(f"init_control: {path} is a {found.name}, and variant is {spec.name}. Choose the same.")
+    stored = checkpoint.load(path, file.encoder.values())
+    return {name: stored[key].float() for name, key in file.encoder.items()}

@@ -1,0 +1,121 @@
+"""Pictures, captions and reference frames into what the base is given, by the host's own encoders."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ..config import ConfigError
+
+SAMPLED = 64
+"""Numbers of each tensor that the identity of an encoder looks at."""
+
+
+@dataclass
+class Base:
+    """A base model in the host's hands, with what encodes for it."""
+
+    model: ModelPatcher
+    vae: Any
+    clip: Any = None
+    """Text encoder; SVD has none."""
+    vision: Any = None
+    """Image encoder of SVD."""
+    _identities: dict[str, str] = field(default_factory=dict)
+
+    def check(self, video: bool) -> None:
+        """Raise ConfigError where an encoder that this base needs is missing."""
+        if self.vae is None:
+            raise ConfigError("vae: the checkpoint holds none. Connect a VAE, or set vae to a file that holds one.")
+        if video and self.vision is None:
+            raise ConfigError("clip_vision: SVD needs its image encoder. Connect CLIP_VISION of the same checkpoint.")
+        if not video and self.clip is None:
+            raise ConfigError("clip: this base needs its text encoder. Connect CLIP of the same checkpoint.")
+
+    def latent(self, frames: Tensor) -> Tensor:
+        """frames (F, H, W, 3) in [0, 1] -> latents (F, C, H/8, W/8) as the UNet sees them, fp32, on the CPU."""
+        with torch.inference_mode():
+            latent = self.vae.encode(frames)
+            latent = self.model.model.process_latent_in(latent.float())
+        return latent.cpu().clone()
+
+    def picture(self, latent: Tensor) -> Tensor:
+        """The other way: latents as the UNet sees them -> (F, H, W, 3) in [0, 1], on the CPU."""
+        with torch.inference_mode():
+            pixels = self.vae.decode(self.model.model.process_latent_out(latent))
+        return pixels.float().cpu().clone()
+
+    def text(self, caption: str) -> dict[str, Tensor]:
+        """`context` (1, T, D) and, where there is one, `pooled` (1, P), on the CPU."""
+        with torch.inference_mode():
+            context, pooled = self.clip.encode_from_tokens(self.clip.tokenize(caption), return_pooled=True)
+        found = {"context": context.float().cpu().clone()}
+        return found if pooled is None else {**found, "pooled": pooled.float().cpu().clone()}
+
+    def reference(self, frame: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """SVD's reference frame (1, H, W, 3): `context` (1, 1, D) and `concat` (1, C, H/8, W/8), not scaled.
+
+        noise: as frame, what is added before it is encoded. Source: the host's SVD_img2vid_Conditioning.
+        """
+        with torch.inference_mode():
+            embeds = self.vision.encode_image(frame).image_embeds.unsqueeze(0)
+            concat = self.vae.encode(frame + noise)
+        return {"context": embeds.float().cpu().clone(), "concat": concat.float().cpu().clone()}
+
+    def identity(self, what: str) -> str:
+        """Identity of the `model`, `vae`, `text` or `vision` weights: names, shapes and a sample of the numbers."""
+        if what not in self._identities:
+            self._identities[what] = _identity(self._weights(what))
+        return self._identities[what]
+
+    def _weights(self, what: str) -> Mapping[str, Tensor]:
+        if what == "model":
+            return {name: patches[0][0] for name, patches in self.model.get_key_patches("diffusion_model.").items()}
+        module = {
+            "vae": lambda: self.vae.first_stage_model,
+            "text": lambda: self.clip.cond_stage_model,
+            "vision": lambda: self.vision.model,
+        }[what]()
+        return module.state_dict()
+
+
+def _identity(weights: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=12)
+    for name in sorted(weights):
+        flat = weights[name].detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].float().cpu()
+        digest.update(f"{name}{list(weights[name].shape)}".encode())
+        digest.update(picked.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def device_of_host() -> torch.device:
+    """Where the host computes."""
+    return comfy.model_management.get_torch_device()
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of a run: as configured, or the one in which this device is quick."""
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision in named:
+        return named[precision]
+    quick = device.type != "cpu" and comfy.model_management.should_use_bf16(device)
+    return torch.bfloat16 if quick else torch.float32
+
+
+def make_room(device: torch.device) -> None:
+    """Have the host move other models off the device."""
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device had no room."""
+    return isinstance(error, comfy.model_management.OOM_EXCEPTION)

@@ -1,0 +1,45 @@
+"""Pictures of a validation, from the weights in training where they lie: nothing is loaded for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import comfy.k_diffusion.sampling
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from .controlled import Conditions, Controlled
+
+SCHEDULER = "normal"
+
+
+@torch.no_grad()
+def sample(
+    controlled: Controlled,
+    noise: Tensor,
+    positive: Sequence[Conditions],
+    negative: Sequence[Conditions],
+    hint: Tensor,
+    *,
+    steps: int,
+    cfg: float,
+    strength: float,
+) -> Tensor:
+    """Latents (rows, C, H, W), as the UNet sees them, from noise of that shape: the host's Euler sampler with guidance.
+
+    positive, negative: conditions per sample; hint: (rows, 3, 8H, 8W); both halves get the control.
+    """
+    sampling = controlled.base.model_sampling
+    sigmas = comfy.samplers.calculate_sigmas(sampling, SCHEDULER, steps).to(noise.device)
+    start = sampling.noise_scaling(sigmas[0], noise, torch.zeros_like(noise), True)
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        wanted = controlled.denoised(x, sigma, positive, hint, strength)
+        if cfg == 1:
+            return wanted
+        unwanted = controlled.denoised(x, sigma, negative, hint, strength)
+        return unwanted + cfg * (wanted - unwanted)
+
+    latents = comfy.k_diffusion.sampling.sample_euler(denoise, start, sigmas, disable=True)
+    return sampling.inverse_noise_scaling(sigmas[-1], latents)

@@ -1,0 +1,81 @@
+"""A copy of the host's UNet that can be trained: ordinary tensors, in the dtype of the run, with what the MODEL's
+loaders patched into them. The MODEL itself, which other workflows share, is only read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.lora
+import comfy.ops
+import torch
+from comfy.ldm.modules.attention import BasicTransformerBlock, attention_pytorch
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...controlnext_core.comfy_adapter.weights import base_weights
+from ...controlnext_core.unet_weights import HOST_PREFIX
+
+
+def training_unet(model: ModelPatcher, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The UNet of `model` as the host would sample with it, in `dtype`, frozen, on `device`.
+
+    Weights are taken one at a time. Raises ValueError for a model without the UNet of SD1.5, SDXL or SVD.
+    """
+    source = model.model.diffusion_model
+    if not isinstance(source, UNetModel):
+        raise ValueError(
+            f"the connected model is a {type(source).__name__}, and training needs the UNet of SD1.5, SD2.1, SDXL or "
+            "SVD. Connect a checkpoint of one of these."
+        )
+    config = {k: v for k, v in model.model.model_config.unet_config.items() if k not in ("dtype", "device")}
+    unet = type(source)(**config, dtype=dtype, device="meta", operations=comfy.ops.manual_cast)
+    look_up = base_weights(model)
+    with torch.no_grad():
+        for name, old in (*unet.named_parameters(), *unet.named_buffers()):
+            weight = look_up(HOST_PREFIX + name)
+            if weight is None:
+                raise ValueError(f"the connected model has no weight '{name}'. Load it from an ordinary checkpoint.")
+            weight = _patched(model, HOST_PREFIX + name, weight)
+            _put(unet, name, weight.to(device, dtype, copy=True), isinstance(old, nn.Parameter))
+    return unet.eval().requires_grad_(False)
+
+
+def _patched(model: ModelPatcher, name: str, weight: Tensor) -> Tensor:
+    """The weight with the LoRAs and other patches on this MODEL."""
+    patches = model.patches.get(name)
+    if not patches:
+        return weight
+    return comfy.lora.calculate_weight(patches, weight.to(torch.float32, copy=True), name)
+
+
+def _put(root: nn.Module, name: str, tensor: Tensor, is_parameter: bool) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = root.get_submodule(path)
+    if is_parameter:
+        module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+    else:
+        module.register_buffer(leaf, tensor)
+
+
+def checkpoint_blocks(unet: nn.Module) -> int:
+    """Have the UNet's residual and transformer blocks compute their insides again in the backward pass; how many."""
+
+    def wrap(module: nn.Module) -> int:
+        if not isinstance(module, (ResBlock, BasicTransformerBlock)):
+            return sum(wrap(child) for child in module.children())
+        forward = module.forward
+
+        def again(*args: Any, **kwargs: Any) -> Any:
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+        module.forward = again  # type: ignore[method-assign]
+        return 1
+
+    return wrap(unet)
+
+
+def plain_attention(_chosen: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """The host's override of the attention function: torch's own, which has a gradient on every device."""
+    return attention_pytorch(*args, **kwargs)

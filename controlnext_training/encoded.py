@@ -1,0 +1,204 @@
+"""Samples as the base takes them: latents, conditions and hints, each encoded once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .base_model.encode import Base
+from .config import TrainConfig
+from .data.samples import Broken, BrokenSample, ControlDataset, DatasetError, Sample, digest
+from .distributed import World
+from .journal import Watch
+from .seeding import generator, uniform
+
+AUGMENTATION = 0.02
+"""Standard deviation of the noise on SVD's reference frame. Source: the released trainer."""
+
+
+class Kept(Protocol):
+    """Where encoded tensors are kept by key: `data.cache.Cache`, or memory."""
+
+    def __contains__(self, key: str) -> bool: ...
+    def get(self, key: str) -> dict[str, Tensor] | None: ...
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> bool: ...
+
+
+class Memory:
+    """Kept in this process."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, dict[str, Tensor]] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.held
+
+    def get(self, key: str) -> dict[str, Tensor] | None:
+        return self.held.get(key)
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> bool:
+        self.held[key] = dict(tensors)
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One sample, on the CPU. F frames, 1 for a picture."""
+
+    latent: Tensor
+    """(F, C, H/8, W/8), as the UNet sees latents."""
+    given: dict[str, Tensor]
+    """What its conditions are made of: `context`, `pooled`, `concat`."""
+    hint: Tensor
+    """(F, 3, H, W) in [0, 1]."""
+    mask: Tensor | None
+    """(F, H, W) in [0, 1]."""
+    original_size: tuple[int, int]
+    crop: tuple[int, int]
+    caption: str
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return int(self.hint.shape[-2]), int(self.hint.shape[-1])
+
+
+class Store:
+    """A dataset seen through a base's encoders."""
+
+    def __init__(self, base: Base, data: ControlDataset, config: TrainConfig, kept: Kept) -> None:
+        self.base, self.data, self.config, self.kept = base, data, config, kept
+
+    def prepare(self, indices: Sequence[int], world: World, watch: Watch) -> tuple[list[int], list[Broken]]:
+        """Encode what is not kept yet, each process its share; (samples that can be read, those that cannot).
+
+        Raises DatasetError where none can.
+        """
+        mine = list(indices[world.rank :: world.size])
+        broken: list[Broken] = []
+        bad: list[int] = []
+        for done, index in enumerate(mine):
+            if watch.stopping():
+                break
+            try:
+                self._encode(index)
+            except BrokenSample as error:
+                broken.append(Broken(error.path, error.why))
+                bad.append(index)
+            watch.progress(done + 1, len(mine), f"encoding {done + 1} of {len(mine)}")
+        out = {index for part in world.gather(bad) for index in part}
+        usable = [index for index in indices if index not in out]
+        if not usable:
+            first = f" The first: {broken[0].path}: {broken[0].why}." if broken else ""
+            raise DatasetError(f"None of the {len(indices)} samples can be read.{first} Check the files.")
+        return usable, [item for part in world.gather(broken) for item in part]
+
+    def _encode(self, index: int) -> None:
+        """Have everything of a sample kept. A clip's reference frames come as they are drawn."""
+        if not self.config.video:
+            self.text(self.data.captions[index])
+        keys = [self._latent_key(key) for key in self.data.frame_keys(index, self.config.seed, index)]
+        if not all(key in self.kept for key in keys):
+            self.latent(self.data.load(index, self.config.seed, index))
+
+    def _latent_key(self, frame_key: str) -> str:
+        return f"latent-{self.base.identity('vae')}-{frame_key}"
+
+    def latent(self, sample: Sample) -> Tensor:
+        """Latents (F, C, H/8, W/8) of a sample; frames that are kept are not encoded again."""
+        keys = [self._latent_key(key) for key in sample.frame_keys]
+        found = {key: kept["latent"] for key in keys if (kept := self.kept.get(key)) is not None}
+        for place, key in enumerate(keys):
+            if key not in found:
+                found[key] = self.base.latent(sample.frames[place : place + 1])
+                self.kept.put(key, {"latent": found[key]})
+        return torch.cat([found[key] for key in keys])
+
+    def text(self, caption: str) -> dict[str, Tensor]:
+        """`context` and `pooled` of a caption."""
+        key = f"text-{self.base.identity('text')}-{digest(caption)}"
+        found = self.kept.get(key)
+        if found is None:
+            found = self.base.text(caption)
+            self.kept.put(key, found)
+        return found
+
+    def reference(self, sample: Sample) -> dict[str, Tensor]:
+        """`context` and `concat` of a clip's reference frame, its first."""
+        encoders = f"{self.base.identity('vision')}-{self.base.identity('vae')}"
+        key = f"reference-{encoders}-{sample.frame_keys[0]}"
+        found = self.kept.get(key)
+        if found is None:
+            frame = sample.frames[:1]
+            noise = torch.randn(frame.shape, generator=generator(0, f"augmentation {sample.frame_keys[0]}", 0))
+            found = self.base.reference(frame, AUGMENTATION * noise)
+            self.kept.put(key, found)
+        return found
+
+    def sample(self, index: int, position: int, dropout: bool = True) -> Encoded:
+        """The sample as it is at one position of the run. Raises BrokenSample."""
+        sample = self.data.load(index, self.config.seed, position)
+        hint = sample.hints.movedim(-1, 1).contiguous()
+        if dropout and uniform(self.config.seed, "hint dropout", position) < self.config.hint_dropout:
+            hint = torch.zeros_like(hint)
+        drop = uniform(self.config.seed, "caption dropout", position) if dropout else 1.0
+        return Encoded(
+            latent=self.latent(sample),
+            given=self._given(sample, drop),
+            hint=hint,
+            mask=sample.mask,
+            original_size=sample.original_size,
+            crop=sample.crop,
+            caption=sample.caption,
+        )
+
+    def _given(self, sample: Sample, drop: float) -> dict[str, Tensor]:
+        """drop: uniform in [0, 1). Pictures lose their caption below p. Clips lose what CLIP sees below 2p, the
+        reference latent from p to 3p. Source of the latter: the released SVD trainer."""
+        p = self.config.caption_dropout
+        if not self.config.video:
+            return self.text("" if drop < p else sample.caption)
+        given = self.reference(sample)
+        if drop < 2 * p:
+            given = {**given, "context": torch.zeros_like(given["context"])}
+        if p <= drop < 3 * p:
+            given = {**given, "concat": torch.zeros_like(given["concat"])}
+        return given
+
+    def empty(self, like: Encoded) -> dict[str, Tensor]:
+        """What guidance steers away from: the empty caption, or no reference frame."""
+        if not self.config.video:
+            return self.text("")
+        return {name: torch.zeros_like(tensor) for name, tensor in like.given.items()}
+
+
+Wanted = tuple[tuple[int, int], ...]
+"""(index, position) of each sample."""
+
+
+class Ahead:
+    """Reads the samples of the next step while this one computes. Clips, which may have to be encoded, wait."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.pool = ThreadPoolExecutor(1, "samples")
+        self.coming: tuple[Wanted, Future[list[Encoded]]] | None = None
+
+    def get(self, wanted: Wanted, upcoming: Wanted) -> list[Encoded]:
+        """The samples of this step; starts on those of the next."""
+        ready = self.coming is not None and self.coming[0] == wanted
+        found = self.coming[1].result() if ready and self.coming else self._read(wanted)
+        threaded = upcoming and not self.store.config.video
+        self.coming = (upcoming, self.pool.submit(self._read, upcoming)) if threaded else None
+        return found
+
+    def _read(self, wanted: Wanted) -> list[Encoded]:
+        return [self.store.sample(index, position) for index, position in wanted]
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)

@@ -1,0 +1,86 @@
+"""What a run tells: JSON lines always, TensorBoard where it is wanted, and a watcher (console or node) in between."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+LOG = "log.jsonl"
+logger = logging.getLogger(__name__)
+
+
+class Watch(Protocol):
+    """Who looks at a run."""
+
+    def say(self, text: str) -> None:
+        """A line for a person."""
+
+    def progress(self, step: int, steps: int, text: str) -> None:
+        """How far the run is."""
+
+    def picture(self, image: Image) -> None:
+        """A picture of the run, to be shown live."""
+
+    def stopping(self) -> bool:
+        """Whether the run shall save and end."""
+
+
+class Journal:
+    """The run's log file. Only the first process writes."""
+
+    def __init__(self, folder: Path, writes: bool, tensorboard: bool) -> None:
+        self.path = folder / LOG
+        self.writes = writes
+        self.events = _tensorboard(folder) if tensorboard and writes else None
+        self.started = time.time()
+
+    def write(self, event: str, step: int, **values: Any) -> None:
+        """Append one line: what happened, after how many steps, and numbers or words about it."""
+        if not self.writes:
+            return
+        line = {"event": event, "step": step, "seconds": round(time.time() - self.started, 3), **values}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(_plain(line), ensure_ascii=False) + "\n")
+        if self.events is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self.events.add_scalar(f"{event}/{name}", value, step)
+
+    def close(self) -> None:
+        if self.events is not None:
+            self.events.close()
+
+
+def read(folder: Path, event: str, key: str) -> dict[int, float]:
+    """step -> value, from the lines of one event; of a step that was run twice, the later."""
+    path = folder / LOG
+    found = {}
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
+        try:
+            values = json.loads(line)
+        except ValueError:  # cut off by a crash
+            continue
+        if values.get("event") == event and isinstance(values.get(key), (int, float)):
+            found[int(values["step"])] = float(values[key])
+    return dict(sorted(found.items()))
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logger.warning("tensorboard is not installed: only %s is written. Run `pip install tensorboard`.", LOG)
+        return None
+    return SummaryWriter(str(folder / "tensorboard"))

@@ -1,0 +1,169 @@
+"""What a run leaves: the trained file, pictures, and figures in words."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..controlnext_core import checkpoint
+from ..controlnext_core.control_files import DTYPES
+from ..controlnext_core.detection import read_control_file
+from ..controlnext_core.metadata import PREFIX
+from ..controlnext_core.xs_detection import read_xs_file
+from . import journal as journals
+from .base_model.controlled import Controlled
+from .choices import XS
+from .config import TrainConfig
+from .distributed import World
+from .journal import Journal, Watch
+from .plots import loss_curve
+from .validation import NO_EFFECT, Validation
+
+NAME_FILE = "run.txt"
+RUN_KEY = f"{PREFIX}run"
+"""Metadata of a trained file: which run made it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where one run keeps its things."""
+
+    folder: Path
+    """States, log and pictures."""
+    cache: Path
+    """Encoded samples, shared by all runs."""
+    target: Path
+    """The trained file, without suffix."""
+    base: str
+    """Identity of the base model."""
+    base_name: str = ""
+    """What to call it."""
+
+
+def finished_file(controlled: Controlled, config: TrainConfig, run: Run, losses: list[float], world: World) -> Path:
+    """Write the trained file, read it again, and return its path. A file of another run is never replaced."""
+    path = None
+    if world.first:
+        facts = _facts(config, run, losses)
+        stem = free_target(run, config)
+        weights = controlled.published_differences()
+        path = controlled.control.save(stem, weights, config.layout, DTYPES[config.save_dtype], facts)
+        header = checkpoint.peek(path)
+        read_xs_file(header) if config.variant == XS else read_control_file(header)
+    (path, *_) = world.gather(path)
+    assert path is not None
+    return path
+
+
+def free_target(run: Run, config: TrainConfig) -> Path:
+    """`target`, or target_2, ... where a file of that name is not this run's own."""
+    stem, number = run.target, 1
+    while not _is_free(stem, run):
+        number += 1
+        stem = run.target.with_name(f"{run.target.name}_{number}")
+    return stem
+
+
+def _is_free(stem: Path, run: Run) -> bool:
+    path = stem.with_name(f"{stem.name}.safetensors")
+    held = [path] if path.exists() else sorted(stem.glob("*.safetensors")) if stem.is_dir() else []
+    if not held:
+        return not stem.exists()
+    return any(_made_by(path) == _run_name(run) for path in held)
+
+
+def _made_by(path: Path) -> str | None:
+    try:
+        return checkpoint.peek(path).metadata.get(RUN_KEY)
+    except checkpoint.CheckpointError:
+        return None
+
+
+def _run_name(run: Run) -> str:
+    """Which run this is, as its files say it."""
+    return (run.folder / NAME_FILE).read_text("utf-8").strip()
+
+
+def name_run(run: Run) -> None:
+    """Give a new run a name that no other has."""
+    path = run.folder / NAME_FILE
+    if not path.exists():
+        path.write_text(secrets.token_hex(8), "utf-8")
+
+
+def _facts(config: TrainConfig, run: Run, losses: list[float]) -> dict[str, str]:
+    last = losses[-100:]
+    return {
+        RUN_KEY: _run_name(run),
+        f"{PREFIX}steps": str(config.steps),
+        f"{PREFIX}loss": f"{sum(last) / max(1, len(last)):.6f}",
+        f"{PREFIX}base": f"{run.base_name} {run.base}".strip(),
+        f"{PREFIX}recipe": config.to_json(),
+        "modelspec.date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def show_validation(found: Validation, step: int, run: Run, journal: Journal, watch: Watch) -> None:
+    """Write the figures and pictures of a validation and hand them on."""
+    figures = {
+        "loss": found.loss,
+        "loss_without": found.loss_without,
+        "effect": found.effect,
+        "fidelity": found.fidelity,
+        "fidelity_without": found.fidelity_without,
+    }
+    journal.write("validation", step, **{name: value for name, value in figures.items() if value is not None})
+    text = f"validation after {step} steps: loss {found.loss:.4f} (without control {found.loss_without:.4f})"
+    if found.fidelity is not None and found.fidelity_without is not None:
+        text += f", follows the hint {found.fidelity:.2f} (without {found.fidelity_without:.2f})"
+    watch.say(text)
+    if found.effect < NO_EFFECT:
+        watch.say(
+            "warning: the control has no effect yet: with and without it the loss is the same. If that stays so, "
+            "raise control_learning_rate or gain, and look whether the hints are empty."
+        )
+    if found.grid is not None:
+        found.grid.save(run.folder / f"validation-{step:08d}.png")
+        watch.picture(found.grid)
+    show_curve(run)
+
+
+def show_curve(run: Run) -> Path:
+    """Draw loss.png from the log."""
+    steps = journals.read(run.folder, "step", "loss")
+    validated = journals.read(run.folder, "validation", "loss")
+    path = run.folder / "loss.png"
+    loss_curve(list(steps), list(steps.values()), list(validated.items())).save(path)
+    return path
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min, 2 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class Meter:
+    """Time and memory from here on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        self.started = time.perf_counter()
+
+    def read(self) -> tuple[float, int]:
+        """(seconds, peak bytes): of the device's memory, or of this process where that is the host's."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return time.perf_counter() - self.started, torch.cuda.max_memory_allocated(self.device)
+        import psutil
+
+        return time.perf_counter() - self.started, int(psutil.Process().memory_info().rss)

@@ -1,0 +1,122 @@
+"""One step of a run: a batch drawn, noised, predicted, weighed. Pure of saving and showing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import objective as objectives
+from .base_model.controlled import Controlled, Sizes
+from .choices import AUTO
+from .config import TrainConfig
+from .encoded import Encoded
+from .objective import OBJECTIVES, TIMESTEP_LAWS, Objective
+from .seeding import generator
+
+
+@dataclass(frozen=True)
+class Law:
+    """What is learned and at which noise levels, as the configuration and the base decide."""
+
+    objective: Objective
+    sigmas: Tensor
+    """The base's table, ascending."""
+    timesteps: str
+
+    @classmethod
+    def of(cls, config: TrainConfig, controlled: Controlled) -> Law:
+        name = controlled.predicts if config.objective == AUTO else config.objective
+        automatic = "svd_cosine" if config.video else "uniform"
+        timesteps = automatic if config.timesteps == AUTO else config.timesteps
+        return cls(OBJECTIVES[name], controlled.base.model_sampling.sigmas.float().cpu(), timesteps)
+
+    def sigma(self, u: Sequence[float]) -> Tensor:
+        """Noise levels (B,) for numbers in (0, 1)."""
+        return TIMESTEP_LAWS[self.timesteps](torch.tensor(u, dtype=torch.float64), self.sigmas)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples on the device, ready for a forward. R rows = samples x frames."""
+
+    latent: Tensor
+    """(R, C, h, w)"""
+    hint: Tensor
+    """(R, 3, H, W)"""
+    conditions: list[Any]
+    noise: Tensor
+    """(R, C, h, w)"""
+    sigma: Tensor
+    """(B,)"""
+    region: Tensor | None
+    """(R, 1, h, w), or None."""
+
+
+def draw(
+    samples: Sequence[Encoded],
+    positions: Sequence[int],
+    law: Law,
+    config: TrainConfig,
+    controlled: Controlled,
+    levels: Sequence[float] | None = None,
+    purpose: str = "",
+) -> Batch:
+    """A batch with the noise and the noise levels that belong to these positions of the run.
+
+    levels: numbers in (0, 1) in place of random ones; purpose: tells validation's noise from training's.
+    """
+    device = controlled.device
+    noises, offsets, drawn = [], [], []
+    for sample, position in zip(samples, positions, strict=True):
+        source = generator(config.seed, f"noise{purpose}", position)
+        noises.append(torch.randn(sample.latent.shape, generator=source))
+        offsets.append(torch.randn(sample.latent.shape[1], generator=source))
+        drawn.append(float(torch.rand((), generator=source, dtype=torch.float64)))
+    sigma = law.sigma(drawn if levels is None else levels)
+    noise = objectives.offset_noise(torch.cat(noises), torch.stack(offsets), config.noise_offset)
+    latent = torch.cat([sample.latent for sample in samples]).to(device)
+    return Batch(
+        latent=latent,
+        hint=torch.cat([sample.hint for sample in samples]).to(device),
+        conditions=[conditions_of(sample, sample.given, controlled) for sample in samples],
+        noise=noise.to(device),
+        sigma=sigma.to(device),
+        region=_region(samples, config, latent),
+    )
+
+
+def conditions_of(sample: Encoded, given: dict[str, Tensor], controlled: Controlled) -> Any:
+    """The host's conditions of a sample, made of what its encoders gave."""
+    sizes = Sizes(sample.original_size, sample.crop, sample.size)
+    return controlled.conditions(
+        sample.latent.to(controlled.device), {name: t.to(controlled.device) for name, t in given.items()}, sizes
+    )
+
+
+def _region(samples: Sequence[Encoded], config: TrainConfig, latent: Tensor) -> Tensor | None:
+    if not config.mask_weight or all(sample.mask is None for sample in samples):
+        return None
+    masks = [torch.zeros(sample.hint[:, 0].shape) if sample.mask is None else sample.mask for sample in samples]
+    size = (int(latent.shape[-2]), int(latent.shape[-1]))
+    return objectives.region_weight(torch.cat(masks).to(latent.device), size, config.mask_weight)
+
+
+def losses(model: nn.Module, batch: Batch, law: Law, config: TrainConfig, strength: float = 1.0) -> Tensor:
+    """Each sample's loss (B,) in fp32. model: the Controlled, or what distributes it."""
+    frames = len(batch.latent) // len(batch.sigma)
+    x = objectives.noisy(batch.latent, batch.noise, batch.sigma, law.objective)
+    rows = batch.sigma.repeat_interleave(frames)
+    out = model(x, rows, batch.conditions, batch.hint, strength)
+    return objectives.loss(
+        out,
+        batch.latent,
+        batch.noise,
+        batch.sigma,
+        law.objective,
+        min_snr_gamma=config.min_snr_gamma,
+        region=batch.region,
+    )

@@ -1,0 +1,363 @@
+"""The training loop, top to bottom: data, model, optimizer, resume, steps, the trained file.
+
+What is trained is what is run: the encoder, the place where it acts and the way it is added are those of inference,
+and the base is the host's. Source of the method: ControlNeXt (arXiv 2408.06070) and ControlNet-XS (arXiv 2312.06573).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+import torch
+from torch import Tensor, nn
+
+from . import optimizers, state
+from .base_model.controlled import Controlled
+from .base_model.encode import Base, compute_dtype, device_of_host, is_out_of_memory, make_room
+from .config import ConfigError, TrainConfig
+from .config_files import as_toml
+from .data.cache import Cache
+from .data.order import Order, order
+from .data.samples import ControlDataset
+from .distributed import World
+from .encoded import Ahead, Memory, Store, Wanted
+from .journal import Journal, Watch
+from .results import Meter, Run, duration, finished_file, name_run, show_validation
+from .step import Law, draw, losses
+from .validation import Validator
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on. The message names what happened, where the last state is and what to do."""
+
+
+class Stopped(Exception):  # noqa: N818  # not an error: somebody asked for it
+    """The run was stopped from outside and has saved its state first."""
+
+    def __init__(self, step: int, where: Path) -> None:
+        super().__init__(f"stopped after {step} steps; saved in {where}. Run it again with resume on to go on.")
+        self.step, self.where = step, where
+
+
+@dataclass
+class Loop:
+    """What the steps need, made once."""
+
+    config: TrainConfig
+    controlled: Controlled
+    model: nn.Module
+    """The same, or what distributes it."""
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: optimizers.Ema | None
+    law: Law
+    plan: Order
+    samples: Ahead
+    indices: list[int]
+    world: World
+    losses: list[float] = field(default_factory=list)
+
+
+def train(
+    base: Base,
+    data: ControlDataset,
+    held_out: ControlDataset | None,
+    config: TrainConfig,
+    run: Run,
+    watch: Watch,
+    world: World | None = None,
+) -> Path:
+    """Train, or go on training, and return the path of the trained file, which has been read again.
+
+    base: the host's models, only read; held_out: for validation, None to hold out some of `data`; run: where things
+    go. Raises Stopped where `watch` asks for it, TrainingError, ConfigError, DatasetError, CheckpointError.
+    """
+    world = world or World()
+    torch.manual_seed(config.seed)  # for what asks nobody, such as a stock layer; ours are functions of the position
+    base.check(config.video)
+    found = _open_run(run, config, base, world, watch)
+    device = device_of_host()
+    store = Store(base, data, config, Cache(run.cache) if config.cache else Memory())
+    training, validating = _split(len(data), config, held_out is not None)
+    usable, broken = store.prepare(training, world, watch)
+    for path, why in broken:
+        watch.say(f"left out: {path}: {why}")
+    make_room(device)
+    loop = _make_loop(base, store, usable, config, device, world)
+    validator = None
+    if config.validate_every and world.first:
+        looked_at = store if held_out is None else Store(base, held_out, config, store.kept)
+        indices = validating if held_out is None else range(len(held_out))
+        validator = Validator(looked_at, indices, config, loop.law, watch)
+    journal = Journal(run.folder, world.first, config.tensorboard)
+    try:
+        start = _resume(loop, found, watch)
+        journal.write("start" if start == 0 else "resume", start, samples=len(usable), left_out=len(broken))
+        if start < config.steps:
+            _try_one_step(loop, start, watch, journal)
+        _steps(loop, start, run, watch, journal, validator)
+        with _averaged(loop):
+            path = finished_file(loop.controlled, config, run, loop.losses, world)
+        watch.say(f"finished after {config.steps} steps: {path}")
+        journal.write("finished", config.steps, path=str(path))
+        return path
+    finally:
+        journal.close()
+        loop.samples.close()
+
+
+def _steps(loop: Loop, start: int, run: Run, watch: Watch, journal: Journal, validator: Validator | None) -> None:
+    """From `start` to the last step."""
+    config, clock, since = loop.config, time.monotonic(), start
+    for step in range(start, config.steps):
+        if _any(watch.stopping(), loop.world):
+            raise Stopped(step, _save(loop, step, run))
+        loss, norm = _step(loop, step)
+        loop.losses.append(loss)
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss of step {step + 1} is {loss}. {state.where_it_ends(run.folder)} Lower the learning rates, "
+                "or set precision = bf16 or fp32, and run again: it goes on from there."
+            )
+        done = step + 1
+        if done % config.log_every == 0 or done == config.steps:
+            seconds = (time.monotonic() - clock) / (done - since)
+            clock, since = time.monotonic(), done
+            _tell(loop, done, loss, norm, seconds, journal, watch)
+        if done % config.save_every == 0 and done < config.steps:
+            _save(loop, done, run)
+        if validator is not None and (done % config.validate_every == 0 or done == config.steps):
+            with _averaged(loop):
+                show_validation(validator.run(loop.controlled), done, run, journal, watch)
+            clock, since = time.monotonic(), done
+    _save(loop, config.steps, run)
+
+
+def _step(loop: Loop, step: int) -> tuple[float, float]:
+    """One step of the optimizer: (mean loss over all processes, length of the gradient)."""
+    config, world = loop.config, loop.world
+    rate = optimizers.factor(config, step)
+    for group in loop.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * rate
+    total = _gradients(loop, step)
+    loop.scaler.unscale_(loop.optimizer)
+    limit = config.max_grad_norm or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(loop.parameters.values(), limit)
+    loop.scaler.step(loop.optimizer)
+    loop.scaler.update()
+    loop.optimizer.zero_grad(set_to_none=True)
+    if loop.ema is not None:
+        loop.ema.update(loop.parameters)
+    return float(world.mean(total)), float(norm)
+
+
+def _gradients(loop: Loop, step: int) -> Tensor:
+    """Forward and backward of one step's samples; the mean loss of this process."""
+    config = loop.config
+    samples = loop.samples.get(_wanted(loop, step), _wanted(loop, step + 1) if step + 1 < config.steps else ())
+    places = _places(loop, step)
+    total = torch.zeros((), device=loop.controlled.device)
+    for part in range(config.accumulation):
+        cut = slice(part * config.batch_size, (part + 1) * config.batch_size)
+        batch = draw(samples[cut], places[cut], loop.law, config, loop.controlled)
+        with loop.world.without_exchange(loop.model, off=part + 1 < config.accumulation):
+            loss = losses(loop.model, batch, loop.law, config).mean() / config.accumulation
+            loop.scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
+
+
+def _places(loop: Loop, step: int) -> list[int]:
+    """Positions in the run of this process's samples of a step. One part over all processes comes after the other."""
+    config, world = loop.config, loop.world
+    first = step * config.effective_batch * world.size
+    return [
+        first + (part * world.size + world.rank) * config.batch_size + place
+        for part in range(config.accumulation)
+        for place in range(config.batch_size)
+    ]
+
+
+def _wanted(loop: Loop, step: int) -> Wanted:
+    """(index, position) of this process's samples of a step."""
+    batch = loop.plan.batch(step)
+    places = _places(loop, step)
+    return tuple((loop.indices[batch[place % len(batch)]], place) for place in places)
+
+
+def _make_loop(
+    base: Base, store: Store, usable: list[int], config: TrainConfig, device: torch.device, world: World
+) -> Loop:
+    dtype = compute_dtype(config.precision, device)
+    controlled = Controlled(base.model, config, dtype, device)
+    encoder = {f"control.{name}": p for name, p in controlled.net.named_parameters()}
+    unet = {f"unet.{name}": p for name, p in controlled.differences.parameters.items()}
+    rates = ((encoder, config.control_learning_rate), (unet, config.learning_rate))
+    groups = [{"params": list(named.values()), "lr": rate} for named, rate in rates if named]
+    optimizer = optimizers.build(config.optimizer, groups, config)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    parameters = {**encoder, **unet}
+    sizes = [store.data.sizes[index] for index in usable]
+    return Loop(
+        config=config,
+        controlled=controlled,
+        model=world.wrap(controlled),
+        parameters=parameters,
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype is torch.float16),
+        ema=optimizers.Ema(parameters, config.ema_decay, config.ema_on_cpu) if config.ema_decay else None,
+        law=Law.of(config, controlled),
+        plan=order(sizes, config.effective_batch * world.size, config.seed),
+        samples=Ahead(store),
+        indices=usable,
+        world=world,
+    )
+
+
+def _split(count: int, config: TrainConfig, held_out: bool) -> tuple[range, range]:
+    """(samples that train, samples to look at). Of few samples none is held out: they are looked at as well."""
+    if held_out or not config.validate_every:
+        return range(count), range(0)
+    spare = min(config.validation_samples, count // 10)
+    return range(spare, count), range(spare or min(count, config.validation_samples))
+
+
+def _open_run(run: Run, config: TrainConfig, base: Base, world: World, watch: Watch) -> state.State | None:
+    """The state to go on from, or None for a new run, whose folder is then there and empty. Raises ConfigError."""
+    found = state.latest(run.folder) if config.resume else None
+    if found is not None:
+        _check_same_run(found, config, base)
+    elif world.first:
+        aside = state.set_aside(run.folder)
+        if aside is not None:
+            watch.say(f"an earlier run of this name is now {aside}")
+    world.wait()
+    if world.first:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        state.clear_unfinished(run.folder)
+        (run.folder / "config.toml").write_text(as_toml(config), "utf-8")
+        name_run(run)
+    return found
+
+
+FIXED = ("variant", "trainable", "blocks", "fusion", "gain", "xs_ratio", "xs_own_time", "optimizer", "seed")
+"""Settings without which a state is another run's. The others may change on the way; that is said."""
+
+
+def _check_same_run(found: state.State, config: TrainConfig, base: Base) -> None:
+    old, new = found.facts["config"], dataclasses.asdict(config)
+    changed = [f"{key} was {old[key]!r} and is {new[key]!r}" for key in FIXED if old[key] != new[key]]
+    if found.facts["base"] != base.identity("model"):
+        changed.append("the base model is another")
+    if changed:
+        raise ConfigError(
+            f"resume: {found.folder} is of another run: {'; '.join(changed)}. Set these back, or set resume = false "
+            "or another output_name to start anew."
+        )
+
+
+def _resume(loop: Loop, found: state.State | None, watch: Watch) -> int:
+    """Take over a saved state; the number of steps that are done."""
+    if found is None:
+        return 0
+    weights = found.tensors("weights")
+    with torch.no_grad():
+        for name, parameter in loop.parameters.items():
+            parameter.copy_(weights[name])
+    loop.optimizer.load_state_dict(optimizers.unpack(found.tensors("optimizer"), found.facts["optimizer"]))
+    loop.scaler.load_state_dict(found.facts["scaler"])
+    if loop.ema is not None and (average := found.tensors("ema")):
+        loop.ema.load_state_dict(average)
+    loop.losses = found.tensors("losses")["loss"].tolist()
+    old, new = found.facts["config"], dataclasses.asdict(loop.config)
+    changed = [f"{key} {old.get(key)!r} -> {value!r}" for key, value in new.items() if old.get(key) != value]
+    watch.say(
+        f"resumed at step {found.step} from {found.folder}" + (f"; changed: {', '.join(changed)}" if changed else "")
+    )
+    return found.step
+
+
+def _save(loop: Loop, step: int, run: Run) -> Path:
+    """The state after `step` steps, written by the first process."""
+    rest: object = None
+    folder = run.folder
+    if loop.world.first:
+        tensors, rest = optimizers.pack(loop.optimizer.state_dict())
+        parts = {
+            "weights": {name: p.detach() for name, p in loop.parameters.items()},
+            "optimizer": tensors,
+            "ema": loop.ema.state_dict() if loop.ema is not None else {},
+            "losses": {"loss": torch.tensor(loop.losses, dtype=torch.float64)},
+        }
+        facts = {
+            "config": dataclasses.asdict(loop.config),
+            "optimizer": rest,
+            "scaler": loop.scaler.state_dict(),
+            "base": run.base,
+        }
+        folder = state.save(run.folder, step, parts, facts, loop.config.keep_states)
+    loop.world.wait()
+    return folder
+
+
+@contextmanager
+def _averaged(loop: Loop) -> Iterator[None]:
+    """Inside, the weights are those to look at and to save: averaged, where an average is kept."""
+    with optimizers.weights_to_read(loop.optimizer):
+        if loop.ema is None:
+            yield
+            return
+        with loop.ema.swapped(loop.parameters):
+            yield
+
+
+def _try_one_step(loop: Loop, step: int, watch: Watch, journal: Journal) -> None:
+    """Run the first step without its effect, and say what a step costs before the run begins."""
+    meter = Meter(loop.controlled.device)
+    try:
+        _gradients(loop, step)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            "one step does not fit into the device's memory. Set checkpointing = true, then offload = true; or take "
+            "a smaller batch_size with more accumulation, a smaller resolution, or optimizer = adamw8bit."
+        ) from error
+    loop.optimizer.zero_grad(set_to_none=True)
+    seconds, peak = meter.read()
+    left = loop.config.steps - step
+    trained = sum(parameter.numel() for parameter in loop.parameters.values())
+    watch.say(
+        f"{trained:,} numbers train; one step takes {seconds:.2f} s, {left} steps about {duration(seconds * left)}; "
+        f"peak memory {peak / 2**30:.2f} GiB"
+    )
+    journal.write("dry_run", step, seconds_per_step=seconds, peak_bytes=peak, trained=trained)
+
+
+def _tell(loop: Loop, step: int, loss: float, norm: float, seconds: float, journal: Journal, watch: Watch) -> None:
+    config = loop.config
+    left = duration(seconds * (config.steps - step))
+    rate = optimizers.factor(config, step - 1)
+    watch.progress(
+        step, config.steps, f"step {step}/{config.steps}  loss {loss:.4f}  {1 / seconds:.2f} it/s  {left} left"
+    )
+    journal.write(
+        "step",
+        step,
+        loss=loss,
+        gradient=norm,
+        learning_rate=config.learning_rate * rate,
+        control_learning_rate=config.control_learning_rate * rate,
+        seconds_per_step=seconds,
+    )
+
+
+def _any(mine: bool, world: World) -> bool:
+    return any(world.gather(mine)) if world.size > 1 else mine

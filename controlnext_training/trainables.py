@@ -1,0 +1,117 @@
+"""Which weights of the base train, and how: as differences, since a difference is what gets saved and loaded.
+
+The base's weight stays frozen in its own dtype; the layer computes with base + difference, formed in fp32, exactly
+as the host does when the saved file is put on a model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..controlnext_core.key_maps import KeyMap, as_target
+from .choices import SUBSETS
+from .config import ConfigError, parse_blocks
+
+SIDES = {"input": "input_blocks.", "middle": "middle_block.", "output": "output_blocks."}
+"""Side of the UNet as a setting names it -> start of the host's names."""
+
+
+class AddBase(nn.Module):
+    """Parametrization: base + difference in fp32."""
+
+    base: Tensor
+
+    def __init__(self, base: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("base", base, persistent=False)
+
+    def forward(self, difference: Tensor) -> Tensor:
+        """difference: any shape, fp32. Returns the layer's weight in fp32 on the difference's device."""
+        return self.base.to(difference.device, torch.float32) + difference
+
+
+@dataclass(frozen=True)
+class Differences:
+    """The differences that train, by host name."""
+
+    parameters: dict[str, nn.Parameter]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Values by host name, without gradients."""
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over values by host name. Raises ValueError where names or shapes are others."""
+        if tensors.keys() != self.parameters.keys():
+            wrong = sorted(tensors.keys() ^ self.parameters.keys())
+            raise ValueError(
+                f"{len(wrong)} weights are not those that train, first {wrong[0]}. Set trainable and blocks as they "
+                "were when the file was trained."
+            )
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                self.parameters[name].copy_(tensor)
+
+
+def selected(key_map: KeyMap, trainable: str, blocks: str) -> list[str]:
+    """Host names of the UNet's tensors that train, sorted.
+
+    trainable: a key of SUBSETS or `re:EXPRESSION`, over published names; blocks: as `parse_blocks` reads it.
+    Raises ConfigError where a choice other than `none` selects nothing.
+    """
+    pattern = re.compile(trainable[3:] if trainable.startswith("re:") else SUBSETS[trainable])
+    sides = parse_blocks(blocks)
+    names = {as_target(target).name for published, target in key_map.items() if pattern.search(published)}
+    chosen = sorted(name for name in names if not sides or _inside(name, sides))
+    if not chosen and trainable != "none":
+        raise ConfigError(
+            f"trainable: {trainable!r} in blocks {blocks or 'of every kind'!r} selects none of the {len(key_map)} "
+            "weights of this UNet. Set trainable = none to train the encoder alone."
+        )
+    return chosen
+
+
+def _inside(name: str, sides: Mapping[str, range | None]) -> bool:
+    for side, numbers in sides.items():
+        if name.startswith(SIDES[side]):
+            return numbers is None or int(name.split(".")[1]) in numbers
+    return False
+
+
+def train_differences(unet: nn.Module, names: list[str], device: torch.device) -> Differences:
+    """Make the tensors of these names base + difference; the difference, zero on `device`, trains."""
+    parameters = {}
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        module = unet.get_submodule(path)
+        base: Tensor = getattr(module, leaf).detach()
+        module.register_parameter(leaf, nn.Parameter(torch.zeros(base.shape, dtype=torch.float32, device=device)))
+        parametrize.register_parametrization(module, leaf, AddBase(base))
+        parameters[name] = module.parametrizations[leaf].original  # type: ignore[union-attr, index]
+    return Differences(parameters)
+
+
+def base_tensors(unet: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    """The frozen part of each weight that trains, by host name."""
+    found = {}
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        (added,) = unet.get_submodule(path).parametrizations[leaf]  # type: ignore[union-attr, index]
+        found[name] = added.base
+    return found
+
+
+def move_frozen(unet: nn.Module, device: torch.device) -> None:
+    """Move what does not train to `device`; what trains stays."""
+    for module in unet.modules():
+        for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(device)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)

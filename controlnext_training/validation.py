@@ -1,0 +1,145 @@
+"""How a run does: loss at fixed noise, pictures at control strength 0 and 1, and how well they follow their hints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..controlnext_core.fidelity import METRICS
+from .base_model.controlled import Controlled
+from .base_model.encode import is_out_of_memory
+from .base_model.preview import sample as sample_pictures
+from .config import TrainConfig
+from .encoded import Encoded, Store
+from .journal import Watch
+from .plots import Cell, picture_grid
+from .seeding import generator
+from .step import Law, conditions_of, draw, losses
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+LEVELS = (0.125, 0.375, 0.625, 0.875)
+"""Numbers in (0, 1) whose noise levels are looked at."""
+
+NO_EFFECT = 1e-4
+"""A control whose noise prediction differs by less, relative to the one without, does nothing."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The figures of one validation."""
+
+    loss: float
+    """At strength 1, over fixed samples, noise and noise levels."""
+    loss_without: float
+    """The same at strength 0."""
+    effect: float
+    """|loss - loss_without| / loss_without."""
+    fidelity: float | None
+    """Mean of the metric of the hint's kind over the pictures at strength 1; None without pictures."""
+    fidelity_without: float | None
+    grid: Image | None
+
+
+class Validator:
+    """Fixed samples of a run, looked at again and again."""
+
+    def __init__(self, store: Store, indices: Sequence[int], config: TrainConfig, law: Law, watch: Watch) -> None:
+        self.store, self.config, self.law, self.watch = store, config, law, watch
+        self.indices = list(indices)[: config.validation_samples]
+        self.pictures = len(self.indices)
+        """How many pictures are made; fewer after a lack of memory."""
+
+    def run(self, controlled: Controlled) -> Validation:
+        """Look at the weights as they are; nothing of the training is changed, no random number is used up."""
+        samples = [self.store.sample(index, index, dropout=False) for index in self.indices]
+        with torch.no_grad(), _training_off(controlled):
+            loss, without = (self._loss(controlled, samples, strength) for strength in (1.0, 0.0))
+            grid, scores = self._pictures_that_fit(controlled, samples)
+        return Validation(
+            loss=loss,
+            loss_without=without,
+            effect=abs(loss - without) / max(without, 1e-12),
+            fidelity=scores[1] if scores else None,
+            fidelity_without=scores[0] if scores else None,
+            grid=grid,
+        )
+
+    def _loss(self, controlled: Controlled, samples: Sequence[Encoded], strength: float) -> float:
+        found = []
+        for index, sample in zip(self.indices, samples, strict=True):
+            for place, level in enumerate(LEVELS):
+                position = index * len(LEVELS) + place
+                batch = draw([sample], [position], self.law, self.config, controlled, [level], " of validation")
+                found.append(losses(controlled, batch, self.law, self.config, strength))
+        return float(torch.cat(found).mean())
+
+    def _pictures_that_fit(
+        self, controlled: Controlled, samples: Sequence[Encoded]
+    ) -> tuple[Image | None, tuple[float, float] | None]:
+        """The grid and the scores of as many pictures as memory allows; less the next time, and never an error."""
+        while self.pictures:
+            try:
+                return self._pictures(controlled, samples[: self.pictures])
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            self.pictures //= 2
+            what = f"{self.pictures} pictures" if self.pictures else "no more pictures, only the loss"
+            self.watch.say(f"validation: not enough memory; from now on {what}. Training goes on.")
+            if controlled.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return None, None
+
+    def _pictures(self, controlled: Controlled, samples: Sequence[Encoded]) -> tuple[Image, tuple[float, float]]:
+        metric = METRICS[self.config.hint]
+        rows, scores = [], []
+        for number, sample in enumerate(samples):
+            pair = [self._picture(controlled, sample, number, strength) for strength in (0.0, 1.0)]
+            hint, target = sample.hint[0].movedim(0, -1), self.store.base.picture(sample.latent[:1])[0]
+            followed = [metric(picture.numpy(), hint.numpy()) for picture in pair]
+            scores.append(followed)
+            rows.append(
+                [
+                    Cell(hint, "hint"),
+                    Cell(target, "original"),
+                    Cell(pair[0], "strength 0", f"{followed[0]:.2f}"),
+                    Cell(pair[1], "strength 1", f"{followed[1]:.2f}"),
+                ]
+            )
+        means = torch.tensor(scores).mean(dim=0).tolist()
+        return picture_grid(rows), (means[0], means[1])
+
+    def _picture(self, controlled: Controlled, sample: Encoded, number: int, strength: float) -> Tensor:
+        """(H, W, 3) in [0, 1]; of a clip its middle frame."""
+        noise = torch.randn(
+            sample.latent.shape, generator=generator(self.config.seed, "validation picture", number)
+        ).to(controlled.device)
+        latents = sample_pictures(
+            controlled,
+            noise,
+            [conditions_of(sample, sample.given, controlled)],
+            [conditions_of(sample, self.store.empty(sample), controlled)],
+            sample.hint.to(controlled.device),
+            steps=self.config.validation_steps,
+            cfg=self.config.validation_cfg,
+            strength=strength,
+        )
+        middle = len(latents) // 2
+        return self.store.base.picture(latents[middle : middle + 1])[0]
+
+
+@contextmanager
+def _training_off(controlled: Controlled) -> Iterator[None]:
+    was = controlled.training
+    controlled.eval()
+    try:
+        yield
+    finally:
+        controlled.train(was)
