@@ -1,0 +1,223 @@
+"""Pictures of a run: the curve of its loss, and grids of what the model draws. PIL only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from PIL.ImageFont import FreeTypeFont
+
+BACKGROUND, INK, FAINT = (255, 255, 255), (40, 40, 40), (225, 225, 225)
+RAW, SMOOTH, VALIDATION = (176, 205, 236), (31, 94, 170), (214, 92, 20)
+FINER = 3  # lines are drawn this many times larger and shrunk: PIL's own are jagged
+SMOOTHING = 0.03  # the smoothed line averages over about this part of the points
+MAX_POINTS = 4000  # more cannot be seen, and a long run draws its curve often
+
+Point = tuple[float, float]
+Line = tuple[str, list[Point], tuple[int, int, int]]
+"""Name, points and colour."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One picture of a grid."""
+
+    picture: Tensor
+    """(H, W, 3) in [0, 1]."""
+    caption: str = ""
+    metric: str = ""
+    """Printed under the caption."""
+
+
+def loss_curve(
+    steps: Sequence[float],
+    losses: Sequence[float],
+    validation: Sequence[tuple[float, float]] = (),
+    size: tuple[int, int] = (720, 400),
+) -> Image:
+    """The losses, their smoothed line and the validation losses (step, loss) over the steps; size: (width, height).
+
+    Losses that are no numbers are left out; outliers above the frame are cut off, so that the rest can be seen.
+    """
+    from PIL import Image, ImageDraw
+
+    every = max(1, math.ceil(len(steps) / MAX_POINTS))
+    raw = _finite(list(zip(steps, losses, strict=True)))
+    smooth, checked = _smoothed(raw)[::every], _finite(validation)
+    raw = raw[::every]
+    lines: tuple[Line, ...] = (("loss", raw, RAW), ("smoothed", smooth, SMOOTH), ("validation", checked, VALIDATION))
+    font = _font(max(10, size[1] // 30))
+    low, high = _range([y for _, y in smooth] + [y for _, y in checked], [y for _, y in raw])
+    first, last = _ends([x for x, _ in [*raw, *checked]])
+    y_ticks, x_ticks = _ticks(low, high, 5), [x for x in _ticks(first, last, 8) if x == round(x)]
+    left = 14 + round(max(font.getlength(_number(y)) for y in y_ticks))
+    box = (left, round(font.size * 2.2), size[0] - 18, size[1] - round(font.size * 2.2))
+
+    def place(point: Point) -> Point:
+        x = box[0] + (point[0] - first) / (last - first) * (box[2] - box[0])
+        y = box[3] - (min(max(point[1], low), high) - low) / (high - low) * (box[3] - box[1])
+        return FINER * x, FINER * y
+
+    image = Image.new("RGB", (FINER * size[0], FINER * size[1]), BACKGROUND)
+    draw = ImageDraw.Draw(image)
+    for tick in y_ticks:
+        y = FINER * round(place((first, tick))[1] / FINER)
+        draw.rectangle((FINER * box[0], y, FINER * box[2], y + FINER - 1), FAINT)
+    for name, points, color in lines:
+        _line(draw, [place(p) for p in points], color, FINER * (2 if name == "smoothed" else 1))
+    for x, y in map(place, checked):
+        draw.ellipse((x - 4 * FINER, y - 4 * FINER, x + 4 * FINER, y + 4 * FINER), VALIDATION)
+    image = image.resize(size, Image.Resampling.BOX)
+
+    draw = ImageDraw.Draw(image)
+    draw.line([(box[0], box[1]), (box[0], box[3]), (box[2], box[3])], INK)
+    for tick in y_ticks:
+        draw.text((box[0] - 5, place((first, tick))[1] / FINER), _number(tick), INK, font, anchor="rm")
+    for tick in x_ticks:
+        draw.text((place((tick, low))[0] / FINER, box[3] + 4), _number(tick), INK, font, anchor="ma")
+    _legend(draw, font, box[0], lines)
+    return image
+
+
+def picture_grid(rows: Sequence[Sequence[Cell]], side: int = 256) -> Image:
+    """Rows of pictures, each fitted into a square of `side` pixels, with its caption and its metric underneath."""
+    from PIL import Image, ImageDraw
+
+    if not rows or not any(rows):
+        raise ValueError("rows: a grid needs at least one picture.")
+    font = _font(max(10, side // 18))
+    gap, line = max(4, side // 32), round(font.size * 1.35)
+    texts = [[_texts(cell, font, side) for cell in row] for row in rows]
+    heights = [side + gap + line * max((len(lines) for lines in row), default=0) for row in texts]
+    grid = Image.new("RGB", (gap + (side + gap) * max(map(len, rows)), gap + sum(heights)), BACKGROUND)
+    draw = ImageDraw.Draw(grid)
+    top = gap
+    for row, lines_of_row, height in zip(rows, texts, heights, strict=True):
+        for column, (cell, lines) in enumerate(zip(row, lines_of_row, strict=True)):
+            left = gap + column * (side + gap)
+            picture = _fitted(cell.picture, side)
+            grid.paste(picture, (left + (side - picture.width) // 2, top + (side - picture.height) // 2))
+            for i, (text, color) in enumerate(lines):
+                draw.text((left, top + side + 1 + i * line), text, color, font)
+        top += height
+    return grid
+
+
+def _texts(cell: Cell, font: FreeTypeFont, width: int) -> list[tuple[str, tuple[int, int, int]]]:
+    """The lines under a picture."""
+    caption = [(text, INK) for text in _wrapped(cell.caption, font, width, 2)]
+    return caption + [(text, SMOOTH) for text in _wrapped(cell.metric, font, width, 1)]
+
+
+def _fitted(picture: Tensor, side: int) -> Image:
+    """(H, W, 3) as a picture whose longer side is `side`."""
+    from PIL import Image
+
+    values = torch.nan_to_num(picture.detach().float().cpu(), nan=0.0).clamp(0, 1)
+    image = Image.fromarray((values * 255).round().to(torch.uint8).numpy())
+    scale = side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC)
+
+
+def _wrapped(text: str, font: FreeTypeFont, width: int, most: int) -> list[str]:
+    """The text in at most `most` lines of `width` pixels, with an ellipsis where it is cut."""
+    lines: list[str] = []
+    words = text.split()
+    while words:
+        count = len(words)
+        last = len(lines) == most - 1
+        while count > 1 and font.getlength(" ".join(words[:count])) > width:
+            count -= 1
+        line, words = " ".join(words[:count]), words[count:]
+        if (last and words) or font.getlength(line) > width:
+            while line and font.getlength(line + "...") > width:
+                line = line[:-1]
+            line = line.rstrip() + "..."
+        lines.append(line)
+        if last:
+            break
+    return lines
+
+
+def _font(size: int) -> FreeTypeFont:
+    from PIL import ImageFont
+
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont), "with a size PIL gives its own outline font"
+    return font
+
+
+def _line(draw: Any, points: list[Point], color: tuple[int, int, int], width: int) -> None:
+    """A line through the points; a dot where there is one only."""
+    if len(points) == 1:
+        ((x, y),) = points
+        draw.ellipse((x - 2 * width, y - 2 * width, x + 2 * width, y + 2 * width), color)
+    elif points:
+        draw.line(points, color, width, joint="curve")
+
+
+def _legend(draw: Any, font: FreeTypeFont, left: float, lines: Sequence[Line]) -> None:
+    """What the lines are, with their last values, above the frame."""
+    x, middle = left, font.size * 1.05
+    if not any(points for _, points, _ in lines):
+        draw.text((x, middle), "no losses yet", INK, font, anchor="lm")
+    for name, points, color in lines:
+        if points:
+            draw.rectangle((x, middle - font.size * 0.15, x + font.size, middle + font.size * 0.15), color)
+            text = f"{name} {points[-1][1]:.4g}"
+            draw.text((x + font.size * 1.4, middle), text, INK, font, anchor="lm")
+            x += font.getlength(text) + font.size * 2.9
+
+
+def _finite(points: Sequence[Point]) -> list[Point]:
+    return [(float(x), float(y)) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+
+
+def _smoothed(points: list[Point]) -> list[Point]:
+    """The exponential average of the values so far, without a pull towards zero at the start."""
+    keep = 1 - 1 / max(1.0, SMOOTHING * len(points))
+    total = weight = 0.0
+    averaged = []
+    for x, y in points:
+        total, weight = keep * total + y, keep * weight + 1
+        averaged.append((x, total / weight))
+    return averaged
+
+
+def _range(wanted: list[float], raw: list[float]) -> Point:
+    """Lowest and highest value of the frame: everything wanted, and the raw values but for the outermost."""
+    ordered = sorted(raw)
+    cut = len(ordered) // 50
+    values = wanted + ordered[cut : len(ordered) - cut]
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    room = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
+    below = max(low - room, 0.0) if low >= 0 else low - room
+    return below, high + room
+
+
+def _ends(values: list[float]) -> Point:
+    """First and last step of the frame, never the same."""
+    first, last = (min(values), max(values)) if values else (0.0, 1.0)
+    return (first, last) if last > first else (first - 0.5, first + 0.5)
+
+
+def _ticks(low: float, high: float, count: int) -> list[float]:
+    """About `count` round numbers from low to high: 1, 2 or 5 times a power of ten apart."""
+    power = 10.0 ** math.floor(math.log10((high - low) / count))
+    step = next(power * factor for factor in (1, 2, 5, 10) if (high - low) / (power * factor) <= count)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _number(value: float) -> str:
+    """A tick in as few characters as tell it: 0.05, 250, 12k."""
+    if abs(value) >= 10_000:
+        return f"{value / 1000:g}k"
+    return f"{value:.6g}"
