@@ -55,10 +55,15 @@ def test_readme_names_what_there_is() -> None:
         assert f"run.py {name}" in README, command.help
     for told in (host.WHEEL.replace("==", " "), f"ComfyUI {host.VERSION}", "AGPL-3", "GPL-3", "8.1 MB"):
         assert told in README, told
-    for files in (value for value in vars(make_workflows).values() if isinstance(value, tuple)):
-        for file in files:
-            if isinstance(file, make_workflows.Model):
-                assert file.name.rpartition("/")[0] in README, file.name
+
+
+def test_readme_says_where_the_controls_of_the_examples_are() -> None:
+    for workflow in (describe() for describe in make_workflows.WORKFLOWS):
+        files = {*workflow.models, *(model for node in workflow.nodes for model in node.models)}
+        for file in (file for file in files if file.folder == "controlnext"):
+            repository = file.url.partition("/resolve/")[0]
+            assert repository in README, f"{workflow.name}: {file.url}"
+            assert (file.name.rpartition("/")[0] or file.name) in README, f"{workflow.name}: {file.name}"
 
 
 def test_changelog_has_the_present_version() -> None:

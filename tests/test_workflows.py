@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 import pytest
+import torch
 from comfyui_controlnext.tools import make_workflows
 from comfyui_controlnext.tools import tiny_models as tm
 from comfyui_controlnext.tools.demo import for_this_system
 from comfyui_controlnext.tools.workflow_graph import NOTE, WIDGET_TYPES, split_inputs
-from PIL import Image
+from comfyui_controlnext.tools.workflows import parts, video, xs
+from PIL import Image, ImageSequence
 
 if TYPE_CHECKING:
     from comfyui_controlnext.tools.comfy_server import ComfyServer
@@ -22,10 +24,23 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).resolve().parents[1] / "example_workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 DEMO = "demo_sd15_canny"  # API only; `run.py demo` and its tests run it
+VIDEOS = [name for name in NAMES if name.startswith("svd_")]
 ADDED_BY_THE_PAGE = ("fixed", "image")  # of `control_after_generate` and of the upload button
 THUMBNAIL_BYTES = 30_000
 TITLE = 30  # a node's title bar stands above its position
 SIZE, STEPS = 64, 1
+FRAMES = 7
+"""Of the pose video; the short clip takes fewer of them, the long one all, in windows."""
+TINY: dict[str, dict[str, Any]] = {
+    "EmptyLatentImage": {"width": SIZE, "height": SIZE},
+    "CLIPTextEncode": {"text": "a"},  # one text, which the host then encodes once
+    "KSampler": {"steps": STEPS},
+    "SVD_img2vid_Conditioning": {"width": SIZE, "height": SIZE, "augmentation_level": 0.0},
+    "ControlNeXtVideoWindows": {"length": 4, "overlap": 1},
+    "SaveAnimatedWEBP": {"lossless": True},
+}
+SAVERS = ("SaveImage", "SaveAnimatedWEBP", "SaveVideo")
+APPLIERS = ("ControlNeXtApply", "ControlNetApplyAdvanced")
 
 
 def page(name: str) -> dict[str, Any]:
@@ -42,9 +57,24 @@ def rectangle(node: dict[str, Any]) -> tuple[float, float, float, float]:
     return x, y - TITLE, x + width, y + height
 
 
+def test_every_kind_of_control_is_shown_through_both_doors() -> None:
+    used = {name: {node["class_type"] for node in prompt(name).values()} for name in NAMES}
+    xs = [name for name in NAMES if name.startswith("xs_")]
+    assert {"xs_sd15_canny", "xs_sdxl_canny", "xs_sdxl_depth", "xs_controlnext_lora"} == set(xs)
+    assert all("ControlNetXSLoader" in used[name] for name in xs)
+    for names in (xs, [name for name in NAMES if name.startswith("sd")]):
+        assert {door for name in names for door in used[name]} >= set(APPLIERS)
+    assert {"ControlNetXSLoader", "ControlNeXtLoader", "LoraLoader", *APPLIERS} <= used["xs_controlnext_lora"]
+    assert {name: "ControlNeXtVideoWindows" in used[name] for name in VIDEOS} == {
+        "svd_short_clip": False,
+        "svd_long_clip": True,
+    }
+
+
 def test_what_the_issue_of_a_release_lists_is_there() -> None:
     wanted = {"sd15_canny", "sd15_depth", "sd15_pose", "sd15_mask", "sdxl_canny", "sdxl_depth"}
     assert wanted | {"sdxl_lora_two_controls"} <= set(NAMES)
+    assert {describe.__name__ for describe in make_workflows.WORKFLOWS} == set(NAMES)
     assert {path.stem for path in (FOLDER / "api").glob("*.json")} == {*NAMES, DEMO}
 
 
@@ -63,7 +93,11 @@ def test_page_and_api_say_the_same(name: str) -> None:
     assert wires == by_api
     for key, node in api.items():
         values = [value for value in node["inputs"].values() if not is_wire(value)]
-        assert [value for value in nodes[key]["widgets_values"] if value not in ADDED_BY_THE_PAGE] == values
+        shown = [value for value in nodes[key]["widgets_values"] if value not in ADDED_BY_THE_PAGE]
+        wired = sum("widget" in entry for entry in nodes[key]["inputs"])
+        assert len(shown) == len(values) + wired
+        rest = iter(shown)
+        assert all(value in rest for value in values), "the page's values, but for those that a wire replaces"
 
 
 def is_wire(value: Any) -> bool:
@@ -108,11 +142,13 @@ def test_published_files_are_reported_where_the_page_looks(name: str) -> None:
         assert (url.scheme, url.hostname) == ("https", "huggingface.co")
         assert url.path.rpartition("/")[2] == entry["name"].rpartition("/")[2]
         assert entry["directory"] in ("checkpoints", "controlnext", "loras")
-        if "Pbihao" in url.path:
+        if entry["directory"] == "controlnext":
             assert url.path.endswith(f"/main/{entry['name']}"), "below models/controlnext as where it is published"
-    controls = [node for node in graph["nodes"] if node["type"] == "ControlNeXtLoader"]
+    unpublished = {"ControlNeXtLoader"} if name == "sd15_canny" else set()  # no canny for SD1.5 has been
+    for node in graph["nodes"]:
+        if "Loader" in node["type"]:
+            assert len(node["properties"].get("models", [])) == (node["type"] not in unpublished)
     encoders = [entry for entry in found if entry["name"].endswith("/controlnet.safetensors")]
-    assert len(encoders) == (0 if name == "sd15_canny" else len(controls)), "no canny for SD1.5 has been published"
     assert len([entry for entry in found if entry["name"].endswith("/unet.safetensors")]) == len(encoders)
 
 
@@ -143,12 +179,15 @@ def test_every_node_and_slot_exists_in_the_host(name: str, object_info: dict[str
             continue
         info = object_info[node["type"]]
         sockets, widgets = split_inputs(info)
-        assert [(slot["name"], slot["type"]) for slot in node["inputs"]] == [(n, s[0]) for n, s in sockets.items()]
+        slots = [(slot["name"], slot["type"]) for slot in node["inputs"]]
+        assert slots[: len(sockets)] == [(n, s[0]) for n, s in sockets.items()]
+        for slot in node["inputs"][len(sockets) :]:
+            assert slot["widget"] == {"name": slot["name"]} and slot["type"] == widgets[slot["name"]][0]
         assert [slot["type"] for slot in node["outputs"]] == info["output"]
         kept = [value for value in node["widgets_values"] if value not in ADDED_BY_THE_PAGE]
         assert len(kept) == len(widgets) and all(kind in WIDGET_TYPES for kind, _, _ in widgets.values())
         for value, (kind, options, _) in zip(kept, widgets.values(), strict=True):
-            if kind == "COMBO" and not str(value).endswith((".safetensors", ".png")):
+            if kind == "COMBO" and not str(value).endswith((".safetensors", ".ckpt", ".png", ".mp4")):
                 assert value in options["options"]
             if kind in ("INT", "FLOAT"):
                 assert options["min"] <= value <= options["max"]
@@ -156,7 +195,10 @@ def test_every_node_and_slot_exists_in_the_host(name: str, object_info: dict[str
 
 @pytest.fixture(scope="module")
 def published(tiny: "TinyModels") -> Iterator[dict[str, str]]:
-    """Small models under the published names; yields {published checkpoint: its stand-in}. Removed afterwards."""
+    """Small models under the published names; yields {published file: its stand-in}. Removed afterwards.
+
+    Whole models have stand-ins, because a .safetensors of theirs would be large.
+    """
     models, folders = tiny.models, []
     for folder, build, base, rule in (
         ("ControlNeXt-SD1.5/vidit_depth", "sd15_legacy", "sd15_deep", "to_out"),
@@ -171,13 +213,22 @@ def published(tiny: "TinyModels") -> Iterator[dict[str, str]]:
         tm.make_controlnext(path / "controlnet.safetensors", build, seed=seed)
         tm.make_unet_difference(path / "unet.safetensors", base, rule, seed=seed)
         folders.append(models / "controlnext" / folder.partition("/")[0])
+    controls = models / "controlnext"
     stand_ins = {
-        make_workflows.SD15.name: tm.make_sd15_deep(models / "checkpoints" / "deep_sd15.ckpt"),
-        make_workflows.SDXL.name: tm.make_sdxl(models / "checkpoints" / "tiny_sdxl.ckpt"),
+        parts.SD15.name: tm.make_sd15_deep(models / "checkpoints" / "deep_sd15.ckpt"),
+        parts.SDXL.name: tm.make_sdxl(models / "checkpoints" / "tiny_sdxl.ckpt"),
+        video.SVD.name: tm.make_svd(models / "checkpoints" / "tiny_svd.ckpt"),
+        video.UNET.name: tm.make_published_unet(controls / "tiny_svd_unet.bin", "svd", seed=1),
     }
-    lora = tm.make_lora(models / "loras" / make_workflows.OFFSET_LORA.name, "sdxl")
+    others = (
+        tm.make_lora(models / "loras" / parts.OFFSET_LORA.name, "sdxl"),
+        tm.make_controlnext(controls / video.ENCODER.name, "gen2", torch.float16),
+        tm.make_controlnet_xs(controls / xs.XS_SD15_CANNY.name, "sd15_deep"),
+        tm.make_controlnet_xs(controls / xs.XS_SDXL_CANNY.name, "sdxl", own_time=True),
+        tm.make_controlnet_xs(controls / xs.XS_SDXL_DEPTH.name, "sdxl", own_time=True, seed=1),
+    )
     yield {name: path.name for name, path in stand_ins.items()}
-    for path in (*stand_ins.values(), lora):
+    for path in (*stand_ins.values(), *others):
         path.unlink()
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
@@ -192,49 +243,81 @@ def pictures(server: "ComfyServer") -> None:
     picture.save(stream, "PNG")
     for name in ("example.png", "depth.png", "pose.png"):
         server.upload_image(stream.getvalue(), name)
+    frames = [picture.convert("RGB").rotate(10 * turn) for turn in range(FRAMES)]
+    server.upload_image(film(frames), "pose.mp4")
 
 
-def tiny_run(name: str, checkpoints: dict[str, str]) -> dict[str, Any]:
-    """The workflow with small models, a small latent, few steps and one text, which the host then encodes once."""
+def film(frames: list[Image.Image], fps: int = 8) -> bytes:
+    """The pictures as an mp4."""
+    import av  # the host's own
+
+    stream = io.BytesIO()
+    with av.open(stream, "w", "mp4") as container:
+        track = container.add_stream("h264", rate=fps)
+        track.width, track.height, track.pix_fmt = *frames[0].size, "yuv420p"
+        for frame in frames:
+            container.mux(track.encode(av.VideoFrame.from_image(frame)))
+        container.mux(track.encode())
+    return stream.getvalue()
+
+
+def shown(content: bytes) -> tuple[list[Image.Image], float]:
+    """The pictures of a PNG, WebP or mp4, and their number per second (0 for a single one)."""
+    import av
+
+    if content[4:8] == b"ftyp":
+        with av.open(io.BytesIO(content)) as container:
+            frames = [frame.to_image() for frame in container.decode(video=0)]
+            return frames, float(container.streams.video[0].average_rate)
+    with Image.open(io.BytesIO(content)) as picture:
+        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(picture)]
+        return frames, 1000 / picture.info["duration"] if len(frames) > 1 else 0.0
+
+
+def tiny_run(name: str, stand_ins: dict[str, str]) -> dict[str, Any]:
+    """The workflow with small models, a small latent, few steps and frames."""
     workflow = for_this_system(prompt(name))
     for node in workflow.values():
         inputs = node["inputs"]
-        if node["class_type"] == "CheckpointLoaderSimple":
-            inputs["ckpt_name"] = checkpoints[inputs["ckpt_name"]]
-        if node["class_type"] == "EmptyLatentImage":
-            inputs |= {"width": SIZE, "height": SIZE}
-        if node["class_type"] == "CLIPTextEncode":
-            inputs["text"] = "a"
-        if node["class_type"] == "KSampler":
-            inputs["steps"] = STEPS
+        inputs |= {key: stand_ins[value] for key, value in inputs.items() if str(value) in stand_ins}
+        inputs |= TINY.get(node["class_type"], {})
+        if node["class_type"] == "ImageFromBatch":
+            inputs["length"] = 3 if name == "svd_short_clip" else inputs["length"]
     return workflow
+
+
+def saved(server: "ComfyServer", workflow: dict[str, Any]) -> bytes:
+    """What the workflow's one saving node has saved."""
+    (saver,) = (key for key, node in workflow.items() if node["class_type"] in SAVERS)
+    return server.image(server.run(workflow).outputs[saver]["images"][0])
 
 
 @pytest.mark.comfy
 @pytest.mark.parametrize("name", NAMES)
 def test_api_workflow_runs(name: str, server: "ComfyServer", published: dict[str, str], pictures: None) -> None:
     workflow = tiny_run(name, published)
-    (saver,) = (key for key, node in workflow.items() if node["class_type"] == "SaveImage")
     seen = len(server.log_lines())
-    with Image.open(io.BytesIO(server.image(server.run(workflow).outputs[saver]["images"][0]))) as picture:
+    frames, fps = shown(saved(server, workflow))
+    assert len(frames) == {"svd_short_clip": 3, "svd_long_clip": FRAMES}.get(name, 1)
+    assert fps == pytest.approx(8 if name in VIDEOS else 0)
+    for picture in frames:
         assert picture.size == (SIZE, SIZE)
         assert picture.convert("L").getextrema() != (0, 0)
     said = "\n".join(server.log_lines()[seen:])
-    loaders = sum(node["class_type"] == "ControlNeXtLoader" for node in workflow.values())
+    loaders = sum(node["inputs"].get("weights_name") == "auto" for node in workflow.values())
     assert said.count("unet.safetensors, the only one beside the control; difference") == loaders
-    assert "had no effect" not in said
+    assert "had no effect" not in said and "hints for" not in said
 
 
 @pytest.mark.comfy
-def test_the_control_of_a_workflow_acts(server: "ComfyServer", published: dict[str, str], pictures: None) -> None:
-    pictures_at = {}
-    for strength in (1.0, 0.0):
-        workflow = tiny_run("sd15_canny", published)
-        for key, node in workflow.items():
-            if node["class_type"] == "ControlNeXtApply":
-                node["inputs"]["strength"] = strength
-            if node["class_type"] == "SaveImage":
-                saver = key
-        pictures_at[strength] = server.image(server.run(workflow).outputs[saver]["images"][0])
-    with Image.open(io.BytesIO(pictures_at[1.0])) as one, Image.open(io.BytesIO(pictures_at[0.0])) as other:
-        assert one.tobytes() != other.tobytes()
+@pytest.mark.parametrize("name", ["sd15_canny", "svd_short_clip", "xs_controlnext_lora"])
+def test_each_control_of_a_workflow_acts(
+    name: str, server: "ComfyServer", published: dict[str, str], pictures: None
+) -> None:
+    with_all, _ = shown(saved(server, tiny_run(name, published)))
+    for key in (key for key, node in prompt(name).items() if node["class_type"] in APPLIERS):
+        workflow = tiny_run(name, published)
+        workflow[key]["inputs"]["strength"] = 0.0
+        without, _ = shown(saved(server, workflow))
+        for one, other in zip(with_all, without, strict=True):
+            assert one.tobytes() != other.tobytes(), f"node {key} does nothing"

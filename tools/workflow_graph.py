@@ -17,12 +17,17 @@ OPTIONAL_SHAPE = 7  # how the page draws the dot of an input that may stay empty
 TITLE, SLOT, WIDGET = 30, 20, 24  # heights in the page's units
 WIDTH = 300
 GAP, PADDING, GROUP_TITLE = 40, 20, 50
-SIZES = {  # of nodes that show text or a picture; all others follow from their slots
+SIZES = {  # of nodes that show text or pictures; all others follow from their slots
     "CLIPTextEncode": (380, 140),
     "ControlNeXtLoader": (380, 260),  # room for the report that appears when it has run
+    "ControlNetXSLoader": (380, 190),
+    "GetImageSize": (300, 130),
     "LoadImage": (300, 320),
+    "LoadVideo": (300, 620),  # as high as the page makes it for a portrait video
     "PreviewImage": (300, 260),
+    "SaveAnimatedWEBP": (420, 460),
     "SaveImage": (420, 460),
+    "SaveVideo": (420, 460),
 }
 NOTE, NOTE_COLOR, NOTE_BACKGROUND = "MarkdownNote", "#432", "#653"
 GROUP_COLORS = ("#3f789e", "#b58b2a", "#8888aa", "#a1309b", "#88aa88")
@@ -100,8 +105,8 @@ def split_inputs(info: Mapping[str, Any]) -> tuple[dict[str, tuple[Any, ...]], d
 
 
 def widget_value(node: Node, name: str, kind: str, options: Mapping[str, Any]) -> Any:
-    """The value of a widget: as described, else the host's default."""
-    if name in node.inputs:
+    """The value of a widget: as described, else (or where a wire goes in) the host's default."""
+    if name in node.inputs and not isinstance(node.inputs[name], Output):
         return node.inputs[name]
     if "default" in options:
         return options["default"]
@@ -132,12 +137,17 @@ def api_format(workflow: Workflow, object_info: ObjectInfo) -> dict[str, Any]:
         inputs: dict[str, Any] = {
             name: widget_value(node, name, kind, options) for name, (kind, options, _) in widgets.items()
         }
-        for name in (name for name in sockets if name in node.inputs):
+        for name in (*_wired(node, widgets), *(name for name in sockets if name in node.inputs)):
             output = node.inputs[name]
             inputs[name] = [str(output.node.id), output_index(output, object_info)]
         title = node.title or info["display_name"] or node.type
         prompt[str(node.id)] = {"inputs": inputs, "class_type": node.type, "_meta": {"title": title}}
     return prompt
+
+
+def _wired(node: Node, widgets: Mapping[str, Any]) -> list[str]:
+    """Widgets that get their value over a wire."""
+    return [name for name in widgets if isinstance(node.inputs.get(name), Output)]
 
 
 def page_format(workflow: Workflow, object_info: ObjectInfo) -> dict[str, Any]:
@@ -185,12 +195,14 @@ def _page_node(node: Node, object_info: ObjectInfo) -> dict[str, Any]:
     info = object_info[node.type]
     sockets, widgets = split_inputs(info)
     made["inputs"] = [_input(name, kind, optional) for name, (kind, _, optional) in sockets.items()]
+    for name in _wired(node, widgets):
+        made["inputs"].append(_input(name, widgets[name][0], widgets[name][2]) | {"widget": {"name": name}})
     values: list[Any] = []
     for name, (kind, options, _) in widgets.items():
         values.append(widget_value(node, name, kind, options))
         if options.get("control_after_generate"):
             values.append("fixed")
-        if options.get("image_upload"):
+        if options.get("image_upload") or options.get("video_upload"):
             values.append("image")
     made["outputs"] = [
         {"name": name, "type": kind, "links": None}

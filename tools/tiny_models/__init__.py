@@ -5,6 +5,7 @@ safetensors suffice. Every maker takes a path and a seed, writes at once or not 
 """
 
 from .checkpoints import (
+    make_published_unet,
     make_sd15,
     make_sd15_deep,
     make_sd15_full_unet,
@@ -40,6 +41,7 @@ __all__ = [
     "make_controlnext",
     "make_demo_models",
     "make_lora",
+    "make_published_unet",
     "make_sd15",
     "make_sd15_deep",
     "make_sd15_full_unet",

@@ -1,0 +1,182 @@
+"""Image workflows of ControlNeXt."""
+
+from ..workflow_graph import Workflow
+from .parts import (
+    CONDITION_IMAGE,
+    CONTROL,
+    HINT,
+    MODELS,
+    PROMPTS,
+    SD15,
+    SDXL,
+    SDXL_DEPTH,
+    edges,
+    finish,
+    load_control,
+    load_lora,
+    prompts,
+    published,
+    start,
+    stock_apply,
+)
+
+SD15_DEPTH = published("ControlNeXt-SD1.5/vidit_depth")
+SD15_POSE = published("ControlNeXt-SD1.5/deepfashion_multiview")
+SD15_MASK = published("ControlNeXt-SD1.5/deepfashoin_mask")  # spelled so where it is published
+SDXL_CANNY = published("ControlAny-SDXL/anime_canny")
+OWN_SD15_CANNY = "sd15_canny/controlnet.safetensors"
+
+
+def sd15_canny() -> Workflow:
+    """Two nodes of ours: load, apply."""
+    workflow, base = start("sd15_canny", SD15)
+    loader = workflow.add(
+        MODELS, "ControlNeXtLoader", model=base["MODEL"], control_name=OWN_SD15_CANNY, weights_name="auto"
+    )
+    workflow.note(
+        MODELS,
+        """
+**Bring your own control.** No canny control for SD1.5 has been published. Put one that you trained into
+`models/controlnext/sd15_canny/` (controlnet.safetensors, and unet.safetensors if there is one), or choose another file
+above.
+""",
+        120,
+    )
+    positive, negative, latent = prompts(workflow, base["CLIP"], SD15, "a portrait in a sunlit garden, detailed photo")
+    hint = edges(workflow)
+    workflow.add(HINT, "PreviewImage", images=hint)
+    control = workflow.add(
+        CONTROL, "ControlNeXtApply", model=loader["MODEL"], control_net=loader["CONTROL_NET"], image=hint
+    )
+    workflow.note(
+        CONTROL,
+        "**strength** 1 is as trained, 0 switches the control off. *Apply ControlNeXt* controls every conditioning of "
+        "the model, so the prompts go straight to the sampler.",
+        120,
+    )
+    return finish(workflow, control["MODEL"], positive, negative, latent, base["VAE"])
+
+
+def sd15_depth() -> Workflow:
+    """A depth map, the published SD1.5 files."""
+    workflow, base = start("sd15_depth", SD15, (SD15_DEPTH[1],))
+    loader = load_control(workflow, base["MODEL"], SD15_DEPTH)
+    positive, negative, latent = prompts(workflow, base["CLIP"], SD15, "a mossy stone courtyard at dawn, photo")
+    image = workflow.add(HINT, "LoadImage", "Depth map", image="depth.png")
+    workflow.note(HINT, CONDITION_IMAGE.format(what="depth"), 160)
+    control = workflow.add(
+        CONTROL, "ControlNeXtApply", model=loader["MODEL"], control_net=loader["CONTROL_NET"], image=image["IMAGE"]
+    )
+    return finish(workflow, control["MODEL"], positive, negative, latent, base["VAE"])
+
+
+def sd15_pose() -> Workflow:
+    """A pose picture, through the stock Apply node."""
+    workflow, base = start("sd15_pose", SD15, (SD15_POSE[1],))
+    loader = load_control(workflow, base["MODEL"], SD15_POSE)
+    workflow.note(
+        MODELS,
+        "Pose often works with the encoder alone: set **weights_name** to `none` to keep more of the checkpoint's own "
+        "style, at looser control.",
+        110,
+    )
+    positive, negative, latent = prompts(workflow, base["CLIP"], SD15, "a woman in a blue coat, street, detailed photo")
+    image = workflow.add(HINT, "LoadImage", "Pose picture", image="pose.png")
+    workflow.note(HINT, CONDITION_IMAGE.format(what="pose (OpenPose skeleton)"), 160)
+    control = stock_apply(workflow, positive, negative, loader, image["IMAGE"], 1.0, "Apply ControlNet (stock)")
+    workflow.note(
+        CONTROL,
+        "The control also goes into the **stock** Apply node: then each conditioning is controlled by itself, and "
+        "areas, masks, timestep ranges and stock ControlNets chain as usual.",
+        130,
+    )
+    return finish(workflow, loader["MODEL"], control["positive"], control["negative"], latent, base["VAE"])
+
+
+def sd15_mask() -> Workflow:
+    """A mask painted on the page."""
+    workflow, base = start("sd15_mask", SD15, (SD15_MASK[1],))
+    loader = load_control(workflow, base["MODEL"], SD15_MASK)
+    positive, negative, latent = prompts(workflow, base["CLIP"], SD15, "a woman in a red dress, studio, detailed photo")
+    image = workflow.add(HINT, "LoadImage", "Paint the mask here", image="example.png")
+    workflow.note(
+        HINT,
+        "**Paint the figure:** right-click the picture, *Open in MaskEditor*, paint, save. What is painted becomes "
+        "white, the rest black. A mask picture of your own can go to *image* directly.",
+        140,
+    )
+    mask = workflow.add(HINT, "MaskToImage", mask=image["MASK"])
+    workflow.add(HINT, "PreviewImage", images=mask["IMAGE"])
+    control = workflow.add(
+        CONTROL, "ControlNeXtApply", model=loader["MODEL"], control_net=loader["CONTROL_NET"], image=mask["IMAGE"]
+    )
+    return finish(workflow, control["MODEL"], positive, negative, latent, base["VAE"])
+
+
+def sdxl_canny() -> Workflow:
+    """Edges from any picture, the published SDXL files."""
+    workflow, base = start("sdxl_canny", SDXL, (SDXL_CANNY[1],))
+    loader = load_control(workflow, base["MODEL"], SDXL_CANNY)
+    workflow.note(
+        MODELS,
+        "This control was trained on anime pictures: an SDXL **anime checkpoint** suits it better than the base model "
+        "chosen here.",
+        110,
+    )
+    positive, negative, latent = prompts(workflow, base["CLIP"], SDXL, "a girl in a spring meadow, anime style")
+    hint = edges(workflow)
+    workflow.add(HINT, "PreviewImage", images=hint)
+    control = workflow.add(
+        CONTROL,
+        "ControlNeXtApply",
+        model=loader["MODEL"],
+        control_net=loader["CONTROL_NET"],
+        image=hint,
+        strength=0.35,
+    )
+    workflow.note(CONTROL, "The authors recommend **strength 0.35** for canny on SDXL.", 90)
+    return finish(workflow, control["MODEL"], positive, negative, latent, base["VAE"])
+
+
+def sdxl_depth() -> Workflow:
+    """A depth map with a strength schedule."""
+    workflow, base = start("sdxl_depth", SDXL, (SDXL_DEPTH[1],))
+    loader = load_control(workflow, base["MODEL"], SDXL_DEPTH)
+    positive, negative, latent = prompts(workflow, base["CLIP"], SDXL, "a diamond tower above a lava lake, night")
+    image = workflow.add(HINT, "LoadImage", "Depth map", image="depth.png")
+    workflow.note(HINT, CONDITION_IMAGE.format(what="depth"), 160)
+    options = workflow.add(
+        CONTROL, "ControlNeXtOptions", control_net=loader["CONTROL_NET"], schedule="0:1, 0.6:1, 0.9:0.3"
+    )
+    workflow.note(
+        CONTROL,
+        "**schedule**: full strength up to 60 % of sampling, then down to 0.3, so that the last steps are free for "
+        "detail. Empty = constant. This node can be left out.",
+        120,
+    )
+    control = workflow.add(
+        CONTROL, "ControlNeXtApply", model=loader["MODEL"], control_net=options["CONTROL_NET"], image=image["IMAGE"]
+    )
+    return finish(workflow, control["MODEL"], positive, negative, latent, base["VAE"])
+
+
+def sdxl_lora_two_controls() -> Workflow:
+    """A LoRA, canny and depth together."""
+    workflow, base = start("sdxl_lora_two_controls", SDXL, (SDXL_CANNY[1], SDXL_DEPTH[1]))
+    lora = load_lora(workflow, base)
+    canny = load_control(workflow, lora["MODEL"], SDXL_CANNY, "Load ControlNeXt (canny)")
+    depth = load_control(workflow, canny["MODEL"], SDXL_DEPTH, "Load ControlNeXt (depth)")
+    positive, negative, latent = prompts(workflow, lora["CLIP"], SDXL, "a castle on a cliff above the sea")
+    workflow.note(
+        PROMPTS,
+        "**MODEL goes through both loaders**: each adds its UNet weights. LoRA and loaders may come in any order, the "
+        "sum is the same. Where the picture gets harsh, lower **weights_strength**.",
+        140,
+    )
+    hint = edges(workflow, "Picture for the edges")
+    image = workflow.add(HINT, "LoadImage", "Depth map", image="depth.png")
+    first = stock_apply(workflow, positive, negative, canny, hint, 0.35, "Apply ControlNet (canny)")
+    second = stock_apply(
+        workflow, first["positive"], first["negative"], depth, image["IMAGE"], 1.0, "Apply ControlNet (depth)"
+    )
+    return finish(workflow, depth["MODEL"], second["positive"], second["negative"], latent, base["VAE"])

@@ -1,0 +1,120 @@
+"""What the example workflows share: published files, columns, the nodes that most of them have."""
+
+from ..workflow_graph import Model, Node, Output, Workflow
+
+HUB = "https://huggingface.co/"
+PUBLISHED = f"{HUB}Pbihao/ControlNeXt/resolve/main/"
+
+
+def published(folder: str) -> tuple[Model, Model]:
+    """Encoder and UNet weights in a folder of the authors' repository; names below models/controlnext are the same."""
+    files = (f"{folder}/controlnet.safetensors", f"{folder}/unet.safetensors")
+    encoder, weights = (Model("controlnext", name, PUBLISHED + name) for name in files)
+    return encoder, weights
+
+
+SD15 = Model(
+    "checkpoints",
+    "v1-5-pruned-emaonly-fp16.safetensors",
+    f"{HUB}Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/v1-5-pruned-emaonly-fp16.safetensors",
+)
+SDXL = Model(
+    "checkpoints",
+    "sd_xl_base_1.0.safetensors",
+    f"{HUB}stabilityai/stable-diffusion-xl-base-1.0/resolve/main/sd_xl_base_1.0.safetensors",
+)
+OFFSET_LORA = Model(
+    "loras",
+    "sd_xl_offset_example-lora_1.0.safetensors",
+    f"{HUB}stabilityai/stable-diffusion-xl-base-1.0/resolve/main/sd_xl_offset_example-lora_1.0.safetensors",
+)
+SDXL_DEPTH = published("ControlAny-SDXL/vidit_depth")
+
+MODELS, PROMPTS, HINT, CONTROL, RESULT = range(5)
+COLUMNS = ("Models", "Prompts and size", "Hint", "Control", "Result")
+NEGATIVE = "lowres, blurry, deformed, text, watermark"
+SIDE = {SD15: 512, SDXL: 1024}
+CONDITION_IMAGE = """
+**Needs a {what} image.** Choose yours in *Load Image*; a preprocessor pack (for instance comfyui_controlnet_aux)
+makes one from a photograph. Its sides should have the proportions of the latent: it is scaled to fill it, the
+middle is kept.
+"""
+
+
+def start(name: str, base: Model, models: tuple[Model, ...] = ()) -> tuple[Workflow, Node]:
+    """A workflow with its checkpoint loader."""
+    workflow = Workflow(name, COLUMNS, models)
+    return workflow, workflow.add(MODELS, "CheckpointLoaderSimple", ckpt_name=base.name, models=(base,))
+
+
+def load_control(workflow: Workflow, model: Output, files: tuple[Model, Model], title: str | None = None) -> Node:
+    """The loader with published files; `auto` finds the UNet weights beside the encoder."""
+    return workflow.add(
+        MODELS, "ControlNeXtLoader", title, (files[0],), model=model, control_name=files[0].name, weights_name="auto"
+    )
+
+
+def load_lora(workflow: Workflow, base: Node) -> Node:
+    """The LoRA that was published with SDXL, at half strength."""
+    return workflow.add(
+        MODELS,
+        "LoraLoader",
+        models=(OFFSET_LORA,),
+        model=base["MODEL"],
+        clip=base["CLIP"],
+        lora_name=OFFSET_LORA.name,
+        strength_model=0.5,
+        strength_clip=0.5,
+    )
+
+
+def prompts(workflow: Workflow, clip: Output, base: Model, text: str) -> tuple[Output, Output, Output]:
+    """Positive, negative and an empty latent."""
+    positive = workflow.add(PROMPTS, "CLIPTextEncode", "Positive prompt", clip=clip, text=text)
+    negative = workflow.add(PROMPTS, "CLIPTextEncode", "Negative prompt", clip=clip, text=NEGATIVE)
+    latent = workflow.add(PROMPTS, "EmptyLatentImage", width=SIDE[base], height=SIDE[base], batch_size=1)
+    return positive["CONDITIONING"], negative["CONDITIONING"], latent["LATENT"]
+
+
+def edges(workflow: Workflow, title: str | None = None) -> Output:
+    """Canny edges of a picture that every ComfyUI has."""
+    image = workflow.add(HINT, "LoadImage", title, image="example.png")
+    return workflow.add(HINT, "Canny", image=image["IMAGE"], low_threshold=0.2, high_threshold=0.5)["IMAGE"]
+
+
+def stock_apply(
+    workflow: Workflow, positive: Output, negative: Output, control: Node, image: Output, strength: float, title: str
+) -> Node:
+    """The host's own Apply node, wired to both halves."""
+    return workflow.add(
+        CONTROL,
+        "ControlNetApplyAdvanced",
+        title,
+        positive=positive,
+        negative=negative,
+        control_net=control["CONTROL_NET"],
+        image=image,
+        strength=strength,
+    )
+
+
+def finish(
+    workflow: Workflow, model: Output, positive: Output, negative: Output, latent: Output, vae: Output
+) -> Workflow:
+    """Sampler, decoder, picture."""
+    sampler = workflow.add(
+        RESULT,
+        "KSampler",
+        model=model,
+        positive=positive,
+        negative=negative,
+        latent_image=latent,
+        seed=42,
+        steps=25,
+        cfg=7.0,
+        sampler_name="dpmpp_2m",
+        scheduler="karras",
+    )
+    image = workflow.add(RESULT, "VAEDecode", samples=sampler["LATENT"], vae=vae)
+    workflow.add(RESULT, "SaveImage", images=image["IMAGE"], filename_prefix=f"ControlNeXt/{workflow.name}")
+    return workflow

@@ -1,0 +1,172 @@
+"""Video workflows: SVD with the second ControlNeXt release, in one window and in many.
+
+Values are those of the authors' script: 24 frames per window with 6 shared, guidance 3 in every frame, 25 Euler steps
+on Karras' noise levels, time ids 6 (the host takes one off its fps), 128 and 0.02.
+"""
+
+from dataclasses import dataclass
+
+from ..workflow_graph import Model, Output, Workflow
+from .parts import HUB, RESULT
+
+FP16 = f"{HUB}Kijai/ControlNeXt-SVD-V2-Comfy/resolve/main/"
+"""The published file as fp16 safetensors: half the size, and the page can download it."""
+ENCODER, UNET = (
+    Model("controlnext", name, FP16 + name)
+    for name in ("controlnext-svd_v2-controlnet-fp16.safetensors", "controlnext-svd_v2-unet-fp16.safetensors")
+)
+SVD = Model(
+    "checkpoints",
+    "svd_xt.safetensors",
+    f"{HUB}stabilityai/stable-video-diffusion-img2vid-xt/resolve/main/svd_xt.safetensors",
+)
+MODELS, POSES, START, CONTROL = range(4)
+COLUMNS = ("Models", "Pose frames", "Start image and size", "Control", "Result")
+WIDTH, HEIGHT, GUIDANCE = 576, 1024, 3.0
+WINDOW, OVERLAP, LONG = 24, 6, 72
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What a video workflow has before it is sampled, and the speed of its pose video."""
+
+    model: Output
+    positive: Output
+    negative: Output
+    latent: Output
+    vae: Output
+    fps: Output
+
+
+def clip(workflow: Workflow, frames: int) -> Clip:
+    """Loaders, pose frames (the first `frames` of a video), start image, control."""
+    base = workflow.add(MODELS, "ImageOnlyCheckpointLoader", models=(SVD,), ckpt_name=SVD.name)
+    unet = workflow.add(MODELS, "ControlNeXtUNetLoader", models=(UNET,), weights_name=UNET.name)
+    loader = workflow.add(
+        MODELS,
+        "ControlNeXtLoader",
+        models=(ENCODER,),
+        model=unet["MODEL"],
+        control_name=ENCODER.name,
+        weights_name="none",
+    )
+    workflow.note(
+        MODELS,
+        "**This release is a whole UNet** in place of the checkpoint's; of that, CLIP vision and VAE are used "
+        "(svd_xt_1_1 does as well). The files are fp16 copies of `ControlNeXt-SVD/v2` in Pbihao/ControlNeXt, where "
+        "the UNet has 6.1 GB; both go into `models/controlnext`.",
+        170,
+    )
+    hint, count, fps = pose_frames(workflow, frames)
+    image = workflow.add(START, "LoadImage", "Start image", image="example.png")
+    started = workflow.add(
+        START,
+        "SVD_img2vid_Conditioning",
+        clip_vision=base["CLIP_VISION"],
+        init_image=image["IMAGE"],
+        vae=base["VAE"],
+        width=WIDTH,
+        height=HEIGHT,
+        video_frames=count,
+        motion_bucket_id=128,
+        fps=7,
+        augmentation_level=0.02,
+    )
+    workflow.note(
+        START,
+        "**Start image**: the person to animate. *video_frames* follows the pose frames. Motion bucket, fps and "
+        "augmentation are those of the release; leave them.",
+        120,
+    )
+    control = workflow.add(
+        CONTROL, "ControlNeXtApply", model=loader["MODEL"], control_net=loader["CONTROL_NET"], image=hint
+    )
+    return Clip(control["MODEL"], started["positive"], started["negative"], started["latent"], base["VAE"], fps)
+
+
+def pose_frames(workflow: Workflow, frames: int) -> tuple[Output, Output, Output]:
+    """The first `frames` pictures of a video, how many these are, and their number per second."""
+    file = workflow.add(POSES, "LoadVideo", "Pose video", file="pose.mp4")
+    video = workflow.add(POSES, "GetVideoComponents", video=file["VIDEO"])
+    chosen = workflow.add(POSES, "ImageFromBatch", "Frames to use", image=video["images"], batch_index=0, length=frames)
+    size = workflow.add(POSES, "GetImageSize", image=chosen["IMAGE"])
+    workflow.note(
+        POSES,
+        """
+**Needs a pose video**: one skeleton picture per frame, the start image's own pose first, in the proportions of the
+result. *ControlNeXt Pose Align* makes such frames from the keypoints of a pose estimator (the DWPose node of a
+preprocessor pack): save them with *Create Video* and *Save Video*, or wire them straight into *Frames to use*. Pose
+pictures from other nodes are not aligned, and have red and blue exchanged.
+""",
+        230,
+    )
+    return chosen["IMAGE"], size["batch_size"], video["fps"]
+
+
+def sampled(workflow: Workflow, clip: Clip, model: Output) -> Output:
+    """The frames of the video."""
+    guided = workflow.add(RESULT, "VideoLinearCFGGuidance", model=model, min_cfg=GUIDANCE)
+    sampler = workflow.add(
+        RESULT,
+        "KSampler",
+        model=guided["MODEL"],
+        positive=clip.positive,
+        negative=clip.negative,
+        latent_image=clip.latent,
+        seed=42,
+        steps=25,
+        cfg=GUIDANCE,
+        sampler_name="euler",
+        scheduler="karras",
+    )
+    return workflow.add(RESULT, "VAEDecode", samples=sampler["LATENT"], vae=clip.vae)["IMAGE"]
+
+
+def svd_short_clip() -> Workflow:
+    """As many frames as the model takes at once."""
+    workflow = Workflow("svd_short_clip", COLUMNS)
+    made = clip(workflow, WINDOW)
+    workflow.note(
+        CONTROL,
+        "**24 frames** are what this release was trained on at once; *svd_long_clip* goes on. **strength** 1 is as "
+        "released (the 0.2 of the authors' code is in it).",
+        120,
+    )
+    images = sampled(workflow, made, made.model)
+    workflow.add(
+        RESULT,
+        "SaveAnimatedWEBP",
+        images=images,
+        filename_prefix=f"ControlNeXt/{workflow.name}",
+        fps=made.fps,
+        lossless=False,
+        quality=90,
+        method="default",
+    )
+    return workflow
+
+
+def svd_long_clip() -> Workflow:
+    """More frames than the model takes at once, in windows."""
+    workflow = Workflow("svd_long_clip", COLUMNS)
+    made = clip(workflow, LONG)
+    windows = workflow.add(
+        CONTROL,
+        "ControlNeXtVideoWindows",
+        model=made.model,
+        length=WINDOW,
+        overlap=OVERLAP,
+        fuse="pyramid",
+        repeat_first_hint=True,
+    )
+    workflow.note(
+        CONTROL,
+        "**72 frames in windows of 24** that share 6; in the joints `pyramid` weighs the middle of a window most. "
+        "**repeat_first_hint** begins each window with the reference pose, as the authors' script does. For a longer "
+        "video raise *length* of *Frames to use*; memory for sampling stays that of one window.",
+        190,
+    )
+    images = sampled(workflow, made, windows["MODEL"])
+    video = workflow.add(RESULT, "CreateVideo", images=images, fps=made.fps)
+    workflow.add(RESULT, "SaveVideo", video=video["VIDEO"], filename_prefix=f"ControlNeXt/{workflow.name}")
+    return workflow

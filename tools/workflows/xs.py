@@ -1,0 +1,125 @@
+"""Workflows of ControlNet-XS: a control without UNet weights, so no MODEL goes through its loader."""
+
+from ..workflow_graph import Model, Node, Workflow
+from .parts import (
+    CONDITION_IMAGE,
+    CONTROL,
+    HINT,
+    HUB,
+    MODELS,
+    SD15,
+    SDXL,
+    SDXL_DEPTH,
+    edges,
+    finish,
+    load_control,
+    load_lora,
+    prompts,
+    start,
+    stock_apply,
+)
+
+
+def released(name: str) -> Model:
+    """A file of the authors' repository, which has no folders."""
+    return Model("controlnext", name, f"{HUB}CVL-Heidelberg/ControlNet-XS/resolve/main/{name}")
+
+
+XS_SD15_CANNY = released("sd15_encD_canny_53m.ckpt")
+XS_SDXL_CANNY = released("sdxl_encD_canny_48m.safetensors")
+XS_SDXL_DEPTH = released("sdxl_encD_depth_48m.safetensors")
+STOCK_DOOR = """
+**The stock Apply node** takes the control too: then each conditioning is controlled by itself, and areas, masks,
+timestep ranges and stock ControlNets chain as usual. MODEL goes to the sampler as it is.
+"""
+
+
+def load_xs(workflow: Workflow, file: Model, title: str | None = None) -> Node:
+    """The loader with a released file."""
+    return workflow.add(MODELS, "ControlNetXSLoader", title, (file,), control_name=file.name)
+
+
+def xs_sd15_canny() -> Workflow:
+    """Edges on SD1.5, the pack's own Apply node."""
+    workflow, base = start("xs_sd15_canny", SD15)
+    control = load_xs(workflow, XS_SD15_CANNY)
+    workflow.note(
+        MODELS,
+        """
+**Get the file:** [sd15_encD_canny_53m.ckpt](https://huggingface.co/CVL-Heidelberg/ControlNet-XS/tree/main) (211 MB)
+into `models/controlnext`. It is published as .ckpt only, which ComfyUI does not download by itself; only tensors are
+read from it.
+""",
+        130,
+    )
+    positive, negative, latent = prompts(workflow, base["CLIP"], SD15, "a portrait in a sunlit garden, detailed photo")
+    hint = edges(workflow)
+    workflow.add(HINT, "PreviewImage", images=hint)
+    applied = workflow.add(
+        CONTROL, "ControlNeXtApply", model=base["MODEL"], control_net=control["CONTROL_NET"], image=hint
+    )
+    workflow.note(
+        CONTROL,
+        "**strength** 1 is as trained, 0 switches the control off. *ControlNeXt Options*, between loader and Apply, "
+        "has strengths of its own for the encoder, middle and decoder of the model.",
+        130,
+    )
+    return finish(workflow, applied["MODEL"], positive, negative, latent, base["VAE"])
+
+
+def xs_sdxl_canny() -> Workflow:
+    """Edges on SDXL, the pack's own Apply node."""
+    workflow, base = start("xs_sdxl_canny", SDXL)
+    control = load_xs(workflow, XS_SDXL_CANNY)
+    workflow.note(
+        MODELS,
+        "**ControlNet-XS brings no UNet weights**: MODEL goes from the checkpoint straight to *Apply ControlNeXt*. The "
+        "file belongs into `models/controlnext`; `sdxl_encD_canny_20m.safetensors` is the smaller release.",
+        130,
+    )
+    positive, negative, latent = prompts(workflow, base["CLIP"], SDXL, "a lighthouse on a cliff, storm, oil painting")
+    hint = edges(workflow)
+    workflow.add(HINT, "PreviewImage", images=hint)
+    applied = workflow.add(
+        CONTROL, "ControlNeXtApply", model=base["MODEL"], control_net=control["CONTROL_NET"], image=hint
+    )
+    return finish(workflow, applied["MODEL"], positive, negative, latent, base["VAE"])
+
+
+def xs_sdxl_depth() -> Workflow:
+    """A depth map on SDXL, the stock Apply node."""
+    workflow, base = start("xs_sdxl_depth", SDXL)
+    control = load_xs(workflow, XS_SDXL_DEPTH)
+    positive, negative, latent = prompts(workflow, base["CLIP"], SDXL, "a diamond tower above a lava lake, night")
+    image = workflow.add(HINT, "LoadImage", "Depth map", image="depth.png")
+    workflow.note(HINT, CONDITION_IMAGE.format(what="depth"), 160)
+    applied = stock_apply(workflow, positive, negative, control, image["IMAGE"], 1.0, "Apply ControlNet (stock)")
+    workflow.note(CONTROL, STOCK_DOOR, 150)
+    return finish(workflow, base["MODEL"], applied["positive"], applied["negative"], latent, base["VAE"])
+
+
+def xs_controlnext_lora() -> Workflow:
+    """ControlNet-XS, ControlNeXt and a LoRA on one model, through both doors."""
+    workflow, base = start("xs_controlnext_lora", SDXL, (SDXL_DEPTH[1],))
+    lora = load_lora(workflow, base)
+    depth = load_control(workflow, lora["MODEL"], SDXL_DEPTH, "Load ControlNeXt (depth)")
+    canny = load_xs(workflow, XS_SDXL_CANNY, "Load ControlNet-XS (canny)")
+    positive, negative, latent = prompts(workflow, lora["CLIP"], SDXL, "a castle on a cliff above the sea")
+    hint = edges(workflow, "Picture for the edges")
+    image = workflow.add(HINT, "LoadImage", "Depth map", image="depth.png")
+    model = workflow.add(
+        CONTROL,
+        "ControlNeXtApply",
+        "Apply ControlNeXt (depth)",
+        model=depth["MODEL"],
+        control_net=depth["CONTROL_NET"],
+        image=image["IMAGE"],
+    )
+    applied = stock_apply(workflow, positive, negative, canny, hint, 1.0, "Apply ControlNet (XS canny)")
+    workflow.note(
+        CONTROL,
+        "**Both doors in one graph**: the depth control goes into the MODEL, the canny control into the conditionings. "
+        "Either could take the other door. Where the picture gets harsh, lower a **strength**.",
+        140,
+    )
+    return finish(workflow, model["MODEL"], applied["positive"], applied["negative"], latent, base["VAE"])
