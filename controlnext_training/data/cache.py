@@ -43,9 +43,9 @@ class Cache:
 
     def path(self, key: str) -> Path:
         """Where a key's file is; keys that are no plain file names are hashed."""
-        plain = re.fullmatch(r"[0-9a-z_-]{3,100}", key)
-        name = key if plain else hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-        return self.folder / name[:2] / f"{name}{SUFFIX}"
+        name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+        plain = re.fullmatch(r"[0-9a-z_-]{1,150}", key)
+        return self.folder / name[:2] / f"{key if plain else name}{SUFFIX}"
 
     def __contains__(self, key: str) -> bool:
         """Whether there is a file for it, read or not; a damaged one shows in `get`."""

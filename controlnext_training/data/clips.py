@@ -151,6 +151,7 @@ def _clip(group: list[Entry], facts: Mapping[Blob, Facts | str], moving: bool, p
     images = [entry.image for entry in group]
     if not moving and images[0].suffix in VIDEO_SUFFIXES:
         raise BrokenSample(images[0].label, "is a video. Set clip_frames above 1 to train on clips")
+    pictures = _frames(images, facts)
     hints = _all_or_none([entry.hint for entry in group], images, HINT)
     if paired and hints is None:
         raise BrokenSample(images[0].label, "has no hint of its name. Add one, or choose a hint that is computed")
@@ -160,7 +161,6 @@ def _clip(group: list[Entry], facts: Mapping[Blob, Facts | str], moving: bool, p
     except (OSError, ValueError) as error:
         blob = next(entry.caption for entry in group if isinstance(entry.caption, Blob))
         raise BrokenSample(blob.label, first_line(error)) from error
-    pictures = _frames(images, facts)
     guides, regions = (None if blobs is None else _frames(blobs, facts) for blobs in (hints, masks))
     counts = [frames.count for frames in (pictures, guides, regions) if frames is not None]
     if max(counts) - min(counts) > LENGTHS_DIFFER:

@@ -18,7 +18,7 @@ from .clips import Clip, Frames, clips
 from .index import Index, Progress
 from .pictures import BLACK, WHITE, Picture, cut, luminance
 from .samples import PAIRED, Broken, BrokenSample, ControlDataset, DatasetError, Sample, digest
-from .sources import Entry, entries, open_tree
+from .sources import VIDEO_SUFFIXES, Entry, entries, open_tree
 from .video import REFERENCES, chosen_frames, windows
 
 logger = logging.getLogger(__name__)
@@ -194,7 +194,8 @@ def open_dataset(
         tree, table = open_tree(Path(source), roots)
         found.append([_trimmed(entry, reading) for entry in entries(tree, table, extension, hint == PAIRED)])
         broken += tree.broken
-    blobs = [b for part in found for e in part for b in (e.image, e.hint, e.mask) if b is not None]
+    wanted = [e for part in found for e in part if clip_frames > 1 or e.image.suffix not in VIDEO_SUFFIXES]
+    blobs = [blob for entry in wanted for blob in (entry.image, entry.hint, entry.mask) if blob is not None]
     facts = Index(index).facts(blobs, progress)
     items = []
     for part in found:

@@ -15,7 +15,7 @@ from .buckets import Fit
 from .samples import first_line
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "MPO")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PIXELS = 89_478_485
 """Larger pictures are refused: a small file can claim any size. Source: PIL's own limit (a quarter GiB of RGB)."""
 WHITE, BLACK = 1.0, 0.0
