@@ -47,7 +47,7 @@ LAYERS = (
     Layer("controlnext_core/hints", MATHS | {"numpy"}, CORE, PICTURES),
     Layer("controlnext_core/comfy_adapter", MATHS | HOST, CORE, PICTURES),
     Layer("nodes", HOST | {"torch"}, ("controlnext_core", "nodes")),  # torch: types of what goes through
-    Layer("controlnext_training", TRAINING, (*CORE, "controlnext_training"), PICTURES),
+    Layer("controlnext_training", TRAINING, (*CORE, "controlnext_training"), PICTURES | {"av"}),  # av: videos
     Layer("controlnext_training/base_model.py", TRAINING | HOST, (*CORE, "controlnext_training"), PICTURES),
     Layer("controlnext_training/nodes.py", TRAINING | HOST, (*CORE, "controlnext_training"), PICTURES),
 )

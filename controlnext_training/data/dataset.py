@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,11 +15,12 @@ from torch import Tensor
 from ...controlnext_core.hints import HINTS
 from .buckets import Fit, bucket_sizes, choose, fit
 from .clips import Clip, Frames, clips
-from .index import Index, Progress
+from .index import Facts, Index, Progress
 from .pictures import BLACK, WHITE, Picture, cut, luminance
 from .samples import PAIRED, Broken, BrokenSample, ControlDataset, DatasetError, Sample, digest
 from .sources import VIDEO_SUFFIXES, Entry, entries, open_tree
-from .video import REFERENCES, chosen_frames, windows
+from .tree import Blob
+from .video import REFERENCES, chosen_frames, region, windows
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +101,8 @@ class FileDataset:
             hints = [self._computed(f, a if m is None else m) for f, a, m in zip(frames, alphas, masks, strict=True)]
         held = [mask for mask in masks if mask is not None]
         keys = tuple(self._frame_key(item, number) for number in numbers)
-        region = _stack(held) if held and self.reading.mask != "none" else None
-        return Sample(_stack(frames), _stack(hints), clip.caption, region, where.original, where.crop, keys)
+        weighed = region(_stack(held)) if held and self.reading.mask != "none" else None
+        return Sample(_stack(frames), _stack(hints), clip.caption, weighed, where.original, where.crop, keys)
 
     def _masks(self, item: Item, pictures: Sequence[Picture], numbers: Sequence[int]) -> list[np.ndarray | None]:
         """(H, W) per frame, or None for all: from mask files, else from alpha if the loss is to use it."""
@@ -113,10 +114,10 @@ class FileDataset:
         opaque = np.ones(item.fit.original, np.float32)
         return [cut(opaque if p.alpha is None else p.alpha, item.fit, smooth=False) for p in pictures]
 
-    def _computed(self, frame: np.ndarray, region: np.ndarray | None) -> np.ndarray:
+    def _computed(self, frame: np.ndarray, inside: np.ndarray | None) -> np.ndarray:
         """The hint of one frame; a mask or alpha channel is the foreground where that is what the hint shows."""
         if self.reading.hint == "mask":
-            return HINTS["mask"](frame, given=region)
+            return HINTS["mask"](frame, given=inside)
         return HINTS[self.reading.hint](frame)
 
     def _chosen(self, item: Item, seed: int, position: int) -> tuple[int, ...]:
@@ -197,22 +198,30 @@ def open_dataset(
     wanted = [e for part in found for e in part if clip_frames > 1 or e.image.suffix not in VIDEO_SUFFIXES]
     blobs = [blob for entry in wanted for blob in (entry.image, entry.hint, entry.mask) if blob is not None]
     facts = Index(index).facts(blobs, progress)
-    items = []
-    for part in found:
-        for clip in clips(part, facts, clip_frames > 1, hint == PAIRED, broken):
-            starts = windows(clip.count, clip_frames, clip_stride)
-            if not starts:
-                need = (clip_frames - 1) * clip_stride + 1
-                broken.append(
-                    Broken(clip.images.label, f"has {clip.count} frames, {need} are needed. Take shorter clips")
-                )
-            where = fit(clip.images.size, choose(clip.images.size, sizes))
-            items += [Item(clip, start, where) for start in starts]
+    items = [item for part in found for item in _items(part, facts, reading, sizes, broken)]
     if not items:
         raise _nothing_left(given, reading, broken)
     if broken:
         logger.warning("%d files are left out; the first: %s: %s", len(broken), *broken[0])
     return FileDataset(items, reading, broken)
+
+
+def _items(
+    part: Sequence[Entry],
+    facts: Mapping[Blob, Facts | str],
+    reading: Reading,
+    sizes: Sequence[tuple[int, int]],
+    broken: list[Broken],
+) -> Iterator[Item]:
+    """The samples of one source; what gives none goes to `broken`."""
+    for clip in clips(part, facts, reading.clip_frames > 1, reading.hint == PAIRED, broken):
+        where = fit(clip.images.size, choose(clip.images.size, sizes))
+        starts = windows(clip.count, reading.clip_frames, reading.clip_stride)
+        yield from (Item(clip, start, where) for start in starts)
+        if not starts:
+            need = (reading.clip_frames - 1) * reading.clip_stride + 1
+            why = f"has {clip.count} frames, a clip takes {need}. Lower clip_frames or clip_stride"
+            broken.append(Broken(clip.images.label, why))
 
 
 def _trimmed(entry: Entry, reading: Reading) -> Entry:

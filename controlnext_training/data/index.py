@@ -22,6 +22,7 @@ from .pictures import PictureError, decode
 from .samples import first_line
 from .sources import VIDEO_SUFFIXES
 from .tree import Blob
+from .video import examine_video
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,6 @@ class Facts:
 
 def examine(blob: Blob) -> Facts | str:
     """Facts, or why the file cannot be used."""
-    from .video import examine_video
-
     try:
         content = blob.read()
         name = content_hash(content)

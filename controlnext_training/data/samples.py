@@ -46,7 +46,7 @@ class Sample:
     """(F, H, W, 3), cut exactly as the frames."""
     caption: str
     mask: Tensor | None
-    """(F, H, W) in [0, 1], where the loss weighs more; or None."""
+    """(F, H, W) in [0, 1], where the loss weighs more; or None. Zeros in a clip's reference frame, its first."""
     original_size: tuple[int, int]
     """(height, width) before resizing."""
     crop: tuple[int, int]

@@ -14,7 +14,7 @@ from torch import Tensor
 from .buckets import LATENT_STEP, Fit
 from .pictures import cut
 from .samples import DatasetError, Sample, digest
-from .video import chosen_frames, windows
+from .video import chosen_frames, region, windows
 
 
 class TensorDataset:
@@ -66,7 +66,7 @@ class TensorDataset:
     def load(self, index: int, seed: int = 0, position: int = 0) -> Sample:
         """See ControlDataset."""
         numbers = self._chosen(index, seed, position)
-        mask = None if self._masks is None else self._cut(self._masks, numbers, False)
+        mask = None if self._masks is None else region(self._cut(self._masks, numbers, False))
         return Sample(
             self._cut(self._images, numbers, True),
             self._cut(self._hints, numbers, False),

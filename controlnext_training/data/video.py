@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
 from ..seeding import uniform
 from .pictures import Picture, PictureError
@@ -44,6 +45,16 @@ def chosen_frames(
     if frames == 1 or reference == "first":
         return own
     return (int(uniform(seed, "reference", position) * count), *own[1:])
+
+
+def region(masks: Tensor) -> Tensor:
+    """Loss regions (F, H, W) of a sample: a clip's reference frame has none, it counts as all of its frames do.
+
+    Source: the same.
+    """
+    if len(masks) > 1:
+        masks[0] = 0
+    return masks
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:

@@ -1,0 +1,69 @@
+"""The report on a dataset: what it counts, and its contact sheet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from comfyui_controlnext.controlnext_training.data import TensorDataset, contact_sheet, open_dataset, report
+from comfyui_controlnext.tests.data_fixtures import broken_files, coordinates, pairs, write
+from PIL import Image
+
+
+def test_counts_sizes_captions_masks_duplicates_and_broken_files(tmp_path: Path) -> None:
+    root = pairs(tmp_path / "my d\u00e4ta", ["a", "b"])
+    for name, size in (("large", (200, 300)), ("small", (20, 30))):
+        write(root / "images" / f"{name}.png", coordinates(*size))
+        write(root / "hints" / f"{name}.png", coordinates(*size))
+    for name in ("twin", "another twin"):
+        write(root / "images" / f"{name}.png", coordinates(64, 64, 7))
+        write(root / "hints" / f"{name}.png", coordinates(64, 64, 7))
+    write(root / "masks" / "a.png", coordinates(64, 64))
+    broken_files(root / "images")
+    found = report(open_dataset(root, resolution=64, bucket_step=8))
+    assert found.items == 6 and sum(found.buckets.values()) == 6
+    assert found.buckets == {(48, 80): 2, (64, 64): 4}
+    assert found.originals == {(20, 30): 1, (64, 64): 4, (200, 300): 1}
+    assert found.enlarged == 1 and found.with_mask == 1 and len(found.broken) == 3
+    assert [Path(path).stem for path in found.without_caption] == ["another twin", "large", "small", "twin"]
+    assert [[Path(path).stem for path in group] for group in found.duplicates] == [["another twin", "twin"]]
+    for part in (
+        "6 samples",
+        "64x64: 4",
+        "from 30x20 to 300x200",
+        "1 are smaller",
+        "1 have a mask",
+        "4 have no caption",
+    ):
+        assert part in found.text
+    for part in ("1 groups of files are the same", "another twin.png", "3 files are left out", "nothing.PNG: is empty"):
+        assert part in found.text
+
+
+def test_long_lists_are_cut_in_the_text_and_whole_in_the_report(tmp_path: Path) -> None:
+    for number in range(30):
+        write(tmp_path / f"{number:03}.png", coordinates(8, 8, number))
+    found = report(open_dataset(tmp_path, hint="gray", resolution=8, bucket_step=8))
+    assert len(found.without_caption) == 30 and "  and 10 more" in found.text
+
+
+def test_images_from_the_graph_are_reported_too() -> None:
+    images = np.stack([coordinates(64, 64, mark) for mark in range(3)]).astype(np.float32) / 255
+    found = report(TensorDataset(torch.from_numpy(images), torch.from_numpy(images), ["a", "", "c"]))
+    assert found.items == 3 and found.without_caption == ("sample 1",) and "64x64: 3" in found.text
+
+
+def test_the_contact_sheet_shows_pictures_beside_their_hints(tmp_path: Path) -> None:
+    for number in range(5):
+        write(tmp_path / "images" / f"{number}.png", np.full((64, 64, 3), 40 * number, np.uint8))
+        write(tmp_path / "hints" / f"{number}.png", np.full((64, 64, 3), 40 * number + 20, np.uint8))
+    dataset = open_dataset(tmp_path, resolution=64)
+    sheet = contact_sheet(dataset, count=4, columns=2, side=64)
+    assert isinstance(sheet, Image.Image) and sheet.mode == "RGB"
+    values = np.asarray(sheet)
+    middle = [values[32 + 68 * row, [36 + 136 * c, 102 + 136 * c], 0].tolist() for row in range(2) for c in range(2)]
+    assert middle == [[40 * number, 40 * number + 20] for number in (0, 1, 2, 3)]
+    (tmp_path / "images" / "0.png").unlink()
+    assert np.asarray(contact_sheet(dataset, count=4, columns=2, side=64))[32, 36, 0] == 40, "its place stays empty"
+    assert contact_sheet(dataset, count=99, columns=99, side=16).size[1] == 16 + 2 * 4
