@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
+from comfyui_controlnext.benchmarks.report import Report  # noqa: E402
 from comfyui_controlnext.controlnext_core.feature_cache import DEVICE_BUDGET, HOST_BUDGET  # noqa: E402
 from comfyui_controlnext.controlnext_core.injection import prepare  # noqa: E402
 from comfyui_controlnext.controlnext_core.memory import (  # noqa: E402
@@ -95,18 +96,20 @@ def plan(spec: Spec, frames: int, height: int, width: int) -> str:
 
 def main() -> None:
     frames, height, width = (int(word) for word in sys.argv[1:4]) if len(sys.argv) > 3 else (240, 576, 1024)
-    print(f"torch {torch.__version__}; numbers of the compute dtype per pixel of the hint, at the peak")
+    report = Report("video_memory")
+    report.line("numbers of the compute dtype per pixel of the hint, at the peak")
     heads = [f"{h}x{w} {str(dtype).removeprefix('torch.float')}" for h, w in SIZES for dtype in DTYPES]
-    print(f"{'build':15}" + "".join(f"{head:>13}" for head in heads) + f"{'table':>8}")
+    report.line(f"{'build':15}" + "".join(f"{head:>13}" for head in heads) + f"{'table':>8}")
     for build in BUILDS:
         spec = next(spec for spec in SPECS.values() if spec.build == build)
         cells = [numbers_per_pixel(spec, dtype, *size) for size in SIZES for dtype in DTYPES]
-        print(f"{build:15}" + "".join(f"{cell:13.1f}" for cell in cells) + f"{NUMBERS_PER_PIXEL[build]:8}")
-    print(f"\n{frames} frames of {height} x {width}, fp16, in MiB")
-    print(f"{'variant':14}{'encoder':>12}{'a step':>12}{'25 steps':>12}{'hint (CPU)':>12}{'steps kept':>11}")
+        report.line(f"{build:15}" + "".join(f"{cell:13.1f}" for cell in cells) + f"{NUMBERS_PER_PIXEL[build]:8}")
+    report.line(f"\n{frames} frames of {height} x {width}, fp16, in MiB")
+    report.line(f"{'variant':14}{'encoder':>12}{'a step':>12}{'25 steps':>12}{'hint (CPU)':>12}{'steps kept':>11}")
     for spec in SPECS.values():
         if spec.name.startswith("svd"):
-            print(plan(spec, frames, height, width))
+            report.line(plan(spec, frames, height, width))
+    report.save()
 
 
 if __name__ == "__main__":

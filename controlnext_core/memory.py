@@ -1,7 +1,8 @@
-"""What encoders and their features take in memory: measured numbers, and the laws that follow from them."""
+"""What controls take in memory: measured numbers, and the laws that follow from them."""
 
 from __future__ import annotations
 
+from ..models.controlnet_xs import DOWN, RES, BlockConfig, ControlNetXSConfig
 from .feature_cache import MIB
 from .specs import Site, Spec
 
@@ -39,3 +40,56 @@ def feature_bytes(spec: Spec, out_channels: int, height: int, width: int, itemsi
     """What the features of one hint of height x width pixels take for one timestep: C * H * W of the site."""
     side = PIXELS_PER_CELL[spec.fusion.site]
     return out_channels * -(-height // side) * -(-width // side) * itemsize
+
+
+# ControlNet-XS. Source of the counts: benchmarks/bench_xs_memory.py
+
+XS_HINT_TENSORS = 3
+"""Feature maps of the hint encoder's first width that are alive at once, beside the hint."""
+XS_NORM_TENSORS, XS_FP32_NORM_TENSORS = 3, 5
+"""Tensors of a width that are alive in a norm and the SiLU after it, in a residual block; the second where features in
+half precision have their norms in fp32."""
+XS_TRANSFORMER_TENSORS = 21
+"""Tensors of a transformer's width alive in its feed-forward, beside what entered the block."""
+XS_CORRECTION_TENSORS = 3
+"""Tensors of the base's channels while a correction is scaled, masked and added."""
+XS_ROWS_PER_HINT = 2
+"""Both halves of the guidance. How many latents share one hint is not known when the host asks."""
+
+
+def xs_numbers_per_pixel(config: ControlNetXSConfig) -> int:
+    """Numbers of the compute dtype alive per hint pixel where the hint encoder's pass needs most."""
+    return config.hint[0] + XS_HINT_TENSORS * max(config.hint[1:3])
+
+
+def xs_numbers_per_cell(config: ControlNetXSConfig, fp32_norms: bool) -> float:
+    """Numbers alive per latent cell and row where a forward beside the base needs most; the base's are not counted.
+
+    fp32_norms: norms are in fp32 and features in half precision.
+    """
+    size, most = 1.0, 0.0  # size: cells at the block at hand per latent cell
+    kept: list[float] = []
+    sizes: list[float] = []
+    for block in config.encoder:
+        most = max(most, sum(kept) + size * _inside(block, fp32_norms))
+        size = size / 4 if block.kind == DOWN else size
+        kept.append(size * block.out_ch)
+        sizes.append(size)
+        most = max(most, sum(kept) + size * XS_CORRECTION_TENSORS * block.base_ch)
+    for block in config.middle:
+        most = max(most, sum(kept) + size * _inside(block, fp32_norms))
+    for base_ch in config.decoder:
+        most = max(most, sum(kept) + sizes.pop() * XS_CORRECTION_TENSORS * base_ch)
+        kept.pop()
+    return most
+
+
+def _inside(block: BlockConfig, fp32_norms: bool) -> float:
+    """Channels alive in a block, with those that entered it."""
+    if block.kind != RES:
+        return block.in_ch + block.out_ch
+    norm = XS_FP32_NORM_TENSORS if fp32_norms else XS_NORM_TENSORS
+    most = max(norm * block.in_ch, block.in_ch + (norm + 1) * block.out_ch)  # the shortcut stands by the second norm
+    if block.transformer is None:
+        return most
+    return max(most, block.in_ch + XS_TRANSFORMER_TENSORS * block.transformer.inner)

@@ -18,7 +18,7 @@ from .base_facts import BaseFacts, check_pair
 from .collector import Job, collect
 from .features import cached_rows
 from .feedback import warn_if_tiled
-from .host_control import HostControl
+from .host_control import STEPS_TO_KEEP, HostControl
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,6 @@ class ControlNeXtControl(HostControl):
         return NUMBERS_PER_PIXEL[self.net.spec.build] * dtype.itemsize
 
     def kept_bytes(self, dtype: torch.dtype) -> int:
-        if self.net.patcher.load_device.type == "cpu":
-            return 0
         height, width = self.cond_hint_original.shape[-2:]
         out_channels = self.net.patcher.model.config.out_channels
-        return feature_bytes(self.net.spec, out_channels, height, width, dtype.itemsize)
+        return STEPS_TO_KEEP * feature_bytes(self.net.spec, out_channels, height, width, dtype.itemsize)

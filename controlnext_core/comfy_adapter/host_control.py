@@ -10,7 +10,6 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import comfy.model_management
 import comfy.utils
 import torch
 from comfy.controlnet import ControlBase
@@ -214,6 +213,14 @@ class HostControl(ControlBase):
         """Put this control's patches into the options of the coming forward."""
         raise NotImplementedError
 
+    def bytes_per_pixel(self, dtype: torch.dtype) -> int:
+        """Peak working memory of the hint's encoder per hint pixel."""
+        raise NotImplementedError
+
+    def kept_bytes(self, dtype: torch.dtype) -> int:
+        """What the features of one hint take on a device over a run."""
+        raise NotImplementedError
+
     # -- per step -------------------------------------------------------------------------------------------
 
     def strength_at(self, sigma: float) -> float:
@@ -273,23 +280,23 @@ class HostControl(ControlBase):
         return product
 
     def inference_memory_requirements(self, dtype: torch.dtype) -> int:
-        """Peak of an encoder's pass, and room for the features that a run keeps on the device.
+        """Peak of an encoder's pass or of a forward, and room for the features that a run keeps on the device.
 
-        The latent's size is not known here: the hint is taken to have 8 times that size.
+        The latent's size is not known here: the hint is taken to have 8 times that size. dtype: the model's weights'.
         """
         own, hint = 0, self.cond_hint_original
         if hint is not None:
+            dtype = dtype if dtype.itemsize > 1 else torch.float16  # a format of one byte is for storage alone
             row_bytes = hint.shape[-1] * hint.shape[-2] * self.bytes_per_pixel(dtype)
-            kept = min(self.kept_bytes(dtype) * hint.shape[0] * STEPS_TO_KEEP, CACHE.room())
-            own = row_bytes * min(hint.shape[0], rows_at_once(row_bytes)) + kept
+            passes = row_bytes * min(hint.shape[0], rows_at_once(row_bytes))
+            kept = 0
+            if self.get_models()[-1].load_device.type != "cpu":  # our own is the last
+                kept = min(self.kept_bytes(dtype) * hint.shape[0], CACHE.room())
+            own = max(passes, self.beside_bytes(dtype) * hint.shape[0]) + kept
         return own + super().inference_memory_requirements(dtype)
 
-    def bytes_per_pixel(self, dtype: torch.dtype) -> int:
-        """Peak working memory per hint pixel."""
-        return 128 * comfy.model_management.dtype_size(dtype)
-
-    def kept_bytes(self, dtype: torch.dtype) -> int:
-        """What the features of one hint take on the device for one step."""
+    def beside_bytes(self, dtype: torch.dtype) -> int:
+        """What one hint's rows need in a forward for tensors that live beside the base's."""
         return 0
 
 

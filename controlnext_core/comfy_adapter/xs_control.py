@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...models.controlnet_xs import ControlNetXS, Walk
 from ..feature_cache import GroupKey
+from ..memory import XS_ROWS_PER_HINT, rows_at_once, xs_numbers_per_cell, xs_numbers_per_pixel
 from ..xs_detection import XSFile
 from ..xs_specs import XSShape, base_widths_of
 from .base_facts import BaseFacts
@@ -126,7 +127,9 @@ class ControlNetXSControl(HostControl):
             return self.loaded.net.encode_hint(self.sized_hint(batch, x, x.dtype))
 
         common = (tuple(x.shape[-2:]), x.dtype)
-        return cached_rows(group, rows, common, x.device, encode, self.run.recent)
+        pixels = x.shape[-2] * x.shape[-1] * self.compression_ratio**2
+        at_once = rows_at_once(pixels * self.bytes_per_pixel(x.dtype))
+        return cached_rows(group, rows, common, x.device, encode, self.run.recent, at_once)
 
     def own_time(self, sigma: float, x: Tensor) -> Tensor:
         """The own time embedding at this sigma, (1, D) in x's dtype; cached."""
@@ -138,6 +141,22 @@ class ControlNetXSControl(HostControl):
             found = self.loaded.net.embed_time(torch.tensor([timestep], device=x.device), x.dtype)
             CACHE.put(group, key, found)
         return found
+
+    def bytes_per_pixel(self, dtype: torch.dtype) -> int:
+        return xs_numbers_per_pixel(self.loaded.net.config) * dtype.itemsize
+
+    def beside_bytes(self, dtype: torch.dtype) -> int:
+        fp32_norms = self.loaded.file.shape.fp32_norms and dtype != torch.float32
+        numbers = xs_numbers_per_cell(self.loaded.net.config, fp32_norms)
+        return int(XS_ROWS_PER_HINT * numbers * self.cells() * dtype.itemsize)
+
+    def kept_bytes(self, dtype: torch.dtype) -> int:
+        return self.loaded.net.config.hint[-1] * self.cells() * dtype.itemsize
+
+    def cells(self) -> int:
+        """Of the latent that a hint of this size is for."""
+        height, width = (-(-side // self.compression_ratio) for side in self.cond_hint_original.shape[-2:])
+        return height * width
 
 
 def time_mix(strength: float) -> float:

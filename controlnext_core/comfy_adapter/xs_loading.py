@@ -16,13 +16,10 @@ from ...models.controlnet_xs import ControlNetXS
 from .. import checkpoint
 from ..xs_detection import XSFile, read_xs_file
 from ..xs_key_maps import DIFFUSERS
+from ..xs_specs import FEW_CHANNELS as FEW_CHANNELS
 from ..xs_specs import build_config, released_as
 from .encoders import into_host
 from .xs_control import ControlNetXSControl, LoadedXS
-
-FEW_CHANNELS = 32
-"""Below this width somewhere, norms run in fp32, as the released code has it: with fp32 weights under fp16 the SD2.1
-release is then 1.2e-3 and not 1.3e-3 off. Kernels that take their statistics in half precision would do worse."""
 
 ALIGNED = 8
 """Head widths that the host's attention kernels take for sure are multiples of this; the SD2.1 release has 4."""
@@ -53,7 +50,7 @@ def load_controlnet_xs(path: Path, norm_rule: str = "auto", num_heads: str = "")
     """
     file = read_xs_file(checkpoint.peek(path))
     rule, heads = file.norm_rule(norm_rule), file.heads(num_heads, configured_heads(file))
-    operations = Fp32Norms if min(file.shape.widths) < FEW_CHANNELS else comfy.ops.manual_cast
+    operations = Fp32Norms if file.shape.fp32_norms else comfy.ops.manual_cast
     net = ControlNetXS(build_config(file.shape, heads, rule), device="meta", operations=operations, attention=attend)
     found = checkpoint.load(path, file.names.values())
     tensors = {ours: found[stored] for ours, stored in file.names.items()}
