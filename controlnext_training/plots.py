@@ -68,8 +68,8 @@ def loss_curve(
     image = Image.new("RGB", (FINER * size[0], FINER * size[1]), BACKGROUND)
     draw = ImageDraw.Draw(image)
     for tick in y_ticks:
-        y = FINER * round(place((first, tick))[1] / FINER)
-        draw.rectangle((FINER * box[0], y, FINER * box[2], y + FINER - 1), FAINT)
+        top = FINER * round(place((first, tick))[1] / FINER)
+        draw.rectangle((FINER * box[0], top, FINER * box[2], top + FINER - 1), FAINT)
     for name, points, color in lines:
         _line(draw, [place(p) for p in points], color, FINER * (2 if name == "smoothed" else 1))
     for x, y in map(place, checked):

@@ -252,8 +252,8 @@ def test_the_logit_normal_law_is_sd3s() -> None:
     ours = TIMESTEP_LAWS["logit_normal"](grid(1000), sigmas)
     parts = torch.linspace(0.02, 0.98, 25)
     assert torch.allclose(ours.quantile(parts), theirs.quantile(parts), atol=0.005)  # 1/1000 and the noise of theirs
-    ends = TIMESTEP_LAWS["logit_normal"](torch.tensor([1e-300, 1 - 2**-53], dtype=torch.float64), sigmas)
-    assert torch.equal(ends, sigmas[[0, -1]])
+    ends = TIMESTEP_LAWS["logit_normal"](torch.tensor([0.0, 1e-300, 1 - 2**-53], dtype=torch.float64), sigmas)
+    assert torch.equal(ends, sigmas[[0, 0, -1]])
 
 
 SVD_QUANTILES = {0.01: 58, 0.05: 12.1, 0.1: 5.85, 0.25: 2.03, 0.5: 0.709, 0.75: 0.248, 0.9: 0.087, 0.99: 0.0099}
