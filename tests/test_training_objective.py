@@ -20,6 +20,7 @@ from comfyui_controlnext.controlnext_training.objective import (
     region_weight,
     weight,
 )
+from comfyui_controlnext.tools.launcher import declare_missing_torchvision_ops
 from torch import Tensor
 
 SHAPES = [(1, 4, 8, 8), (3, 4, 5, 9), (2, 16, 6, 4)]
@@ -44,6 +45,15 @@ def levels(objective: str, samples: int, dtype: torch.dtype = torch.float32) -> 
 
 def wide(sigma: Tensor) -> Tensor:
     return sigma.view(-1, 1, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def training_utils() -> Any:
+    """diffusers' own, which reach for torchvision."""
+    declare_missing_torchvision_ops()
+    from diffusers import training_utils
+
+    return training_utils
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +139,9 @@ def test_the_host_noises_and_denoises_the_same(name: str, prediction: str, sampl
         assert torch.allclose(ours, host.calculate_denoised(sigma, out, x), rtol=1e-5, atol=1e-5 * float(sigma[0] + 1))
 
 
-def test_min_snr_is_that_of_diffusers_trainers(ddpm: Any) -> None:
-    from diffusers.training_utils import compute_snr
-
+def test_min_snr_is_that_of_diffusers_trainers(ddpm: Any, training_utils: Any) -> None:
     t = torch.tensor([0, 1, 100, 400, 700, 999])
-    snr = compute_snr(ddpm, t).double()
+    snr = training_utils.compute_snr(ddpm, t).double()
     sigma = stable_diffusion_sigmas()[t]
     for gamma in (1.0, 5.0, 20.0):
         clipped = snr.clamp(max=gamma)
@@ -243,11 +251,11 @@ def test_the_uniform_law_draws_each_integer_timestep_equally_often() -> None:
     assert torch.equal(ends, sigmas[[0, -1]])
 
 
-def test_the_logit_normal_law_is_sd3s() -> None:
-    from diffusers.training_utils import compute_density_for_timestep_sampling
-
-    torch.manual_seed(0)
-    theirs = compute_density_for_timestep_sampling("logit_normal", 200_000, logit_mean=0.0, logit_std=1.0)
+def test_the_logit_normal_law_is_sd3s(training_utils: Any) -> None:
+    source = torch.Generator().manual_seed(0)
+    theirs = training_utils.compute_density_for_timestep_sampling(
+        "logit_normal", 200_000, logit_mean=0.0, logit_std=1.0, generator=source
+    )
     sigmas = (torch.arange(1000) + 1) / 1000
     ours = TIMESTEP_LAWS["logit_normal"](grid(1000), sigmas)
     parts = torch.linspace(0.02, 0.98, 25)
