@@ -1,6 +1,7 @@
 """ComfyUI-ControlNeXt: entry point for the host. No logic; the nodes are in `nodes/`."""
 
 import importlib.util
+import os
 import runpy
 from pathlib import Path
 
@@ -16,3 +17,7 @@ if importlib.util.find_spec("comfy"):
 
     register_folder()
     NODE_CLASS_MAPPINGS.update(nodes.NODE_CLASS_MAPPINGS)
+    if os.environ.get("CONTROLNEXT_TRAINING", "1") != "0":
+        from comfyui_controlnext import controlnext_training
+
+        NODE_CLASS_MAPPINGS.update(controlnext_training.NODE_CLASS_MAPPINGS)

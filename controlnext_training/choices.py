@@ -14,7 +14,7 @@ PAIRED = "paired"
 AUTO = "auto"
 
 FUSIONS: dict[str, str] = {"released": "released", PAPER_FUSION: PAPER_FUSION, "zero_conv": "none", "add": "none"}
-"""Way of joining -> key of `injection.NORMALIZATIONS`. zero_conv is plain addition of a convolution that starts at 0."""
+"""Way of joining -> key of `injection.NORMALIZATIONS`. zero_conv adds a convolution that starts at zero."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "variant": (*SPECS, XS),

@@ -56,9 +56,9 @@ class TrainConfig:
 
     # data
     data: tuple[str, ...] = ()
-    """Folders, metadata.jsonl files or tar shards. Relative paths start at the recipe's folder."""
+    """Folders, metadata.jsonl files or tar shards, relative to the recipe's folder; or synthetic:edges:200."""
     validation_data: tuple[str, ...] = ()
-    """The same for validation; empty = the first pictures of the data, which then do not train."""
+    """The same for validation; empty = the first of the data, which then do not train, if there are enough."""
     hint: str = "paired"
     """Where the hint comes from: paired (a picture of its own), or canny, soft_edge, lines, blur, mask, gray."""
     resolution: int = 512
@@ -140,7 +140,7 @@ class TrainConfig:
     cache: bool = True
     """Keep encoded pictures and captions on disk, so that each is encoded once."""
     cache_folder: str = ""
-    """Where; empty = a folder beside the runs."""
+    """Where; empty = beside the runs."""
     zero: bool = False
     """Split the optimizer's state over the processes of a distributed run."""
 
@@ -149,6 +149,8 @@ class TrainConfig:
     """Name of the run and of its files."""
     output_folder: str = ""
     """Where the trained file goes; empty = ComfyUI's models/controlnext."""
+    runs_folder: str = ""
+    """Where states, logs and pictures go; empty = controlnext_training in ComfyUI's output folder."""
     save_every: int = 250
     """Steps between saved states, from which a run is resumed."""
     keep_states: int = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
@@ -124,12 +124,3 @@ def _escaped(letter: str) -> str:
     if letter in '"\\':
         return f"\\{letter}"
     return letter if letter >= " " and letter != "\x7f" else f"\\u{ord(letter):04x}"
-
-
-def resolved(config: TrainConfig, folder: Path) -> TrainConfig:
-    """The same with relative data paths seen from `folder`."""
-
-    def absolute(paths: Sequence[str]) -> tuple[str, ...]:
-        return tuple(str(folder / path) for path in paths)
-
-    return dataclasses.replace(config, data=absolute(config.data), validation_data=absolute(config.validation_data))

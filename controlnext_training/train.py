@@ -8,27 +8,22 @@ from __future__ import annotations
 
 import math
 import time
-import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import optimizers, state
-from .base_model.controlled import Controlled
-from .base_model.encode import Base, compute_dtype, device_of_host, is_out_of_memory, make_room
-from .config import ConfigError, TrainConfig
-from .config_files import as_toml
+from .base_model.encode import Base, device_of_host, is_out_of_memory, make_room
+from .config import TrainConfig
 from .data.cache import Cache
-from .data.order import Order, order
 from .data.samples import ControlDataset
 from .distributed import World
-from .encoded import Ahead, Memory, Store, Wanted
+from .encoded import Memory, Store, Wanted
 from .journal import Journal, Watch
-from .results import Meter, Run, duration, finished_file, name_run, show_validation
-from .step import Law, draw, losses
+from .loop import Loop, averaged, make_loop, open_run, resume, save
+from .results import Meter, Run, duration, finished_file, show_validation
+from .step import draw, losses
 from .validation import Validator
 
 
@@ -42,26 +37,6 @@ class Stopped(Exception):  # noqa: N818  # not an error: somebody asked for it
     def __init__(self, step: int, where: Path) -> None:
         super().__init__(f"stopped after {step} steps; saved in {where}. Run it again with resume on to go on.")
         self.step, self.where = step, where
-
-
-@dataclass
-class Loop:
-    """What the steps need, made once."""
-
-    config: TrainConfig
-    controlled: Controlled
-    model: nn.Module
-    """The same, or what distributes it."""
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    ema: optimizers.Ema | None
-    law: Law
-    plan: Order
-    samples: Ahead
-    indices: list[int]
-    world: World
-    losses: list[float] = field(default_factory=list)
 
 
 def train(
@@ -81,15 +56,16 @@ def train(
     world = world or World()
     torch.manual_seed(config.seed)  # for what asks nobody, such as a stock layer; ours are functions of the position
     base.check(config.video)
-    found = _open_run(run, config, base, world, watch)
+    found = open_run(run, config, base, world, watch)
     device = device_of_host()
     store = Store(base, data, config, Cache(run.cache) if config.cache else Memory())
-    training, validating = _split(len(data), config, held_out is not None)
-    usable, broken = store.prepare(training, world, watch)
-    for path, why in broken:
-        watch.say(f"left out: {path}: {why}")
+    count = min(len(data), config.max_samples or len(data))
+    readable, broken = store.prepare(range(count), world, watch)
+    training, validating = _split(readable, config, held_out is not None)
+    for name, why in broken:
+        watch.say(f"left out: {name}: {why}")
     make_room(device)
-    loop = _make_loop(base, store, usable, config, device, world)
+    loop = make_loop(base, store, training, config, device, world)
     validator = None
     if config.validate_every and world.first:
         looked_at = store if held_out is None else Store(base, held_out, config, store.kept)
@@ -97,12 +73,12 @@ def train(
         validator = Validator(looked_at, indices, config, loop.law, watch)
     journal = Journal(run.folder, world.first, config.tensorboard)
     try:
-        start = _resume(loop, found, watch)
-        journal.write("start" if start == 0 else "resume", start, samples=len(usable), left_out=len(broken))
+        start = resume(loop, found, watch)
+        journal.write("start" if start == 0 else "resume", start, samples=len(training), left_out=len(broken))
         if start < config.steps:
             _try_one_step(loop, start, watch, journal)
         _steps(loop, start, run, watch, journal, validator)
-        with _averaged(loop):
+        with averaged(loop):
             path = finished_file(loop.controlled, config, run, loop.losses, world)
         watch.say(f"finished after {config.steps} steps: {path}")
         journal.write("finished", config.steps, path=str(path))
@@ -117,7 +93,7 @@ def _steps(loop: Loop, start: int, run: Run, watch: Watch, journal: Journal, val
     config, clock, since = loop.config, time.monotonic(), start
     for step in range(start, config.steps):
         if _any(watch.stopping(), loop.world):
-            raise Stopped(step, _save(loop, step, run))
+            raise Stopped(step, save(loop, step, run))
         loss, norm = _step(loop, step)
         loop.losses.append(loss)
         if not math.isfinite(loss):
@@ -131,12 +107,12 @@ def _steps(loop: Loop, start: int, run: Run, watch: Watch, journal: Journal, val
             clock, since = time.monotonic(), done
             _tell(loop, done, loss, norm, seconds, journal, watch)
         if done % config.save_every == 0 and done < config.steps:
-            _save(loop, done, run)
+            save(loop, done, run)
         if validator is not None and (done % config.validate_every == 0 or done == config.steps):
-            with _averaged(loop):
+            with averaged(loop):
                 show_validation(validator.run(loop.controlled), done, run, journal, watch)
             clock, since = time.monotonic(), done
-    _save(loop, config.steps, run)
+    save(loop, config.steps, run)
 
 
 def _step(loop: Loop, step: int) -> tuple[float, float]:
@@ -191,131 +167,12 @@ def _wanted(loop: Loop, step: int) -> Wanted:
     return tuple((loop.indices[batch[place % len(batch)]], place) for place in places)
 
 
-def _make_loop(
-    base: Base, store: Store, usable: list[int], config: TrainConfig, device: torch.device, world: World
-) -> Loop:
-    dtype = compute_dtype(config.precision, device)
-    controlled = Controlled(base.model, config, dtype, device)
-    encoder = {f"control.{name}": p for name, p in controlled.net.named_parameters()}
-    unet = {f"unet.{name}": p for name, p in controlled.differences.parameters.items()}
-    rates = ((encoder, config.control_learning_rate), (unet, config.learning_rate))
-    groups = [{"params": list(named.values()), "lr": rate} for named, rate in rates if named]
-    optimizer = optimizers.build(config.optimizer, groups, config)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    parameters = {**encoder, **unet}
-    sizes = [store.data.sizes[index] for index in usable]
-    return Loop(
-        config=config,
-        controlled=controlled,
-        model=world.wrap(controlled),
-        parameters=parameters,
-        optimizer=optimizer,
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype is torch.float16),
-        ema=optimizers.Ema(parameters, config.ema_decay, config.ema_on_cpu) if config.ema_decay else None,
-        law=Law.of(config, controlled),
-        plan=order(sizes, config.effective_batch * world.size, config.seed),
-        samples=Ahead(store),
-        indices=usable,
-        world=world,
-    )
-
-
-def _split(count: int, config: TrainConfig, held_out: bool) -> tuple[range, range]:
+def _split(indices: list[int], config: TrainConfig, held_out: bool) -> tuple[list[int], list[int]]:
     """(samples that train, samples to look at). Of few samples none is held out: they are looked at as well."""
     if held_out or not config.validate_every:
-        return range(count), range(0)
-    spare = min(config.validation_samples, count // 10)
-    return range(spare, count), range(spare or min(count, config.validation_samples))
-
-
-def _open_run(run: Run, config: TrainConfig, base: Base, world: World, watch: Watch) -> state.State | None:
-    """The state to go on from, or None for a new run, whose folder is then there and empty. Raises ConfigError."""
-    found = state.latest(run.folder) if config.resume else None
-    if found is not None:
-        _check_same_run(found, config, base)
-    elif world.first:
-        aside = state.set_aside(run.folder)
-        if aside is not None:
-            watch.say(f"an earlier run of this name is now {aside}")
-    world.wait()
-    if world.first:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        state.clear_unfinished(run.folder)
-        (run.folder / "config.toml").write_text(as_toml(config), "utf-8")
-        name_run(run)
-    return found
-
-
-FIXED = ("variant", "trainable", "blocks", "fusion", "gain", "xs_ratio", "xs_own_time", "optimizer", "seed")
-"""Settings without which a state is another run's. The others may change on the way; that is said."""
-
-
-def _check_same_run(found: state.State, config: TrainConfig, base: Base) -> None:
-    old, new = found.facts["config"], dataclasses.asdict(config)
-    changed = [f"{key} was {old[key]!r} and is {new[key]!r}" for key in FIXED if old[key] != new[key]]
-    if found.facts["base"] != base.identity("model"):
-        changed.append("the base model is another")
-    if changed:
-        raise ConfigError(
-            f"resume: {found.folder} is of another run: {'; '.join(changed)}. Set these back, or set resume = false "
-            "or another output_name to start anew."
-        )
-
-
-def _resume(loop: Loop, found: state.State | None, watch: Watch) -> int:
-    """Take over a saved state; the number of steps that are done."""
-    if found is None:
-        return 0
-    weights = found.tensors("weights")
-    with torch.no_grad():
-        for name, parameter in loop.parameters.items():
-            parameter.copy_(weights[name])
-    loop.optimizer.load_state_dict(optimizers.unpack(found.tensors("optimizer"), found.facts["optimizer"]))
-    loop.scaler.load_state_dict(found.facts["scaler"])
-    if loop.ema is not None and (average := found.tensors("ema")):
-        loop.ema.load_state_dict(average)
-    loop.losses = found.tensors("losses")["loss"].tolist()
-    old, new = found.facts["config"], dataclasses.asdict(loop.config)
-    changed = [f"{key} {old.get(key)!r} -> {value!r}" for key, value in new.items() if old.get(key) != value]
-    watch.say(
-        f"resumed at step {found.step} from {found.folder}" + (f"; changed: {', '.join(changed)}" if changed else "")
-    )
-    return found.step
-
-
-def _save(loop: Loop, step: int, run: Run) -> Path:
-    """The state after `step` steps, written by the first process."""
-    rest: object = None
-    folder = run.folder
-    if loop.world.first:
-        tensors, rest = optimizers.pack(loop.optimizer.state_dict())
-        parts = {
-            "weights": {name: p.detach() for name, p in loop.parameters.items()},
-            "optimizer": tensors,
-            "ema": loop.ema.state_dict() if loop.ema is not None else {},
-            "losses": {"loss": torch.tensor(loop.losses, dtype=torch.float64)},
-        }
-        facts = {
-            "config": dataclasses.asdict(loop.config),
-            "optimizer": rest,
-            "scaler": loop.scaler.state_dict(),
-            "base": run.base,
-        }
-        folder = state.save(run.folder, step, parts, facts, loop.config.keep_states)
-    loop.world.wait()
-    return folder
-
-
-@contextmanager
-def _averaged(loop: Loop) -> Iterator[None]:
-    """Inside, the weights are those to look at and to save: averaged, where an average is kept."""
-    with optimizers.weights_to_read(loop.optimizer):
-        if loop.ema is None:
-            yield
-            return
-        with loop.ema.swapped(loop.parameters):
-            yield
+        return indices, []
+    spare = min(config.validation_samples, len(indices) // 10)
+    return indices[spare:], indices[: spare or config.validation_samples]
 
 
 def _try_one_step(loop: Loop, step: int, watch: Watch, journal: Journal) -> None:

@@ -102,7 +102,7 @@ def base_tensors(unet: nn.Module, names: list[str]) -> dict[str, Tensor]:
     found = {}
     for name in names:
         path, _, leaf = name.rpartition(".")
-        (added,) = unet.get_submodule(path).parametrizations[leaf]  # type: ignore[union-attr, index]
+        (added,) = unet.get_submodule(path).parametrizations[leaf]  # type: ignore[index]
         found[name] = added.base
     return found
 

@@ -47,17 +47,17 @@ LAYERS = (
     Layer("controlnext_core/hints", MATHS | {"numpy"}, CORE, PICTURES),
     Layer("controlnext_core/comfy_adapter", MATHS | HOST, CORE, PICTURES),
     Layer("nodes", HOST | {"torch"}, ("controlnext_core", "nodes")),  # torch: types of what goes through
-    Layer("controlnext_training", TRAINING, (*CORE, "controlnext_training"), PICTURES | {"av"}),  # av: videos
-    Layer("controlnext_training/base_model.py", TRAINING | HOST, (*CORE, "controlnext_training"), PICTURES),
-    Layer("controlnext_training/nodes.py", TRAINING | HOST, (*CORE, "controlnext_training"), PICTURES),
+    Layer("controlnext_training", TRAINING, (*CORE, "controlnext_training"), PICTURES | {"av", "psutil", "tomli"}),
+    Layer("controlnext_training/base_model", TRAINING | HOST, (*CORE, "controlnext_training"), PICTURES),
+    Layer("controlnext_training/nodes", TRAINING | HOST, (*CORE, "controlnext_training"), PICTURES),
 )
 ADAPTER = "controlnext_core.comfy_adapter"
 MAY_USE_THE_ADAPTER = (
     "controlnext_core/comfy_adapter",
     "nodes",
     "__init__.py",
-    "controlnext_training/base_model.py",
-    "controlnext_training/nodes.py",
+    "controlnext_training/base_model",
+    "controlnext_training/nodes",
     "controlnext_training/__init__.py",
 )
 
@@ -74,15 +74,17 @@ def files() -> list[str]:
     return [path.relative_to(ROOT).as_posix() for path in found]
 
 
+def runs_later(part: ast.AST) -> bool:
+    """Whether an import in this part of a file costs nothing when the file is imported."""
+    if isinstance(part, ast.If):
+        return isinstance(part.test, ast.Name) and part.test.id == "TYPE_CHECKING"
+    return isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+
+
 def imports(path: str, source: str) -> Iterator[tuple[str, bool]]:
     """(module, whether at the top of the file); ours as `comfyui_controlnext.a.b`, whichever way it is written."""
     tree = ast.parse(source)
-    inside = {
-        node
-        for function in ast.walk(tree)
-        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-        for node in ast.walk(function)
-    }
+    inside = {node for part in ast.walk(tree) if runs_later(part) for node in ast.walk(part)}
     package = [NAME, *path.split("/")[:-1]]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -146,7 +148,7 @@ def test_inside_the_pack_imports_are_relative(path: str) -> None:
         ("nodes/x.py", "import cv2, diffusers", ["cv2", "diffusers"]),
         ("controlnext_training/x.py", "import comfy", ["comfy"]),
         ("controlnext_training/x.py", f"from ..{ADAPTER} import control", [f"{NAME}.{ADAPTER}.control"]),
-        ("controlnext_training/base_model.py", f"from ..{ADAPTER} import control\nimport comfy.sd", []),
+        ("controlnext_training/base_model/x.py", f"from ..{ADAPTER} import control\nimport comfy.sd", []),
         ("run.py", "import torch", ["torch"]),
     ],
 )

@@ -92,10 +92,24 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_train(parser: Parser) -> None:
+    from .train import add_options
+
+    add_options(parser)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from .train import run_train
+
+    own = host.find(options.comfyui, clone_folder())
+    return run_train(options, own or host.provide(), own=own is not None)
+
+
 COMMANDS = {
     "demo": Command("queue an example workflow in a real ComfyUI and show the result", "host", _add_cpu, _demo),
     "comfy": Command("start ComfyUI with the pack, for use in a browser", "host", _add_comfy, _comfy),
     "convert": Command("write a ControlNet-XS file with the other set of names", "host", _add_convert, _convert),
+    "train": Command("train a ControlNeXt or a ControlNet-XS from a recipe", "host", _add_train, _train),
     "test": Command("run every check and test", "test", _add_test, _test),
 }
 

@@ -28,6 +28,7 @@ from ...controlnext_core.xs_specs import FAMILIES as XS_FAMILIES_BY_CONTEXT
 from ...controlnext_core.xs_specs import NORM_RULES, XSShape, build_config, design, heads_of
 from ...models.controlnet_xs import ControlNetXS, Walk
 from ...models.controlnext import ControlNeXt
+from ...models.layers import zeroed
 from ..choices import FUSIONS, XS
 from ..config import ConfigError, TrainConfig
 
@@ -39,7 +40,9 @@ XS_FAMILIES = tuple(XS_FAMILIES_BY_CONTEXT.values())
 class TrainedControl(Protocol):
     """What the loop needs to know of a control."""
 
-    net: nn.Module
+    @property
+    def net(self) -> nn.Module:
+        """The network that trains."""
 
     def join(self, options: Options, hint: Tensor, timesteps: Tensor, strength: float) -> None:
         """Take part in the coming forward.
@@ -85,8 +88,7 @@ class _NeXt:
             torch.manual_seed(config.seed)
             fresh = ControlNeXt(built)
         if config.fusion == "zero_conv":
-            nn.init.zeros_(fresh.mid_convs[1].weight)
-            nn.init.zeros_(fresh.mid_convs[1].bias)
+            zeroed(fresh.mid_convs[1])
         if config.init_control:
             fresh.load_state_dict(_encoder_of(Path(config.init_control), spec))
         _initialised(self.net, fresh, device)

@@ -70,7 +70,7 @@ def checkpoint_blocks(unet: nn.Module) -> int:
         def again(*args: Any, **kwargs: Any) -> Any:
             return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
-        module.forward = again  # type: ignore[method-assign]
+        module.forward = again
         return 1
 
     return wrap(unet)

@@ -1,0 +1,144 @@
+"""A run from a configuration alone, as `python run.py train` starts it; the host is importable by then."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .base_model.loading import control_folder, load_base, runs_folder
+from .config import ConfigError, TrainConfig
+from .data.dataset import open_dataset
+from .data.samples import ControlDataset
+from .distributed import World, joined
+from .drawn import is_synthetic, open_drawn
+from .results import Run
+from .train import train
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .base_model.encode import Base
+
+
+class Console:
+    """Lines on standard output; Ctrl-C asks the run to save and end."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.asked = threading.Event()
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            sys.stdout.write(f"{text}\n")
+            sys.stdout.flush()
+
+    def progress(self, step: int, steps: int, text: str) -> None:
+        if text.startswith("step") or step in (1, steps) or step % 100 == 0:
+            self.say(text)
+
+    def picture(self, image: Image) -> None:
+        """Its file is enough."""
+
+    def stopping(self) -> bool:
+        return self.asked.is_set()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, the first Ctrl-C (or SIGTERM) lets the run save and end; the second ends it at once."""
+
+        def ask(number: int, frame: object) -> None:
+            if self.asked.is_set():
+                raise KeyboardInterrupt
+            self.asked.set()
+            self.say("stopping after this step, to save; once more to stop at once")
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def open_data(
+    sources: tuple[str, ...], config: TrainConfig, index: Path | None = None, roots: Sequence[Path] | None = None
+) -> ControlDataset:
+    """The dataset of a configuration. Raises ConfigError where there is no source, DatasetError.
+
+    index: file that remembers what was read; roots: folders that files must lie in, None = anywhere.
+    """
+    if not sources:
+        raise ConfigError("data: is empty. Name a folder of pictures, a metadata.jsonl or a tar shard.")
+    if any(is_synthetic(source) for source in sources):
+        if len(sources) > 1:
+            raise ConfigError("data: a synthetic source stands alone. Keep it, or the files.")
+        return open_drawn(sources[0], config.resolution, config.hint)
+    return open_dataset(
+        sources,
+        hint=config.hint,
+        resolution=config.resolution,
+        buckets=config.buckets,
+        bucket_step=config.bucket_step,
+        caption_extension=config.caption_extension,
+        clip_frames=config.clip_frames if config.video else 1,
+        clip_stride=config.clip_stride,
+        roots=roots,
+        index=index,
+    )
+
+
+def seen_from(folder: Path, config: TrainConfig) -> TrainConfig:
+    """The same with the relative paths of what is read seen from `folder`."""
+
+    def absolute(sources: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(source if is_synthetic(source) else str(folder / source) for source in sources)
+
+    start = str(folder / config.init_control) if config.init_control else ""
+    return replace(
+        config,
+        data=absolute(config.data),
+        validation_data=absolute(config.validation_data),
+        init_control=start,
+    )
+
+
+def run_of(config: TrainConfig, base: Base, folder: Path | None = None) -> Run:
+    """Where a run of this configuration keeps its things. folder: what relative paths are seen from."""
+    start = folder or Path()
+    runs = start / config.runs_folder if config.runs_folder else runs_folder()
+    target = start / config.output_folder if config.output_folder else control_folder()
+    return Run(
+        folder=runs / config.output_name,
+        cache=start / config.cache_folder if config.cache_folder else runs / "cache",
+        target=target / config.output_name,
+        base=base.identity("model"),
+        base_name=Path(config.base).name,
+    )
+
+
+def run_config(config: TrainConfig, folder: Path) -> Path:
+    """Train as configured; the path of the trained file. folder: where relative paths of the configuration start.
+
+    Raises what `train` raises; Stopped after a Ctrl-C, when the state is saved.
+    """
+    with joined() as world:
+        console = Console(quiet=not world.first)
+        with console.listening():
+            return _run(seen_from(folder, config), folder, console, world)
+
+
+def _run(config: TrainConfig, folder: Path, console: Console, world: World) -> Path:
+    base = load_base(config, folder)
+    run = run_of(config, base, folder)
+    data = open_data(config.data, config, run.cache / "index.json")
+    held_out = open_data(config.validation_data, config, run.cache / "index.json") if config.validation_data else None
+    console.say(f"{len(data)} samples; the run is kept in {run.folder}")
+    for path, why in getattr(data, "broken", ()):
+        console.say(f"left out: {path}: {why}")
+    return train(base, data, held_out, config, run, console, world)

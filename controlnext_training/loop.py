@@ -1,0 +1,166 @@
+"""A run as the loop holds it: what its steps need, how it is saved, and how it is taken up again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from . import optimizers, state
+from .base_model.controlled import Controlled
+from .base_model.encode import Base, compute_dtype
+from .config import ConfigError, TrainConfig
+from .config_files import as_toml
+from .data.order import Order, order
+from .distributed import World
+from .encoded import Ahead, Store
+from .journal import Watch
+from .results import Run, name_run
+from .step import Law
+
+
+@dataclass
+class Loop:
+    """What the steps need, made once."""
+
+    config: TrainConfig
+    controlled: Controlled
+    model: nn.Module
+    """The same, or what distributes it."""
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: optimizers.Ema | None
+    law: Law
+    plan: Order
+    samples: Ahead
+    indices: list[int]
+    world: World
+    losses: list[float] = field(default_factory=list)
+
+
+def make_loop(
+    base: Base, store: Store, usable: list[int], config: TrainConfig, device: torch.device, world: World
+) -> Loop:
+    dtype = compute_dtype(config.precision, device)
+    controlled = Controlled(base.model, config, dtype, device)
+    encoder = {f"control.{name}": p for name, p in controlled.net.named_parameters()}
+    unet = {f"unet.{name}": p for name, p in controlled.differences.parameters.items()}
+    rates = ((encoder, config.control_learning_rate), (unet, config.learning_rate))
+    groups = [{"params": list(named.values()), "lr": rate} for named, rate in rates if named]
+    optimizer = optimizers.build(config.optimizer, groups, config)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    parameters = {**encoder, **unet}
+    sizes = [store.data.sizes[index] for index in usable]
+    return Loop(
+        config=config,
+        controlled=controlled,
+        model=world.wrap(controlled),
+        parameters=parameters,
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype is torch.float16),
+        ema=optimizers.Ema(parameters, config.ema_decay, config.ema_on_cpu) if config.ema_decay else None,
+        law=Law.of(config, controlled),
+        plan=order(sizes, config.effective_batch * world.size, config.seed),
+        samples=Ahead(store),
+        indices=usable,
+        world=world,
+    )
+
+
+def open_run(run: Run, config: TrainConfig, base: Base, world: World, watch: Watch) -> state.State | None:
+    """The state to go on from, or None for a new run, whose folder is then there and empty. Raises ConfigError."""
+    found = state.latest(run.folder) if config.resume else None
+    if found is not None:
+        _check_same_run(found, config, base)
+    elif world.first:
+        aside = state.set_aside(run.folder)
+        if aside is not None:
+            watch.say(f"an earlier run of this name is now {aside}")
+    world.wait()
+    if world.first:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        state.clear_unfinished(run.folder)
+        (run.folder / "config.toml").write_text(as_toml(config), "utf-8")
+        name_run(run)
+    return found
+
+
+FIXED = ("variant", "trainable", "blocks", "fusion", "gain", "xs_ratio", "xs_own_time", "optimizer", "seed")
+"""Settings without which a state is another run's. The others may change on the way; that is said."""
+
+
+def _check_same_run(found: state.State, config: TrainConfig, base: Base) -> None:
+    old, new = found.facts["config"], json.loads(config.to_json())
+    changed = [f"{key} was {old[key]!r} and is {new[key]!r}" for key in FIXED if old[key] != new[key]]
+    if found.facts["base"] != base.identity("model"):
+        changed.append("the base model is another")
+    if changed:
+        raise ConfigError(
+            f"resume: {found.folder} is of another run: {'; '.join(changed)}. Set these back, or set resume = false "
+            "or another output_name to start anew."
+        )
+
+
+def resume(loop: Loop, found: state.State | None, watch: Watch) -> int:
+    """Take over a saved state; the number of steps that are done."""
+    if found is None:
+        return 0
+    weights = found.tensors("weights")
+    with torch.no_grad():
+        for name, parameter in loop.parameters.items():
+            parameter.copy_(weights[name])
+    loop.optimizer.load_state_dict(optimizers.unpack(found.tensors("optimizer"), found.facts["optimizer"]))
+    loop.scaler.load_state_dict(found.facts["scaler"])
+    if loop.ema is not None and (average := found.tensors("ema")):
+        loop.ema.load_state_dict(average)
+    loop.losses = found.tensors("losses")["loss"].tolist()
+    changed = [
+        f"{key} {found.facts['config'].get(key)!r} -> {value!r}"
+        for key, value in json.loads(loop.config.to_json()).items()
+        if found.facts["config"].get(key) != value
+    ]
+    watch.say(
+        f"resumed at step {found.step} from {found.folder}" + (f"; changed: {', '.join(changed)}" if changed else "")
+    )
+    return found.step
+
+
+def save(loop: Loop, step: int, run: Run) -> Path:
+    """The state after `step` steps, written by the first process."""
+    rest: object = None
+    folder = run.folder
+    if loop.world.first:
+        tensors, rest = optimizers.pack(loop.optimizer.state_dict())
+        parts = {
+            "weights": {name: p.detach() for name, p in loop.parameters.items()},
+            "optimizer": tensors,
+            "ema": loop.ema.state_dict() if loop.ema is not None else {},
+            "losses": {"loss": torch.tensor(loop.losses, dtype=torch.float64)},
+        }
+        facts = {
+            "config": json.loads(loop.config.to_json()),
+            "optimizer": rest,
+            "scaler": loop.scaler.state_dict(),
+            "base": run.base,
+        }
+        folder = state.save(run.folder, step, parts, facts, loop.config.keep_states)
+    loop.world.wait()
+    return folder
+
+
+@contextmanager
+def averaged(loop: Loop) -> Iterator[None]:
+    """Inside, the weights are those to look at and to save: averaged, where an average is kept."""
+    with optimizers.weights_to_read(loop.optimizer):
+        if loop.ema is None:
+            yield
+            return
+        with loop.ema.swapped(loop.parameters):
+            yield

@@ -1,0 +1,186 @@
+"""Datasets in the graph: pictures with hints, from a folder or from other nodes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ...controlnext_core.comfy_adapter.feedback import tell
+from ..choices import CHOICES, PAIRED
+from ..command import open_data
+from ..config import ConfigError, TrainConfig, field_docs
+from ..config_files import make_config
+from ..data.report import contact_sheet, report
+from ..data.samples import ControlDataset
+from ..data.tensors import TensorDataset
+
+ROOTS_VARIABLE = "CONTROLNEXT_DATA_ROOTS"
+"""Environment variable: further folders that datasets may be read from, separated as in PATH."""
+
+Dataset = io.Custom("CONTROL_DATASET")
+
+
+@dataclass(frozen=True)
+class Files:
+    """A CONTROL_DATASET of files: opened when the trainer knows whether it needs pictures or clips."""
+
+    settings: Mapping[str, Any]
+    """Keys of TrainConfig."""
+    roots: tuple[Path, ...]
+
+    def open(self, config: TrainConfig) -> ControlDataset:
+        return open_data(config.data, config, roots=self.roots)
+
+
+@dataclass(frozen=True)
+class Images:
+    """A CONTROL_DATASET of images from the graph."""
+
+    images: Tensor
+    hints: Tensor
+    captions: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+    def open(self, config: TrainConfig) -> ControlDataset:
+        return TensorDataset(
+            self.images,
+            self.hints,
+            self.captions,
+            clip_frames=config.clip_frames if config.video else 1,
+            clip_stride=config.clip_stride,
+        )
+
+
+def allowed_roots() -> tuple[Path, ...]:
+    """Folders that a dataset may lie in: the host's input folder and what the environment adds."""
+    added = [Path(part) for part in os.environ.get(ROOTS_VARIABLE, "").split(os.pathsep) if part]
+    return (Path(folder_paths.get_input_directory()), *added)
+
+
+def find_folder(name: str) -> Path:
+    """A dataset's path: absolute, or below one of the allowed roots. Raises ConfigError naming the roots."""
+    roots = allowed_roots()
+    candidates = [Path(name)] if Path(name).is_absolute() else [root / name for root in roots]
+    for path in candidates:
+        inside = any(path.resolve().is_relative_to(root.resolve()) for root in roots)
+        if name and inside and path.exists():
+            return path
+    raise ConfigError(
+        f"folder: {name!r} is not there, or not in {' or '.join(str(root) for root in roots)}. Put the pictures into "
+        f"a folder below ComfyUI's input folder and write its name, or list its parent in {ROOTS_VARIABLE}."
+    )
+
+
+class ControlDatasetFolder(io.ComfyNode):
+    """Pictures with hints from a folder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        docs = field_docs()
+        return io.Schema(
+            node_id="ControlDatasetFolder",
+            display_name="Control Dataset (folder)",
+            category="ControlNeXt/training",
+            description="Pictures to train a control on, from a folder, a metadata.jsonl or tar shards; with their "
+            "own hint pictures, or with hints drawn from them. Shows what it found.",
+            inputs=[
+                io.String.Input(
+                    "folder",
+                    tooltip="Below ComfyUI's input folder, or below a folder listed in the environment variable "
+                    f"{ROOTS_VARIABLE}. images/ and hints/ side by side, or 1.png beside 1_hint.png.",
+                ),
+                io.Combo.Input("hint", options=list(CHOICES["hint"]), default=PAIRED, tooltip=docs["hint"]),
+                io.Int.Input("resolution", default=512, min=64, max=4096, step=8, tooltip=docs["resolution"]),
+                io.Boolean.Input("buckets", default=True, optional=True, tooltip=docs["buckets"]),
+                io.String.Input("caption_extension", default=".txt", optional=True, tooltip=docs["caption_extension"]),
+            ],
+            outputs=[Dataset.Output(display_name="dataset", tooltip="For Train Control.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, hint: str | None = None) -> bool | str:
+        if hint is not None and hint not in CHOICES["hint"]:
+            return f"hint: {hint!r} is not one of {', '.join(CHOICES['hint'])}."
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str, **others: Any) -> Any:
+        """Changes when a file below the folder does."""
+        try:
+            path = find_folder(folder)
+        except ConfigError:
+            return folder
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+
+    @classmethod
+    def execute(
+        cls, folder: str, hint: str, resolution: int, buckets: bool = True, caption_extension: str = ".txt"
+    ) -> io.NodeOutput:
+        settings = {
+            "data": (str(find_folder(folder)),),
+            "hint": hint,
+            "resolution": resolution,
+            "bucket_step": _step_for(resolution),
+            "buckets": buckets,
+            "caption_extension": caption_extension,
+        }
+        files = Files(settings, allowed_roots())
+        opened = files.open(make_config(settings))
+        tell(report(opened).text, cls.hidden.unique_id)
+        return io.NodeOutput(files, ui=ui.PreviewImage(as_image(contact_sheet(opened)), cls=cls))
+
+
+class ControlDatasetImages(io.ComfyNode):
+    """Pictures with hints from the graph."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ControlDatasetImages",
+            display_name="Control Dataset (images)",
+            category="ControlNeXt/training",
+            description="Images of the graph and the hints that belong to them, to train a control on.",
+            inputs=[
+                io.Image.Input("images", tooltip="What the control shall lead to."),
+                io.Image.Input("hints", tooltip="One hint per image, in the same order."),
+                io.String.Input(
+                    "captions",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="One line per image, or one line for all, or nothing.",
+                ),
+            ],
+            outputs=[Dataset.Output(display_name="dataset", tooltip="For Train Control.")],
+        )
+
+    @classmethod
+    def execute(cls, images: Tensor, hints: Tensor, captions: str = "") -> io.NodeOutput:
+        with torch.inference_mode(False):  # what the graph made in inference mode has no place in a gradient
+            kept = images.cpu().clone(), hints.cpu().clone()
+        lines = tuple(line.strip() for line in captions.splitlines() if line.strip())
+        dataset = Images(*kept, lines, {"hint": PAIRED})
+        dataset.open(TrainConfig())  # complains here about what does not fit
+        return io.NodeOutput(dataset)
+
+
+def as_image(picture: Any) -> Tensor:
+    """A PIL image as an IMAGE, (1, H, W, 3) in [0, 1]."""
+    import numpy as np
+
+    return torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).float()[None] / 255
+
+
+def _step_for(resolution: int) -> int:
+    """64 pixels as everywhere, or as much as a small base's resolution allows."""
+    return next(step for step in (64, 32, 16, 8) if resolution % step == 0)

@@ -1,0 +1,192 @@
+"""The trainer in the graph. Thin: the loop is `train.train`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_management
+import torch
+from comfy.utils import ProgressBar
+from comfy_api.latest import io, ui
+
+from ...controlnext_core.comfy_adapter.feedback import tell
+from ...controlnext_core.comfy_adapter.loading import load_controlnext
+from ...controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
+from .. import journal
+from ..base_model.encode import Base
+from ..choices import CHOICES, XS
+from ..command import run_of
+from ..config import ConfigError, TrainConfig, field_docs
+from ..config_files import make_config, parse_recipe
+from ..results import Run, show_curve
+from ..train import Stopped, train
+from .datasets import Dataset, Files, Images, as_image
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PREVIEW_SIDE = 1024
+
+
+class NodeWatch:
+    """Shows a run on its node; Cancel asks it to save and end."""
+
+    def __init__(self, node_id: str | None) -> None:
+        self.node_id = node_id
+        self.bar: ProgressBar | None = None
+        self.shown: Image | None = None
+
+    def say(self, text: str) -> None:
+        tell(text, self.node_id)
+
+    def progress(self, step: int, steps: int, text: str) -> None:
+        if self.bar is None or self.bar.total != steps:
+            self.bar = ProgressBar(steps, node_id=self.node_id)
+        tell(text, self.node_id)
+        picture = None if self.shown is None else ("JPEG", self.shown, PREVIEW_SIDE)
+        if not self.stopping():  # the host's bar raises at once where the run would save first
+            self.bar.update_absolute(step, steps, picture)
+
+    def picture(self, image: Image) -> None:
+        self.shown = image
+
+    def stopping(self) -> bool:
+        return bool(comfy.model_management.processing_interrupted())
+
+
+class ControlNeXtTrain(io.ComfyNode):
+    """Train a ControlNeXt or a ControlNet-XS and load what was saved."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        docs, defaults = field_docs(), TrainConfig()
+        rate = {"min": 0.0, "max": 1.0, "step": 1e-7, "round": 1e-10}
+        return io.Schema(
+            node_id="ControlNeXtTrain",
+            display_name="Train Control",
+            category="ControlNeXt/training",
+            description="Trains a ControlNeXt or a ControlNet-XS on this model and loads the saved file. Cancel saves "
+            "first; queue again to go on. The results are in models/controlnext, the run in "
+            "output/controlnext_training.",
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The base, with the LoRAs that the control shall know. It is only read."
+                ),
+                io.Vae.Input("vae", tooltip="The base's VAE."),
+                Dataset.Input("dataset", tooltip="From a Control Dataset node."),
+                io.Combo.Input("variant", options=list(CHOICES["variant"]), tooltip=docs["variant"]),
+                io.Int.Input("steps", default=defaults.steps, min=1, max=10_000_000, tooltip=docs["steps"]),
+                io.Int.Input("batch_size", default=defaults.batch_size, min=1, max=4096, tooltip=docs["batch_size"]),
+                io.Float.Input("learning_rate", default=defaults.learning_rate, **rate, tooltip=docs["learning_rate"]),
+                io.Float.Input(
+                    "control_learning_rate",
+                    default=defaults.control_learning_rate,
+                    **rate,
+                    tooltip=docs["control_learning_rate"],
+                ),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False, tooltip=docs["seed"]
+                ),
+                io.String.Input("output_name", default=defaults.output_name, tooltip=docs["output_name"]),
+                io.Clip.Input("clip", optional=True, tooltip="The base's text encoder (SD1.5, SD2.1, SDXL)."),
+                io.ClipVision.Input("clip_vision", optional=True, tooltip="The base's image encoder (SVD)."),
+                io.String.Input(
+                    "config",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip='Further settings as a recipe (TOML), such as trainable = "to_out". They win over the '
+                    "widgets; the recipes of the pack are in controlnext_training/recipes.",
+                ),
+                io.Boolean.Input("resume", default=True, optional=True, tooltip=docs["resume"]),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model with the trained UNet weights, read from the saved file."),
+                io.ControlNet.Output(tooltip="The trained control, read from the saved file."),
+                io.LossMap.Output(tooltip="The loss of every step, for Plot Loss Graph."),
+                io.String.Output(display_name="path", tooltip="The saved file."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, variant: str | None = None, config: str | None = None) -> bool | str:
+        try:
+            settings = parse_recipe(config or "")
+            make_config(settings, {"variant": variant} if variant is not None else {})
+        except ConfigError as error:
+            return f"config: {error}"
+        return True
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        vae: Any,
+        dataset: Files | Images,
+        variant: str,
+        steps: int,
+        batch_size: int,
+        learning_rate: float,
+        control_learning_rate: float,
+        seed: int,
+        output_name: str,
+        clip: Any = None,
+        clip_vision: Any = None,
+        config: str = "",
+        resume: bool = True,
+    ) -> io.NodeOutput:
+        widgets = {
+            "variant": variant,
+            "steps": steps,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "control_learning_rate": control_learning_rate,
+            "seed": seed,
+            "output_name": output_name,
+            "resume": resume,
+        }
+        settings = make_config(parse_recipe(config), widgets, dataset.settings)
+        base = Base(model, vae, clip, clip_vision)
+        watch = NodeWatch(cls.hidden.unique_id)
+        run = run_of(settings, base)
+        with torch.inference_mode(False), torch.enable_grad():
+            try:
+                path = train(base, dataset.open(settings), None, settings, run, watch)
+            except Stopped as stopped:
+                watch.say(str(stopped))
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                raise
+        return io.NodeOutput(*_loaded(model, path, settings), _losses(run), str(path), ui=_results(run, watch, cls))
+
+
+def _loaded(model: Any, path: Path, config: TrainConfig) -> tuple[Any, Any]:
+    """(MODEL, CONTROL_NET) of the saved file."""
+    if config.variant == XS:
+        return model, load_controlnet_xs(path).control
+    loaded = load_controlnext(model, path, variant=config.variant)
+    return loaded.model, loaded.control
+
+
+def _losses(run: Run) -> dict[str, list[float]]:
+    return {"loss": list(journal.read(run.folder, "step", "loss").values())}
+
+
+def _results(run: Run, watch: NodeWatch, cls: type[io.ComfyNode]) -> Any:
+    """The loss curve and the last grid, on the node."""
+    from PIL import Image as Pictures
+
+    shown: Sequence[Any] = [Pictures.open(show_curve(run)), *([watch.shown] if watch.shown else [])]
+    side = max(max(picture.size) for picture in shown)
+    sheets = [as_image(_padded(picture, side)) for picture in shown]
+    return ui.PreviewImage(torch.cat(sheets), cls=cls)
+
+
+def _padded(picture: Any, side: int) -> Any:
+    from PIL import Image as Pictures
+
+    sheet = Pictures.new("RGB", (side, side), "white")
+    sheet.paste(picture.convert("RGB"), ((side - picture.width) // 2, (side - picture.height) // 2))
+    return sheet

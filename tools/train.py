@@ -1,0 +1,76 @@
+"""`python run.py train`: a training run in this process, with ComfyUI's own models and without its server."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .demo import device_arguments
+from .environment import ROOT, SetupError
+from .launcher import declare_missing_torchvision_ops
+
+RECIPES = ROOT / "controlnext_training" / "recipes"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What comes before the settings; those need torch to be known, and are read when it is there."""
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
+    parser.add_argument("recipe", type=Path, metavar="CONFIG.toml", help="a recipe; see controlnext_training/recipes")
+    parser.add_argument(
+        "settings",
+        nargs=argparse.REMAINDER,
+        metavar="SETTINGS",
+        help="keys of the recipe as flags, such as --steps 1000 --no-resume; CONFIG.toml --help lists them",
+    )
+
+
+def settings(given: list[str]) -> dict[str, object]:
+    """The settings that stand after the recipe; ends the process with the list of them for --help."""
+    from ..controlnext_training.config_files import add_flags, flags_given
+
+    parser = argparse.ArgumentParser("run.py train CONFIG.toml")
+    add_flags(parser)
+    return flags_given(parser.parse_args(given))
+
+
+def bring_in_host(host: Path, base: Path, cpu: bool) -> None:
+    """Make ComfyUI importable here, with its models and results in `base`."""
+    declare_missing_torchvision_ops()
+    sys.path.insert(0, str(host))
+    from comfy.cli_args import args
+
+    args.cpu = "--cpu" in device_arguments(cpu)
+    args.base_directory = str(base)
+    from ..controlnext_core.comfy_adapter.files import register_folder
+
+    register_folder()
+
+
+def run_train(options: argparse.Namespace, host: Path, own: bool) -> int:
+    """Train; 0 when the file is there, 130 when the run was stopped and saved. own: the host is the person's.
+
+    Raises SetupError with what is wrong and what to do.
+    """
+    from ..controlnext_training.config_files import make_config, read_recipe
+
+    recipe = options.recipe.resolve()
+    base = host if own else ROOT / ".host" / "base-comfy"
+    try:
+        config = make_config(settings(options.settings), read_recipe(recipe))
+        if not own:
+            from .tiny_models import make_demo_models
+
+            make_demo_models(base)
+        bring_in_host(host, base, options.cpu)
+        from ..controlnext_training.command import run_config
+        from ..controlnext_training.train import Stopped, TrainingError
+
+        try:
+            print(run_config(config, recipe.parent))
+        except Stopped as stopped:
+            print(stopped)
+            return 130
+        except TrainingError as error:
+            raise SetupError(str(error)) from error
+    except ValueError as error:  # of the configuration, the data or a file: their messages say what to do
+        raise SetupError(str(error)) from error
+    return 0
