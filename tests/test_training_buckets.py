@@ -104,6 +104,9 @@ def test_hints_are_averaged_when_they_shrink_and_stay_as_they_are_when_they_grow
     assert np.array_equal(resize(stripes, (16, 16), False), stripes.repeat(2, 0).repeat(2, 1))
     assert np.array_equal(resize(stripes, (16, 4), False), np.full((16, 4, 3), 0.5, np.float32))
     assert set(np.unique(resize(stripes, (13, 13), False))) == {0.0, 1.0}
+    nearest = np.floor((np.arange(7) + 0.5) * 5 / 7) / 4
+    ramp = np.linspace(0, 1, 5, dtype=np.float32)
+    assert np.array_equal(resize(np.tile(ramp, (5, 1)), (5, 7), False)[0], nearest.astype(np.float32))
     assert len(np.unique(resize(stripes, (16, 16), True))) > 2
     assert 0 <= resize(stripes, (19, 19), True).min() and resize(stripes, (19, 19), True).max() <= 1
 

@@ -118,6 +118,15 @@ def test_picture_hint_and_mask_of_different_sizes_are_cut_alike(tmp_path: Path) 
     assert sample.crop == (0, (107 - 64) // 2)
 
 
+def test_small_pictures_are_enlarged_smoothly_and_their_hints_are_not(tmp_path: Path) -> None:
+    halves = np.zeros((16, 16, 3), np.uint8)
+    halves[:, 8:] = 255
+    write(tmp_path / "images" / "x.png", halves)
+    write(tmp_path / "hints" / "x.png", halves)
+    sample = opened(tmp_path).load(0)
+    assert len(sample.hints.unique()) == 2 < len(sample.frames.unique())
+
+
 def test_broken_files_are_listed_with_their_reason_and_skipped(tmp_path: Path) -> None:
     root = pairs(tmp_path / "d")
     reasons = broken_files(root / "images")

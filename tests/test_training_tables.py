@@ -123,6 +123,12 @@ def test_rows_that_cannot_be_used_are_listed_by_number(tmp_path: Path) -> None:
     assert len(told) == 9
 
 
+def test_where_a_picture_is_from_is_not_its_hint(tmp_path: Path) -> None:
+    pairs(tmp_path, ["a"])
+    write(tmp_path / "metadata.jsonl", lines([{"file_name": "images/a.png", "source": "https://a.b/c", "text": ""}]))
+    assert summary(opened(tmp_path)) == [(0, 100, "caption of a")]
+
+
 def test_computed_hints_need_none_of_the_tables(tmp_path: Path) -> None:
     files(tmp_path)
     rows = [{**row(0), "conditioning_image": "gone.png"}, {"file_name": "p/\u00e4 1.png", "source": "https://a.b/c"}]

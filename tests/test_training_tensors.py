@@ -53,8 +53,8 @@ def test_one_three_and_four_channels_become_rgb(channels: int) -> None:
 def test_values_outside_of_the_range_are_clipped_and_inputs_stay_as_they_were() -> None:
     images = batch() * 3 - 1
     before = images.clone()
-    sample = TensorDataset(images, batch()).load(0)
-    assert sample.frames.min() == 0 and sample.frames.max() == 1
+    sample = TensorDataset(images, images).load(0)
+    assert sample.frames.min() == sample.hints.min() == 0 and sample.frames.max() == sample.hints.max() == 1
     sample.frames.zero_()
     assert torch.equal(images, before)
 
