@@ -105,10 +105,11 @@ def resize(values: np.ndarray, size: tuple[int, int], smooth: bool) -> np.ndarra
     import cv2
 
     enlarge = cv2.INTER_CUBIC if smooth else cv2.INTER_NEAREST_EXACT
-    for height, width in ((size[0], values.shape[1]), size):  # one axis at a time, since each may grow or shrink
-        old = values.shape[:2]
-        if (height, width) != old:
-            shrinks = height <= old[0] and width <= old[1]
+    old = values.shape[:2]
+    one_grows_one_shrinks = (size[0] - old[0]) * (size[1] - old[1]) < 0
+    for height, width in ((size[0], old[1]), size) if one_grows_one_shrinks else (size,):
+        if values.shape[:2] != (height, width):
+            shrinks = height <= values.shape[0] and width <= values.shape[1]
             values = cv2.resize(values, (width, height), interpolation=cv2.INTER_AREA if shrinks else enlarge)
     return values.clip(0, 1) if smooth else values
 
