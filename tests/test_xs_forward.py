@@ -112,11 +112,40 @@ def test_type_a_adds_nothing_in_the_encoder(folder: Path) -> None:
     assert worst(forward.run(load(kept, hint)), forward.plain_loop(weights, hint)) < PARITY
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_stays_close(dtype: torch.dtype, folder: Path) -> None:
-    """Weights stored and features computed in half precision; measured 1.3e-3 and 1.0e-2 of the output's size."""
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
+"""Largest relative error of storing one number: 4.9e-4 and 3.9e-3."""
+
+
+@HALVES
+@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS.keys())
+def test_weights_stored_in_half_precision_stay_close(widths: tuple[int, ...], dtype: torch.dtype, folder: Path) -> None:
+    """Computed in fp32, as beside an fp32 base: of what the control adds 4.8e-4 to 6.2e-4 (fp16), 3.9e-3 to 5.2e-3.
+
+    Every weight is off by up to one rounding; so is the sum of what they add, and twice that is allowed.
+    """
     forward = forward_of("9")
-    path, hint = file_of(folder, forward, (4, 8, 16), True), hint_for(forward.x)
+    path, hint = file_of(folder, forward, widths, True), hint_for(forward.x)
+    full, plain = forward.run(load(path, hint)), forward.run()
+    stored = load(path, hint)
+    stored.loaded.net.to(dtype)
+    from comfyui_controlnext.controlnext_core.comfy_adapter.features import CACHE
+
+    CACHE.clear()  # of features with the weights as they are in the file
+    relative = float((forward.run(stored) - full).norm() / (full - plain).norm())
+    CACHE.clear()
+    assert 0.1 * ROUNDING[dtype] < relative < 2 * ROUNDING[dtype]
+
+
+@HALVES
+@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS.keys())
+def test_half_precision_stays_close(widths: tuple[int, ...], dtype: torch.dtype, folder: Path) -> None:
+    """Weights and features in half precision: of what the base gets 1.0e-3 to 1.2e-3 (fp16), 0.9e-2 to 1.0e-2 (bf16).
+
+    Roundings of features add up along the stream: two to three of them are seen, four are allowed.
+    """
+    forward = forward_of("9")
+    path, hint = file_of(folder, forward, widths, True), hint_for(forward.x)
     net, half = load(path, hint).loaded.net, load(path, hint).loaded.net.to(dtype)
     outs = []
     for network, kind in ((half, dtype), (net, torch.float32)):
@@ -130,7 +159,7 @@ def test_half_precision_stays_close(dtype: torch.dtype, folder: Path) -> None:
             walk.listen(i, features.to(kind))
         outs.append(torch.cat([tensor.float().flatten() for tensor in [*found, walk.middle(emb, context)]]))
     relative = float((outs[0] - outs[1]).norm() / outs[1].norm())
-    assert 1e-5 < relative < {torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    assert 0.1 * ROUNDING[dtype] < relative < 4 * ROUNDING[dtype]
 
 
 def test_narrow_streams_have_their_norms_in_fp32(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
