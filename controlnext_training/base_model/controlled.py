@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ...controlnext_core.comfy_adapter.base_facts import BaseFacts, base_facts
+from ...controlnext_core.comfy_adapter.weights import base_weights
 from ...controlnext_core.key_maps import KeyMap, unet_key_map
 from ...controlnext_core.unet_weights import published_names
+from ..choices import XS
 from ..config import TrainConfig
 from ..trainables import Differences, selected, train_differences
-from .controls import TrainedControl, new_control
+from .controls import TrainedControl, new_control, start_from
 from .unet import checkpoint_blocks, plain_attention, training_unet
 
 Conditions = dict[str, Any]
@@ -63,8 +66,10 @@ class Controlled(nn.Module):
         self.control: TrainedControl = new_control(config, self.facts, device)
         self.key_map: KeyMap = unet_key_map(self.facts.unet_config)
         self.unet = training_unet(model, dtype, torch.device("cpu") if config.offload else device)
-        names = selected(self.key_map, config.trainable, config.blocks) if config.variant != "xs" else []
+        names = selected(self.key_map, config.trainable, config.blocks) if config.variant != XS else []
         self.differences: Differences = train_differences(self.unet, names, device)
+        if config.init_control and config.variant != XS:
+            start_from(self.differences, Path(config.init_control), self.key_map, base_weights(model))
         if config.checkpointing:
             checkpoint_blocks(self.unet)
         self.net = self.control.net

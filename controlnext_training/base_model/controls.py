@@ -21,7 +21,16 @@ from ...controlnext_core.comfy_adapter.xs_saving import ADAPTER_FILE
 from ...controlnext_core.control_files import write_control
 from ...controlnext_core.detection import choose_spec, read_control_file
 from ...controlnext_core.injection import Term, prepare
+from ...controlnext_core.key_maps import KeyMap
 from ...controlnext_core.specs import SPECS, GainLaw, Spec, config_of, with_normalization, with_trained_gain
+from ...controlnext_core.unet_weights import (
+    HOST_PREFIX,
+    WeightsKind,
+    decide_kind,
+    host_differences,
+    published_base,
+)
+from ...controlnext_core.unet_weights import Base as BaseWeights
 from ...controlnext_core.xs_convert import write as write_xs
 from ...controlnext_core.xs_detection import read_xs_file
 from ...controlnext_core.xs_specs import FAMILIES as XS_FAMILIES_BY_CONTEXT
@@ -31,6 +40,7 @@ from ...models.controlnext import ControlNeXt
 from ...models.layers import zeroed
 from ..choices import FUSIONS, XS
 from ..config import ConfigError, TrainConfig
+from ..trainables import Differences
 
 Options = dict[str, Any]
 
@@ -191,3 +201,25 @@ def _encoder_of(path: Path, spec: Spec) -> dict[str, Tensor]:
         raise ConfigError(f"init_control: {path} is a {found.name}, and variant is {spec.name}. Choose the same.")
     stored = checkpoint.load(path, file.encoder.values())
     return {name: stored[key].float() for name, key in file.encoder.items()}
+
+
+def start_from(differences: Differences, path: Path, key_map: KeyMap, base: BaseWeights) -> None:
+    """Begin with the UNet differences that a control file bundles; those of other weights must be none.
+
+    Raises ConfigError where the file changes weights that do not train here.
+    """
+    file = read_control_file(checkpoint.peek(path))
+    if not file.weights:
+        return
+    stored = checkpoint.load(path, file.weights.values())
+    tensors = {name: stored[key] for name, key in file.weights.items()}
+    kind = WeightsKind(file.metadata.weights_kind or decide_kind(tensors, published_base(tensors, key_map, base)))
+    found = host_differences(tensors, key_map, base, kind, str(path))
+    bare = {name.removeprefix(HOST_PREFIX): tensor.float() for name, tensor in found.items()}
+    others = sorted(bare.keys() - differences.parameters.keys())
+    if others:
+        raise ConfigError(
+            f"init_control: {path} changes {len(others)} weights that do not train here, first {others[0]}. Set "
+            "trainable and blocks as they were for that file."
+        )
+    differences.load({name: bare.get(name, torch.zeros(p.shape)) for name, p in differences.parameters.items()})
