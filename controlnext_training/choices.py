@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from ..controlnext_core.hints import HINTS
 from ..controlnext_core.specs import PAPER_FUSION, SPECS
+from .data.samples import PAIRED
 from .objective import OBJECTIVES, TIMESTEP_LAWS
 from .optimizers import OPTIMIZERS, SCHEDULES
 
 XS = "xs"
 """The variant that trains a ControlNet-XS and not a ControlNeXt."""
 
-PAIRED = "paired"
 AUTO = "auto"
 
 FUSIONS: dict[str, str] = {"released": "released", PAPER_FUSION: PAPER_FUSION, "zero_conv": "none", "add": "none"}

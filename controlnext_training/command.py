@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from .base_model.loading import control_folder, load_base, runs_folder
 from .config import ConfigError, TrainConfig
 from .data.dataset import open_dataset
+from .data.index import Progress
 from .data.samples import ControlDataset
 from .distributed import World, joined
 from .drawn import is_synthetic, open_drawn
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from .base_model.encode import Base
+
+INDEX = "cache/index.json"
+"""Below the folder of runs: what is known of the files of datasets."""
 
 
 class Console:
@@ -67,11 +71,16 @@ class Console:
 
 
 def open_data(
-    sources: tuple[str, ...], config: TrainConfig, index: Path | None = None, roots: Sequence[Path] | None = None
+    sources: tuple[str, ...],
+    config: TrainConfig,
+    index: Path | None = None,
+    roots: Sequence[Path] | None = None,
+    progress: Progress | None = None,
 ) -> ControlDataset:
     """The dataset of a configuration. Raises ConfigError where there is no source, DatasetError.
 
-    index: file that remembers what was read; roots: folders that files must lie in, None = anywhere.
+    index: file that remembers what was read; roots: folders that files must lie in, None = anywhere; progress: is told
+    (files read, files in all), and may raise to stop.
     """
     if not sources:
         raise ConfigError("data: is empty. Name a folder of pictures, a metadata.jsonl or a tar shard.")
@@ -90,6 +99,7 @@ def open_data(
         clip_stride=config.clip_stride,
         roots=roots,
         index=index,
+        progress=progress,
     )
 
 
@@ -136,8 +146,8 @@ def run_config(config: TrainConfig, folder: Path) -> Path:
 def _run(config: TrainConfig, folder: Path, console: Console, world: World) -> Path:
     base = load_base(config, folder)
     run = run_of(config, base, folder)
-    data = open_data(config.data, config, run.cache / "index.json")
-    held_out = open_data(config.validation_data, config, run.cache / "index.json") if config.validation_data else None
+    data = open_data(config.data, config, run.folder.parent / INDEX)
+    held_out = open_data(config.validation_data, config, run.folder.parent / INDEX) if config.validation_data else None
     console.say(f"{len(data)} samples; the run is kept in {run.folder}")
     for path, why in getattr(data, "broken", ()):
         console.say(f"left out: {path}: {why}")

@@ -8,18 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import folder_paths
 import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ...controlnext_core.comfy_adapter.feedback import tell
-from ..choices import CHOICES, PAIRED
-from ..command import open_data
+from ..base_model.loading import runs_folder
+from ..choices import CHOICES
+from ..command import INDEX, open_data
 from ..config import ConfigError, TrainConfig, field_docs
 from ..config_files import make_config
 from ..data.report import contact_sheet, report
-from ..data.samples import ControlDataset
+from ..data.samples import PAIRED, ControlDataset
 from ..data.tensors import TensorDataset
 
 ROOTS_VARIABLE = "CONTROLNEXT_DATA_ROOTS"
@@ -37,7 +39,7 @@ class Files:
     roots: tuple[Path, ...]
 
     def open(self, config: TrainConfig) -> ControlDataset:
-        return open_data(config.data, config, roots=self.roots)
+        return open_data(config.data, config, runs_folder() / INDEX, self.roots, _stop_if_cancelled)
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,10 @@ class Images:
             clip_frames=config.clip_frames if config.video else 1,
             clip_stride=config.clip_stride,
         )
+
+
+def _stop_if_cancelled(done: int, total: int) -> None:
+    comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 def allowed_roots() -> tuple[Path, ...]:
