@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from comfyui_controlnext.benchmarks.bench_video_memory import Allocations, encoder_peak, numbers_per_pixel
+from comfyui_controlnext.benchmarks.bench_video_memory import Allocations, encoder_peak, numbers_per_pixel, plan
+from comfyui_controlnext.controlnext_core import memory
 from comfyui_controlnext.controlnext_core.memory import (
     NUMBERS_PER_PIXEL,
     ROWS_AT_ONCE,
@@ -73,6 +75,15 @@ def test_features_of_a_frame_at_576_by_1024(name: str, expected: int) -> None:
     assert feature_bytes(spec, config_of(spec).out_channels, 576, 1024, 2) == 2 * expected
 
 
+def test_the_page_about_video_states_what_the_law_gives() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "video.md").read_text("utf-8")
+    plans = [plan(SPECS[name], 240, 576, 1024).split()[1:] for name in ("svd_v1", "svd_v2")]
+    for first, second in zip(*plans, strict=True):
+        assert f"| {first} | {second} |" in page
+    for name in ("NUMBERS_PER_PIXEL", "rows_at_once", "WORKING_BYTES", "ROWS_AT_ONCE", "feature_bytes"):
+        assert f"`{name}" in page and hasattr(memory, name)
+
+
 # in the host
 
 
@@ -96,8 +107,6 @@ def hinted(one_run: None) -> Any:
 def test_encoding_many_frames_needs_what_the_host_is_told(
     hinted: Any, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from comfyui_controlnext.controlnext_core import memory
-
     row = 64 * 64 * hinted.bytes_per_pixel(FULL)
     assert row == 64 * 64 * 131 * 4
     monkeypatch.setattr(memory, "WORKING_BYTES", rows * row)
