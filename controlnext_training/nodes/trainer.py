@@ -14,7 +14,7 @@ from comfy_api.latest import io, ui
 from ...controlnext_core.comfy_adapter.feedback import tell
 from ...controlnext_core.comfy_adapter.loading import load_controlnext
 from ...controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
-from .. import journal
+from .. import state
 from ..base_model.encode import Base
 from ..choices import CHOICES, XS
 from ..command import run_of
@@ -171,7 +171,9 @@ def _loaded(model: Any, path: Path, config: TrainConfig) -> tuple[Any, Any]:
 
 
 def _losses(run: Run) -> dict[str, list[float]]:
-    return {"loss": list(journal.read(run.folder, "step", "loss").values())}
+    """Of every step, as the host's own trainer gives them."""
+    found = state.latest(run.folder)
+    return {"loss": [] if found is None else found.tensors("losses")["loss"].tolist()}
 
 
 def _results(run: Run, watch: NodeWatch, cls: type[io.ComfyNode]) -> Any:
