@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from .state import LOG
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-LOG = "log.jsonl"
 logger = logging.getLogger(__name__)
 
 
@@ -46,8 +50,10 @@ class Journal:
         if not self.writes:
             return
         line = {"event": event, "step": step, "seconds": round(time.time() - self.started, 3), **values}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(_plain(line), ensure_ascii=False) + "\n")
+        with lenient(self.path):
+            start_of_line(self.path)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(_plain(line), ensure_ascii=False) + "\n")
         if self.events is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
@@ -56,6 +62,24 @@ class Journal:
     def close(self) -> None:
         if self.events is not None:
             self.events.close()
+
+
+@contextlib.contextmanager
+def lenient(path: Path) -> Iterator[None]:
+    """Inside, what cannot be written (a full disk) is said in the log and does not end the run."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s: could not be written (%s). Training goes on; free some disk space.", path, error)
+
+
+def start_of_line(path: Path) -> None:
+    """End a line that a crash cut off, so that what follows can be read."""
+    if not path.is_file():
+        return
+    with open(path, "rb+") as file:
+        if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":
+            file.write(b"\n")
 
 
 def read(folder: Path, event: str, key: str) -> dict[int, float]:

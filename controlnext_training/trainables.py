@@ -95,23 +95,3 @@ def train_differences(unet: nn.Module, names: list[str], device: torch.device) -
         parametrize.register_parametrization(module, leaf, AddBase(base))
         parameters[name] = module.parametrizations[leaf].original  # type: ignore[union-attr, index]
     return Differences(parameters)
-
-
-def base_tensors(unet: nn.Module, names: list[str]) -> dict[str, Tensor]:
-    """The frozen part of each weight that trains, by host name."""
-    found = {}
-    for name in names:
-        path, _, leaf = name.rpartition(".")
-        (added,) = unet.get_submodule(path).parametrizations[leaf]  # type: ignore[index]
-        found[name] = added.base
-    return found
-
-
-def move_frozen(unet: nn.Module, device: torch.device) -> None:
-    """Move what does not train to `device`; what trains stays."""
-    for module in unet.modules():
-        for parameter in module.parameters(recurse=False):
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(device)
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(device)

@@ -1,5 +1,6 @@
-"""A copy of the host's UNet that can be trained: ordinary tensors, in the dtype of the run, with what the MODEL's
-loaders patched into them. The MODEL itself, which other workflows share, is only read."""
+"""The host's UNet once more, such that it can be trained: in the dtype of the run, with what the MODEL's loaders
+patched into it. The MODEL itself, which other workflows share, is only read; where it has the right dtype and device
+and no patch, both hold the same memory."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from ...controlnext_core.unet_weights import HOST_PREFIX
 def training_unet(model: ModelPatcher, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The UNet of `model` as the host would sample with it, in `dtype`, frozen, on `device`.
 
-    Weights are taken one at a time. Raises ValueError for a model without the UNet of SD1.5, SDXL or SVD.
+    Weights are taken one at a time, and are not to be written to. Raises ValueError for a model without the UNet of SD1.5, SDXL or SVD.
     """
     source = model.model.diffusion_model
     if not isinstance(source, UNetModel):
@@ -38,7 +39,7 @@ def training_unet(model: ModelPatcher, dtype: torch.dtype, device: torch.device)
             if weight is None:
                 raise ValueError(f"the connected model has no weight '{name}'. Load it from an ordinary checkpoint.")
             weight = _patched(model, HOST_PREFIX + name, weight)
-            _put(unet, name, weight.to(device, dtype, copy=True), isinstance(old, nn.Parameter))
+            _put(unet, name, _ordinary(weight.to(device, dtype)), isinstance(old, nn.Parameter))
     return unet.eval().requires_grad_(False)
 
 
@@ -48,6 +49,14 @@ def _patched(model: ModelPatcher, name: str, weight: Tensor) -> Tensor:
     if not patches:
         return weight
     return comfy.lora.calculate_weight(patches, weight.to(torch.float32, copy=True), name)
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """The same memory as a tensor that may take part in a gradient; what a node made in inference mode may not."""
+    if not tensor.is_inference():
+        return tensor.detach()
+    plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def _put(root: nn.Module, name: str, tensor: Tensor, is_parameter: bool) -> None:
