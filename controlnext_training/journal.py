@@ -44,6 +44,9 @@ class Journal:
         self.writes = writes
         self.events = _tensorboard(folder) if tensorboard and writes else None
         self.started = time.time()
+        if writes:
+            with lenient(self.path):
+                _end_cut_line(self.path)
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """Append one line: what happened, after how many steps, and numbers or words about it."""
@@ -51,7 +54,6 @@ class Journal:
             return
         line = {"event": event, "step": step, "seconds": round(time.time() - self.started, 3), **values}
         with lenient(self.path):
-            start_of_line(self.path)
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(_plain(line), ensure_ascii=False) + "\n")
         if self.events is not None:
@@ -73,20 +75,11 @@ def lenient(path: Path) -> Iterator[None]:
         logger.warning("%s: could not be written (%s). Training goes on; free some disk space.", path, error)
 
 
-def start_of_line(path: Path) -> None:
-    """End a line that a crash cut off, so that what follows can be read."""
-    if not path.is_file():
-        return
-    with open(path, "rb+") as file:
-        if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":
-            file.write(b"\n")
-
-
 def read(folder: Path, event: str, key: str) -> dict[int, float]:
     """step -> value, from the lines of one event; of a step that was run twice, the later."""
     path = folder / LOG
     found = {}
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
         try:
             values = json.loads(line)
         except ValueError:  # cut off by a crash
@@ -94,6 +87,14 @@ def read(folder: Path, event: str, key: str) -> dict[int, float]:
         if values.get("event") == event and isinstance(values.get(key), (int, float)):
             found[int(values["step"])] = float(values[key])
     return dict(sorted(found.items()))
+
+
+def _end_cut_line(path: Path) -> None:
+    """Take away the line that a crash cut off, so that every line of the log is JSON."""
+    content = path.read_bytes() if path.is_file() else b""
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

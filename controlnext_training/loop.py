@@ -75,8 +75,17 @@ def make_loop(
 
 
 def open_run(run: Run, config: TrainConfig, base: Base, world: World, watch: Watch) -> state.State | None:
-    """The state to go on from, or None for a new run, whose folder is then there and empty. Raises ConfigError."""
+    """The state to go on from, or None for a new run, whose folder is then there and empty.
+
+    Raises ConfigError where the state is of another run, or is not the same for all processes.
+    """
     found = state.latest(run.folder) if config.resume else None
+    seen = set(world.gather(-1 if found is None else found.step))
+    if len(seen) > 1:
+        raise ConfigError(
+            f"runs_folder: the processes do not see the same states in {run.folder}. Set runs_folder to a folder on a "
+            "drive that all machines share."
+        )
     if found is not None:
         _check_same_run(found, config, base)
     elif world.first:
@@ -101,6 +110,11 @@ def _check_same_run(found: state.State, config: TrainConfig, base: Base) -> None
     changed = [f"{key} was {old[key]!r} and is {new[key]!r}" for key in FIXED if old[key] != new[key]]
     if found.facts["base"] != base.identity("model"):
         changed.append("the base model is another")
+    if found.step > config.steps:
+        raise ConfigError(
+            f"steps: {found.folder} has {found.step} steps behind it, and steps is {config.steps}. Set steps to "
+            f"{found.step} or more, or set resume = false or another output_name to start anew."
+        )
     if changed:
         raise ConfigError(
             f"resume: {found.folder} is of another run: {'; '.join(changed)}. Set these back, or set resume = false "
@@ -126,6 +140,8 @@ def resume(loop: Loop, found: state.State | None, watch: Watch) -> int:
         for key, value in json.loads(loop.config.to_json()).items()
         if found.facts["config"].get(key) != value
     ]
+    if (before := found.facts.get("processes", 1)) != loop.world.size:
+        changed.append(f"processes {before} -> {loop.world.size}")
     watch.say(
         f"resumed at step {found.step} from {found.folder}" + (f"; changed: {', '.join(changed)}" if changed else "")
     )
@@ -149,6 +165,7 @@ def save(loop: Loop, step: int, run: Run) -> Path:
             "optimizer": rest,
             "scaler": loop.scaler.state_dict(),
             "base": run.base,
+            "processes": loop.world.size,
         }
         folder = state.save(run.folder, step, parts, facts, loop.config.keep_states)
     loop.world.wait()

@@ -21,9 +21,11 @@ from .config import TrainConfig
 from .distributed import World
 from .journal import Journal, Watch
 from .plots import loss_curve
+from .state import where_it_ends
 from .validation import NO_EFFECT, Validation
 
 NAME_FILE = "run.txt"
+CURVE = "loss.png"
 RUN_KEY = f"{PREFIX}run"
 """Metadata of a trained file: which run made it."""
 
@@ -51,9 +53,15 @@ def finished_file(controlled: Controlled, config: TrainConfig, run: Run, losses:
         facts = _facts(config, run, losses)
         stem = free_target(run, config)
         weights = controlled.published_differences()
-        path = controlled.control.save(stem, weights, config.layout, DTYPES[config.save_dtype], facts)
-        header = checkpoint.peek(path)
-        read_xs_file(header) if config.variant == XS else read_control_file(header)
+        try:
+            path = controlled.control.save(stem, weights, config.layout, DTYPES[config.save_dtype], facts)
+            header = checkpoint.peek(path)
+            read_xs_file(header) if config.variant == XS else read_control_file(header)
+        except checkpoint.CheckpointError as error:
+            raise checkpoint.CheckpointError(
+                f"{error} The training itself is done and kept: {where_it_ends(run.folder)} Run again with resume on "
+                "to write the file."
+            ) from error
     (path, *_) = world.gather(path)
     assert path is not None
     return path
@@ -91,7 +99,7 @@ def _run_name(run: Run) -> str:
 def name_run(run: Run) -> None:
     """Give a new run a name that no other has."""
     path = run.folder / NAME_FILE
-    if not path.exists():
+    if not path.exists() or not path.read_text("utf-8").strip():
         path.write_text(secrets.token_hex(8), "utf-8")
 
 
@@ -127,16 +135,19 @@ def show_validation(found: Validation, step: int, run: Run, journal: Journal, wa
             "raise control_learning_rate or gain, and look whether the hints are empty."
         )
     if found.grid is not None:
-        found.grid.save(run.folder / f"validation-{step:08d}.png")
+        path = run.folder / f"validation-{step:08d}.png"
+        with journals.lenient(path):
+            found.grid.save(path)
         watch.picture(found.grid)
-    show_curve(run)
+    with journals.lenient(run.folder / CURVE):
+        show_curve(run)
 
 
 def show_curve(run: Run) -> Path:
     """Draw loss.png from the log."""
     steps = journals.read(run.folder, "step", "loss")
     validated = journals.read(run.folder, "validation", "loss")
-    path = run.folder / "loss.png"
+    path = run.folder / CURVE
     loss_curve(list(steps), list(steps.values()), list(validated.items())).save(path)
     return path
 

@@ -6,6 +6,7 @@ and the base is the host's. Source of the method: ControlNeXt (arXiv 2408.06070)
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 
 from . import optimizers, state
-from .base_model.encode import Base, device_of_host, is_out_of_memory, make_room
+from .base_model.encode import Base, device_of_host, is_interruption, is_out_of_memory, make_room
 from .config import TrainConfig
 from .data.cache import Cache
 from .data.samples import ControlDataset
 from .distributed import World
 from .encoded import Memory, Store, Wanted
 from .journal import Journal, Watch
+from .lock import held
 from .loop import Loop, averaged, make_loop, open_run, resume, save
 from .results import Meter, Run, duration, finished_file, show_validation
 from .step import draw, losses
@@ -54,6 +56,19 @@ def train(
     go. Raises Stopped where `watch` asks for it, TrainingError, ConfigError, DatasetError, CheckpointError.
     """
     world = world or World()
+    with held(run.folder) if world.first else contextlib.nullcontext():
+        return _train(base, data, held_out, config, run, watch, world)
+
+
+def _train(
+    base: Base,
+    data: ControlDataset,
+    held_out: ControlDataset | None,
+    config: TrainConfig,
+    run: Run,
+    watch: Watch,
+    world: World,
+) -> Path:
     torch.manual_seed(config.seed)  # for what asks nobody, such as a stock layer; ours are functions of the position
     base.check(config.video)
     found = open_run(run, config, base, world, watch)
@@ -75,8 +90,6 @@ def train(
     try:
         start = resume(loop, found, watch)
         journal.write("start" if start == 0 else "resume", start, samples=len(training), left_out=len(broken))
-        if start < config.steps:
-            _try_one_step(loop, start, watch, journal)
         _steps(loop, start, run, watch, journal, validator)
         with averaged(loop):
             path = finished_file(loop.controlled, config, run, loop.losses, world)
@@ -89,30 +102,53 @@ def train(
 
 
 def _steps(loop: Loop, start: int, run: Run, watch: Watch, journal: Journal, validator: Validator | None) -> None:
-    """From `start` to the last step."""
+    """From `start` to the last step. Raises Stopped with the state saved."""
+    try:
+        _steps_until_stopped(loop, start, run, watch, journal, validator)
+    except Exception as error:
+        if not is_interruption(error):
+            raise
+        # the host's layers throw inside a forward, where the last step is complete and the next has done nothing yet
+        step = len(loop.losses)
+        raise Stopped(step, save(loop, step, run)) from error
+
+
+def _steps_until_stopped(
+    loop: Loop, start: int, run: Run, watch: Watch, journal: Journal, validator: Validator | None
+) -> None:
     config, clock, since = loop.config, time.monotonic(), start
     for step in range(start, config.steps):
         if _any(watch.stopping(), loop.world):
             raise Stopped(step, save(loop, step, run))
+        if step == start:
+            _try_one_step(loop, start, watch, journal)
+            clock = time.monotonic()
         loss, norm = _step(loop, step)
+        _check(loss, norm, step, loop, run)
         loop.losses.append(loss)
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss of step {step + 1} is {loss}. {state.where_it_ends(run.folder)} Lower the learning rates, "
-                "or set precision = bf16 or fp32, and run again: it goes on from there."
-            )
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
             seconds = (time.monotonic() - clock) / (done - since)
             clock, since = time.monotonic(), done
             _tell(loop, done, loss, norm, seconds, journal, watch)
-        if done % config.save_every == 0 and done < config.steps:
+        if done % config.save_every == 0 or done == config.steps:
             save(loop, done, run)
         if validator is not None and (done % config.validate_every == 0 or done == config.steps):
             with averaged(loop):
                 show_validation(validator.run(loop.controlled), done, run, journal, watch)
             clock, since = time.monotonic(), done
-    save(loop, config.steps, run)
+
+
+def _check(loss: float, norm: float, step: int, loop: Loop, run: Run) -> None:
+    """Raise TrainingError where a step has spoilt the weights, before they are saved."""
+    skipped = loop.scaler.is_enabled()  # a step whose gradient is not finite has no effect then
+    if math.isfinite(loss) and (skipped or math.isfinite(norm)):
+        return
+    what = f"loss of step {step + 1} is {loss}" if not math.isfinite(loss) else f"gradient of step {step + 1} is {norm}"
+    raise TrainingError(
+        f"the {what}. {state.where_it_ends(run.folder)} Lower the learning rates, or set precision = bf16 or fp32, "
+        "and run again: it goes on from there."
+    )
 
 
 def _step(loop: Loop, step: int) -> tuple[float, float]:

@@ -301,10 +301,10 @@ def ours(server: ComfyServer) -> dict[str, Any]:
 
 
 def test_the_page_gets_every_node_with_words_on_every_socket(server: ComfyServer) -> None:
-    from comfyui_controlnext.nodes import NODE_CLASS_MAPPINGS
+    from comfyui_controlnext import controlnext_training, nodes
 
     found = ours(server)
-    assert found.keys() == NODE_CLASS_MAPPINGS.keys()
+    assert found.keys() == nodes.NODE_CLASS_MAPPINGS.keys() | controlnext_training.NODE_CLASS_MAPPINGS.keys()
     for name, info in found.items():
         assert info["display_name"] and info["description"] and info["category"].partition("/")[0] == "ControlNeXt"
         inputs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
@@ -331,6 +331,16 @@ PUBLISHED = {
     "ControlNeXtVideoWindows": (
         "model length=14 overlap=4 schedule=standard_static fuse=pyramid repeat_first_hint=False",
         ["MODEL"],
+    ),
+    "ControlDatasetFolder": (
+        "folder hint=paired resolution=512 buckets=True caption_extension=.txt",
+        ["CONTROL_DATASET"],
+    ),
+    "ControlDatasetImages": ("images hints captions=", ["CONTROL_DATASET"]),
+    "ControlNeXtTrain": (
+        "model vae dataset variant steps=1000 batch_size=1 learning_rate=1e-05 control_learning_rate=0.0001 seed=0 "
+        "output_name=control clip clip_vision config= resume=True",
+        ["MODEL", "CONTROL_NET", "LOSS_MAP", "STRING"],
     ),
 }
 """Ids, defaults and outputs that shared workflows depend on."""

@@ -16,7 +16,6 @@ from ...models.controlnet_xs import ControlNetXS
 from .. import checkpoint
 from ..xs_detection import XSFile, read_xs_file
 from ..xs_key_maps import DIFFUSERS
-from ..xs_specs import FEW_CHANNELS as FEW_CHANNELS
 from ..xs_specs import build_config, released_as
 from .encoders import into_host
 from .xs_control import ControlNetXSControl, LoadedXS

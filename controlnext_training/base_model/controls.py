@@ -16,7 +16,7 @@ from ...controlnext_core.comfy_adapter.base_facts import BaseFacts, check_pair
 from ...controlnext_core.comfy_adapter.collector import Job, collect
 from ...controlnext_core.comfy_adapter.xs_control import time_mix
 from ...controlnext_core.comfy_adapter.xs_forward import Companion, XSJob, join_forward
-from ...controlnext_core.comfy_adapter.xs_loading import FEW_CHANNELS, Fp32Norms
+from ...controlnext_core.comfy_adapter.xs_loading import Fp32Norms
 from ...controlnext_core.comfy_adapter.xs_saving import ADAPTER_FILE
 from ...controlnext_core.control_files import write_control
 from ...controlnext_core.detection import choose_spec, read_control_file
@@ -134,7 +134,7 @@ class _XS:
         self.shape = _xs_shape(config, facts)
         self.heads = heads_of(self.shape, (), f"xs_ratio {config.xs_ratio:g}")
         built = build_config(self.shape, self.heads, self.rule)
-        operations = Fp32Norms if min(self.shape.widths) < FEW_CHANNELS else comfy.ops.manual_cast
+        operations = Fp32Norms if self.shape.fp32_norms else comfy.ops.manual_cast
         self.net = ControlNetXS(built, device="meta", operations=operations)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)

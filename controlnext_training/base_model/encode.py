@@ -116,6 +116,11 @@ def make_room(device: torch.device) -> None:
     comfy.model_management.soft_empty_cache()
 
 
+def is_interruption(error: BaseException) -> bool:
+    """Whether the host threw this because somebody pressed Cancel; its layers do so in the middle of a forward."""
+    return isinstance(error, comfy.model_management.InterruptProcessingException)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device had no room."""
     return isinstance(error, comfy.model_management.OOM_EXCEPTION)

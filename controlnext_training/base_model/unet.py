@@ -22,7 +22,8 @@ from ...controlnext_core.unet_weights import HOST_PREFIX
 def training_unet(model: ModelPatcher, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The UNet of `model` as the host would sample with it, in `dtype`, frozen, on `device`.
 
-    Weights are taken one at a time, and are not to be written to. Raises ValueError for a model without the UNet of SD1.5, SDXL or SVD.
+    Weights are taken one at a time, and are not to be written to. Raises ValueError for a model without the UNet of
+    SD1.5, SDXL or SVD.
     """
     source = model.model.diffusion_model
     if not isinstance(source, UNetModel):

@@ -157,8 +157,8 @@ class ControlNeXtTrain(io.ComfyNode):
                 path = train(base, dataset.open(settings), None, settings, run, watch)
             except Stopped as stopped:
                 watch.say(str(stopped))
-                comfy.model_management.throw_exception_if_processing_interrupted()
-                raise
+                comfy.model_management.interrupt_current_processing(False)
+                raise comfy.model_management.InterruptProcessingException from stopped
         return io.NodeOutput(*_loaded(model, path, settings), _losses(run), str(path), ui=_results(run, watch, cls))
 
 
