@@ -1,0 +1,157 @@
+"""What a control costs per step: first queue run, second queue run, beside stock ControlNet.
+
+    python run.py bench step [--quick] [--cases sd15,..]
+
+Cases are interleaved; a ratio is a case's step over the bare step of the same repeat. `own` is bare + own over bare
+inside the very same step, from the processor time spent in this pack's code; noise of other programs cancels in it.
+"""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if __package__ in (None, ""):
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
+
+from comfyui_controlnext.benchmarks.host import Options, begin  # noqa: E402
+from comfyui_controlnext.benchmarks.real_size import make_control, make_stock, make_unet, make_xs  # noqa: E402
+from comfyui_controlnext.benchmarks.report import append_table, spread  # noqa: E402
+from comfyui_controlnext.benchmarks.sampling import Run, Setup, forget, queue, watching  # noqa: E402
+
+HEAD = ("case", "goal GPU / CPU", "wall", "processor time", "own", "s/step")
+RUN_STEPS = 20
+"""Of the queue run that the first step's one-time work is spread over."""
+
+
+@dataclass
+class Case:
+    """One row. first: nothing of its hints is kept; second: it runs after another run with its hints."""
+
+    name: str
+    setup: Setup
+    first: bool = False
+    second: bool = False
+    goal: str = ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A base model and the rows beside it. size: height, width, batch; quick: the same, small."""
+
+    name: str
+    size: tuple[int, int, int]
+    quick: tuple[int, int, int]
+    controls: Callable[[Any, Options], list[tuple[str, tuple[Any, ...], str, str]]]
+    """(MODEL, options) -> (name, controls, goal of the first run, goal of the second) of each case."""
+
+
+def sd15(model: Any, options: Options) -> list[tuple[str, tuple[Any, ...], str, str]]:
+    folder = options.scratch
+    three = tuple(make_control("sd15", folder, seed) for seed in range(3))
+    return [
+        ("ControlNeXt", three[:1], "1.03 / 1.05", "1.005 / noise"),
+        ("ControlNeXt legacy", (make_control("sd15_legacy", folder),), "1.06 / 1.19", "1.005 / noise"),
+        ("three ControlNeXts", three, "", "1.015"),
+        ("ControlNet-XS 53m", (make_xs("sd15_53m", folder),), "", ""),
+        ("stock ControlNet", (make_stock(model, options.dtype),), "", ""),
+    ]
+
+
+def sdxl(model: Any, options: Options) -> list[tuple[str, tuple[Any, ...], str, str]]:
+    folder = options.scratch
+    three = tuple(make_control("sdxl", folder, seed) for seed in range(3))
+    return [
+        ("ControlNeXt", three[:1], "1.02 / 1.03", "1.005 / noise"),
+        ("three ControlNeXts", three, "", "1.015"),
+        ("ControlNet-XS 20m", (make_xs("sdxl_20m", folder),), "", "1.10 / 1.06"),
+        ("ControlNet-XS 48m", (make_xs("sdxl_48m", folder),), "", "1.10 / 1.06"),
+        ("stock ControlNet", (make_stock(model, options.dtype),), "", ""),
+    ]
+
+
+def svd(model: Any, options: Options) -> list[tuple[str, tuple[Any, ...], str, str]]:
+    return [
+        ("ControlNeXt v2", (make_control("svd_v2", options.scratch),), "1.03", "1.01"),
+        ("ControlNeXt v1", (make_control("svd_v1", options.scratch),), "1.03", "1.01"),
+    ]
+
+
+FAMILIES = (
+    Family("sd15", (512, 512, 1), (128, 128, 1), sd15),
+    Family("sdxl", (1024, 1024, 1), (256, 256, 1), sdxl),
+    Family("svd", (576, 1024, 14), (64, 128, 4), svd),
+)
+
+
+def cases_of(family: Family, options: Options) -> list[Case]:
+    """The bare model first, then each control's first and second run."""
+    model = make_unet(family.name, options.dtype)
+    height, width, batch = family.quick if options.quick else family.size
+    bare = Setup(family.name, model, height, width, batch)
+    cases = [Case("bare", bare)]
+    for name, controls, first, second in family.controls(model, options):
+        setup = bare.with_controls(*controls)
+        stock = name.startswith("stock")
+        if first:
+            cases.append(Case(f"{name}, first run", setup, first=True, goal=first))
+        again = name if stock else f"{name}, second run"
+        cases.append(Case(again, setup, second=not stock and not first, goal=second))
+    return [case for case in cases if case.name == "bare" or options.wants(f"{family.name} {case.name}")]
+
+
+def measure(family: Family, options: Options) -> None:
+    """Run one family and write its table."""
+    cases = cases_of(family, options)
+    if len(cases) == 1:
+        return
+    steps = 2 if options.cpu else RUN_STEPS
+    length = {case.name: steps if case.first or not options.cpu else 1 for case in cases}
+    for case in cases:  # on a GPU, kernels are chosen and memory is taken in a process's first runs
+        if case.second or not options.cpu:
+            queue(case.setup, length[case.name], seed=99)
+    found: dict[str, list[tuple[Run, Run]]] = {case.name: [] for case in cases}
+    for repeat in range(options.repeats):
+        bare = queue(cases[0].setup, length["bare"], seed=repeat)
+        found["bare"].append((bare, bare))
+        for case in cases[1:]:
+            if case.first:
+                forget(case.setup)
+            found[case.name].append((queue(case.setup, length[case.name], seed=repeat), bare))
+    rows = [row(case, found[case.name], options) for case in cases]
+    height, width, batch = cases[0].setup.height, cases[0].setup.width, cases[0].setup.batch
+    title = f"{family.name}, {height}x{width}" + (f", {batch} frames" if batch > 1 else "") + ", CFG"
+    settings = f"{str(options.dtype)[6:]}, {options.repeats} interleaved repeats, runs of {RUN_STEPS} steps"
+    if options.cpu:
+        settings += f" worked out from {steps}, {torch.get_num_threads()} threads"
+    append_table("step", title, HEAD, rows, settings, options.json, keep=not options.quick)
+
+
+def row(case: Case, runs: list[tuple[Run, Run]], options: Options) -> tuple[str, ...]:
+    costs = [(run.per_step(RUN_STEPS), bare.per_step(RUN_STEPS)) for run, bare in runs]
+    own = [cost.cpu / (cost.cpu - cost.own) for cost, _ in costs]
+    return (
+        case.name,
+        case.goal,
+        spread([cost.wall / bare.wall for cost, bare in costs]),
+        spread([cost.cpu / bare.cpu for cost, bare in costs]),
+        spread(own) if options.cpu and max(own) > 1 else "",
+        f"{min(cost.wall for cost, _ in costs):.3f}",
+    )
+
+
+def main() -> None:
+    options = begin(__doc__ or "")
+    with watching():
+        for family in FAMILIES:
+            if options.wants(family.name) or any(family.name in word for word in options.cases):
+                measure(family, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Networks of real size in the host's hands, with random weights: parameters of one shape share one tensor.
+
+Times and multiply-adds are those of the real networks; SDXL takes 0.8 GB in place of 10.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..controlnext_core import checkpoint
+from ..controlnext_core.detection import read_control_file
+from ..controlnext_core.specs import SPECS
+from ..tools.tiny_models import LAYOUTS, RELEASED_XS, make_controlnext, unet_shapes, xs_shapes
+from ..tools.tiny_models.layouts import UNetLayout
+from ..tools.tiny_models.storage import random_tensor, save
+
+UNETS: dict[str, UNetLayout] = {
+    "sd15": LAYOUTS["sd15_full"],
+    "sdxl": RELEASED_XS["sdxl_48m"].unet,
+    "svd": replace(
+        LAYOUTS["svd"],
+        channel_mult=(1, 2, 4, 4),
+        depth_out=(0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1),
+    ),
+}
+FILES = {"gen1a": "sd15_legacy", "gen1a_norm": "sdxl_june", "gen1b": "sdxl_july", "gen1b_scale": "svd_v1"}
+"""Build -> the name of its published file in tools/tiny_models; the second generation has one for all."""
+NOT_STOCK = ("out_channels", "use_temporal_resblock", "use_temporal_attention")
+
+
+def share_weights(network: nn.Module, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    """Give every parameter numbers; those of one shape are one tensor. Norms do nothing but normalise."""
+    shared: dict[tuple[Any, ...], nn.Parameter] = {}
+    for module in network.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            key = (tuple(parameter.shape), name == "weight")
+            if key not in shared:
+                shared[key] = nn.Parameter(_numbers(*key, device).to(dtype), requires_grad=False)
+            module._parameters[name] = shared[key]
+
+
+def _numbers(shape: tuple[int, ...], weight: bool, device: torch.device | str) -> Tensor:
+    if len(shape) < 2:
+        return torch.full(shape, float(weight), device=device)
+    if torch.device(device).type == "meta":
+        return torch.empty(shape, device=device)
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator) * torch.Size(shape[1:]).numel() ** -0.5
+
+
+def make_unet(name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+    """A MODEL of that real UNet (a key of UNETS), as the host's loaders give it. device: where the weights are."""
+    import comfy.model_detection
+    import comfy.model_management
+    import comfy.model_patcher
+
+    shapes = unet_shapes(UNETS[name])
+    names = {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in shapes.items()}
+    config = comfy.model_detection.model_config_from_unet(names, "")
+    config.set_inference_dtype(dtype, None)
+    model = config.get_model(names, "", device="meta")
+    share_weights(model.diffusion_model, dtype, device)
+    model.device = comfy.model_management.get_torch_device()
+    return comfy.model_patcher.ModelPatcher(
+        model,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+
+
+def make_control(variant: str, folder: Path, seed: int = 0) -> Any:
+    """A ControlNeXt of that row of SPECS, through a file and the loader's own code."""
+    from ..controlnext_core.comfy_adapter.loading import load_control
+
+    spec = SPECS[variant]
+    path = folder / f"{variant}_{seed}.safetensors"
+    make_controlnext(path, FILES.get(spec.build, "gen2"), seed=seed)
+    return load_control(read_control_file(checkpoint.peek(path)), spec.family, variant)
+
+
+def make_xs(release: str, folder: Path) -> Any:
+    """A ControlNet-XS of a released size (a key of RELEASED_XS), through a file and the loader."""
+    from ..controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
+
+    path = folder / f"{release}.safetensors"
+    tensors = {}
+    for name, shape in xs_shapes(RELEASED_XS[release]).items():
+        if len(shape) < 2:
+            tensors[name] = torch.full(shape, float(name.endswith("weight"))).half()
+        else:
+            tensors[name] = random_tensor(name, shape, torch.Size(shape[1:]).numel() ** -0.5, 0).half()
+    return load_controlnet_xs(save(path, tensors)).control
+
+
+def make_stock(unet: Any, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+    """The stock ControlNet beside that MODEL: its encoder once more, in the host's own object."""
+    import comfy.cldm.cldm
+    import comfy.controlnet
+    import comfy.model_management
+    import comfy.ops
+
+    config = {key: value for key, value in unet.model.model_config.unet_config.items() if key not in NOT_STOCK}
+    config |= {"dtype": dtype, "device": "meta", "hint_channels": 3, "operations": comfy.ops.disable_weight_init}
+    config.pop("transformer_depth_output", None)
+    network = comfy.cldm.cldm.ControlNet(**config)
+    share_weights(network, dtype, device)
+    return comfy.controlnet.ControlNet(network, load_device=comfy.model_management.get_torch_device())
