@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,15 +33,25 @@ INDEX = "cache/index.json"
 """Below the folder of runs: what is known of the files of datasets."""
 
 
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+"""What asks a run to save and end: Ctrl-C, a request of the system, a closed terminal, Ctrl-Break."""
+
+TOGETHER = 2.0
+"""Seconds within which a second signal is the same wish: `torchrun` sends its processes one beside the terminal's."""
+
+
 class Console:
     """Lines on standard output; Ctrl-C asks the run to save and end."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self.asked = threading.Event()
+        self.asked_at = 0.0
 
     def say(self, text: str) -> None:
-        if not self.quiet:
+        if self.quiet:
+            return
+        with contextlib.suppress(OSError):  # the terminal or the pipe is gone: no reason to lose the run
             sys.stdout.write(f"{text}\n")
             sys.stdout.flush()
 
@@ -54,15 +67,24 @@ class Console:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, the first Ctrl-C (or SIGTERM) lets the run save and end; the second ends it at once."""
+        """Inside, the first signal of SIGNALS lets the run save and end; the second Ctrl-C ends it at once.
+
+        What is ignored (by `nohup`, say) stays ignored.
+        """
 
         def ask(number: int, frame: object) -> None:
-            if self.asked.is_set():
+            if not self.asked.is_set():
+                self.asked_at = time.monotonic()
+                self.asked.set()
+                if not self.quiet:
+                    with contextlib.suppress(OSError, ValueError):  # not `say`: that may be what was interrupted
+                        os.write(sys.stdout.fileno(), b"stopping after this step, to save; once more to stop at once\n")
+            elif number == signal.SIGINT and time.monotonic() - self.asked_at > TOGETHER:
                 raise KeyboardInterrupt
-            self.asked.set()
-            self.say("stopping after this step, to save; once more to stop at once")
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+        heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, ask) for number in heard}
         try:
             yield
         finally:

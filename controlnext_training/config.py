@@ -142,7 +142,7 @@ class TrainConfig:
     cache_folder: str = ""
     """Where; empty = beside the runs."""
     zero: bool = False
-    """Split the optimizer's state over the processes of a distributed run."""
+    """Split the state of adamw over the processes of a distributed run: less memory, a little more time."""
 
     # saving
     output_name: str = "control"
@@ -188,6 +188,8 @@ class TrainConfig:
         for name in ("offload",):
             if getattr(self, name) and not self.checkpointing:
                 raise ConfigError(f"{name}: saves nothing without checkpointing. Set checkpointing = true as well.")
+        if self.zero and self.optimizer != "adamw":
+            raise ConfigError(f"zero: is for adamw, and optimizer is {self.optimizer}. Change one of them.")
         self._check_names()
 
     def _check_names(self) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(hours=12)
+"""How long processes wait for each other: while the first validates, or one encodes larger pictures than others."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,30 @@ class World:
         return total / self.size
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module whose backward averages gradients over the processes."""
+        """The module whose backward averages gradients over the processes.
+
+        What is frozen is the same everywhere and stays out of it, on whatever device it lies.
+        """
         if self.size == 1:
             return module
-        return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+        frozen = [name for name, tensor in module.named_parameters() if not tensor.requires_grad]
+        buffers = [name for name, _ in module.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, [*frozen, *buffers])
+        return DistributedDataParallel(module, gradient_as_bucket_view=True)
+
+    def split(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Its like with a state that is split over the processes; each steps its part and tells the others."""
+        if self.size == 1:
+            return optimizer
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second to import
+
+        return ZeroRedundancyOptimizer(optimizer.param_groups, type(optimizer))
+
+    def whole_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The optimizer's `state_dict`, for the first process; the others help and get {}. All have to ask."""
+        if hasattr(optimizer, "consolidate_state_dict"):  # `split`
+            optimizer.consolidate_state_dict(to=0)
+        return optimizer.state_dict() if self.first else {}
 
     def without_exchange(self, module: nn.Module, off: bool) -> AbstractContextManager[None]:
         """Inside, gradients pile up here and are not averaged: for all but the last part of a step."""
@@ -73,7 +97,7 @@ def joined() -> Iterator[World]:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     try:
         yield World(dist.get_rank(), dist.get_world_size())
     finally:

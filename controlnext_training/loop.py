@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,6 +57,8 @@ def make_loop(
     optimizer = optimizers.build(config.optimizer, groups, config)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
+    if config.zero:
+        optimizer = world.split(optimizer)
     parameters = {**encoder, **unet}
     sizes = [store.data.sizes[index] for index in usable]
     return Loop(
@@ -130,10 +133,14 @@ def resume(loop: Loop, found: state.State | None, watch: Watch) -> int:
     with torch.no_grad():
         for name, parameter in loop.parameters.items():
             parameter.copy_(weights[name])
-    loop.optimizer.load_state_dict(optimizers.unpack(found.tensors("optimizer"), found.facts["optimizer"]))
+    _load_optimizer(loop, optimizers.unpack(found.tensors("optimizer"), found.facts["optimizer"]))
     loop.scaler.load_state_dict(found.facts["scaler"])
-    if loop.ema is not None and (average := found.tensors("ema")):
-        loop.ema.load_state_dict(average)
+    if loop.ema is not None:
+        average = found.tensors("ema")
+        if not average:  # switched on just now
+            loop.ema = optimizers.Ema(loop.parameters, loop.config.ema_decay, loop.config.ema_on_cpu)
+        else:
+            loop.ema.load_state_dict(average)
     loop.losses = found.tensors("losses")["loss"].tolist()
     changed = [
         f"{key} {found.facts['config'].get(key)!r} -> {value!r}"
@@ -148,12 +155,25 @@ def resume(loop: Loop, found: state.State | None, watch: Watch) -> int:
     return found.step
 
 
+CONFIGURED = ("initial_lr", "betas", "eps", "weight_decay")
+"""What a group of the optimizer has from the configuration, in whose favour a saved state is overruled."""
+
+
+def _load_optimizer(loop: Loop, saved: dict[str, Any]) -> None:
+    """Go on with the optimizer's saved moments at the rates that are configured now."""
+    now = [{key: group[key] for key in CONFIGURED if key in group} for group in loop.optimizer.param_groups]
+    loop.optimizer.load_state_dict(saved)
+    for group, values in zip(loop.optimizer.param_groups, now, strict=True):
+        group.update(values)
+
+
 def save(loop: Loop, step: int, run: Run) -> Path:
     """The state after `step` steps, written by the first process."""
     rest: object = None
     folder = run.folder
+    whole = loop.world.whole_state(loop.optimizer)
     if loop.world.first:
-        tensors, rest = optimizers.pack(loop.optimizer.state_dict())
+        tensors, rest = optimizers.pack(whole)
         parts = {
             "weights": {name: p.detach() for name, p in loop.parameters.items()},
             "optimizer": tensors,

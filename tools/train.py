@@ -1,14 +1,19 @@
 """`python run.py train`: a training run in this process, with ComfyUI's own models and without its server."""
 
 import argparse
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from .demo import device_arguments
 from .environment import ROOT, SetupError
 from .launcher import declare_missing_torchvision_ops
 
-RECIPES = ROOT / "controlnext_training" / "recipes"
+OWN_BASE = ROOT / ".host" / "base-comfy"
+"""Models and results of the ComfyUI that this project brings."""
+DEMO_BASE = "tiny_sd15.ckpt"
+"""What recipes/tiny.toml trains on; made where it is missing."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -25,21 +30,34 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def settings(given: list[str]) -> dict[str, object]:
     """The settings that stand after the recipe; ends the process with the list of them for --help."""
-    from ..controlnext_training.config_files import add_flags, flags_given
+    from ..controlnext_training.config_files import add_flags, checked, flags_given
 
-    parser = argparse.ArgumentParser("run.py train CONFIG.toml")
+    parser = argparse.ArgumentParser("run.py train CONFIG.toml", usage="run.py train CONFIG.toml [--SETTING VALUE ...]")
     add_flags(parser)
-    return flags_given(parser.parse_args(given))
+    options, unknown = parser.parse_known_args(given)
+    if unknown:
+        name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
+        if name in ("comfyui", "venv", "cpu"):
+            raise SetupError(f"{unknown[0]}: stands before CONFIG.toml. Type run.py train {unknown[0]} ... CONFIG.toml")
+        if not unknown[0].startswith("-"):
+            raise SetupError(f"{unknown[0]!r} after CONFIG.toml is not understood. Write settings as --steps 1000")
+        checked(name, None)  # says which setting may be meant
+    return flags_given(options)
 
 
 def bring_in_host(host: Path, base: Path, cpu: bool) -> None:
-    """Make ComfyUI importable here, with its models and results in `base`."""
+    """Make ComfyUI importable here, with its models and results in `base`, and the models that its own list adds."""
     declare_missing_torchvision_ops()
     sys.path.insert(0, str(host))
     from comfy.cli_args import args
 
     args.cpu = "--cpu" in device_arguments(cpu)
     args.base_directory = str(base)
+    more = host / "extra_model_paths.yaml"
+    if base == host and more.is_file():  # as the host's main.py
+        from utils.extra_config import load_extra_path_config
+
+        load_extra_path_config(str(more))
     from ..controlnext_core.comfy_adapter.files import register_folder
 
     register_folder()
@@ -53,19 +71,23 @@ def run_train(options: argparse.Namespace, host: Path, own: bool) -> int:
     from ..controlnext_training.config_files import make_config, read_recipe
 
     recipe = options.recipe.resolve()
-    base = host if own else ROOT / ".host" / "base-comfy"
+    base = host if own else OWN_BASE
     try:
         config = make_config(settings(options.settings), read_recipe(recipe))
-        if not own:
+        if not own or config.base == DEMO_BASE:
             from .tiny_models import make_demo_models
 
-            make_demo_models(base)
+            make_demo_models(OWN_BASE)
         bring_in_host(host, base, options.cpu)
+        if config.base == DEMO_BASE:
+            config = replace(config, base=str(OWN_BASE / "models" / "checkpoints" / DEMO_BASE))
         from ..controlnext_training.command import run_config
         from ..controlnext_training.train import Stopped, TrainingError
 
         try:
-            print(run_config(config, recipe.parent))
+            path = run_config(config, recipe.parent)
+            if os.environ.get("RANK", "0") == "0":  # of many processes one speaks
+                print(path)
         except Stopped as stopped:
             print(stopped)
             return 130
