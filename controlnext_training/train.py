@@ -106,6 +106,12 @@ def _steps(loop: Loop, start: int, run: Run, watch: Watch, journal: Journal, val
     try:
         _steps_until_stopped(loop, start, run, watch, journal, validator)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise TrainingError(
+                f"a step does not fit into the device's memory. {state.where_it_ends(run.folder)} Set checkpointing = "
+                "true, then offload = true; or take a smaller batch_size with more accumulation, a smaller "
+                "resolution, or optimizer = adamw8bit. Run again then: it goes on from there."
+            ) from error
         if not is_interruption(error):
             raise
         # the host's layers throw inside a forward, where the last step is complete and the next has done nothing yet
@@ -214,15 +220,7 @@ def _split(indices: list[int], config: TrainConfig, held_out: bool) -> tuple[lis
 def _try_one_step(loop: Loop, step: int, watch: Watch, journal: Journal) -> None:
     """Run the first step without its effect, and say what a step costs before the run begins."""
     meter = Meter(loop.controlled.device)
-    try:
-        _gradients(loop, step)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise TrainingError(
-            "one step does not fit into the device's memory. Set checkpointing = true, then offload = true; or take "
-            "a smaller batch_size with more accumulation, a smaller resolution, or optimizer = adamw8bit."
-        ) from error
+    _gradients(loop, step)
     loop.optimizer.zero_grad(set_to_none=True)
     seconds, peak = meter.read()
     left = loop.config.steps - step
