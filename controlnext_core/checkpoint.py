@@ -127,7 +127,10 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as of any new file; safetensors makes its own for the owner's eyes only
         save_file({name: t.contiguous() for name, t in tensors.items()}, str(temporary), dict(metadata))
+        temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
