@@ -105,11 +105,24 @@ def _train(options: argparse.Namespace) -> int:
     return run_train(options, own or host.provide(), own=own is not None)
 
 
+def _add_train_demo(parser: Parser) -> None:
+    from .demo_weights.command import add_options
+
+    add_options(parser)
+
+
+def _train_demo(options: argparse.Namespace) -> int:
+    from .demo_weights.command import run_stage
+
+    return run_stage(options, host.provide(options.comfyui, clone_folder()))
+
+
 COMMANDS = {
     "demo": Command("queue an example workflow in a real ComfyUI and show the result", "host", _add_cpu, _demo),
     "comfy": Command("start ComfyUI with the pack, for use in a browser", "host", _add_comfy, _comfy),
     "convert": Command("write a ControlNet-XS file with the other set of names", "host", _add_convert, _convert),
     "train": Command("train a ControlNeXt or a ControlNet-XS from a recipe", "host", _add_train, _train),
+    "train-demo": Command("make the weights of the demo anew, in hours", "host", _add_train_demo, _train_demo),
     "test": Command("run every check and test", "test", _add_test, _test),
 }
 

@@ -1,0 +1,221 @@
+"""The demo's contact sheet: drawn hints, and what stock nodes make of them with the demo's own small weights.
+
+One row per hint; columns as COLUMNS. Under every picture stands the F1 of its edges against the drawn ones. All hints
+are of scenes that no training saw.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image as Pictures
+
+SIDE, STEPS, CFG, SEED = 128, 14, 3.0, 5
+SCENE_SEED, SCENES = 99, (0, 1, 2)
+CHECKPOINT, LORA = "shapes_sd15.ckpt", "shapes_night.safetensors"
+EDGES, MASK, XS = "demo_edges.safetensors", "demo_mask.safetensors", "demo_xs.safetensors"
+Graph = dict[str, dict[str, Any]]
+Link = list[Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One way to use the hint. title: over its pictures; edges, mask, xs: strengths, 0 = not used."""
+
+    title: str
+    edges: float = 0.0
+    mask: float = 0.0
+    xs: float = 0.0
+    lora: float = 0.0
+    split: bool = False
+    """The edges show some of the shapes and the mask the others."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        used = {EDGES: self.edges, MASK: self.mask, XS: self.xs, LORA: self.lora}
+        return tuple(name for name, strength in used.items() if strength)
+
+
+COLUMNS = (
+    Column("without control"),
+    Column("ControlNeXt 0.5", edges=0.5),
+    Column("ControlNeXt 1.0", edges=1.0),
+    Column("ControlNet-XS", xs=1.0),
+    Column("edges + mask", edges=1.0, mask=1.0, split=True),
+    Column("with a LoRA", edges=1.0, lora=1.0),
+)
+
+
+@dataclass(frozen=True)
+class Hint:
+    """What a row starts from. Pictures are (H, W, 3) bytes."""
+
+    caption: str
+    edges: np.ndarray
+    """Outlines of all shapes: what the F1 counts."""
+    some_edges: np.ndarray
+    """Outlines of one shape."""
+    other_mask: np.ndarray
+    """The other shapes, white on black."""
+
+
+def draw_hint(index: int) -> Hint:
+    """The hints of an unseen scene; its shapes are told apart as the connected parts of its mask."""
+    import cv2
+    import numpy as np
+
+    from ..controlnext_training.synthetic import draw
+
+    scene = draw(SCENE_SEED, index, SIDE)
+    _, parts = cv2.connectedComponents((scene.mask > 127).astype(np.uint8))
+    near_first = cv2.dilate((parts == 1).astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
+
+    def rgb(plane: np.ndarray) -> np.ndarray:
+        return np.repeat(plane[..., None], 3, axis=2)
+
+    return Hint(
+        scene.caption,
+        scene.hint("edges"),
+        rgb(scene.edges * near_first),
+        rgb(scene.mask * (parts != 1)),
+    )
+
+
+def png(picture: np.ndarray) -> bytes:
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "PNG")
+    return stream.getvalue()
+
+
+class _Graph:
+    """Nodes in the API's format; equal nodes are made once."""
+
+    def __init__(self) -> None:
+        self.nodes: Graph = {}
+
+    def add(self, kind: str, **inputs: Any) -> str:
+        """The id of the node with these inputs."""
+        node = {"class_type": kind, "inputs": inputs}
+        for name, known in self.nodes.items():
+            if known == node:
+                return name
+        name = str(len(self.nodes) + 1)
+        self.nodes[name] = node
+        return name
+
+
+def workflow(hints: Mapping[int, Hint], columns: tuple[Column, ...]) -> Graph:
+    """Every cell of the sheet; SaveImage prefixes are `sheet/ROW_COLUMN`. Pictures of hints are those of `uploads`."""
+    graph = _Graph()
+    checkpoint = graph.add("CheckpointLoaderSimple", ckpt_name=CHECKPOINT)
+    latent = graph.add("EmptyLatentImage", width=SIDE, height=SIDE, batch_size=1)
+    for row, hint in hints.items():
+        for place, column in enumerate(columns):
+            model, positive, negative = _conditions(graph, checkpoint, row, hint.caption, column)
+            sampled = graph.add(
+                "KSampler",
+                model=model,
+                positive=positive,
+                negative=negative,
+                latent_image=[latent, 0],
+                seed=SEED + row,
+                steps=STEPS,
+                cfg=CFG,
+                sampler_name="euler",
+                scheduler="normal",
+                denoise=1.0,
+            )
+            decoded = graph.add("VAEDecode", samples=[sampled, 0], vae=[checkpoint, 2])
+            graph.add("SaveImage", images=[decoded, 0], filename_prefix=f"sheet/{row}_{place}")
+    return graph.nodes
+
+
+def _conditions(graph: _Graph, checkpoint: str, row: int, caption: str, column: Column) -> tuple[Link, Link, Link]:
+    """(model, positive, negative) of one cell."""
+    model: Link = [checkpoint, 0]
+    positive: Link = [graph.add("CLIPTextEncode", clip=[checkpoint, 1], text=caption), 0]
+    negative: Link = [graph.add("CLIPTextEncode", clip=[checkpoint, 1], text=""), 0]
+    if column.lora:
+        lora = graph.add("LoraLoaderModelOnly", model=model, lora_name=LORA, strength_model=column.lora)
+        model = [lora, 0]
+    which = "some_edges" if column.split else "edges"
+    used = ((EDGES, column.edges, which), (MASK, column.mask, "other_mask"), (XS, column.xs, which))
+    for name, strength, picture in used:
+        if not strength:
+            continue
+        if name == XS:
+            control: Link = [graph.add("ControlNetXSLoader", control_name=name), 0]
+        else:
+            loaded = graph.add(
+                "ControlNeXtLoader", model=model, control_name=name, weights_name="auto", weights_strength=1.0
+            )
+            model, control = [loaded, 0], [loaded, 1]
+        applied = graph.add(
+            "ControlNetApplyAdvanced",
+            positive=positive,
+            negative=negative,
+            control_net=control,
+            image=[graph.add("LoadImage", image=f"{row}_{picture}.png"), 0],
+            strength=strength,
+            start_percent=0.0,
+            end_percent=1.0,
+        )
+        positive, negative = [applied, 0], [applied, 1]
+    return model, positive, negative
+
+
+def uploads(hints: Mapping[int, Hint]) -> dict[str, bytes]:
+    """Name in the host's input folder -> PNG."""
+    kinds = ("edges", "some_edges", "other_mask")
+    return {f"{row}_{kind}.png": png(getattr(hint, kind)) for row, hint in hints.items() for kind in kinds}
+
+
+def scores(hints: Mapping[int, Hint], cells: Mapping[tuple[int, int], bytes]) -> dict[tuple[int, int], float]:
+    """F1 of each cell's edges (row, column) against its row's drawn ones."""
+    import numpy as np
+    from PIL import Image
+
+    from ..controlnext_core.fidelity import edge_f1
+
+    found = {}
+    for (row, place), content in cells.items():
+        picture = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"), np.float32) / 255
+        found[row, place] = edge_f1(picture, hints[row].edges.astype(np.float32) / 255)
+    return found
+
+
+def compose(
+    hints: Mapping[int, Hint],
+    columns: tuple[Column, ...],
+    cells: Mapping[tuple[int, int], bytes],
+    f1: Mapping[tuple[int, int], float],
+    zoom: int = 1,
+) -> Pictures.Image:
+    """The sheet: titles, a row per hint, F1 under every picture, the caption under every row."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    cell, gap, title, line = SIDE * zoom, 10, 26, 18
+    font, small = ImageFont.load_default(size=13), ImageFont.load_default(size=12)
+    width = (cell + gap) * (len(columns) + 1) + gap
+    height = title + len(hints) * (cell + 2 * line + gap)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, text in enumerate(("hint", *(column.title for column in columns))):
+        draw.text((gap + place * (cell + gap), 6), text, fill="black", font=font)
+    for number, (row, hint) in enumerate(hints.items()):
+        top = title + number * (cell + 2 * line + gap)
+        sheet.paste(Image.fromarray(hint.edges).resize((cell, cell)), (gap, top))
+        draw.text((gap, top + cell + line), hint.caption, fill="black", font=small)
+        for place in range(len(columns)):
+            left = gap + (place + 1) * (cell + gap)
+            picture = Image.open(io.BytesIO(cells[row, place])).convert("RGB").resize((cell, cell))
+            sheet.paste(picture, (left, top))
+            draw.text((left, top + cell + 2), f"F1 {f1[row, place]:.2f}", fill="black", font=small)
+    return sheet

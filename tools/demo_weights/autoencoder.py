@@ -1,0 +1,162 @@
+"""A small autoencoder in TAESD's layout: the host's own class, of which the blocks that this data does without stay
+zero, which a residual block with a rectifier at its end passes as it is.
+
+It starts as the averager of colours in tools/tiny_models: latents are mean colours, and the training is left with what
+the mean of 8x8 pixels does not say. Without the idle blocks a step costs a third.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...controlnext_training.synthetic import draw
+from ..tiny_models.storage import Pools, save
+from ..tiny_models.text_and_vae import taesd
+from .running import Average, Stage, cosine, generator, picture_grid, unpaused_steps
+
+SEED = 7
+LATENT_SCALE = 0.18215  # of the host's SD1.5 latent format
+WORKING = {"taesd_encoder": (3, 7, 8, 11, 12), "taesd_decoder": (3, 4, 5, 8, 9, 13)}
+"""Blocks that train; the others pass."""
+STEPS, BATCH, SIDE = 1200, 12, 64
+LEARNING_RATE, WARMUP = 1e-3, 100
+EMA_DECAY = 0.998
+SCENES = 6000  # of 128 pixels, of which random parts of SIDE are seen, and as many of SIDE pixels
+LATENT_NOISE = 0.1  # highest std of what is added to latents, so that the decoder forgives a sampler its errors
+MOMENTS_WEIGHT = 0.05
+EDGE_WEIGHT = 0.5
+
+
+def new_autoencoder() -> nn.Module:
+    """The host's TAESD at its start, with nn.ReLU in place of every idle block."""
+    from comfy.taesd.taesd import TAESD
+
+    model = TAESD()
+    start = {name: value.float() for name, value in taesd(Pools(SEED), "", LATENT_SCALE).items()}
+    random = torch.Generator().manual_seed(SEED)
+    for name, value in start.items():
+        if name.endswith("weight") and not name.endswith("conv.4.weight"):  # the last of a block starts at zero
+            std = math.sqrt(2.0 / value[0].numel())
+            idle = value.flatten(1).abs().sum(1) == 0
+            value[idle] = torch.randn(value.shape, generator=random)[idle] * std
+    model.load_state_dict(start)
+    for half, working in WORKING.items():
+        layers = getattr(model, half)
+        for index, layer in enumerate(layers):
+            if hasattr(layer, "fuse") and index not in working:
+                layers[index] = nn.ReLU()
+    return model.requires_grad_(True).to(memory_format=torch.channels_last)
+
+
+def whole(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With zeros for the idle blocks: what TAESD loads."""
+    return {name: weights.get(name, torch.zeros_like(value)) for name, value in taesd(Pools(0), "", 1.0).items()}
+
+
+def pictures(side: int, count: int, first: int = 0) -> Tensor:
+    """Scenes `first` on as bytes (count, 3, side, side)."""
+    images = [torch.from_numpy(draw(SEED, index, side).image) for index in range(first, first + count)]
+    return torch.stack(images).permute(0, 3, 1, 2).contiguous()
+
+
+def encode(model: nn.Module, pixels: Tensor) -> Tensor:
+    """pixels (B, 3, H, W) in [0, 1] -> latents (B, 4, H/8, W/8) as the UNet sees them."""
+    return model.taesd_encoder(pixels)
+
+
+def decode(model: nn.Module, latent: Tensor) -> Tensor:
+    """The other way."""
+    return model.taesd_decoder(latent)
+
+
+def loss_of(model: nn.Module, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, mean absolute error). noise: as the latents, ready to be added.
+
+    Absolute error of colours and of differences between neighbours, and what holds each channel of the latents to
+    mean 0 and variance 1.
+    """
+    latent = encode(model, pixels).float()
+    painted = decode(model, latent + noise).float()
+    error = (painted - pixels).abs().mean()
+    edges = sum((torch.diff(painted, dim=axis) - torch.diff(pixels, dim=axis)).abs().mean() for axis in (2, 3))
+    variance, mean = torch.var_mean(latent, dim=(0, 2, 3))
+    moments = (mean.square() + variance.log().square()).mean()
+    return error + EDGE_WEIGHT * edges + MOMENTS_WEIGHT * moments, error.detach()
+
+
+def train_autoencoder(steps: int = STEPS) -> Path:
+    """Train, or go on training; the file with the average of the weights, whole, in fp16."""
+    stage = Stage("autoencoder")
+    model = new_autoencoder()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
+    average, start = Average(model, EMA_DECAY), 0
+    state = stage.load()
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.restore(state["average"])
+        start = state["step"]
+    stage.say(event="start", step=start, parameters=sum(p.numel() for p in model.parameters()))
+    scenes = (pictures(2 * SIDE, SCENES), pictures(SIDE, SCENES, SCENES)) if start < steps else ()
+    for step, seconds in unpaused_steps(start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * cosine(step, steps, WARMUP)
+        pixels, noise = _batch(scenes, step)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, error = loss_of(model, pixels, noise)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.update(model)
+        done = step + 1
+        if done % 50 == 0:
+            stage.say(step=done, loss=round(loss.item(), 5), error=round(error.item(), 5), seconds=round(seconds, 1))
+        if done % 500 == 0:
+            show(model, average, stage.folder / f"pictures_{done:05d}.png")
+        if stage.is_time_to_save() or done == steps:
+            stage.save(
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "average": average.state(),
+                    "step": done,
+                }
+            )
+    weights = {name: value.half() for name, value in whole({**model.state_dict(), **average.weights}).items()}
+    return save(stage.folder / "autoencoder.safetensors", weights)
+
+
+def _batch(scenes: tuple[Tensor, ...], step: int) -> tuple[Tensor, Tensor]:
+    """(pixels (B, 3, SIDE, SIDE), noise for their latents) of a step; whole small scenes and parts of large ones."""
+    random = generator(SEED, "autoencoder", step)
+    large, small = scenes
+    rows = torch.randint(len(large), (BATCH,), generator=random).tolist()
+    places = torch.randint(SIDE + 1, (BATCH, 2), generator=random).tolist()
+    parts = [
+        large[row, :, top : top + SIDE, left : left + SIDE] if which % 2 else small[row]
+        for which, (row, (top, left)) in enumerate(zip(rows, places, strict=True))
+    ]
+    pixels = torch.stack(parts).contiguous(memory_format=torch.channels_last).float() / 255
+    std = LATENT_NOISE * torch.rand(BATCH, 1, 1, 1, generator=random)
+    return pixels, std * torch.randn(BATCH, 4, SIDE // 8, SIDE // 8, generator=random)
+
+
+@torch.no_grad()
+def show(model: nn.Module, average: Average, path: Path) -> Path:
+    """Unseen scenes above what comes back."""
+    pixels = pictures(2 * SIDE, 8, 10**6).float() / 255
+    with torch.autocast("cpu", torch.bfloat16):
+        weights = average.weights
+        latent = torch.func.functional_call(model.taesd_encoder, _part(weights, "taesd_encoder."), pixels)
+        back = torch.func.functional_call(model.taesd_decoder, _part(weights, "taesd_decoder."), latent)
+    return picture_grid(F.relu(torch.cat([pixels, back.float()])).permute(0, 2, 3, 1), path)
+
+
+def _part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}

@@ -1,0 +1,82 @@
+"""A text encoder in CLIP-L's shape whose weights are written down: nothing to train, nothing to ship.
+
+Tokens are random vectors, positions a code whose shifts are rotations. One attention layer works, the other eleven
+pass: five heads look at the words one to five places back, one at all words so far, so that what stands at `circle`
+also says `red`, and what stands behind the last word says all of them. Without that a caption is a bag of words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..tiny_models.layouts import Shapes, linear, norm
+from ..tiny_models.storage import Pools, random_tensor
+
+SEED = 3
+WIDTH, HEADS, LAYERS, PLACES, WORDS = 768, 12, 12, 77, 49408
+HEAD = WIDTH // HEADS
+FREQUENCIES = HEAD // 2  # of the position code, which takes the first HEAD of WIDTH numbers
+POSITION_GAIN = 4.0
+SHARPNESS = 1.7  # undoes the layer norm, whose input has this mean square, so that a head's softmax is nearly one-hot
+BACK = (1, 2, 3, 4, 5)  # head k looks this many words back; the head after them at all
+BACK_GAIN, ALL_GAIN = (0.9, 0.7, 0.5, 0.5, 0.4), 1.6  # std of what a head adds; the mean of many words is small
+POSITION_KEPT = 0.35  # of the position code in the output
+
+
+def text_encoder(prefix: str) -> dict[str, Tensor]:
+    """Every tensor under `prefix`, in the names of transformers; zeros take no room."""
+    pools, shapes = Pools(SEED), Shapes()
+    for layer in range(LAYERS):
+        name = f"{prefix}encoder.layers.{layer}"
+        shapes |= norm(f"{name}.layer_norm1", WIDTH) | norm(f"{name}.layer_norm2", WIDTH)
+        for end in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= linear(f"{name}.self_attn.{end}", WIDTH, WIDTH)
+        shapes |= linear(f"{name}.mlp.fc1", WIDTH, 4 * WIDTH) | linear(f"{name}.mlp.fc2", 4 * WIDTH, WIDTH)
+    shapes |= norm(f"{prefix}final_layer_norm", WIDTH)
+    tensors = {
+        name: pools.constant(1.0 if "norm" in name and name.endswith("weight") else 0.0, shape)
+        for name, shape in shapes.items()
+    }
+    tensors |= {f"{prefix}encoder.layers.0.self_attn.{end}": value for end, value in _attention().items()}
+    final = torch.ones(WIDTH)
+    final[:HEAD] = POSITION_KEPT
+    tensors[f"{prefix}final_layer_norm.weight"] = final.half()
+    words = f"{prefix}embeddings.token_embedding.weight"
+    tensors[words] = pools.normal(words, (WORDS, WIDTH), 1.0)
+    tensors[f"{prefix}embeddings.position_embedding.weight"] = _positions().half()
+    return tensors
+
+
+def _positions() -> Tensor:
+    """(PLACES, WIDTH): cosines and sines of FREQUENCIES angles per place, then zeros.
+
+    Angles are pi (k + 1/2) / FREQUENCIES, for which the codes of two places less than HEAD apart are orthogonal.
+    """
+    angles = torch.outer(torch.arange(PLACES), (torch.arange(FREQUENCIES) + 0.5) * math.pi / FREQUENCIES)
+    code = torch.zeros(PLACES, WIDTH)
+    code[:, :HEAD] = POSITION_GAIN * torch.cat([angles.cos(), angles.sin()], dim=1)
+    return code
+
+
+def _turn(places: int) -> Tensor:
+    """(HEAD, HEAD): the rotation that makes the code of place p that of p - places."""
+    angles = places * (torch.arange(FREQUENCIES) + 0.5) * math.pi / FREQUENCIES
+    cosine, sine = torch.diag(angles.cos()), torch.diag(angles.sin())
+    return torch.cat([torch.cat([cosine, sine], dim=1), torch.cat([-sine, cosine], dim=1)])
+
+
+def _attention() -> Mapping[str, Tensor]:
+    """Weights of the working layer. The heads that are not needed stay zero."""
+    weights = {end: torch.zeros(WIDTH, WIDTH) for end in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    for head, gain in enumerate((*BACK_GAIN, ALL_GAIN)):
+        rows = slice(head * HEAD, (head + 1) * HEAD)
+        if head < len(BACK):
+            weights["q_proj"][rows, :HEAD] = _turn(BACK[head]) * SHARPNESS
+            weights["k_proj"][rows, :HEAD] = torch.eye(HEAD)
+        weights["v_proj"][rows, HEAD:] = random_tensor(f"v {head}", (HEAD, WIDTH - HEAD), (WIDTH - HEAD) ** -0.5, SEED)
+        weights["out_proj"][HEAD:, rows] = random_tensor(f"out {head}", (WIDTH - HEAD, HEAD), gain * HEAD**-0.5, SEED)
+    return {f"{end}.weight": value.half() for end, value in weights.items()}
