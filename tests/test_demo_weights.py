@@ -1,0 +1,151 @@
+"""tools/demo_weights: the parts that must be exact, and what the host's own loaders make of the checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfyui_controlnext.tools.demo_weights import assembling, base, running, style, widening
+from comfyui_controlnext.tools.demo_weights import autoencoder as ae
+from comfyui_controlnext.tools.tiny_models.storage import Pools
+from comfyui_controlnext.tools.tiny_models.text_and_vae import taesd
+from torch import Tensor, nn
+
+pytestmark = pytest.mark.comfy
+
+WORDS = "a red circle and a blue square on a gray background"
+SWAPPED = "a blue circle and a red square on a gray background"
+CIRCLE, SQUARE, END, PAD = 3, 7, 12, 13  # places in either, after the start token
+
+
+@pytest.fixture(scope="module")
+def narrow() -> nn.Module:
+    """A narrow UNet none of whose weights are special."""
+    unet = base.new_unet().requires_grad_(False)
+    random = torch.Generator().manual_seed(1)
+    for value in unet.parameters():
+        value.add_(torch.randn(value.shape, generator=random) * (value[0].numel() ** -0.5 if value.ndim > 1 else 0.1))
+    return unet
+
+
+@pytest.fixture(scope="module")
+def loaded(narrow: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
+    """(model, clip, vae) of the assembled checkpoint, from the loader behind CheckpointLoaderSimple."""
+    import comfy.sd
+
+    weights = {name: value.half() for name, value in ae.whole(dict(ae.new_autoencoder().state_dict())).items()}
+    path = tmp_path_factory.mktemp("demo") / "base.ckpt"
+    assembling.write_checkpoint(path, widening.widen(narrow.state_dict()), weights)
+    return comfy.sd.load_checkpoint_guess_config(str(path))[:3]
+
+
+@torch.no_grad()
+def output(unet: nn.Module) -> Tensor:
+    random = torch.Generator().manual_seed(2)
+    x, words = torch.randn(2, 4, 8, 8, generator=random), torch.randn(2, 77, 768, generator=random)
+    return unet(x, torch.tensor([10.0, 800.0]), words, transformer_options=base._options())
+
+
+def test_the_wide_network_is_detected_as_sd15_and_computes_what_the_narrow_one_does(
+    narrow: nn.Module, loaded: tuple[Any, Any, Any]
+) -> None:
+    model = loaded[0].model
+    assert type(model.model_config).__name__ == "SD15"
+    assert model.model_config.unet_config["model_channels"] == 2 * base.LAYOUT["model_channels"]
+    wide = output(model.diffusion_model.float())
+    assert wide.std() > 0.1
+    torch.testing.assert_close(wide, output(narrow), atol=2e-5, rtol=0)
+
+
+def test_a_pair_of_channels_shares_its_weight_unevenly(narrow: nn.Module) -> None:
+    name = "input_blocks.1.0.in_layers.2.weight"
+    wide = widening.widen(narrow.state_dict())[name]
+    share = (wide[:, ::2] / wide.unflatten(1, (-1, 2)).sum(2)).flatten()
+    assert share.min() >= 0.24 and share.max() <= 0.76 and share.std() > 0.1
+
+
+def test_a_lora_of_the_narrow_network_acts_on_the_wide_one(narrow: nn.Module) -> None:
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    before = {name: value.clone() for name, value in narrow.state_dict().items()}
+    copy = base.new_unet().requires_grad_(False)
+    copy.load_state_dict(before)
+    low_ranks = style.add_low_rank(copy)
+    random = torch.Generator().manual_seed(3)
+    for low_rank in low_ranks.values():
+        low_rank.up.data.normal_(std=0.1, generator=random)
+    wide = widening.widen(before)
+    for name, low_rank in low_ranks.items():
+        part = {
+            key.rpartition(name.replace(".", "_"))[2]: t
+            for key, t in style.widened(name, low_rank, before[f"{name}.weight"])
+        }
+        up, down = part[".lora_up.weight"].float(), part[".lora_down.weight"].float()
+        wide[f"{name}.weight"] += (up.flatten(1) @ down.flatten(1)).view_as(wide[f"{name}.weight"])
+    big = UNetModel(**{**base.LAYOUT, "model_channels": 320}, dtype=torch.float32, operations=_operations())
+    big.load_state_dict(wide)
+    changed = output(copy)
+    assert (changed - output(narrow)).abs().max() > 0.1
+    torch.testing.assert_close(output(big), changed, atol=5e-3, rtol=0)  # the file is in fp16
+
+
+def _operations() -> Any:
+    import comfy.ops
+
+    return comfy.ops.disable_weight_init
+
+
+def test_a_word_says_what_stood_before_it_and_the_end_says_everything(loaded: tuple[Any, Any, Any]) -> None:
+    clip = loaded[1]
+    one, two, other = (base.context(clip, text) for text in (WORDS, SWAPPED, "a pink triangle on a black background"))
+    away = (one - two).square().mean(1).sqrt()
+    assert away[CIRCLE] > 0.4 and away[SQUARE] > 0.4  # the same word behind another colour
+    assert away[0] == 0
+    assert (one - other)[PAD].square().mean().sqrt() > 0.1
+    assert 0.8 < one.std() < 1.1
+
+
+def test_many_captions_at_once_are_what_the_stock_node_encodes(loaded: tuple[Any, Any, Any]) -> None:
+    clip = loaded[1]
+    torch.testing.assert_close(base.contexts_of(clip, [WORDS, ""])[1], base.context(clip, ""), atol=1e-5, rtol=0)
+
+
+def test_latents_are_as_the_unet_sees_them(loaded: tuple[Any, Any, Any]) -> None:
+    """The host multiplies what its VAE encodes by the latent format's factor; the training does not."""
+    model, _, vae = loaded
+    start = ae.new_autoencoder().requires_grad_(False)
+    picture = torch.from_numpy(base.draw(0, 0, 64).image)[None].float() / 255
+    seen = model.model.process_latent_in(vae.encode(picture))
+    torch.testing.assert_close(seen, ae.encode(start, picture.permute(0, 3, 1, 2)), atol=0.02, rtol=0)
+
+
+def test_idle_blocks_of_the_autoencoder_pass_what_enters() -> None:
+    from comfy.taesd.taesd import TAESD
+
+    start = ae.new_autoencoder().requires_grad_(False)
+    whole = TAESD()
+    whole.load_state_dict(ae.whole(dict(start.state_dict())))
+    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            whole.taesd_decoder(whole.taesd_encoder(picture)), ae.decode(start, ae.encode(start, picture))
+        )
+    assert len(taesd(Pools(0), "", 1.0)) > len(start.state_dict())
+
+
+def test_a_stage_keeps_its_state_and_waits_while_the_file_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = running.Stage("trial", tmp_path)
+    assert stage.load() is None
+    stage.save({"step": 3, "weight": torch.ones(2)})
+    state = running.Stage("trial", tmp_path).load()
+    assert state is not None and state["step"] == 3
+    switch = tmp_path / "PAUSE"
+    switch.touch()
+    monkeypatch.setenv(running.PAUSE_VARIABLE, str(switch))
+    monkeypatch.setattr(running.time, "sleep", lambda seconds: switch.unlink())
+    assert running.wait_while_paused() == 2.0
+    assert running.wait_while_paused() == 0.0
