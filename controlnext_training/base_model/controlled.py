@@ -110,7 +110,9 @@ class Controlled(nn.Module):
     ) -> Tensor:
         options: dict[str, Any] = {"optimized_attention_override": plain_attention}
         if strength:
-            self.control.join(options, hint, shell.model_sampling.timestep(sigma).float(), strength)
+            alone = len(conditions) == 1  # all rows are of one time, and it is embedded once, as in inference
+            timesteps = shell.model_sampling.timestep(sigma[:1] if alone else sigma).float()
+            self.control.join(options, hint, timesteps, strength)
         rows = noisy.shape[0] // len(conditions)
         ready = [
             {name: cond.process_cond(batch_size=rows, device=noisy.device, area=None) for name, cond in one.items()}

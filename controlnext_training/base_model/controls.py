@@ -57,7 +57,8 @@ class TrainedControl(Protocol):
     def join(self, options: Options, hint: Tensor, timesteps: Tensor, strength: float) -> None:
         """Take part in the coming forward.
 
-        hint: (rows, 3, 8H, 8W) in [0, 1], one per row of the batch; timesteps: (rows,), as the UNet is given them.
+        hint: (rows, 3, 8H, 8W) in [0, 1], one per row of the batch; timesteps: (rows,), as the UNet is given them,
+        or (1,) for all rows.
         """
 
     def save(
@@ -80,6 +81,11 @@ def _initialised(net: nn.Module, fresh: nn.Module, device: torch.device) -> None
     """Give `net`, whose host layers start with whatever is in memory, the weights of its plain twin."""
     checkpoint.load_strict(net, {name: t.float() for name, t in fresh.state_dict().items()}, "fresh weights")
     net.to(device).train().requires_grad_(True)
+
+
+def _laid_out(hint: Tensor) -> Tensor:
+    """The hint in memory as inference has it: the layout chooses the kernels, and with them speed and bits."""
+    return hint.contiguous(memory_format=torch.channels_last) if hint.device.type == "cpu" else hint
 
 
 class _NeXt:
@@ -105,19 +111,19 @@ class _NeXt:
 
     def join(self, options: Options, hint: Tensor, timesteps: Tensor, strength: float) -> None:
         def term(h: Tensor, given: Options) -> Term:
-            encoded = self.net(hint.to(h.dtype), timesteps)
+            encoded = self.net(_laid_out(hint.to(h.dtype)), timesteps)
             control = prepare(encoded, (int(h.shape[-2]), int(h.shape[-1])), self.spec.fusion)
-            return Term(control, self._gain(h.device) * strength, self.spec.fusion)
+            return Term(control.contiguous(), self._gains(strength), self.spec.fusion)
 
         collect(options, Job(self.block, (), term))
 
-    def _gain(self, device: torch.device) -> Tensor:
-        """(1,), with a gradient where the variant learns its scale."""
+    def _gains(self, strength: float) -> tuple[float] | Tensor:
+        """The gain of all rows, as a tensor with a gradient where the variant learns its scale."""
         gain = self.spec.fusion.gain
         if gain.law is GainLaw.CONSTANT:
-            return torch.full((1,), gain.factor, device=device)
+            return (gain.factor * strength,)
         scale = self.net.scale if gain.law is GainLaw.LEARNED else torch.sigmoid(self.net.scale)
-        return (gain.factor * scale).reshape(1)
+        return (gain.factor * strength * scale).reshape(1)
 
     def save(
         self, stem: Path, weights: Mapping[str, Tensor], layout: str, dtype: torch.dtype, facts: Mapping[str, str]
@@ -148,7 +154,7 @@ class _XS:
             own_time = self.net.embed_time(timesteps, x.dtype) if self.net.config.own_time is not None else None
             return Companion(
                 name="the control in training",
-                walk=Walk(self.net, x, self.net.encode_hint(hint.to(x.dtype))),
+                walk=Walk(self.net, x, self.net.encode_hint(_laid_out(hint.to(x.dtype))).contiguous()),
                 rows=None,
                 context=context,
                 strengths=(strength, strength, strength),
