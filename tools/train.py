@@ -1,4 +1,7 @@
-"""`python run.py train`: a training run in this process, with ComfyUI's own models and without its server."""
+"""`python run.py train`: a training run in this process, with ComfyUI's own models and without its server.
+
+Standard library only until `run_train`, which a Python without torch does not come to.
+"""
 
 import argparse
 import os
@@ -6,8 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from .demo import device_arguments
-from .environment import ROOT, SetupError
+from .environment import PATIENT_THREADS, ROOT, SetupError
 from .launcher import declare_missing_torchvision_ops
 
 OWN_BASE = ROOT / ".host" / "base-comfy"
@@ -51,6 +53,8 @@ def bring_in_host(host: Path, base: Path, cpu: bool) -> None:
     sys.path.insert(0, str(host))
     from comfy.cli_args import args
 
+    from .demo import device_arguments
+
     args.cpu = "--cpu" in device_arguments(cpu)
     args.base_directory = str(base)
     more = host / "extra_model_paths.yaml"
@@ -68,6 +72,8 @@ def run_train(options: argparse.Namespace, host: Path, own: bool) -> int:
 
     Raises SetupError with what is wrong and what to do.
     """
+    for name, value in PATIENT_THREADS.items():  # before torch is there to read them
+        os.environ.setdefault(name, value)
     from ..controlnext_training.config_files import make_config, read_recipe
 
     recipe = options.recipe.resolve()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
+import folder_paths
 import torch
 from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
@@ -54,6 +56,40 @@ class NodeWatch:
 
     def stopping(self) -> bool:
         return bool(comfy.model_management.processing_interrupted())
+
+
+FROM_INPUTS = ("base", "vae", "data", "validation_data")
+"""Keys of a recipe in whose place the node has inputs."""
+FOLDERS = ("output_folder", "runs_folder", "cache_folder")
+
+
+def recipe_of_node(text: str) -> dict[str, Any]:
+    """The settings of a recipe, as far as they are for a node; whoever can queue a graph shall not write everywhere.
+
+    Folders are seen from the host's output folder and must be below it, or below models/controlnext; a file to start
+    from is one of models/controlnext. Raises ConfigError.
+    """
+    settings = {key: value for key, value in parse_recipe(text).items() if key not in FROM_INPUTS}
+    output = Path(folder_paths.get_output_directory())
+    roots = [output, *map(Path, folder_paths.get_folder_paths("controlnext"))]
+    for key in FOLDERS:
+        if settings.get(key):
+            folder = Path(os.path.abspath(output / settings[key]))
+            if not any(folder.is_relative_to(os.path.abspath(root)) for root in roots):
+                raise ConfigError(
+                    f"{key}: {settings[key]!r} is outside of {output}. Name a folder below it (a link is fine), or "
+                    "train with run.py train."
+                )
+            settings[key] = str(folder)
+    if settings.get("init_control"):
+        found = folder_paths.get_full_path("controlnext", settings["init_control"])
+        if found is None:
+            raise ConfigError(
+                f"init_control: {settings['init_control']!r} is not in models/controlnext. Put the file there and "
+                "write its name."
+            )
+        settings["init_control"] = found
+    return settings
 
 
 class ControlNeXtTrain(io.ComfyNode):
@@ -114,8 +150,7 @@ class ControlNeXtTrain(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, variant: str | None = None, config: str | None = None) -> bool | str:
         try:
-            settings = parse_recipe(config or "")
-            make_config(settings, {"variant": variant} if variant is not None else {})
+            make_config(recipe_of_node(config or ""), {"variant": variant} if variant is not None else {})
         except ConfigError as error:
             return f"config: {error}"
         return True
@@ -148,7 +183,7 @@ class ControlNeXtTrain(io.ComfyNode):
             "output_name": output_name,
             "resume": resume,
         }
-        settings = make_config(parse_recipe(config), widgets, dataset.settings)
+        settings = make_config(recipe_of_node(config), widgets, dataset.settings)
         base = Base(model, vae, clip, clip_vision)
         watch = NodeWatch(cls.hidden.unique_id)
         run = run_of(settings, base)
