@@ -55,10 +55,10 @@ def load_controlnext(
         report.append(f"UNet weights: {chosen.why if chosen.path is None else 'off (strength 0)'}")
         return Loaded(model.clone(), control, "\n".join(report))
     source = str(chosen.path)
-    tensors = _weights(file, chosen)
+    tensors = weights_of(file, chosen)
     key_map = unet_key_map(facts.unet_config)
     base = base_weights(model)
-    kind = _kind(file, chosen, weights_kind) or decide_kind(
+    kind = kind_of(file, chosen, weights_kind) or decide_kind(
         tensors, published_base(tensors, key_map, base, source), source
     )
     differences = host_differences(tensors, key_map, base, kind, source)
@@ -70,8 +70,8 @@ def load_controlnext(
     return Loaded(patched, control, "\n".join(report))
 
 
-def _weights(file: ControlFile, chosen: ChosenWeights) -> dict[str, torch.Tensor]:
-    """The UNet tensors of the chosen file."""
+def weights_of(file: ControlFile, chosen: ChosenWeights) -> dict[str, torch.Tensor]:
+    """The UNet tensors of the chosen file, by published name."""
     assert chosen.path is not None
     if not chosen.bundled:
         return checkpoint.load(chosen.path)
@@ -79,7 +79,7 @@ def _weights(file: ControlFile, chosen: ChosenWeights) -> dict[str, torch.Tensor
     return {name: found[stored] for name, stored in file.weights.items()}
 
 
-def _kind(file: ControlFile, chosen: ChosenWeights, weights_kind: str) -> WeightsKind | None:
+def kind_of(file: ControlFile, chosen: ChosenWeights, weights_kind: str = "auto") -> WeightsKind | None:
     """The kind that the user or the metadata states; None to measure it."""
     if weights_kind != "auto":
         return WeightsKind(weights_kind)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ...controlnext_core import checkpoint
 from ...controlnext_core.comfy_adapter.base_facts import BaseFacts, check_pair
 from ...controlnext_core.comfy_adapter.collector import Job, collect
+from ...controlnext_core.comfy_adapter.files import choose_weights
+from ...controlnext_core.comfy_adapter.loading import kind_of, weights_of
 from ...controlnext_core.comfy_adapter.xs_control import time_mix
 from ...controlnext_core.comfy_adapter.xs_forward import Companion, XSJob, join_forward
 from ...controlnext_core.comfy_adapter.xs_loading import Fp32Norms
@@ -25,7 +27,6 @@ from ...controlnext_core.key_maps import KeyMap
 from ...controlnext_core.specs import SPECS, GainLaw, Spec, config_of, with_normalization, with_trained_gain
 from ...controlnext_core.unet_weights import (
     HOST_PREFIX,
-    WeightsKind,
     decide_kind,
     host_differences,
     published_base,
@@ -210,22 +211,22 @@ def _encoder_of(path: Path, spec: Spec) -> dict[str, Tensor]:
 
 
 def start_from(differences: Differences, path: Path, key_map: KeyMap, base: BaseWeights) -> None:
-    """Begin with the UNet differences that a control file bundles; those of other weights must be none.
+    """Begin with the UNet differences that the loader takes for a control file; those of other weights must be none.
 
     Raises ConfigError where the file changes weights that do not train here.
     """
     file = read_control_file(checkpoint.peek(path))
-    if not file.weights:
+    chosen = choose_weights(file, "auto")
+    if chosen.path is None:
         return
-    stored = checkpoint.load(path, file.weights.values())
-    tensors = {name: stored[key] for name, key in file.weights.items()}
-    kind = WeightsKind(file.metadata.weights_kind or decide_kind(tensors, published_base(tensors, key_map, base)))
-    found = host_differences(tensors, key_map, base, kind, str(path))
+    tensors, source = weights_of(file, chosen), str(chosen.path)
+    kind = kind_of(file, chosen) or decide_kind(tensors, published_base(tensors, key_map, base, source), source)
+    found = host_differences(tensors, key_map, base, kind, source)
     bare = {name.removeprefix(HOST_PREFIX): tensor.float() for name, tensor in found.items()}
     others = sorted(bare.keys() - differences.parameters.keys())
     if others:
         raise ConfigError(
-            f"init_control: {path} changes {len(others)} weights that do not train here, first {others[0]}. Set "
+            f"init_control: {source} changes {len(others)} weights that do not train here, first {others[0]}. Set "
             "trainable and blocks as they were for that file."
         )
     differences.load({name: bare.get(name, torch.zeros(p.shape)) for name, p in differences.parameters.items()})
