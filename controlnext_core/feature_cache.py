@@ -71,13 +71,16 @@ class FeatureCache:
         self._groups.move_to_end(group)
         if key in target.entries:
             self._forget(target, key)
-        tiers: tuple[Tier, ...] = ("host",) if value.device.type == "cpu" else ("device", "host")
-        for tier in tiers:
+        for tier in _tiers(value):
             if self._make_room(tier, value.nbytes):
                 target.entries[key] = value if tier == _tier(value) else value.cpu()
                 self.used[tier] += value.nbytes
                 return True
         return False
+
+    def makes_room(self, value: Tensor) -> bool:
+        """Whether a tensor like this one would be kept; what an earlier run left may go for it."""
+        return any(self._make_room(tier, value.nbytes) for tier in _tiers(value))
 
     def drop(self, encoder: str) -> None:
         """Forget everything of one encoder."""
@@ -116,6 +119,11 @@ class FeatureCache:
     def _forget(self, group: _Group, key: Hashable) -> None:
         entry = group.entries.pop(key)
         self.used[_tier(entry)] -= entry.nbytes
+
+
+def _tiers(tensor: Tensor) -> tuple[Tier, ...]:
+    """Where it may be kept, the first choice first."""
+    return ("host",) if tensor.device.type == "cpu" else ("device", "host")
 
 
 def _tier(tensor: Tensor) -> Tier:

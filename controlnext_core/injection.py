@@ -1,7 +1,7 @@
 """The maths of adding control: standardise, pool, give it the moments of the features, gain, mask. Pure tensors.
 
 Shapes: B rows (chunks of the guided batch x latents or frames), C channels, H W the site's size,
-h w the control's. Statistics are per row over (C, H, W), unbiased, in fp32.
+h w the control's. Statistics are per row over (C, H, W), unbiased, summed in fp32.
 
 Cross Normalization as released: (c - m(c)) * s(x) / (s(c) + eps) + m(x), with m and s the mean and the standard
 deviation. The first factor depends on the hint and the timestep alone (`prepare`, which is what gets cached), the
@@ -10,6 +10,7 @@ rest on the features (`fuse`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from .specs import Fusion, Gain, GainLaw
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Mean and unbiased standard deviation of a feature map, each (B, 1, 1, 1) in fp32."""
+    """Mean and unbiased standard deviation of a feature map, each (B, 1, 1, 1)."""
 
     mean: Tensor
     std: Tensor
@@ -55,8 +56,8 @@ class Term:
 
 
 def moments(x: Tensor) -> Moments:
-    """Per-row moments of x (B, C, H, W), any float dtype, computed in fp32."""
-    std, mean = torch.std_mean(x.float(), dim=(1, 2, 3), keepdim=True)
+    """Per-row moments of x (B, C, H, W), any float dtype: summed in fp32 or better, given in x's dtype."""
+    std, mean = torch.std_mean(x, dim=(1, 2, 3), keepdim=True)
     return Moments(mean, std, x[0].numel())
 
 
@@ -65,8 +66,9 @@ def standardise(control: Tensor, eps: float) -> Tensor:
 
     Source: released cross normalisation; eps is added to the standard deviation.
     """
+    control = control.float()
     m = moments(control)
-    return (control.float() - m.mean) / (m.std + eps)
+    return (control - m.mean) / (m.std + eps)
 
 
 def _released_affine(features: Moments, eps: float) -> tuple[Tensor, Tensor]:
@@ -74,7 +76,7 @@ def _released_affine(features: Moments, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _paper_affine(features: Moments, eps: float) -> tuple[Tensor, Tensor]:
-    variance = features.std.square() * ((features.count - 1) / features.count)
+    variance = features.std.float().square() * ((features.count - 1) / features.count)
     scale = (variance + eps).rsqrt()
     return scale, -features.mean * scale
 
@@ -116,27 +118,33 @@ def fuse(h: Tensor, terms: Sequence[Term]) -> Tensor:
     gain * mask * (control * scale + shift). With all gains zero the values of h come back bit for bit.
     The order of `terms` decides the rounding of the sum; callers sort them.
     """
-    features = moments(h)
-    chunks = len(terms[0].gains)
-    total: Tensor | None = None
+    assert terms, "fuse needs at least one control"
+    features, chunks = moments(h), len(terms[0].gains)
+    total = h.unflatten(0, (chunks, -1))
     for term in terms:
-        delta = _delta(term, features, chunks, h)
-        total = delta if total is None else total + delta
-    assert total is not None, "fuse needs at least one control"
-    return (h.unflatten(0, (chunks, -1)) + total).flatten(0, 1)
+        total = _added(total, term, features)
+    return total.flatten(0, 1)
 
 
-def _delta(term: Term, features: Moments, chunks: int, h: Tensor) -> Tensor:
-    """(chunks, latents, C, H, W) in h's dtype: what one control adds."""
-    scale, shift = NORMALIZATIONS[term.fusion.normalization].affine(features, term.fusion.eps)
-    gains = torch.as_tensor(term.gains, dtype=torch.float32, device=h.device).view(chunks, 1, 1, 1, 1)
-    scale = (scale.unflatten(0, (chunks, -1)) * gains).to(h.dtype)
-    shift = (shift.unflatten(0, (chunks, -1)) * gains).to(h.dtype)
-    delta = torch.addcmul(shift, term.control.to(h.dtype)[None], scale)
-    if term.mask is None:
-        return delta
-    mask = F.interpolate(term.mask.to(h.device, torch.float32), size=h.shape[-2:], mode="area")
-    return delta * mask.to(h.dtype)[None]
+def _added(total: Tensor, term: Term, features: Moments) -> Tensor:
+    """total (chunks, latents, C, H, W) and one control."""
+    chunks, dtype = total.shape[0], total.dtype
+    scale, shift = (
+        part.unflatten(0, (chunks, -1))
+        for part in NORMALIZATIONS[term.fusion.normalization].affine(features, term.fusion.eps)
+    )
+    control, gains = term.control.to(dtype)[None], term.gains
+    if term.mask is None and isinstance(gains, tuple) and len(set(gains)) == 1:
+        total = torch.add(total, shift.to(dtype), alpha=gains[0])
+        return torch.addcmul(total, control, scale.to(dtype), value=gains[0])
+    if isinstance(gains, tuple):  # filled in on the device: a copy from the host would make the two wait
+        gains = torch.cat([torch.full((1,), gain, dtype=torch.float32, device=total.device) for gain in gains])
+    gains = gains.view(chunks, 1, 1, 1, 1)
+    delta = torch.addcmul((shift * gains).to(dtype), control, (scale * gains).to(dtype))
+    if term.mask is not None:
+        mask = F.interpolate(term.mask.to(total.device, torch.float32), size=total.shape[-2:], mode="area")
+        delta = delta * mask.to(dtype)[None]
+    return total + delta
 
 
 def gain_of(gain: Gain, scale: float | None) -> float:
@@ -146,4 +154,4 @@ def gain_of(gain: Gain, scale: float | None) -> float:
     assert scale is not None, f"gain law {gain.law} needs the encoder's scale"
     if gain.law is GainLaw.LEARNED:
         return gain.factor * scale
-    return gain.factor * float(torch.sigmoid(torch.tensor(scale, dtype=torch.float64)))
+    return gain.factor * (1 + math.tanh(scale / 2)) / 2  # the sigmoid, for scales of any size

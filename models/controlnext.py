@@ -45,6 +45,16 @@ class ControlNeXtConfig:
     """A 0-d parameter `scale` beside the network: the gain of its injection, not part of its forward."""
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What an encoder makes of a hint before the timestep has a part in it."""
+
+    shortcut: Tensor
+    """(B, C, h, w), of the first residual block."""
+    first_half: Tensor
+    """(B, C, h, w), of the first residual block."""
+
+
 class ControlNeXt(nn.Module):
     """The encoder of one build."""
 
@@ -83,9 +93,21 @@ class ControlNeXt(nn.Module):
         Returns (B, out_channels, h, w): h = ceil(H/8) for the padded and the stemless builds,
         H/8 - 1 unpadded, about H/32 with the pool.
         """
-        emb = self.time_embedding(timestep_embedding(timestep, TIME_CHANNELS).to(hint.dtype))
+        return self.finish(self.begin(hint), timestep)
+
+    def begin(self, hint: Tensor) -> Begun:
+        """The part that does not depend on the timestep, once per hint: a third of the second generation's work."""
         h = self.embedding(hint) if self.config.stem else hint
-        for res, down in zip(self.down_res, self.down_sample, strict=True):
+        res: Any = self.down_res[0]
+        first_half = res.first_half(h)
+        return Begun(res.conv_shortcut(h), first_half)
+
+    def finish(self, begun: Begun, timestep: Tensor) -> Tensor:
+        """The rest of `forward`; timestep: (B,) or (1,)."""
+        emb = self.time_embedding(timestep_embedding(timestep, TIME_CHANNELS).to(begun.first_half.dtype))
+        res: Any = self.down_res[0]
+        h = self.down_sample[0](begun.shortcut + res.second_half(begun.first_half, emb))
+        for res, down in zip(self.down_res[1:], self.down_sample[1:], strict=True):
             h = down(res(h, emb))
         mid = self.mid_convs[0](h)
         return self.mid_convs[1](h + mid if self.config.mid_skip else mid)

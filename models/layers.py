@@ -69,9 +69,17 @@ class ResBlock(nn.Module):
 
     def forward(self, h: Tensor, emb: Tensor) -> Tensor:
         """h: (B, in_ch, H, W), emb: (B or 1, D). Returns (B, out_ch, H, W)."""
-        a = self.conv1(F.silu(self.norm1(h)))
-        a = a + self.time_emb_proj(F.silu(emb))[:, :, None, None]
-        return self.conv_shortcut(h) + self.conv2(F.silu(self.norm2(a)))
+        a = self.first_half(h)
+        return self.conv_shortcut(h) + self.second_half(a, emb)
+
+    def first_half(self, h: Tensor) -> Tensor:
+        """What does not depend on the time: (B, in_ch, H, W) -> (B, out_ch, H, W)."""
+        return self.conv1(F.silu(self.norm1(h)))
+
+    def second_half(self, a: Tensor, emb: Tensor) -> Tensor:
+        """a: (B, out_ch, H, W) from `first_half`, emb: (B or 1, D). Returns a's shape, to be added to the shortcut."""
+        time = self.time_emb_proj(F.silu(emb))[:, :, None, None]
+        return self.conv2(F.silu(self.norm2(a + time)))
 
 
 class Downsample(nn.Module):

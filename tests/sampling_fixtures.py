@@ -7,7 +7,7 @@ otherwise, so that "equal" can mean bit for bit.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,13 +186,23 @@ def plain(studio: Studio) -> Tensor:
     return studio.sample()
 
 
+def counted_calls(loaded: Any) -> AbstractContextManager[list[int]]:
+    """Rows that the encoder is given, one entry per pass for a timestep."""
+    return counted_passes(loaded.control.net.patcher.model)
+
+
 @contextmanager
-def counted_calls(loaded: Any) -> Iterator[list[int]]:
-    """Rows that the encoder is given, one entry per call."""
+def counted_passes(net: Any) -> Iterator[list[int]]:
+    """As `counted_calls`, of a network."""
     calls: list[int] = []
-    net = loaded.control.net.patcher.model
-    handle = net.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0].shape[0]))
+    finish = net.finish
+
+    def counted(begun: Any, timestep: Tensor) -> Tensor:
+        calls.append(begun.first_half.shape[0])
+        return finish(begun, timestep)
+
+    net.finish = counted
     try:
         yield calls
     finally:
-        handle.remove()
+        del net.finish

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from comfyui_controlnext.tests import reference_controlnext as reference
+from comfyui_controlnext.tests.sampling_fixtures import counted_passes
 from torch import Tensor, nn
 
 VARIANTS = ("svd_v1", "svd_v2", "svd_v2_padded")
@@ -250,16 +251,9 @@ def seen_hints() -> Iterator[list[dict[str, Any]]]:
         yield seen
 
 
-@contextmanager
-def encoded_frames(name: str) -> Iterator[list[int]]:
-    """Rows of every call of the encoder."""
-    calls: list[int] = []
-    net = control(name).net.patcher.model
-    handle = net.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0].shape[0]))
-    try:
-        yield calls
-    finally:
-        handle.remove()
+def encoded_frames(name: str) -> AbstractContextManager[list[int]]:
+    """Rows of every pass of the encoder."""
+    return counted_passes(control(name).net.patcher.model)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from .base_facts import base_facts
 from .collector import KEY
 from .halves import add_places_wrapper
 from .host_control import HostControl
+from .run_state import sigma_of
 
 
 def attach(model: ModelPatcher, control: HostControl) -> ModelPatcher:
@@ -69,5 +70,5 @@ class _Door:
             base = executor.class_obj
             self.control.pre_run(base, base.model_sampling.percent_to_sigma)
         options = dict(transformer_options or {})
-        self.control.add_to(options, x, float(t[0]))
+        self.control.add_to(options, x, sigma_of(t, options))
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)

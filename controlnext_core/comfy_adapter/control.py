@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from ..memory import NUMBERS_PER_PIXEL, feature_bytes, rows_at_once
 from ..specs import Spec
 from .base_facts import BaseFacts, check_pair
 from .collector import Job, collect
-from .features import cached_rows
+from .features import CACHE, Common, cached_rows
 from .feedback import warn_if_tiled
 from .host_control import STEPS_TO_KEEP, HostControl
 
@@ -88,28 +90,38 @@ class ControlNeXtControl(HostControl):
     def features(self, rows: tuple[int, ...], h: Tensor, x: Tensor, sigma: float) -> Tensor:
         """Encoder output of each row's hint, normalised and pooled: (len(rows), C, H, W) in h's dtype; cached."""
         assert self.run is not None
-        size = (int(h.shape[-2]), int(h.shape[-1]))
-        timestep = self.run.timestep(sigma)
-        group = GroupKey(self.net.uid, self.hint_id)
-        fusion = self.net.spec.fusion
-        common = (
-            round(timestep, 6),
-            tuple(x.shape[-2:]),
-            size,
-            h.dtype,
-            fusion.normalization,
-            fusion.pool_first,
-            fusion.eps,
-        )
+        size, fusion = (int(h.shape[-2]), int(h.shape[-1])), self.net.spec.fusion
+        how = (tuple(x.shape[-2:]), size, h.dtype, fusion.normalization, fusion.pool_first, fusion.eps)
+        group, first = GroupKey(self.net.uid, self.hint_id), self.run.timestep(sigma)
 
-        def encode(batch: tuple[int, ...]) -> Tensor:
-            hint = self.sized_hint(batch, x, h.dtype)
-            encoded = self.net.patcher.model(hint, torch.tensor([timestep], device=h.device))
-            return prepare(encoded, size, fusion).to(h.dtype)
+        def common(timestep: float) -> Common:
+            return (round(timestep, 6), *how)
+
+        def encode(batch: tuple[int, ...]) -> Iterator[tuple[Common, Tensor]]:
+            network = self.net.patcher.model
+            begun = network.begin(self.sized_hint(batch, x, h.dtype))
+            for timestep in (first, *self.later_timesteps(sigma)):
+                if timestep != first and not needed(batch, timestep):
+                    continue
+                encoded = network.finish(begun, torch.full((1,), timestep, device=h.device))
+                prepared = prepare(encoded, size, fusion).to(h.dtype).contiguous()
+                yield common(timestep), prepared
+                if not CACHE.makes_room(prepared):
+                    return
+                throw_exception_if_processing_interrupted()
+
+        def needed(batch: tuple[int, ...], timestep: float) -> bool:
+            return any(CACHE.get(group, (row, *common(timestep)), h.device) is None for row in batch)
 
         pixels = x.shape[-2] * x.shape[-1] * self.compression_ratio**2
         at_once = rows_at_once(pixels * self.bytes_per_pixel(h.dtype))
-        return cached_rows(group, rows, common, h.device, encode, self.run.recent, at_once)
+        return cached_rows(group, rows, common(first), h.device, encode, self.run.recent, at_once)
+
+    def later_timesteps(self, sigma: float) -> list[float]:
+        """Those of the run's schedule after this sigma at which this control acts, each once."""
+        assert self.run is not None
+        later = (self.run.timestep(s) for s in self.run.sigmas_after(sigma) if self.strength_at(s) != 0)
+        return list(dict.fromkeys(later))
 
     def bytes_per_pixel(self, dtype: torch.dtype) -> int:
         return NUMBERS_PER_PIXEL[self.net.spec.build] * dtype.itemsize

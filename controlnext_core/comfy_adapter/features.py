@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -20,20 +20,24 @@ LIVE: Counter[str] = Counter()
 """Networks alive, by the identity of what they compute."""
 
 
+Common = tuple[Hashable, ...]
+"""What features depend on beside the encoder, the hint and the row: the timestep, sizes, the dtype, .."""
+
+
 def cached_rows(
     group: GroupKey,
     rows: tuple[int, ...],
-    common: tuple[Hashable, ...],
+    common: Common,
     device: torch.device,
-    encode: Callable[[tuple[int, ...]], Tensor],
+    encode: Callable[[tuple[int, ...]], Iterator[tuple[Common, Tensor]]],
     recent: dict[Hashable, Tensor],
     at_once: int = ROWS_AT_ONCE,
 ) -> Tensor:
     """The features of each row's hint, (len(rows), ...) on `device`: from the cache, or encoded and kept.
 
-    common: what else the features depend on. encode: rows, each once, -> their features. recent: what the call before
-    used and, afterwards, what this one did, so that neighbouring windows share frames where the cache has no room.
-    at_once: rows that `encode` is given at most.
+    encode: rows, each once -> their features for `common`, and then any that will be needed later; it goes on after
+    what it gave is kept. recent: what the call before used and, afterwards, what this one did, so that neighbouring
+    windows share frames where the cache has no room. at_once: rows that `encode` is given at most.
     Never write to the result.
     """
     keys = {row: (group, row, *common) for row in dict.fromkeys(rows)}
@@ -43,10 +47,12 @@ def cached_rows(
     missing = [row for row, value in found.items() if value is None]
     for start in range(0, len(missing), at_once):
         batch = tuple(missing[start : start + at_once])
-        for row, value in zip(batch, encode(batch).split(1), strict=True):
-            value = value.clone() if len(batch) > 1 else value
-            CACHE.put(group, (row, *common), value)
-            found[row] = value
+        for of_what, encoded in encode(batch):
+            for row, part in zip(batch, encoded.split(1), strict=True):
+                value = part.clone() if len(batch) > 1 else part
+                CACHE.put(group, (row, *of_what), value)
+                if of_what == common:
+                    found[row] = value
     recent.clear()
     recent.update((keys[row], value) for row, value in found.items() if value is not None)
     values = [value for row in rows if (value := found[row]) is not None]

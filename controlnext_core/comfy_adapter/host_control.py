@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
-import math
-from collections.abc import Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.utils
@@ -16,12 +13,14 @@ from comfy.controlnet import ControlBase
 from torch import Tensor
 
 from ..memory import rows_at_once
-from ..schedule import Schedule, percent_of
+from ..schedule import Schedule
 from ..specs import Gain, Halves
 from .base_facts import BaseFacts, base_facts
 from .features import CACHE
 from .feedback import log_once
 from .halves import half_gains, is_plain, needs_halves, places_hook
+from .hint_inputs import clean_hint, clean_mask, content_id, frames_of, hint_rows
+from .run_state import Run, sigma_of
 
 log = logging.getLogger(__name__)
 
@@ -46,46 +45,12 @@ class ControlOptions:
     @functools.cached_property
     def mask_id(self) -> str:
         """Content hash of the masks."""
-        digest = hashlib.blake2b(digest_size=16)
-        for mask in self.masks:
-            digest.update(str(tuple(mask.shape)).encode())
-            digest.update(mask.cpu().contiguous().numpy().data)
-        return digest.hexdigest()
+        return content_id(self.masks)
 
     @functools.cached_property
     def masked_out(self) -> bool:
         """Whether a mask is zero everywhere: no control at all."""
         return not all(bool(mask.any()) for mask in self.masks)
-
-
-@dataclass
-class Run:
-    """What one sampling run needs; made in `pre_run`, gone after `cleanup`."""
-
-    facts: BaseFacts
-    model_sampling: Any
-    percents: dict[float, float] = field(default_factory=dict)
-    timesteps: dict[float, float] = field(default_factory=dict)
-    hints: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
-    recent: dict[Hashable, Tensor] = field(default_factory=dict)
-    """Features that the last forward used."""
-    counted: bool = False
-    """Whether the hints have been counted against the frames."""
-    in_range: int = 0
-    reached: int = 0
-    added: int = 0
-
-    def percent(self, sigma: float) -> float:
-        """The host's percent at a sigma, 0..1."""
-        if sigma not in self.percents:
-            self.percents[sigma] = percent_of(sigma, self.model_sampling.percent_to_sigma)
-        return self.percents[sigma]
-
-    def timestep(self, sigma: float) -> float:
-        """The number that the UNet is given at a sigma."""
-        if sigma not in self.timesteps:
-            self.timesteps[sigma] = float(self.model_sampling.timestep(torch.tensor([sigma])).float())
-        return self.timesteps[sigma]
 
 
 class HostControl(ControlBase):
@@ -154,11 +119,8 @@ class HostControl(ControlBase):
     @functools.cached_property
     def hint_id(self) -> str:
         """Content hash of the hint, once per Apply."""
-        hint = self.cond_hint_original
-        digest = hashlib.blake2b(str(tuple(hint.shape)).encode(), digest_size=16)
-        for frame in hint:  # one at a time: a copy of a long video would be gigabytes
-            digest.update(frame.cpu().contiguous().numpy().data)
-        return digest.hexdigest()
+        # channels last, as an IMAGE lies in memory; one at a time: a copy of a long video would be gigabytes
+        return content_id(frame.movedim(0, -1) for frame in self.cond_hint_original)
 
     # -- life cycle, called by the host ---------------------------------------------------------------------
 
@@ -176,7 +138,7 @@ class HostControl(ControlBase):
         previous = None
         if self.previous_controlnet is not None:
             previous = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, transformer_options)
-        self.add_to(transformer_options, x_noisy, float(t[0]))
+        self.add_to(transformer_options, x_noisy, sigma_of(t, transformer_options))
         return previous
 
     def add_to(self, transformer_options: dict[str, Any], x: Tensor, sigma: float) -> None:
@@ -188,6 +150,7 @@ class HostControl(ControlBase):
         if strength != 0:
             assert self.run is not None
             self.run.in_range += 1
+            self.run.note_schedule(transformer_options.get("sample_sigmas"))
             self.join(transformer_options, x, sigma, strength)
 
     def cleanup(self) -> None:
@@ -241,7 +204,10 @@ class HostControl(ControlBase):
         if key not in self.run.hints:
             hint = self.cond_hint_original[list(rows)]
             sized = comfy.utils.common_upscale(hint, width, height, self.upscale_algorithm, "center")
-            self.run.hints = {key: sized.to(x.device, dtype).expand(-1, 3, -1, -1)}
+            sized = sized.to(x.device, dtype).expand(-1, 3, -1, -1)
+            if x.device.type == "cpu":  # whose convolutions are a fifth faster so
+                sized = sized.contiguous(memory_format=torch.channels_last)
+            self.run.hints = {key: sized}
         return self.run.hints[key]
 
     def hint_rows(self, latents: int, transformer_options: dict[str, Any]) -> tuple[int, ...]:
@@ -272,12 +238,18 @@ class HostControl(ControlBase):
 
     def mask(self, latents: int, h: Tensor, transformer_options: dict[str, Any]) -> Tensor | None:
         """The product of all masks at the size of h, by area: (1 or latents, 1, H, W), or None."""
-        product: Tensor | None = None
-        for mask in self.options.masks:
-            mask = mask[list(hint_rows(latents, mask.shape[0], transformer_options))].to(h.device)
-            mask = torch.nn.functional.interpolate(mask, size=h.shape[-2:], mode="area")
-            product = mask if product is None else product * mask
-        return product
+        assert self.run is not None
+        if not self.options.masks:
+            return None
+        rows = tuple(hint_rows(latents, mask.shape[0], transformer_options) for mask in self.options.masks)
+        key = (rows, h.shape[-2:], h.device)
+        if key not in self.run.masks:
+            sized = (
+                torch.nn.functional.interpolate(mask[list(of_mask)].to(h.device), size=h.shape[-2:], mode="area")
+                for of_mask, mask in zip(rows, self.options.masks, strict=True)
+            )
+            self.run.masks[key] = functools.reduce(torch.mul, sized)
+        return self.run.masks[key]
 
     def inference_memory_requirements(self, dtype: torch.dtype) -> int:
         """Peak of an encoder's pass or of a forward, and room for the features that a run keeps on the device.
@@ -298,52 +270,3 @@ class HostControl(ControlBase):
     def beside_bytes(self, dtype: torch.dtype) -> int:
         """What one hint's rows need in a forward for tensors that live beside the base's."""
         return 0
-
-
-def clean_hint(hint: Tensor, name: str) -> Tensor:
-    """(n, 1 or 3, H, W) fp32 on the CPU's side of things; see `HostControl.set_cond_hint`."""
-    if hint.ndim == 3:
-        hint = hint.movedim(1, -1).unsqueeze(1)
-    if hint.ndim != 4 or hint.shape[1] not in (1, 3, 4) or 0 in hint.shape:
-        raise ValueError(
-            f"{name}: the hint has shape {list(hint.shape)} (batch, channels, height, width); 1, 3 or 4 channels and "
-            "at least one image are needed. Connect an IMAGE."
-        )
-    hint = hint[:, :3].float()
-    if not math.isfinite(float(hint.sum())) and not bool(hint.isfinite().all()):
-        raise ValueError(f"{name}: the hint holds NaN or infinite values. Check the node that makes it.")
-    return hint
-
-
-def clean_mask(mask: Tensor | None) -> Tensor | None:
-    """A MASK (H, W), (n, H, W) or (n, 1, H, W) as (n, 1, H, W) in [0, 1]; None for no mask or one that is all ones."""
-    if mask is None:
-        return None
-    if mask.ndim not in (2, 3, 4) or 0 in mask.shape:
-        raise ValueError(f"mask: shape {list(mask.shape)} is not a MASK (batch, height, width). Connect a MASK.")
-    mask = mask.reshape(-1, 1, *mask.shape[-2:]).float().clamp(0, 1)
-    return None if bool((mask == 1).all()) else mask
-
-
-def hint_rows(latents: int, hints: int, transformer_options: dict[str, Any]) -> tuple[int, ...]:
-    """Which hint each latent of a chunk gets: one for all, or its own; inside a context window its frame's own.
-
-    Fewer hints than latents repeat from the start, hints beyond the latents are not used, as in the stock nodes.
-    """
-    if hints == 1:
-        return (0,)
-    host_window = transformer_options.get("context_window")
-    window = getattr(host_window, "hint_list", getattr(host_window, "index_list", None))
-    if window is None:
-        window = (transformer_options.get("ad_params") or {}).get("sub_idxs")
-    frames = window if window is not None and len(window) == latents else range(latents)
-    return tuple(int(frame) % hints for frame in frames)
-
-
-def frames_of(latents: int, transformer_options: dict[str, Any]) -> int | None:
-    """Frames of the whole video, or images of the batch, that a chunk of so many latents is of; None: not known."""
-    window = transformer_options.get("context_window")
-    if window is not None:
-        return getattr(window, "frames", None)
-    params = transformer_options.get("ad_params") or {}
-    return params.get("full_length") if params.get("sub_idxs") is not None else latents

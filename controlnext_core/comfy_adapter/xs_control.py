@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..memory import XS_ROWS_PER_HINT, rows_at_once, xs_numbers_per_cell, xs_num
 from ..xs_detection import XSFile
 from ..xs_specs import XSShape, base_widths_of
 from .base_facts import BaseFacts
-from .features import CACHE, cached_rows
+from .features import CACHE, Common, cached_rows
 from .feedback import warn_if_tiled
 from .host_control import HostControl
 from .xs_forward import Companion, XSJob, join_forward
@@ -123,10 +124,11 @@ class ControlNetXSControl(HostControl):
         assert self.run is not None
         group = GroupKey(self.loaded.uid, self.hint_id)
 
-        def encode(batch: tuple[int, ...]) -> Tensor:
-            return self.loaded.net.encode_hint(self.sized_hint(batch, x, x.dtype))
-
         common = (tuple(x.shape[-2:]), x.dtype)
+
+        def encode(batch: tuple[int, ...]) -> Iterator[tuple[Common, Tensor]]:
+            yield common, self.loaded.net.encode_hint(self.sized_hint(batch, x, x.dtype)).contiguous()
+
         pixels = x.shape[-2] * x.shape[-1] * self.compression_ratio**2
         at_once = rows_at_once(pixels * self.bytes_per_pixel(x.dtype))
         return cached_rows(group, rows, common, x.device, encode, self.run.recent, at_once)
@@ -138,7 +140,7 @@ class ControlNetXSControl(HostControl):
         key = (round(timestep, 6), x.dtype)
         found = CACHE.get(group, key, x.device)
         if found is None:
-            found = self.loaded.net.embed_time(torch.tensor([timestep], device=x.device), x.dtype)
+            found = self.loaded.net.embed_time(torch.full((1,), timestep, device=x.device), x.dtype)
             CACHE.put(group, key, found)
         return found
 

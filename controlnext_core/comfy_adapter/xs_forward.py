@@ -48,13 +48,18 @@ class Companion:
         """The control's rows of a batch."""
         return batch if self.rows is None else batch.index_select(0, self.rows)
 
-    def weighted(self, correction: Tensor, h: Tensor, strength: float) -> Tensor:
-        """What is added to h (all rows, C, H, W): the correction at its size, strength and mask, 0 in other rows."""
-        delta = fit(correction, h) * strength
+    def add(self, total: Tensor, correction: Tensor, h: Tensor, strength: float) -> Tensor:
+        """total + strength * mask * correction in the control's rows; all (rows, C, H, W), the correction at any size.
+
+        h: the features that are being corrected, for their size.
+        """
+        delta = fit(correction, h)
         mask = self.mask(h)
         if mask is not None:
             delta = delta * mask.to(delta.dtype)
-        return delta if self.rows is None else torch.zeros_like(h).index_copy(0, self.rows, delta)
+        if self.rows is None:
+            return torch.add(total, delta, alpha=strength)
+        return total.index_add(0, self.rows, delta, alpha=strength)
 
 
 @dataclass(frozen=True)
@@ -157,12 +162,12 @@ class Lockstep:
         """input_block_patch: the control's block of this number, and what the base gets from it."""
         self._expect("input", options, self.encoded)
         i, self.encoded = self.encoded, self.encoded + 1
-        total = None
+        total = h
         for companion, emb in zip(self.companions, self.embs, strict=True):
             correction = companion.walk.encode(i, emb, companion.context)
             if correction is not None:
-                total = _plus(total, companion.weighted(correction, h, companion.strengths[0]))
-        return _plus(total, h)
+                total = companion.add(total, correction, h, companion.strengths[0])
+        return total
 
     def listen(self, h: Tensor, options: Options) -> Tensor:
         """input_block_patch_after_skip: the features go to the control as they go to the base's next block."""
@@ -174,14 +179,13 @@ class Lockstep:
         """output_block_patch: what the base gets after its middle, once, and before this decoder block."""
         self._expect("output", options, self.decoded)
         j, self.decoded = self.decoded, self.decoded + 1
-        total = None
+        total = h
         for companion, emb in zip(self.companions, self.embs, strict=True):
             _, middle, decoder = companion.strengths
             if j == 0:
-                correction = companion.walk.middle(emb, companion.context)
-                total = _plus(total, companion.weighted(correction, h, middle))
-            total = _plus(total, companion.weighted(companion.walk.decode(j), h, decoder))
-        return _plus(total, h), skip
+                total = companion.add(total, companion.walk.middle(emb, companion.context), h, middle)
+            total = companion.add(total, companion.walk.decode(j), h, decoder)
+        return total, skip
 
     def check_finished(self, ran: bool) -> None:
         """Raise where the UNet ran without our patches or with some of them; nothing at all means a cached step."""
@@ -207,7 +211,3 @@ class Lockstep:
             f"{what}. Another node skips or replaces blocks (DeepCache and the like), or this ComfyUI's UNet has "
             "changed: take that node out, or update this pack."
         )
-
-
-def _plus(total: Tensor | None, delta: Tensor) -> Tensor:
-    return delta if total is None else total + delta

@@ -1,0 +1,68 @@
+"""Hints and masks as they come from the graph: checked, brought to one shape, and known by their content."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+
+def clean_hint(hint: Tensor, name: str) -> Tensor:
+    """(n, 1 or 3, H, W) fp32 on the CPU's side of things; see `HostControl.set_cond_hint`."""
+    if hint.ndim == 3:
+        hint = hint.movedim(1, -1).unsqueeze(1)
+    if hint.ndim != 4 or hint.shape[1] not in (1, 3, 4) or 0 in hint.shape:
+        raise ValueError(
+            f"{name}: the hint has shape {list(hint.shape)} (batch, channels, height, width); 1, 3 or 4 channels and "
+            "at least one image are needed. Connect an IMAGE."
+        )
+    hint = hint[:, :3].float()
+    if not math.isfinite(float(hint.sum())) and not bool(hint.isfinite().all()):
+        raise ValueError(f"{name}: the hint holds NaN or infinite values. Check the node that makes it.")
+    return hint
+
+
+def clean_mask(mask: Tensor | None) -> Tensor | None:
+    """A MASK (H, W), (n, H, W) or (n, 1, H, W) as (n, 1, H, W) in [0, 1]; None for no mask or one that is all ones."""
+    if mask is None:
+        return None
+    if mask.ndim not in (2, 3, 4) or 0 in mask.shape:
+        raise ValueError(f"mask: shape {list(mask.shape)} is not a MASK (batch, height, width). Connect a MASK.")
+    mask = mask.reshape(-1, 1, *mask.shape[-2:]).float().clamp(0, 1)
+    return None if bool((mask == 1).all()) else mask
+
+
+def hint_rows(latents: int, hints: int, transformer_options: dict[str, Any]) -> tuple[int, ...]:
+    """Which hint each latent of a chunk gets: one for all, or its own; inside a context window its frame's own.
+
+    Fewer hints than latents repeat from the start, hints beyond the latents are not used, as in the stock nodes.
+    """
+    if hints == 1:
+        return (0,)
+    host_window = transformer_options.get("context_window")
+    window = getattr(host_window, "hint_list", getattr(host_window, "index_list", None))
+    if window is None:
+        window = (transformer_options.get("ad_params") or {}).get("sub_idxs")
+    frames = window if window is not None and len(window) == latents else range(latents)
+    return tuple(int(frame) % hints for frame in frames)
+
+
+def frames_of(latents: int, transformer_options: dict[str, Any]) -> int | None:
+    """Frames of the whole video, or images of the batch, that a chunk of so many latents is of; None: not known."""
+    window = transformer_options.get("context_window")
+    if window is not None:
+        return getattr(window, "frames", None)
+    params = transformer_options.get("ad_params") or {}
+    return params.get("full_length") if params.get("sub_idxs") is not None else latents
+
+
+def content_id(images: Iterable[Tensor]) -> str:
+    """Hash of the numbers and shapes of tensors."""
+    digest = hashlib.sha256()  # processors have instructions for it
+    for image in images:
+        digest.update(str(tuple(image.shape)).encode())
+        digest.update(image.cpu().contiguous().numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,71 @@
+"""What a control knows during one sampling run, each fact read from the device once."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..schedule import percent_of
+from .base_facts import BaseFacts
+
+SIGMA_KEY = "controlnext_sigma"
+
+
+@dataclass
+class Run:
+    """What one sampling run needs; made in `pre_run`, gone after `cleanup`."""
+
+    facts: BaseFacts
+    model_sampling: Any
+    percents: dict[float, float] = field(default_factory=dict)
+    timesteps: dict[float, float] = field(default_factory=dict)
+    sigmas: tuple[float, ...] | None = None
+    """Of the sampler's schedule, in its order, without 0; None until it is known."""
+    hints: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    recent: dict[Hashable, Tensor] = field(default_factory=dict)
+    """Features that the last forward used."""
+    counted: bool = False
+    """Whether the hints have been counted against the frames."""
+    in_range: int = 0
+    reached: int = 0
+    added: int = 0
+
+    def percent(self, sigma: float) -> float:
+        """The host's percent at a sigma, 0..1."""
+        if sigma not in self.percents:
+            self.percents[sigma] = percent_of(sigma, self.model_sampling.percent_to_sigma)
+        return self.percents[sigma]
+
+    def timestep(self, sigma: float) -> float:
+        """The number that the UNet is given at a sigma."""
+        if sigma not in self.timesteps:
+            self._work_out((sigma,))
+        return self.timesteps[sigma]
+
+    def note_schedule(self, sample_sigmas: Tensor | None) -> None:
+        """Take in the sampler's schedule, once, with all its timesteps: each look at a device makes it wait."""
+        if self.sigmas is None and sample_sigmas is not None:
+            self.sigmas = tuple(sigma for sigma in sample_sigmas.flatten().tolist() if sigma > 0)
+            self._work_out(self.sigmas)
+
+    def sigmas_after(self, sigma: float) -> tuple[float, ...]:
+        """The rest of the schedule; nothing at a sigma that is not in it."""
+        sigmas = self.sigmas or ()
+        return sigmas[sigmas.index(sigma) + 1 :] if sigma in sigmas else ()
+
+    def _work_out(self, sigmas: tuple[float, ...]) -> None:
+        numbers = self.model_sampling.timestep(torch.tensor(sigmas)).float().tolist()
+        self.timesteps.update(zip(sigmas, numbers, strict=True))
+
+
+def sigma_of(t: Tensor, transformer_options: dict[str, Any]) -> float:
+    """The sigma of the coming forward. t: (rows,), all equal; it is looked at once a forward, for all controls."""
+    known = transformer_options.get(SIGMA_KEY)
+    if known is None or known[0] is not t:
+        known = transformer_options[SIGMA_KEY] = (t, float(t[0]))
+    return known[1]
