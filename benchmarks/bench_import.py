@@ -1,25 +1,33 @@
 """How long the import of the pack takes beyond torch and the host, in fresh processes.
 
-    python benchmarks/bench_import.py PATH_TO_COMFYUI [runs]
+    python run.py bench import
 
 Each run imports torch and those modules of the host that every ComfyUI has loaded before it comes to its custom
-nodes, then times the import of the pack's `__init__.py` alone. Prints a table row per run and the median.
+nodes, then times the import of the pack's `__init__.py` alone. The garbage collector rests meanwhile: a round over all
+that torch and the host have made takes 0.2 s, and whose import it falls into is chance.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
-import platform
+import runpy
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+if __package__ in (None, ""):
+    runpy.run_path(str(ROOT / "_alias.py"))
+
+from comfyui_controlnext.benchmarks.host import add_options  # noqa: E402
+from comfyui_controlnext.benchmarks.report import append_table  # noqa: E402
 
 CHILD = """
-import importlib.util, runpy, sys, time
+import gc, importlib.util, runpy, sys, time
 host, root = sys.argv.pop(1), sys.argv.pop(1)
 runpy.run_path(root + "/tools/launcher.py")["declare_missing_torchvision_ops"]()
 sys.path.insert(0, host)
@@ -31,6 +39,8 @@ before = set(sys.modules)
 spec = importlib.util.spec_from_file_location("pack", root + "/__init__.py", submodule_search_locations=[root])
 module = importlib.util.module_from_spec(spec)
 sys.modules["pack"] = module
+gc.collect()
+gc.disable()
 started, started_cpu = time.perf_counter(), time.process_time()
 spec.loader.exec_module(module)
 seconds, cpu = time.perf_counter() - started, time.process_time() - started_cpu
@@ -56,20 +66,27 @@ def measure(host: Path, bytecode: str | None = None) -> tuple[float, float, str,
 
 
 def main() -> None:
-    if len(sys.argv) < 2 or not (Path(sys.argv[1]) / "main.py").is_file():
-        raise SystemExit(f"usage: python {Path(__file__).name} PATH_TO_COMFYUI [runs]")
-    host = Path(sys.argv[1]).resolve()
-    runs = int(sys.argv[2]) if len(sys.argv) > 2 else 5
-    print(f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {runs} fresh processes")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--comfyui", type=Path, required=True, metavar="PATH", help="the ComfyUI to measure in")
+    add_options(parser)
+    options = parser.parse_args()
+    runs = options.repeats or (3 if options.quick else 9)
     rows = []
     with tempfile.TemporaryDirectory() as bytecode:
-        measure(host, bytecode)
+        measure(options.comfyui.resolve(), bytecode)
         for _ in range(runs):
-            wall, cpu, count, foreign = measure(host, bytecode)
-            rows.append((wall, cpu))
-            print(f"{wall * 1000:7.1f} ms wall {cpu * 1000:7.1f} ms cpu   {count} nodes   also imported: {foreign}")
-    wall, cpu = (statistics.median(column) * 1000 for column in zip(*rows, strict=True))
-    print(f"{wall:7.1f} ms wall {cpu:7.1f} ms cpu   median")
+            wall, cpu, count, foreign = measure(options.comfyui.resolve(), bytecode)
+            rows.append((1000 * wall, 1000 * cpu, count, foreign))
+    walls, cpus, counts, foreign_modules = zip(*rows, strict=True)
+    line = (milliseconds(walls), milliseconds(cpus), "100", counts[0], foreign_modules[0])
+    head = ("wall ms", "processor ms", "goal ms", "nodes", "foreign modules")
+    title = "import of the pack beyond the host"
+    append_table("import", title, head, [line], f"{runs} fresh processes", options.json, not options.quick)
+
+
+def milliseconds(values: Sequence[float]) -> str:
+    """Median and range."""
+    return f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f})"
 
 
 if __name__ == "__main__":

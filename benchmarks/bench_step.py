@@ -14,30 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
 from comfyui_controlnext.benchmarks.host import Options, begin  # noqa: E402
+from comfyui_controlnext.benchmarks.paired import Case, measure  # noqa: E402
 from comfyui_controlnext.benchmarks.real_size import make_control, make_stock, make_unet, make_xs  # noqa: E402
-from comfyui_controlnext.benchmarks.report import append_table, spread  # noqa: E402
-from comfyui_controlnext.benchmarks.sampling import Run, Setup, forget, queue, watching  # noqa: E402
-
-HEAD = ("case", "goal GPU / CPU", "wall", "processor time", "own", "s/step")
-RUN_STEPS = 20
-"""Of the queue run that the first step's one-time work is spread over."""
-
-
-@dataclass
-class Case:
-    """One row. first: nothing of its hints is kept; second: it runs after another run with its hints."""
-
-    name: str
-    setup: Setup
-    first: bool = False
-    second: bool = False
-    goal: str = ""
+from comfyui_controlnext.benchmarks.sampling import Setup, watching  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -105,52 +88,14 @@ def cases_of(family: Family, options: Options) -> list[Case]:
     return [case for case in cases if case.name == "bare" or options.wants(f"{family.name} {case.name}")]
 
 
-def measure(family: Family, options: Options) -> None:
-    """Run one family and write its table."""
-    cases = cases_of(family, options)
-    if len(cases) == 1:
-        return
-    steps = 2 if options.cpu else RUN_STEPS
-    length = {case.name: steps if case.first or not options.cpu else 1 for case in cases}
-    for case in cases:  # on a GPU, kernels are chosen and memory is taken in a process's first runs
-        if case.second or not options.cpu:
-            queue(case.setup, length[case.name], seed=99)
-    found: dict[str, list[tuple[Run, Run]]] = {case.name: [] for case in cases}
-    for repeat in range(options.repeats):
-        bare = queue(cases[0].setup, length["bare"], seed=repeat)
-        found["bare"].append((bare, bare))
-        for case in cases[1:]:
-            if case.first:
-                forget(case.setup)
-            found[case.name].append((queue(case.setup, length[case.name], seed=repeat), bare))
-    rows = [row(case, found[case.name], options) for case in cases]
-    height, width, batch = cases[0].setup.height, cases[0].setup.width, cases[0].setup.batch
-    title = f"{family.name}, {height}x{width}" + (f", {batch} frames" if batch > 1 else "") + ", CFG"
-    settings = f"{str(options.dtype)[6:]}, {options.repeats} interleaved repeats, runs of {RUN_STEPS} steps"
-    if options.cpu:
-        settings += f" worked out from {steps}, {torch.get_num_threads()} threads"
-    append_table("step", title, HEAD, rows, settings, options.json, keep=not options.quick)
-
-
-def row(case: Case, runs: list[tuple[Run, Run]], options: Options) -> tuple[str, ...]:
-    costs = [(run.per_step(RUN_STEPS), bare.per_step(RUN_STEPS)) for run, bare in runs]
-    own = [cost.cpu / (cost.cpu - cost.own) for cost, _ in costs]
-    return (
-        case.name,
-        case.goal,
-        spread([cost.wall / bare.wall for cost, bare in costs]),
-        spread([cost.cpu / bare.cpu for cost, bare in costs]),
-        spread(own) if options.cpu and max(own) > 1 else "",
-        f"{min(cost.wall for cost, _ in costs):.3f}",
-    )
-
-
 def main() -> None:
     options = begin(__doc__ or "")
     with watching():
         for family in FAMILIES:
             if options.wants(family.name) or any(family.name in word for word in options.cases):
-                measure(family, options)
+                height, width, batch = family.quick if options.quick else family.size
+                size = f"{family.name}, {height}x{width}" + (f", {batch} frames" if batch > 1 else "")
+                measure("step", f"{size}, CFG", cases_of(family, options), options)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,71 @@
+"""Cases beside a bare model, interleaved: a ratio is a case's step over the bare step of the same repeat.
+
+`own` is what a step costs over what it would cost without this pack's code, both from the processor time of that very
+step: the noise of other programs cancels in it. It is worked out on the CPU alone; on a GPU that code only launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .host import Options
+from .report import append_table, spread
+from .sampling import Run, Setup, forget, queue
+
+HEAD = ("case", "goal GPU / CPU", "wall", "processor time", "own", "s/step")
+RUN_STEPS = 20
+"""Of the queue run that one-time work is spread over."""
+CPU_STEPS = 2
+"""Of the run from which, on a CPU, the longer one is worked out: a first step and one like all others."""
+
+
+@dataclass
+class Case:
+    """One row. first: nothing of its hints is kept; second: it runs after another run with its hints."""
+
+    name: str
+    setup: Setup
+    first: bool = False
+    second: bool = False
+    goal: str = ""
+
+
+def measure(what: str, title: str, cases: Sequence[Case], options: Options) -> None:
+    """Run the cases, the bare model first among them, and write a table."""
+    if len(cases) < 2:
+        return
+    steps = CPU_STEPS if options.cpu else RUN_STEPS
+    length = {case.name: steps if case.first or not options.cpu else 1 for case in cases}
+    for case in cases:  # on a GPU, kernels are chosen and memory is taken in a process's first runs
+        if case.second or not options.cpu:
+            queue(case.setup, length[case.name], seed=99)
+    found: dict[str, list[tuple[Run, Run]]] = {case.name: [] for case in cases}
+    for repeat in range(options.repeats):
+        bare = queue(cases[0].setup, length[cases[0].name], seed=repeat)
+        found[cases[0].name].append((bare, bare))
+        for case in cases[1:]:
+            if case.first:
+                forget(case.setup)
+            found[case.name].append((queue(case.setup, length[case.name], seed=repeat), bare))
+    rows = [row(case, found[case.name], options) for case in cases]
+    settings = f"{str(options.dtype)[6:]}, {options.repeats} interleaved repeats, runs of {RUN_STEPS} steps"
+    if options.cpu:
+        settings += f" worked out from {steps}, {torch.get_num_threads()} threads"
+    append_table(what, title, HEAD, rows, settings, options.json, keep=not options.quick)
+
+
+def row(case: Case, runs: Sequence[tuple[Run, Run]], options: Options) -> tuple[str, ...]:
+    """Of the table; runs: pairs of the case and the bare model."""
+    costs = [(run.per_step(RUN_STEPS), bare.per_step(RUN_STEPS)) for run, bare in runs]
+    own = [cost.cpu / (cost.cpu - cost.own) for cost, _ in costs]
+    return (
+        case.name,
+        case.goal,
+        spread([cost.wall / bare.wall for cost, bare in costs]),
+        spread([cost.cpu / bare.cpu for cost, bare in costs]),
+        spread(own) if options.cpu and max(own) > 1 else "",
+        f"{min(cost.wall for cost, _ in costs):.3f}",
+    )
