@@ -3,9 +3,14 @@
 Not a test and not imported by one: `conftest.py` copies it among the custom nodes of the server's base directory.
 """
 
+import contextlib
+import ctypes
+import gc
 import logging
 from typing import Any
 
+import psutil
+import torch
 from aiohttp import web
 from server import PromptServer
 
@@ -39,11 +44,29 @@ def count_calls(encoder: Any) -> None:
     encoder.forward = counting
 
 
+def memory() -> dict[str, int]:
+    """What the process holds: the allocator's own reserve, which it would use next, is given back first."""
+    gc.collect()
+    storages = [o.untyped_storage() for o in gc.get_objects() if isinstance(o, torch.Tensor) and not o.is_meta]
+    with contextlib.suppress(OSError, AttributeError):  # glibc's
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    unique = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return {"memory": psutil.Process().memory_info().rss, "tensors": sum(unique.values())}
+
+
 @PromptServer.instance.routes.get("/controlnext_probe")
-async def probe(_: web.Request) -> web.Response:
-    """{calls: rows of each forward of an encoder, kept: entries in the feature cache, complaints: log lines}"""
+async def probe(request: web.Request) -> web.Response:
+    """{calls: rows of each forward of an encoder, kept: entries in the feature cache, complaints: log lines,
+    and with ?memory also memory: resident bytes, tensors: bytes of those that live}"""
     from comfyui_controlnext.controlnext_core.comfy_adapter.features import CACHE
     from comfyui_controlnext.models.controlnext import ControlNeXt
 
     count_calls(ControlNeXt)
-    return web.json_response({"calls": CALLS, "kept": len(CACHE), "complaints": COMPLAINTS})
+    return web.json_response(
+        {
+            "calls": CALLS,
+            "kept": len(CACHE),
+            "complaints": COMPLAINTS,
+            **(memory() if "memory" in request.query else {}),
+        }
+    )
