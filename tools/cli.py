@@ -92,6 +92,18 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_bench(parser: Parser) -> None:
+    from .bench import add_options
+
+    add_options(parser)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .bench import run_benchmarks
+
+    return run_benchmarks(options, lambda: host.provide(options.comfyui, clone_folder()))
+
+
 def _add_train(parser: Parser) -> None:
     from .train import add_options
 
@@ -123,6 +135,7 @@ COMMANDS = {
     "convert": Command("write a ControlNet-XS file with the other set of names", "host", _add_convert, _convert),
     "train": Command("train a ControlNeXt or a ControlNet-XS from a recipe", "host", _add_train, _train),
     "train-demo": Command("make the weights of the demo anew, in hours", "host", _add_train_demo, _train_demo),
+    "bench": Command("measure speed and memory beside the bare model and stock ControlNet", "host", _add_bench, _bench),
     "test": Command("run every check and test", "test", _add_test, _test),
 }
 
