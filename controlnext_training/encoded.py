@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -82,6 +82,8 @@ class Store:
         mine = list(indices[world.rank :: world.size])
         broken: list[Broken] = []
         bad: list[int] = []
+        if not self.config.video:
+            self.text("")  # for samples that lose their caption, and for guidance: nothing is encoded between steps
         for done, index in enumerate(mine):
             if watch.stopping():
                 break
@@ -184,10 +186,13 @@ Wanted = tuple[tuple[int, int], ...]
 class Ahead:
     """Reads the samples of the next step while this one computes. Clips, which may have to be encoded, wait."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, store: Store, usable: Sequence[int], say: Callable[[str], None]) -> None:
+        """usable: indices that train, of which one takes the place of a sample that cannot be read any more; say: who
+        is told of it."""
+        self.store, self.usable, self.say = store, usable, say
         self.pool = ThreadPoolExecutor(1, "samples")
         self.coming: tuple[Wanted, Future[list[Encoded]]] | None = None
+        self.gone: set[int] = set()
 
     def get(self, wanted: Wanted, upcoming: Wanted) -> list[Encoded]:
         """The samples of this step; starts on those of the next."""
@@ -198,7 +203,22 @@ class Ahead:
         return found
 
     def _read(self, wanted: Wanted) -> list[Encoded]:
-        return [self.store.sample(index, position) for index, position in wanted]
+        return [self._sample(index, position) for index, position in wanted]
+
+    def _sample(self, index: int, position: int) -> Encoded:
+        """The sample, or the next one of its size that can be read. Raises DatasetError where there is none."""
+        sizes = self.store.data.sizes
+        start = self.usable.index(index)
+        for candidate in (*self.usable[start:], *self.usable[:start]):
+            if candidate in self.gone or sizes[candidate] != sizes[index]:
+                continue
+            try:
+                return self.store.sample(candidate, position)
+            except BrokenSample as error:
+                self.gone.add(candidate)
+                self.say(f"from now on left out: {error}")
+        height, width = sizes[index]
+        raise DatasetError(f"None of the samples of {width}x{height} can be read any more. Check the files.")
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)

@@ -46,7 +46,7 @@ class Loop:
 
 
 def make_loop(
-    base: Base, store: Store, usable: list[int], config: TrainConfig, device: torch.device, world: World
+    base: Base, store: Store, usable: list[int], config: TrainConfig, device: torch.device, world: World, watch: Watch
 ) -> Loop:
     dtype = compute_dtype(config.precision, device)
     controlled = Controlled(base.model, config, dtype, device)
@@ -71,7 +71,7 @@ def make_loop(
         ema=optimizers.Ema(parameters, config.ema_decay, config.ema_on_cpu) if config.ema_decay else None,
         law=Law.of(config, controlled),
         plan=order(sizes, config.effective_batch * world.size, config.seed),
-        samples=Ahead(store),
+        samples=Ahead(store, usable, watch.say),
         indices=usable,
         world=world,
     )

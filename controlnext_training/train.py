@@ -77,15 +77,19 @@ def _train(
     count = min(len(data), config.max_samples or len(data))
     readable, broken = store.prepare(range(count), world, watch)
     training, validating = _split(readable, config, held_out is not None)
+    looked_at = store
+    if held_out is not None and config.validate_every:
+        looked_at = Store(base, held_out, config, store.kept)
+        first = range(min(len(held_out), config.validation_samples))
+        validating, unseen = looked_at.prepare(first, world, watch)
+        broken += unseen
     for name, why in broken:
         watch.say(f"left out: {name}: {why}")
     make_room(device)
-    loop = make_loop(base, store, training, config, device, world)
+    loop = make_loop(base, store, training, config, device, world, watch)
     validator = None
     if config.validate_every and world.first:
-        looked_at = store if held_out is None else Store(base, held_out, config, store.kept)
-        indices = validating if held_out is None else range(len(held_out))
-        validator = Validator(looked_at, indices, config, loop.law, watch)
+        validator = Validator(looked_at, validating, config, loop.law, watch)
     journal = Journal(run.folder, world.first, config.tensorboard)
     try:
         start = resume(loop, found, watch)

@@ -15,6 +15,7 @@ from .base_model.controlled import Controlled
 from .base_model.encode import is_out_of_memory
 from .base_model.preview import sample as sample_pictures
 from .config import TrainConfig
+from .data.samples import BrokenSample, DatasetError
 from .encoded import Encoded, Store
 from .journal import Watch
 from .plots import Cell, picture_grid
@@ -58,7 +59,7 @@ class Validator:
 
     def run(self, controlled: Controlled) -> Validation:
         """Look at the weights as they are; nothing of the training is changed, no random number is used up."""
-        samples = [self.store.sample(index, index, dropout=False) for index in self.indices]
+        samples = self._readable()
         with torch.no_grad(), _training_off(controlled):
             loss, without = (self._loss(controlled, samples, strength) for strength in (1.0, 0.0))
             grid, scores = self._pictures_that_fit(controlled, samples)
@@ -70,6 +71,19 @@ class Validator:
             fidelity_without=scores[0] if scores else None,
             grid=grid,
         )
+
+    def _readable(self) -> list[Encoded]:
+        """The samples; one that cannot be read any more is left out from now on. Raises DatasetError for the last."""
+        found: dict[int, Encoded] = {}
+        for index in self.indices:
+            try:
+                found[index] = self.store.sample(index, index, dropout=False)
+            except BrokenSample as error:
+                self.watch.say(f"from now on left out of the validation: {error}")
+        self.indices = list(found)
+        if not found:
+            raise DatasetError("None of the validation's samples can be read any more. Check the files.")
+        return list(found.values())
 
     def _loss(self, controlled: Controlled, samples: Sequence[Encoded], strength: float) -> float:
         found = []

@@ -109,7 +109,7 @@ def loop_on(base: Any, config: TrainConfig, data: Any = None) -> Any:
     from comfyui_controlnext.controlnext_training.loop import make_loop
 
     data = data or drawn()
-    return make_loop(base, Store(base, data, config, _kept()), list(range(len(data))), config, CPU, World())
+    return make_loop(base, Store(base, data, config, _kept()), list(range(len(data))), config, CPU, World(), Watcher())
 
 
 def take_steps(loop: Any, count: int, first: int = 0) -> list[float]:
