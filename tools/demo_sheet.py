@@ -7,8 +7,10 @@ are of scenes that no training saw.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image as Pictures
 
 SIDE, STEPS, CFG, SEED = 128, 14, 3.0, 5
-SCENE_SEED, SCENES = 99, (0, 1, 2)
+SCENE_SEED, SCENES = 99, (4, 12, 3)
 CHECKPOINT, LORA = "shapes_sd15.ckpt", "shapes_night.safetensors"
 EDGES, MASK, XS = "demo_edges.safetensors", "demo_mask.safetensors", "demo_xs.safetensors"
 Graph = dict[str, dict[str, Any]]
@@ -82,7 +84,7 @@ def draw_hint(index: int) -> Hint:
         scene.caption,
         scene.hint("edges"),
         rgb(scene.edges * near_first),
-        rgb(scene.mask * (parts != 1)),
+        rgb(scene.mask * ~near_first),
     )
 
 
@@ -219,3 +221,39 @@ def compose(
             sheet.paste(picture, (left, top))
             draw.text((left, top + cell + 2), f"F1 {f1[row, place]:.2f}", fill="black", font=small)
     return sheet
+
+
+def available(columns: tuple[Column, ...], names: frozenset[str]) -> tuple[Column, ...]:
+    """Those columns all of whose files are among `names`."""
+    return tuple(column for column in columns if names.issuperset(column.files))
+
+
+def run_sheet(host: Path, base: Path, cpu: bool, output: Path) -> Path:
+    """Queue the sheet in `host`, whose base directory has the weights in its models folders; the sheet's path."""
+    from .comfy_server import ComfyServer
+    from .demo import Progress, device_arguments
+
+    names = frozenset(path.name for path in (base / "models").rglob("*.safetensors"))
+    columns, hints = available(COLUMNS, names), {row: draw_hint(index) for row, index in enumerate(SCENES)}
+    started = time.monotonic()
+    arguments = [*device_arguments(cpu), "--disable-api-nodes"]
+    with ComfyServer.start(host, base, arguments=arguments, log=base / "server.log") as server:
+        print(f"  {time.monotonic() - started:6.1f} s  it answers at http://{server.address}", flush=True)
+        for name, content in uploads(hints).items():
+            server.upload_image(content, name)
+        graph = workflow(hints, columns)
+        run = server.run(graph, Progress(graph))
+        cells = {place: server.image(entry) for place, entry in _saved(graph, run.outputs)}
+    sheet = compose(hints, columns, cells, scores(hints, cells))
+    output.mkdir(parents=True, exist_ok=True)
+    sheet.save(output / "contact_sheet.png")
+    print(f"Done in {time.monotonic() - started:.1f} s: {output / 'contact_sheet.png'}")
+    return output / "contact_sheet.png"
+
+
+def _saved(graph: Graph, outputs: Mapping[str, Any]) -> Iterator[tuple[tuple[int, int], dict[str, str]]]:
+    """((row, column), what the host says of the picture) of every SaveImage node."""
+    for name, node in graph.items():
+        if node["class_type"] == "SaveImage":
+            row, column = node["inputs"]["filename_prefix"].removeprefix("sheet/").split("_")
+            yield (int(row), int(column)), outputs[name]["images"][0]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..tiny_models.storage import save
-from .autoencoder import LATENT_SCALE
+from .autoencoder import FILE, LATENT_SCALE
 from .running import FOLDER
 from .text_encoder import text_encoder
 from .widening import widen
@@ -32,4 +32,6 @@ def write_checkpoint(path: Path, unet: Mapping[str, Tensor], autoencoder: Mappin
 def assemble(folder: Path = FOLDER) -> Path:
     """What the stages before left, as a checkpoint."""
     unet = {name: value.half() for name, value in widen(load_file(folder / "base" / "unet_narrow.safetensors")).items()}
-    return write_checkpoint(folder / "base.ckpt", unet, load_file(folder / "autoencoder" / "autoencoder.safetensors"))
+    better = folder / "decoder" / FILE
+    weights = load_file(better if better.is_file() else folder / "autoencoder" / FILE)
+    return write_checkpoint(folder / "shapes_sd15.ckpt", unet, weights)

@@ -11,13 +11,15 @@ import math
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from ...controlnext_training.seeding import generator
 from ...controlnext_training.synthetic import draw
 from ..tiny_models.storage import Pools, save
 from ..tiny_models.text_and_vae import taesd
-from .running import Average, Stage, cosine, generator, picture_grid, unpaused_steps
+from .running import Average, Stage, cosine, picture_grid, snapshot, unpaused_steps
 
 SEED = 7
 LATENT_SCALE = 0.18215  # of the host's SD1.5 latent format
@@ -25,6 +27,8 @@ WORKING = {"taesd_encoder": (3, 7, 8, 11, 12), "taesd_decoder": (3, 4, 5, 8, 9, 
 """Blocks that train; the others pass."""
 STEPS, BATCH, SIDE = 1200, 12, 64
 LEARNING_RATE, WARMUP = 1e-3, 100
+DECODER_STEPS, DECODER_LEARNING_RATE = 3000, 5e-4
+FILE = "autoencoder.safetensors"
 EMA_DECAY = 0.998
 SCENES = 6000  # of 128 pixels, of which random parts of SIDE are seen, and as many of SIDE pixels
 LATENT_NOISE = 0.1  # highest std of what is added to latents, so that the decoder forgives a sampler its errors
@@ -74,26 +78,51 @@ def decode(model: nn.Module, latent: Tensor) -> Tensor:
     return model.taesd_decoder(latent)
 
 
-def loss_of(model: nn.Module, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def loss_of(model: nn.Module, pixels: Tensor, noise: Tensor, encoder_trains: bool = True) -> tuple[Tensor, Tensor]:
     """(loss, mean absolute error). noise: as the latents, ready to be added.
 
-    Absolute error of colours and of differences between neighbours, and what holds each channel of the latents to
-    mean 0 and variance 1.
+    Absolute error of colours and of differences between neighbours, and, where the encoder trains, what holds each
+    channel of the latents to mean 0 and variance 1.
     """
-    latent = encode(model, pixels).float()
+    with torch.set_grad_enabled(encoder_trains):
+        latent = encode(model, pixels).float()
     painted = decode(model, latent + noise).float()
     error = (painted - pixels).abs().mean()
     edges = sum((torch.diff(painted, dim=axis) - torch.diff(pixels, dim=axis)).abs().mean() for axis in (2, 3))
-    variance, mean = torch.var_mean(latent, dim=(0, 2, 3))
-    moments = (mean.square() + variance.log().square()).mean()
-    return error + EDGE_WEIGHT * edges + MOMENTS_WEIGHT * moments, error.detach()
+    loss = error + EDGE_WEIGHT * edges
+    if encoder_trains:
+        variance, mean = torch.var_mean(latent, dim=(0, 2, 3))
+        loss = loss + MOMENTS_WEIGHT * (mean.square() + variance.log().square()).mean()
+    return loss, error.detach()
 
 
-def train_autoencoder(steps: int = STEPS) -> Path:
-    """Train, or go on training; the file with the average of the weights, whole, in fp16."""
-    stage = Stage("autoencoder")
+def train_autoencoder() -> Path:
+    """Train both halves, or go on training; the file with the average of the weights, whole, in fp16."""
+    return _train(Stage("autoencoder"), new_autoencoder(), STEPS, LEARNING_RATE)
+
+
+def train_decoder() -> Path:
+    """Train the decoder alone, longer, for latents that stay as they are: nothing else needs to be trained again."""
+    stage = Stage("decoder")
+    model = trained(stage.folder.parent / "autoencoder" / FILE)
+    model.taesd_decoder.requires_grad_(True)
+    return _train(stage, model, DECODER_STEPS, DECODER_LEARNING_RATE)
+
+
+def trained(path: Path) -> nn.Module:
+    """The autoencoder of a file, frozen. Raises FileNotFoundError naming the stage that is missing."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there. Run first: python run.py train-demo {path.parent.name}")
     model = new_autoencoder()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
+    kept = model.state_dict().keys()
+    model.load_state_dict({name: value.float() for name, value in load_file(path).items() if name in kept})
+    return model.requires_grad_(False)
+
+
+def _train(stage: Stage, model: nn.Module, steps: int, rate: float) -> Path:
+    parameters = [value for value in model.parameters() if value.requires_grad]
+    encoder_trains = model.taesd_encoder[0].weight.requires_grad
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
     average, start = Average(model, EMA_DECAY), 0
     state = stage.load()
     if state is not None:
@@ -101,16 +130,15 @@ def train_autoencoder(steps: int = STEPS) -> Path:
         optimizer.load_state_dict(state["optimizer"])
         average.restore(state["average"])
         start = state["step"]
-    stage.say(event="start", step=start, parameters=sum(p.numel() for p in model.parameters()))
+    stage.say(event="start", step=start, parameters=sum(p.numel() for p in parameters))
     scenes = (pictures(2 * SIDE, SCENES), pictures(SIDE, SCENES, SCENES)) if start < steps else ()
     for step, seconds in unpaused_steps(start, steps):
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * cosine(step, steps, WARMUP)
-        pixels, noise = _batch(scenes, step)
+            group["lr"] = rate * cosine(step, steps, WARMUP)
         with torch.autocast("cpu", torch.bfloat16):
-            loss, error = loss_of(model, pixels, noise)
+            loss, error = loss_of(model, *_batch(scenes, stage.name, step), encoder_trains)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average.update(model)
@@ -118,23 +146,15 @@ def train_autoencoder(steps: int = STEPS) -> Path:
         if done % 50 == 0:
             stage.say(step=done, loss=round(loss.item(), 5), error=round(error.item(), 5), seconds=round(seconds, 1))
         if done % 500 == 0:
-            show(model, average, stage.folder / f"pictures_{done:05d}.png")
+            show(average, model, stage.folder / f"pictures_{done:05d}.png")
         if stage.is_time_to_save() or done == steps:
-            stage.save(
-                {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "average": average.state(),
-                    "step": done,
-                }
-            )
-    weights = {name: value.half() for name, value in whole({**model.state_dict(), **average.weights}).items()}
-    return save(stage.folder / "autoencoder.safetensors", weights)
+            stage.save(snapshot(model, optimizer, average, done))
+    return save(stage.folder / FILE, {name: value.half() for name, value in whole(average.weights).items()})
 
 
-def _batch(scenes: tuple[Tensor, ...], step: int) -> tuple[Tensor, Tensor]:
+def _batch(scenes: tuple[Tensor, ...], purpose: str, step: int) -> tuple[Tensor, Tensor]:
     """(pixels (B, 3, SIDE, SIDE), noise for their latents) of a step; whole small scenes and parts of large ones."""
-    random = generator(SEED, "autoencoder", step)
+    random = generator(SEED, purpose, step)
     large, small = scenes
     rows = torch.randint(len(large), (BATCH,), generator=random).tolist()
     places = torch.randint(SIDE + 1, (BATCH, 2), generator=random).tolist()
@@ -148,14 +168,13 @@ def _batch(scenes: tuple[Tensor, ...], step: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def show(model: nn.Module, average: Average, path: Path) -> Path:
+def show(average: Average, model: nn.Module, path: Path) -> Path:
     """Unseen scenes above what comes back."""
     pixels = pictures(2 * SIDE, 8, 10**6).float() / 255
     with torch.autocast("cpu", torch.bfloat16):
-        weights = average.weights
-        latent = torch.func.functional_call(model.taesd_encoder, _part(weights, "taesd_encoder."), pixels)
-        back = torch.func.functional_call(model.taesd_decoder, _part(weights, "taesd_decoder."), latent)
-    return picture_grid(F.relu(torch.cat([pixels, back.float()])).permute(0, 2, 3, 1), path)
+        latent = functional_call(model.taesd_encoder, _part(average.weights, "taesd_encoder."), pixels)
+        back = functional_call(model.taesd_decoder, _part(average.weights, "taesd_decoder."), latent)
+    return picture_grid(torch.cat([pixels, back.float()]).permute(0, 2, 3, 1), path)
 
 
 def _part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...controlnext_training.objective import OBJECTIVES, loss, noisy
+from ...controlnext_training.seeding import generator
 from ...controlnext_training.synthetic import draw
 from ..tiny_models.storage import save, write_atomically
 from . import autoencoder
-from .running import Average, Stage, cosine, generator, picture_grid, unpaused_steps, wait_while_paused
+from .running import Average, Stage, cosine, picture_grid, snapshot, unpaused_steps, wait_while_paused
 
 SEED = 11
 SCENES, PART, SIDE = 16384, 1024, 128  # scenes, and how many are prepared at once
-STEPS, BATCH = 10000, 24
+STEPS, BATCH = 12000, 16
 LEARNING_RATE, WARMUP = 6e-4, 200
 EMA_DECAY = 0.999
 MIN_SNR_GAMMA = 5.0
@@ -45,7 +45,6 @@ LAYOUT: dict[str, Any] = {
     "legacy": False,
 }
 ZERO_AT_FIRST = ("out_layers.3", "proj_out", "out.2")
-AUTOENCODER = "autoencoder.safetensors"
 
 
 def new_unet() -> nn.Module:
@@ -66,17 +65,9 @@ def new_unet() -> nn.Module:
 
 
 def trained_autoencoder(folder: Path) -> nn.Module:
-    """The autoencoder of the stage before. Raises FileNotFoundError naming it."""
-    path = folder.parent / "autoencoder" / AUTOENCODER
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there. Run first: python run.py train-demo autoencoder")
-    model = autoencoder.new_autoencoder()
-    model.load_state_dict({name: value.float() for name, value in load_file(path).items() if name in _names(model)})
-    return model.requires_grad_(False)
-
-
-def _names(model: nn.Module) -> set[str]:
-    return set(model.state_dict())
+    """The autoencoder of the stages before: the encoder is the first's, the decoder the second's where it is there."""
+    better = folder.parent / "decoder" / autoencoder.FILE
+    return autoencoder.trained(better if better.is_file() else folder.parent / "autoencoder" / autoencoder.FILE)
 
 
 def text_model(folder: Path) -> Any:
@@ -203,18 +194,9 @@ def train_base(steps: int = STEPS) -> Path:
         if done % SHOW_EVERY == 0:
             show(average.weights, stage.folder, f"samples_{done:05d}.png")
         if stage.is_time_to_save() or done == steps:
-            stage.save(_state(unet, optimizer, average, done))
+            stage.save(snapshot(unet, optimizer, average, done))
             write_weights(average.weights, stage.folder)
     return write_weights(average.weights, stage.folder)
-
-
-def _state(unet: nn.Module, optimizer: torch.optim.Optimizer, average: Average, step: int) -> dict[str, Any]:
-    return {
-        "model": unet.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "average": average.state(),
-        "step": step,
-    }
 
 
 def write_weights(weights: Mapping[str, Tensor], folder: Path) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..environment import ROOT
 
-STAGES = ("autoencoder", "base", "style", "assemble")
+STAGES = ("autoencoder", "decoder", "base", "style", "assemble")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +23,10 @@ def run_stage(options: argparse.Namespace, host: Path) -> int:
         from .autoencoder import train_autoencoder
 
         print(train_autoencoder())
+    elif options.stage == "decoder":
+        from .autoencoder import train_decoder
+
+        print(train_decoder())
     elif options.stage == "base":
         from .base import train_base
 

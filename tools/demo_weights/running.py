@@ -96,12 +96,14 @@ class Average:
         self.count, self.weights = int(state["count"]), dict(state["weights"])
 
 
-def generator(*names: object) -> torch.Generator:
-    """Random numbers that depend on `names` alone, so that a resumed run draws what an unbroken one would."""
-    from ...controlnext_training.seeding import generator as seeded
-
-    seed, purpose, position = names
-    return seeded(int(str(seed)), str(purpose), int(str(position)))
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, average: Average, step: int) -> dict[str, Any]:
+    """What a stage goes on from."""
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "average": average.state(),
+        "step": step,
+    }
 
 
 def picture_grid(pictures: Tensor, path: Path, columns: int = 8) -> Path:

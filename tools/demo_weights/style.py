@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ...controlnext_training.seeding import generator
 from ...controlnext_training.synthetic import Scene, draw
 from ..tiny_models.storage import save
 from . import autoencoder
@@ -30,7 +31,7 @@ from .base import (
     text_model,
     trained_autoencoder,
 )
-from .running import Stage, cosine, generator, picture_grid, unpaused_steps
+from .running import Stage, cosine, picture_grid, unpaused_steps
 
 SEED = 13
 SCENES, STEPS, BATCH = 768, 500, 16
