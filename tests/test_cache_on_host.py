@@ -183,3 +183,106 @@ def test_without_any_room_the_latents_are_the_same(studio: Studio, door: Any) ->
         found = door(studio, loaded, hints, batch=2)
         assert calls == [2] * STEPS and len(studio.cache) == 0
     assert torch.equal(found, expected) and torch.equal(again, expected)
+
+
+@DOORS
+def test_what_no_timestep_changes_is_done_once_a_run(
+    studio: Studio, door: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = studio.load()
+    network = loaded.control.net.patcher.model
+    begun: list[int] = []
+    begin = network.begin
+    monkeypatch.setattr(network, "begin", lambda hint: (begun.append(hint.shape[0]), begin(hint))[1])
+    door(studio, loaded, picture(), steps=4)
+    assert begun == [1]
+    door(studio, loaded, picture(), steps=4, seed=3)
+    assert begun == [1]
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpm_2", "dpmpp_2m", "euler_ancestral"])
+def test_every_sampler_gives_the_same_with_and_without_room(studio: Studio, sampler: str) -> None:
+    """Some ask for noise levels between those of the schedule, which are encoded when they come."""
+    loaded = studio.load()
+    with counted_calls(loaded) as calls:
+        kept = through_ours(studio, loaded, picture(), sampler=sampler, steps=3)
+        passes = len(calls)
+        again = through_ours(studio, loaded, picture(), sampler=sampler, steps=3)
+        assert len(calls) == passes
+    studio.cache.clear()
+    studio.cache.budgets = {"device": 0, "host": 0}
+    assert torch.equal(through_ours(studio, loaded, picture(), sampler=sampler, steps=3), kept)
+    assert torch.equal(again, kept)
+
+
+def test_timesteps_outside_the_range_are_not_encoded_ahead(studio: Studio) -> None:
+    loaded = studio.load()
+    for start, end, steps_inside in ((0.0, 0.5, 2), (0.5, 1.0, 2), (0.0, 1.0, 4)):
+        studio.cache.clear()
+        with counted_calls(loaded) as calls:
+            conds = studio.stock(loaded.control, picture(), 1.0, start, end)
+            studio.sample(loaded.model, *conds, steps=4)
+            assert calls == [1] * steps_inside
+
+
+def test_an_image_to_image_run_encodes_its_own_part_of_the_schedule(studio: Studio) -> None:
+    import nodes as host_nodes
+
+    loaded = studio.load()
+    model = studio.ours(loaded.model, loaded.control, picture())
+    latent = {"samples": torch.zeros(1, 4, CELLS, CELLS)}
+    conds = (studio.positive, studio.negative)
+    with counted_calls(loaded) as calls:
+        host_nodes.KSampler().sample(model, 1, 3, 4.0, "euler", "normal", *conds, latent, denoise=0.5)
+        assert calls == [1] * 3
+
+
+@DOORS
+def test_a_cancelled_run_encodes_no_further(studio: Studio, door: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import comfy.model_management as management
+
+    loaded = studio.load()
+    network = loaded.control.net.patcher.model
+    finish, passes = network.finish, []
+
+    def cancel(begun: Any, timestep: Tensor) -> Tensor:
+        passes.append(timestep)
+        management.interrupt_current_processing()
+        return finish(begun, timestep)
+
+    monkeypatch.setattr(network, "finish", cancel)
+    with pytest.raises(management.InterruptProcessingException):
+        door(studio, loaded, picture(), steps=4)
+    assert len(passes) == 1
+    management.interrupt_current_processing(False)
+
+
+@pytest.mark.parametrize("controls", [1, 3])
+def test_a_step_of_a_second_run_costs_three_launches_and_two_for_each_further_control(
+    studio: Studio, controls: int
+) -> None:
+    """Counted as operations; and the host waits for the device once a forward, however many controls there are."""
+    from comfyui_controlnext.benchmarks.counting import Operations
+
+    conds = (studio.positive, studio.negative)
+    loaded = [studio.load(name) for name in ("gen2.safetensors", "other.safetensors", "gen2.safetensors")[:controls]]
+    for number, one in enumerate(loaded):
+        conds = studio.apply_to(*conds, one.control, picture(number))
+
+    def operations(steps: int, *given: Any) -> Any:
+        studio.sample(studio.model, *given, steps=steps)
+        with Operations() as found:
+            studio.sample(studio.model, *given, steps=steps)
+        return found.names
+
+    def of_a_step(*given: Any) -> Any:
+        long, short = operations(4, *given), operations(3, *given)
+        long.subtract(short)
+        return long
+
+    bare, ours = of_a_step(), of_a_step(*conds)
+    ours.subtract(bare)
+    nothing = ("to", "flatten", "unflatten")  # of the same dtype and device, and views, in inference mode
+    more = {name: number for name, number in ours.items() if number and name not in nothing}
+    assert sum(more.pop(name, 0) for name in ("item", "_local_scalar_dense")) == 1, "the sigma, for all controls"
+    assert more == {"std_mean": 1, "add": controls, "addcmul": controls}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..injection import Term, fuse
@@ -33,23 +35,33 @@ class Collector:
 
     def __init__(self, jobs: tuple[Job, ...] = ()) -> None:
         self.jobs = jobs
+        self.blocks = tuple({job.block for job in jobs})
+        self.add = untraced(self._add)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Collector:
         return self  # packs that copy transformer_options must not copy encoders with it
 
     def after_skip(self, h: Tensor, transformer_options: dict[str, Any]) -> Tensor:
         """input_block_patch_after_skip: the skip is stored, the next block gets the control."""
-        return self._add(h, transformer_options)
+        return self.add(h, transformer_options) if transformer_options["block"] in self.blocks else h
 
     def before_output(self, h: Tensor, skip: Tensor, transformer_options: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """output_block_patch: acts on h, before it meets the skip."""
-        return self._add(h, transformer_options), skip
+        return (self.add(h, transformer_options) if transformer_options["block"] in self.blocks else h), skip
 
     def _add(self, h: Tensor, transformer_options: dict[str, Any]) -> Tensor:
         block = tuple(transformer_options["block"])
         jobs = sorted((job for job in self.jobs if job.block == block), key=lambda job: job.order)
         terms = [term for job in jobs if (term := job.term(h, transformer_options)) is not None]
         return fuse(h, terms) if terms else h
+
+
+def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as torch.compile leaves it alone: one break of the graph, and no guards on what is inside.
+
+    Where nobody has compiled anything it stays as it is: to ask for more would import the compiler, for a second.
+    """
+    return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
 
 
 def collect(transformer_options: dict[str, Any], job: Job) -> None:

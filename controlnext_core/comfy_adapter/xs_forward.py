@@ -9,7 +9,7 @@ nothing but other controls' residuals happens in between).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...models.controlnet_xs import Walk, fit
-from .collector import AFTER_SKIP, BEFORE_OUTPUT, Collector
+from .collector import AFTER_SKIP, BEFORE_OUTPUT, Collector, untraced
 
 XS_KEY = "controlnext_xs"
 EMB, BEFORE_SKIP = "emb_patch", "input_block_patch"
@@ -113,7 +113,7 @@ def join_forward(transformer_options: Options, job: XSJob) -> None:
     wrappers = dict(transformer_options.get("wrappers", {}))
     of_unet = dict(wrappers.get(WrappersMP.DIFFUSION_MODEL, {}))
     jobs = of_unet.pop(XS_KEY)[0].jobs if XS_KEY in of_unet else ()
-    of_unet[XS_KEY] = [XSForward((*jobs, job))]
+    of_unet[XS_KEY] = [XSForward((*jobs, replace(job, start=untraced(job.start))))]
     transformer_options["wrappers"] = {**wrappers, WrappersMP.DIFFUSION_MODEL: of_unet}
 
 
