@@ -10,11 +10,12 @@ from urllib.parse import urlparse
 
 import pytest
 import torch
+from comfyui_controlnext.controlnext_training.synthetic import write_folder
 from comfyui_controlnext.tools import make_workflows
 from comfyui_controlnext.tools import tiny_models as tm
 from comfyui_controlnext.tools.demo import for_this_system
 from comfyui_controlnext.tools.workflow_graph import NOTE, WIDGET_TYPES, split_inputs
-from comfyui_controlnext.tools.workflows import parts, video, xs
+from comfyui_controlnext.tools.workflows import parts, training, video, xs
 from PIL import Image, ImageSequence
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ TINY: dict[str, dict[str, Any]] = {
     "EmptyLatentImage": {"width": SIZE, "height": SIZE},
     "CLIPTextEncode": {"text": "a"},  # one text, which the host then encodes once
     "KSampler": {"steps": STEPS},
+    "ControlDatasetFolder": {"resolution": SIZE},
+    "ControlNeXtTrain": {"steps": 2, "batch_size": 1, "config": "validate_every = 0"},
     "SVD_img2vid_Conditioning": {"width": SIZE, "height": SIZE, "augmentation_level": 0.0},
     "ControlNeXtVideoWindows": {"length": 4, "overlap": 1},
     "SaveAnimatedWEBP": {"lossless": True},
@@ -235,7 +238,7 @@ def published(tiny: "TinyModels") -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def pictures(server: "ComfyServer") -> None:
+def pictures(server: "ComfyServer", tiny: "TinyModels") -> None:
     """The pictures that the workflows ask for, with a painted part (alpha 0) for the mask."""
     ramp = Image.linear_gradient("L").resize((SIZE, SIZE))
     picture = Image.merge("RGBA", (ramp, ramp.rotate(90), ramp.rotate(45), ramp.point(lambda v: 255 * (v > 99))))
@@ -243,6 +246,7 @@ def pictures(server: "ComfyServer") -> None:
     picture.save(stream, "PNG")
     for name in ("example.png", "depth.png", "pose.png"):
         server.upload_image(stream.getvalue(), name)
+    write_folder(tiny.base / "input" / training.FOLDER, 4, SIZE, 0, "edges")
     frames = [picture.convert("RGB").rotate(10 * turn) for turn in range(FRAMES)]
     server.upload_image(film(frames), "pose.mp4")
 

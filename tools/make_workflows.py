@@ -15,7 +15,7 @@ if __package__ in (None, ""):
 
 from comfyui_controlnext.tools.comfy_client import ComfyClient, ComfyError  # noqa: E402
 from comfyui_controlnext.tools.workflow_graph import ObjectInfo, Workflow, api_format, page_format  # noqa: E402
-from comfyui_controlnext.tools.workflows import controlnext, video, xs  # noqa: E402
+from comfyui_controlnext.tools.workflows import controlnext, training, video, xs  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parents[1] / "example_workflows"
 WORKFLOWS: tuple[Callable[[], Workflow], ...] = (
@@ -32,6 +32,7 @@ WORKFLOWS: tuple[Callable[[], Workflow], ...] = (
     xs.xs_controlnext_lora,
     video.svd_short_clip,
     video.svd_long_clip,
+    training.train_sd15,
 )
 
 

@@ -19,9 +19,12 @@ WIDTH = 300
 GAP, PADDING, GROUP_TITLE = 40, 20, 50
 SIZES = {  # of nodes that show text or pictures; all others follow from their slots
     "CLIPTextEncode": (380, 140),
+    "ControlDatasetFolder": (380, 440),  # room for its sheet of pictures
+    "ControlNeXtTrain": (420, 760),  # room for the loss curve and the validation pictures
     "ControlNeXtLoader": (380, 260),  # room for the report that appears when it has run
     "ControlNetXSLoader": (380, 190),
     "GetImageSize": (300, 130),
+    "LossGraphNode": (420, 360),
     "LoadImage": (300, 320),
     "LoadVideo": (300, 620),  # as high as the page makes it for a portrait video
     "PreviewImage": (300, 260),

@@ -1,0 +1,55 @@
+"""A workflow that trains: a control of one's own from a folder of pictures, tried in the same graph."""
+
+from ..workflow_graph import Workflow
+from .parts import CONTROL, HINT, MODELS, RESULT, SD15, edges, finish, prompts, start
+
+FOLDER = "my_pictures"
+"""Below the host's input folder."""
+COLUMNS = ("Models", "Prompts and size", "Pictures", "Training and control", "Result")
+
+
+def train_sd15() -> Workflow:
+    """Train a canny control for SD1.5, then draw with it."""
+    workflow, base = start("train_sd15", SD15)
+    workflow.columns = COLUMNS
+    workflow.note(
+        MODELS,
+        "**Any checkpoint of the family** can be the base, with LoRAs before the trainer. It is only read. For SDXL set "
+        "*variant* to `sdxl` and *resolution* to 1024.",
+        120,
+    )
+    positive, negative, latent = prompts(workflow, base["CLIP"], SD15, "a portrait in a sunlit garden, detailed photo")
+    data = workflow.add(HINT, "ControlDatasetFolder", folder=FOLDER, hint="canny", resolution=512)
+    workflow.note(
+        HINT,
+        f"""
+**Pictures to learn from** lie in ComfyUI's `input/{FOLDER}`, each with a caption: `1.png` and `1.txt`. The edges are
+drawn from them. For hints of your own choose `paired` and add `1_hint.png`. The node shows what it found.
+""",
+        150,
+    )
+    hint = edges(workflow, "Picture to try it on")
+    trained = workflow.add(
+        CONTROL,
+        "ControlNeXtTrain",
+        model=base["MODEL"],
+        vae=base["VAE"],
+        clip=base["CLIP"],
+        dataset=data["dataset"],
+        variant="sd15",
+        steps=4000,
+        batch_size=4,
+        output_name="my_canny",
+        config='gain = 0.35\nprecision = "auto"\ncheckpointing = true\n',
+    )
+    workflow.note(
+        CONTROL,
+        "**Queue it and watch**: loss, time left and validation pictures appear on the node. *Cancel* saves first; queue "
+        "again to go on. The file ends in `models/controlnext`, for *Load ControlNeXt* in other graphs.",
+        140,
+    )
+    applied = workflow.add(
+        CONTROL, "ControlNeXtApply", model=trained["MODEL"], control_net=trained["CONTROL_NET"], image=hint
+    )
+    workflow.add(RESULT, "LossGraphNode", loss=trained["LOSS_MAP"], filename_prefix="ControlNeXt/loss")
+    return finish(workflow, applied["MODEL"], positive, negative, latent, base["VAE"])
