@@ -109,17 +109,16 @@ def test_the_base_of_sdxl_knows_the_size_of_the_picture(loaded_sdxl: Any) -> Non
     latent, context = torch.randn(1, 4, CELLS, CELLS, generator=g), torch.randn(1, 77, 2048, generator=g)
     pooled, sigma = torch.randn(1, 1280, generator=g), torch.tensor([1.0])
     given = {"context": context, "pooled": pooled}
-    sizes = [SQUARE, Sizes((999, 777), (0, 0), (SIDE, SIDE)), Sizes((SIDE, SIDE), (8, 16), (SIDE, SIDE))]
+    told = Sizes((999, 777), (8, 16), (96, 80))
+    extra = {"height": 999, "width": 777, "crop_h": 8, "crop_w": 16, "target_height": 96, "target_width": 80}
+    conditions = controlled.conditions(latent, given, told)
+    assert torch.equal(conditions["y"].cond, loaded_sdxl.model.encode_adm(pooled_output=pooled, device=CPU, **extra))
+    hint = picture().movedim(-1, 1)
     with torch.no_grad():
-        outs = [
-            controlled(latent, sigma, [controlled.conditions(latent, given, size)], picture().movedim(-1, 1), 0.0)
-            for size in sizes
-        ]
-        extra = {"width": 777, "height": 999, "crop_w": 0, "crop_h": 0, "target_width": SIDE, "target_height": SIDE}
-        vector = loaded_sdxl.model.encode_adm(pooled_output=pooled, device=CPU, **extra)
-    found = controlled.conditions(latent, given, sizes[1])["y"].cond
-    assert torch.equal(found, vector)
-    assert not torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+        found = controlled(latent, sigma, [conditions], hint, 0.0)
+        assert not torch.equal(
+            found, controlled(latent, sigma, [controlled.conditions(latent, given, SQUARE)], hint, 0.0)
+        )
 
 
 @pytest.fixture(scope="module")

@@ -189,6 +189,16 @@ def test_the_file_is_what_was_trained(models: Any, tmp_path: Path, variant: str,
     assert relative(in_training(controlled, case, seen, 0.0), seen["output"]) > 1e-3, "the control is heard"
 
 
+def test_svd_is_told_the_numbers_of_the_released_trainer(models: Any) -> None:
+    """Frames per second less one, motion and noise of the reference frame: 6, 127, 0.02."""
+    model, case = models("svd_v2"), Case.of("svd_v2")
+    controlled = Controlled(model, small(variant="svd_v2", trainable="none"), torch.float32, CPU)
+    square = Sizes((SIDE, SIDE), (0, 0), (SIDE, SIDE))
+    found = controlled.conditions(torch.zeros(FRAMES, 4, CELLS, CELLS), case.given, square)["y"].cond
+    expected = torch.cat([model.model.embedder(torch.tensor([number])) for number in (6.0, 127.0, 0.02)])
+    assert torch.equal(found.flatten(), expected.flatten())
+
+
 @pytest.mark.parametrize("own_time", [False, True])
 def test_the_file_of_a_control_net_xs_is_what_was_trained(
     models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_time: bool
