@@ -1,7 +1,8 @@
 """Encoder outputs kept across conds, steps, seeds and queue runs, within two budgets.
 
 An entry belongs to a group, (encoder, hint), and has a key inside it (timestep, row, size, dtype, ...).
-Entries go to the compute device up to `device_budget` bytes, then to host memory up to `host_budget`. When a budget
+Entries go to the compute device up to `device_budget` bytes, then to host memory up to `host_budget`: pinned, so that
+they come back in the device's own time and nothing waits for them. When a budget
 is full, entries of groups that the present run has not used make room, least recently used group first; entries of
 the present run never push each other out, so of a run that does not fit its earliest steps stay.
 """
@@ -64,6 +65,11 @@ class FeatureCache:
         entry = found.entries.get(key)
         return None if entry is None else entry.to(device, non_blocking=True)
 
+    def holds(self, group: GroupKey, key: Hashable) -> bool:
+        """Whether `get` would find it; moves nothing and marks nothing."""
+        found = self._groups.get(group)
+        return found is not None and key in found.entries
+
     def put(self, group: GroupKey, key: Hashable, value: Tensor) -> bool:
         """Keep a tensor where there is room; returns whether it was kept."""
         target = self._groups.setdefault(group, _Group(self._run))
@@ -72,15 +78,15 @@ class FeatureCache:
         if key in target.entries:
             self._forget(target, key)
         for tier in _tiers(value):
-            if self._make_room(tier, value.nbytes):
-                target.entries[key] = value if tier == _tier(value) else value.cpu()
-                self.used[tier] += value.nbytes
+            if self._make_room(tier, _bytes_in(tier, value)):
+                target.entries[key] = kept = value if tier == _tier(value) else _to_host(value)
+                self.used[tier] += _bytes_held(kept)
                 return True
         return False
 
     def makes_room(self, value: Tensor) -> bool:
         """Whether a tensor like this one would be kept; what an earlier run left may go for it."""
-        return any(self._make_room(tier, value.nbytes) for tier in _tiers(value))
+        return any(self._make_room(tier, _bytes_in(tier, value)) for tier in _tiers(value))
 
     def drop(self, encoder: str) -> None:
         """Forget everything of one encoder."""
@@ -118,7 +124,7 @@ class FeatureCache:
 
     def _forget(self, group: _Group, key: Hashable) -> None:
         entry = group.entries.pop(key)
-        self.used[_tier(entry)] -= entry.nbytes
+        self.used[_tier(entry)] -= _bytes_held(entry)
 
 
 def _tiers(tensor: Tensor) -> tuple[Tier, ...]:
@@ -128,3 +134,29 @@ def _tiers(tensor: Tensor) -> tuple[Tier, ...]:
 
 def _tier(tensor: Tensor) -> Tier:
     return "host" if tensor.device.type == "cpu" else "device"
+
+
+def _to_host(value: Tensor) -> Tensor:
+    """A copy in host memory. From a CUDA device it is pinned, and made in that device's order of work."""
+    if not _is_cuda(value):
+        return value.cpu()
+    return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
+
+
+def _bytes_in(tier: Tier, value: Tensor) -> int:
+    """What a tensor would take there: torch takes pinned memory in powers of two."""
+    return _power_of_two(value.nbytes) if tier == "host" and _is_cuda(value) else value.nbytes
+
+
+def _bytes_held(entry: Tensor) -> int:
+    """What a kept tensor takes."""
+    pinned = _tier(entry) == "host" and torch.cuda.is_initialized() and entry.is_pinned()
+    return _power_of_two(entry.nbytes) if pinned else entry.nbytes
+
+
+def _is_cuda(value: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.is_cuda
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()

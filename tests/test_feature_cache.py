@@ -45,6 +45,7 @@ def test_an_entry_is_found_under_its_own_group_and_key_alone() -> None:
     assert cache.put(A, 1, value)
     found = cache.get(A, 1, CPU)
     assert found is not None and torch.equal(found, value)
+    assert cache.holds(A, 1) and not cache.holds(A, 2) and not cache.holds(B, 1)
     assert cache.get(A, 2, CPU) is None and cache.get(B, 1, CPU) is None and cache.get(C, 1, CPU) is None
     assert len(cache) == 1
 
@@ -144,6 +145,30 @@ def test_the_sums_are_those_of_the_entries_after_any_history() -> None:
         assert cache.used["host"] == sum(e.nbytes for e in entries if e.device.type == "cpu") <= 500
         assert cache.used["device"] == sum(e.nbytes for e in entries if e.device.type != "cpu") <= 300
         assert len(cache) == len(entries)
+
+
+def test_room_is_made_for_what_would_be_kept_and_for_nothing_else() -> None:
+    cache = FeatureCache(device_budget=0, host_budget=100)
+    cache.begin_run()
+    cache.put(A, 1, size(60))
+    assert cache.makes_room(size(40)) and not cache.makes_room(size(41))
+    assert cache.makes_room(gpu(40)) and not cache.makes_room(gpu(41))
+    cache.begin_run()
+    assert not cache.makes_room(size(101)) and held(cache, A, 1) == [True]
+    cache.begin_run()
+    assert cache.makes_room(size(41)) and held(cache, A, 1) == [False] and cache.used["host"] == 0
+
+
+@pytest.mark.gpu
+def test_what_a_gpu_has_no_room_for_is_pinned_and_comes_back_bit_for_bit() -> None:
+    cache = FeatureCache(device_budget=0, host_budget=4 * MIB)
+    values = [torch.randn(3, 100, 1000, device="cuda") for _ in range(3)]  # 1.14 MiB, of which torch makes 2
+    assert [cache.put(A, step, value) for step, value in enumerate(values)] == [True, True, False]
+    assert cache.used == {"device": 0, "host": 4 * MIB}
+    for step, value in enumerate(values[:2]):
+        found = cache.get(A, step, torch.device("cuda", 0))
+        assert found is not None and torch.equal(found, value)
+    cache.clear()
 
 
 @pytest.mark.parametrize("steps", [20, 30])

@@ -7,6 +7,7 @@ What a run prints is appended to RECIPE.out.
 
 import os
 import runpy
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -26,6 +27,8 @@ def train(recipe: Path) -> int:
     with open(recipe.with_suffix(".out"), "ab") as out:
         for stream in (1, 2):
             os.dup2(out.fileno(), stream)
+    if "STOP_AFTER" in os.environ:
+        send_stop_after(int(os.environ["STOP_AFTER"]))
     try:
         run_config(make_config(read_recipe(recipe)), recipe.parent)
     except Stopped:
@@ -34,6 +37,19 @@ def train(recipe: Path) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def send_stop_after(steps: int) -> None:
+    """Press Ctrl-C in this process when it is told of that step; the first process alone would show it."""
+    from comfyui_controlnext.controlnext_training.command import Console
+
+    class Impatient(Console):
+        def progress(self, step: int, count: int, text: str) -> None:
+            super().progress(step, count, text)
+            if text.startswith("step") and step == steps:
+                signal.raise_signal(signal.SIGINT)
+
+    sys.modules[Console.__module__].Console = Impatient  # type: ignore[attr-defined]
 
 
 def main(host: Path, recipes: list[str]) -> int:

@@ -16,6 +16,7 @@ BENCHMARKS = {
     "load": "the loader node against the stock LoRA loader on as many keys",
     "step": "a step with each control, first and second queue run, beside stock ControlNet",
     "stacking": "several controls at once",
+    "profile": "where a step's time goes, by operation",
     "growth": "the cost over resolution, batch, frames and number of controls",
 }
 """Name -> the question; the script is benchmarks/bench_<name>.py. Those that take minutes on a CPU come last."""

@@ -111,7 +111,7 @@ class ControlNeXtControl(HostControl):
                 throw_exception_if_processing_interrupted()
 
         def needed(batch: tuple[int, ...], timestep: float) -> bool:
-            return any(CACHE.get(group, (row, *common(timestep)), h.device) is None for row in batch)
+            return not all(CACHE.holds(group, (row, *common(timestep))) for row in batch)
 
         pixels = x.shape[-2] * x.shape[-1] * self.compression_ratio**2
         at_once = rows_at_once(pixels * self.bytes_per_pixel(h.dtype))

@@ -14,8 +14,8 @@ def train_sd15() -> Workflow:
     workflow.columns = COLUMNS
     workflow.note(
         MODELS,
-        "**Any checkpoint of the family** can be the base, with LoRAs before the trainer. It is only read. For SDXL set "
-        "*variant* to `sdxl` and *resolution* to 1024.",
+        "**Any checkpoint of the family** can be the base, with LoRAs before the trainer. It is only read. For SDXL "
+        "set *variant* to `sdxl` and *resolution* to 1024.",
         120,
     )
     positive, negative, latent = prompts(workflow, base["CLIP"], SD15, "a portrait in a sunlit garden, detailed photo")
@@ -44,8 +44,8 @@ drawn from them. For hints of your own choose `paired` and add `1_hint.png`. The
     )
     workflow.note(
         CONTROL,
-        "**Queue it and watch**: loss, time left and validation pictures appear on the node. *Cancel* saves first; queue "
-        "again to go on. The file ends in `models/controlnext`, for *Load ControlNeXt* in other graphs.",
+        "**Queue it and watch**: loss, time left and validation pictures appear on the node. *Cancel* saves first; "
+        "queue again to go on. The file ends in `models/controlnext`, for *Load ControlNeXt* in other graphs.",
         140,
     )
     applied = workflow.add(
