@@ -1,0 +1,105 @@
+"""What the benchmarks can say without a clock: multiply-adds, launches and peak memory of the released networks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfyui_controlnext.benchmarks import report
+from comfyui_controlnext.tools import bench, cli
+
+MIB = 1024 * 1024
+STEPS = 20
+SIZES = {"sd15": (512, 512, 1), "sdxl": (1024, 1024, 1), "svd": (576, 1024, 14)}
+# what a queue run of 20 steps adds at most, and a second one: multiply-adds as a part of the bare model's; launches
+GOALS = {
+    ("sd15", "sd15"): (0.045, 0.0, 3),
+    ("sd15", "sd15_legacy"): (0.185, 0.0, 3),
+    ("sdxl", "sdxl"): (0.0215, 0.0, 3),
+    ("svd", "svd_v2"): (0.025, 0.0, 11),
+    ("sd15", "sd15_53m"): (0.06, 0.06, 480),
+    ("sdxl", "sdxl_20m"): (0.06, 0.06, 1250),
+}
+
+
+def scene(family: str) -> Any:
+    from comfyui_controlnext.benchmarks.counting import Scene
+
+    return Scene(family, torch.float16, *SIZES[family])
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize(("family", "name"), GOALS, ids=lambda value: value)
+def test_multiply_adds_and_launches_stay_within_the_goals(family: str, name: str, tmp_path: Path) -> None:
+    from comfyui_controlnext.benchmarks.bench_counts import make
+    from comfyui_controlnext.benchmarks.counting import count, once_per_hint
+
+    of_a_run, of_a_second, launches = GOALS[family, name]
+    base, control = scene(family), make(name, tmp_path)
+    base.start([control])
+    bare, forward = count(base.forward()), base.forward([control])
+    first, second = count(forward), count(forward)
+    once = once_per_hint(control, base, first.macs - second.macs)
+    assert (first.macs - bare.macs - once * (STEPS - 1) / STEPS) / bare.macs <= of_a_run
+    assert (second.macs - bare.macs) / bare.macs <= of_a_second
+    assert sum(second.launches.values()) - sum(bare.launches.values()) <= launches
+
+
+@pytest.mark.comfy
+def test_the_multiply_adds_are_those_of_the_released_networks(tmp_path: Path) -> None:
+    from comfyui_controlnext.benchmarks.counting import count
+    from comfyui_controlnext.benchmarks.real_size import make_stock
+
+    base = scene("sd15")
+    bare = count(base.forward()).macs
+    assert bare == pytest.approx(803e9, rel=0.001)
+    assert count(base.forward(stock=make_stock(base.model, torch.float16, "meta"))).macs / bare == pytest.approx(
+        1.353, abs=0.001
+    )
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize(("name", "most"), [("sdxl", 40), ("sdxl_20m", 0.05), ("sdxl_48m", 0.05)])
+def test_the_peak_over_the_bare_sdxl_stays_within_the_goals(name: str, most: float, tmp_path: Path) -> None:
+    """In MiB for a ControlNeXt, as a part of the base's activations for a ControlNet-XS; weights are not counted."""
+    from comfyui_controlnext.benchmarks.bench_counts import make
+    from comfyui_controlnext.benchmarks.counting import peak
+
+    base, control = scene("sdxl"), make(name, tmp_path)
+    base.start([control])
+    weights = [*base.model.model.diffusion_model.parameters(), *control.get_models()[0].model.parameters()]
+    bare, forward = peak(base.forward(), weights), base.forward([control])
+    over = peak(forward, weights) - bare
+    assert 0 < over <= (most * bare if most < 1 else most * MIB)
+
+
+def test_a_table_is_appended_with_what_it_was_measured_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "FOLDER", tmp_path)
+    for title in ("first", "second"):
+        report.append_table("speed", title, ("case", "ratio"), [("bare", "1")], "fp16", tmp_path / "all.json")
+    (page,) = tmp_path.glob("speed_*.md")
+    text = page.read_text("utf-8")
+    assert text.startswith("# speed\n") and text.count("| bare | 1     |") == 2
+    assert f"## second\n\n{report.facts()}; fp16\n" in text and torch.__version__ in text
+    entries = [json.loads(line) for line in (tmp_path / "all.json").read_text("utf-8").splitlines()]
+    assert [entry["title"] for entry in entries] == ["first", "second"]
+    assert entries[0]["rows"] == [{"case": "bare", "ratio": "1"}]
+    assert "| case | ratio |" in capsys.readouterr().out
+
+
+def test_a_spread_is_median_and_range() -> None:
+    assert report.spread([1.1, 1.0, 1.3]) == "1.100 (1.000 to 1.300)"
+    assert report.spread([1.05]) == "1.050"
+
+
+def test_every_benchmark_has_its_script_and_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    scripts = Path(report.__file__).parent
+    assert all((scripts / f"bench_{name}.py").is_file() for name in bench.BENCHMARKS)
+    options = cli.parse(["bench", "fly", "--quick"])
+    assert bench.run_benchmarks(options, lambda: Path("nowhere")) == 2
+    assert "no benchmark 'fly'. There are: counts" in capsys.readouterr().err
