@@ -1,0 +1,150 @@
+"""Several processes on one CPU: the same run as one process with a larger batch, and only the first one writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from comfyui_controlnext.controlnext_training import journal, state
+from comfyui_controlnext.controlnext_training.config import ConfigError, TrainConfig
+from comfyui_controlnext.controlnext_training.config_files import as_toml
+from comfyui_controlnext.tools.comfy_server import free_port
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from comfyui_controlnext.tests.conftest import TinyModels
+
+PROCESS = Path(__file__).with_name("training_process.py")
+STEPS = 4
+
+# Two processes add the halves of a gradient in another order than one process adds its whole. AdamW divides by the
+# gradient's own size, so where a gradient is almost nothing the difference shows in the weights: of one step at most
+# the learning rate, here 1e-3. Measured: 6e-6 in weights, 1e-7 in losses.
+WEIGHTS, LOSSES = 1e-4, 1e-5
+
+
+def recipe_in(folder: Path, tiny: TinyModels, **changes: Any) -> Path:
+    settings: dict[str, Any] = {
+        "variant": "xs",
+        "base": str(tiny.models / "checkpoints" / tiny.names["checkpoint"]),
+        "data": ("synthetic:edges:6",),
+        "resolution": 64,
+        "steps": STEPS,
+        "save_every": 2,
+        "keep_states": 9,
+        "validate_every": 0,
+        "log_every": 1,
+        "control_learning_rate": 1e-3,
+        "precision": "fp32",
+        "save_dtype": "fp32",
+        "runs_folder": "runs",
+        "output_folder": "out",
+        "cache_folder": str(tiny.base / "training cache"),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "recipe.toml"
+    path.write_text(as_toml(TrainConfig(**(settings | changes))), "utf-8")
+    return path
+
+
+def train(host: Path, recipe: Path, processes: int = 1, stop_rank: int | None = None) -> list[int]:
+    """Exit statuses by rank. stop_rank: this process asks to stop when it has done two steps."""
+    together = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = []
+    for rank in range(processes):
+        own = recipe.with_name(f"{recipe.stem}-{rank}.toml")  # what it prints goes beside it
+        own.write_text(recipe.read_text("utf-8"), "utf-8")
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        stop = {"STOP_AFTER": "2"} if rank == stop_rank else {}
+        quiet = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        environment = {**os.environ, **(together if processes > 1 else {}), **ranks, **stop, **quiet}
+        command = [sys.executable, str(PROCESS), str(host), str(own)]
+        started.append(subprocess.Popen(command, cwd=recipe.parent, env=environment))
+    return [process.wait(timeout=300) for process in started]
+
+
+def printed(recipe: Path, rank: int = 0) -> str:
+    return recipe.with_name(f"{recipe.stem}-{rank}.out").read_text("utf-8")
+
+
+def state_of(folder: Path, step: int = STEPS) -> state.State:
+    path = folder / "runs" / "control" / f"state-{step:08d}"
+    return state.State(path, json.loads((path / "state.json").read_text("utf-8")))
+
+
+def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The largest difference of two sets of tensors."""
+    assert one.keys() == other.keys()
+    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+
+
+@pytest.fixture(scope="module")
+def two(host: Path, tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two processes, each with batches of one."""
+    folder = tmp_path_factory.mktemp("two")
+    recipe = recipe_in(folder, tiny)
+    assert train(host, recipe, 2) == [0, 0], printed(recipe) + printed(recipe, 1)
+    return folder
+
+
+@pytest.mark.comfy
+def test_two_processes_are_one_with_twice_the_batch_and_one_of_them_writes(
+    host: Path, tiny: TinyModels, two: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_in(tmp_path, tiny, batch_size=2)
+    assert train(host, recipe) == [0], printed(recipe)
+    assert apart(state_of(two).tensors("weights"), state_of(tmp_path).tensors("weights")) <= WEIGHTS
+    assert apart(state_of(two).tensors("losses"), state_of(tmp_path).tensors("losses")) <= LOSSES
+    lines = (two / "runs" / "control" / journal.LOG).read_text("utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines if '"step",' in line] == [1, 2, 3, 4], "one line per step"
+    assert "finished after 4 steps" in printed(two / "recipe.toml")
+    assert printed(two / "recipe.toml", 1) == "", "the second says nothing"
+    assert [path.name for path in (two / "out").iterdir()] == ["control.safetensors"]
+
+
+@pytest.mark.comfy
+def test_one_that_is_asked_to_stop_stops_all_and_fewer_go_on_with_an_optimizer_that_was_split(
+    host: Path, tiny: TinyModels, two: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_in(tmp_path, tiny, zero=True, save_every=100)
+    assert train(host, recipe, 2, stop_rank=1) == [130, 130], printed(recipe) + printed(recipe, 1)
+    saved = state.latest(tmp_path / "runs" / "control")
+    assert saved is not None and saved.step == 2
+    for part in ("weights", "optimizer"):
+        assert apart(saved.tensors(part), state_of(two, 2).tensors(part)) == 0, "split or not"
+    assert saved.facts["optimizer"] == state_of(two, 2).facts["optimizer"]
+    assert train(host, recipe_in(tmp_path, tiny, batch_size=2)) == [0], printed(recipe)
+    assert "resumed at step 2" in printed(recipe) and "processes 2 -> 1" in printed(recipe)
+    assert apart(state_of(two).tensors("weights"), state_of(tmp_path).tensors("weights")) <= WEIGHTS
+
+
+@pytest.mark.comfy
+@pytest.mark.long
+def test_torchrun_starts_the_documented_command(host: Path, tiny: TinyModels, two: Path, tmp_path: Path) -> None:
+    recipe, run = recipe_in(tmp_path, tiny), PROCESS.parents[1] / "run.py"
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), str(run)]
+    done = subprocess.run(
+        [sys.executable, *command, "train", "--comfyui", str(host), "--cpu", str(recipe)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.rstrip().splitlines()[-1] == str(tmp_path / "out" / "control.safetensors")
+    for part in ("weights", "optimizer"):
+        assert apart(state_of(tmp_path).tensors(part), state_of(two).tensors(part)) == 0, part
+
+
+def test_splitting_is_for_an_optimizer_that_can_be_split() -> None:
+    with pytest.raises(ConfigError, match="zero: is for adamw"):
+        TrainConfig(zero=True, optimizer="prodigy")
+    assert not torch.distributed.is_initialized()
