@@ -76,6 +76,8 @@ def _train(
     store = Store(base, data, config, Cache(run.cache) if config.cache else Memory())
     count = min(len(data), config.max_samples or len(data))
     readable, broken = store.prepare(range(count), world, watch)
+    if _any(watch.stopping(), world):  # what is encoded is kept; there is nothing else to save yet
+        raise Stopped(found.step if found else 0, run.folder)
     training, validating = _split(readable, config, held_out is not None)
     looked_at = store
     if held_out is not None and config.validate_every:
