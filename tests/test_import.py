@@ -14,3 +14,12 @@ def test_the_pack_imports_nothing_that_the_host_has_not(host: Path) -> None:
     _, _, count, foreign = measure(host)
     assert foreign == "-"
     assert int(count) >= 5
+
+
+@pytest.mark.comfy
+def test_training_can_be_switched_off(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    for value in ("1", "0"):
+        monkeypatch.setenv("CONTROLNEXT_TRAINING", value)
+        counts.append(int(measure(host)[2]))
+    assert counts[0] - counts[1] == 3

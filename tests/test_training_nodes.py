@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,6 +31,7 @@ pytestmark = pytest.mark.comfy
 Workflow = dict[str, dict[str, Any]]
 SIDE = 8 * CELLS
 ROOT = Path(__file__).resolve().parents[1]
+CLIENT = ROOT / "controlnext_training" / "queue_training.py"
 
 
 def node(class_type: str, **inputs: Any) -> dict[str, Any]:
@@ -265,3 +269,55 @@ def test_clips_train_a_video_control(server: ComfyServer, tiny: TinyModels) -> N
     run = server.run(workflow)
     path = Path(run.outputs["path"]["text"][0])
     assert peek(path).metadata["controlnext.spec"] == "svd_v2"
+
+
+def follow(server: ComfyServer, workflow: Workflow, folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The example client on a graph, in a process of its own, with no more than the standard library."""
+    path = folder / "gr\u00e4ph.json"
+    path.write_text(json.dumps(workflow), "utf-8")
+    return subprocess.Popen(
+        [sys.executable, "-S", str(CLIENT), str(path), "--server", server.address, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+    )
+
+
+def test_the_example_client_trains_cancels_and_goes_on(
+    server: ComfyServer, tiny: TinyModels, shapes: str, tmp_path: Path
+) -> None:
+    workflow = graph(tiny, shapes, variant="xs", output_name="by the client")
+    process, seen = follow(server, workflow, tmp_path, "--set", "ControlNeXtTrain.steps=6"), []
+    assert process.stdout is not None
+    with process.stdout:
+        for line in process.stdout:
+            seen.append(line)
+            if line.startswith("step 2/6"):
+                process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT))
+    printed = "".join(seen)
+    assert process.wait() == 130, printed
+    assert "-- ControlNeXtTrain" in printed and "cancelling; the run saves first" in printed
+    assert "stopped after" in printed and "Traceback" not in printed
+    process = follow(server, workflow, tmp_path, "--set", "train.steps=6", "--set", "data.hint=paired")
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    assert "resumed at step" in printed and "finished after 6 steps" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--set", "train.variant=sd16"], "sd16"),
+        (["--set", "trian.steps=3"], "the nodes are"),
+        (["--server", "127.0.0.1:9"], "no ComfyUI answers at 127.0.0.1:9"),
+    ],
+)
+def test_the_example_client_says_what_is_wrong(
+    server: ComfyServer, tiny: TinyModels, shapes: str, tmp_path: Path, arguments: list[str], says: str
+) -> None:
+    process = follow(server, graph(tiny, shapes), tmp_path, *arguments)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and says in printed and "Traceback" not in printed, printed

@@ -1,0 +1,242 @@
+"""Train on a running ComfyUI without a browser: queue a graph, show how it goes, end when it ends.
+
+    python queue_training.py GRAPH.json --set train.steps=500 --set data.folder=faces
+
+GRAPH.json is a graph in the API's format (*Workflow > Export (API)*, or example_workflows/api/train_sd15.json). Ctrl-C
+cancels: the run saves first, and the same command goes on. Exit status: 0 trained, 1 failed, 130 cancelled. Standard
+library only, so that this file alone can be copied to wherever it is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Graph = dict[str, dict[str, Any]]
+
+TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10  # kinds of websocket frames, RFC 6455
+NODE_TEXT = 3  # ComfyUI's kind of binary message that holds what a node says
+
+
+class QueueError(RuntimeError):
+    """The server is not there, refuses the graph, or went away."""
+
+
+class Server:
+    """A ComfyUI at `address` (HOST:PORT)."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.client = uuid.uuid4().hex
+        # what the environment says of proxies is not for a server that was named
+        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """The JSON answer, to `body` where there is one. Raises QueueError with the server's words."""
+        content = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://{self.address}{path}", content)
+        request.add_header("Content-Type", "application/json")
+        try:
+            with self.opener.open(request, timeout=60) as answer:
+                content = answer.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                raise QueueError(refusal(error.read().decode("utf-8", "replace"))) from None
+        except OSError as error:
+            raise QueueError(
+                f"no ComfyUI answers at {self.address} ({error}). Start it, or name it: --server"
+            ) from None
+        return json.loads(content) if content.strip() else None
+
+    def listen(self) -> Socket:
+        """What the server tells this client from now on."""
+        host, _, port = self.address.rpartition(":")
+        try:
+            return Socket(socket.create_connection((host, int(port)), timeout=60), self.address, self.client)
+        except (OSError, ValueError) as error:
+            raise QueueError(
+                f"no ComfyUI answers at {self.address} ({error}). Start it, or name it: --server"
+            ) from None
+
+
+class Socket:
+    """A websocket, as far as listening to ComfyUI needs one."""
+
+    def __init__(self, connection: socket.socket, address: str, client: str) -> None:
+        self.connection = connection
+        key = base64.b64encode(os.urandom(16)).decode()
+        lines = (
+            f"GET /ws?clientId={client} HTTP/1.1",
+            f"Host: {address}",
+            "Upgrade: websocket",
+            "Connection: Upgrade",
+            f"Sec-WebSocket-Key: {key}",
+            "Sec-WebSocket-Version: 13",
+        )
+        connection.sendall("\r\n".join([*lines, "", ""]).encode())
+        self.stream = connection.makefile("rb")
+        if b" 101 " not in self.stream.readline():
+            raise OSError("it does not speak websocket")
+        while self.stream.readline().strip():
+            pass
+        connection.settimeout(None)  # a step may take its time; whether the other end is there, the system asks
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    def messages(self) -> Iterator[tuple[int, bytes]]:
+        """(TEXT or BINARY, content) until the server closes the connection."""
+        first, content = 0, b""
+        while True:
+            head = self._read(2)
+            kind, length = head[0] & 0x0F, head[1] & 0x7F
+            if length >= 126:
+                size = 2 if length == 126 else 8
+                length = int.from_bytes(self._read(size), "big")
+            payload = self._read(length)
+            if kind == CLOSE:
+                return
+            if kind == PING:
+                self._pong(payload)
+            elif kind != PONG:
+                first, content = kind or first, content + payload
+                if head[0] & 0x80:  # the last part
+                    yield first, content
+                    content = b""
+
+    def _read(self, count: int) -> bytes:
+        content = self.stream.read(count)
+        if len(content) < count:
+            raise OSError("it closed the connection")
+        return content
+
+    def _pong(self, payload: bytes) -> None:
+        mask = os.urandom(4)
+        masked = bytes(byte ^ mask[place % 4] for place, byte in enumerate(payload))
+        self.connection.sendall(bytes([0x80 | PONG, 0x80 | len(payload)]) + mask + masked)
+
+
+def refusal(answer: str) -> str:
+    """What is wrong with a graph, from the server's answer."""
+    try:
+        found = json.loads(answer)
+        lines = [str(found["error"]["message"])]
+        for node, about in (found.get("node_errors") or {}).items():
+            lines += [f"  {node} ({about['class_type']}): {e['message']}: {e['details']}" for e in about["errors"]]
+    except (ValueError, KeyError, TypeError):
+        return f"ComfyUI answered: {answer[:500]}"
+    return "\n".join(lines)
+
+
+def changed(graph: Graph, settings: list[str]) -> Graph:
+    """The graph with some inputs set: NODE.INPUT=VALUE, NODE an id or a class, VALUE JSON or else text.
+
+    Raises QueueError where there is no such node or input.
+    """
+    for setting in settings:
+        where, equals, text = setting.partition("=")
+        name, _, key = where.rpartition(".")
+        nodes = [node for number, node in graph.items() if name in (number, node["class_type"])]
+        if not equals or not nodes:
+            known = ", ".join(f"{number} ({node['class_type']})" for number, node in graph.items())
+            raise QueueError(f"--set {setting}: write NODE.INPUT=VALUE; the nodes are {known}")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        for node in nodes:
+            node["inputs"][key] = value
+    return graph
+
+
+def follow(server: Server, graph: Graph) -> int:
+    """Queue the graph and show what its nodes say; the exit status."""
+    listening = server.listen()
+    prompt = server.ask("/prompt", {"prompt": graph, "client_id": server.client})["prompt_id"]
+    say(f"queued as {prompt}")
+    cancel_on_ctrl_c(server, prompt)
+    try:
+        for kind, content in listening.messages():
+            status = tell(kind, content, prompt, graph)
+            if status is not None:
+                return status
+        raise OSError("it closed the connection")
+    except OSError as error:
+        raise QueueError(
+            f"the connection to {server.address} is lost ({error}). If ComfyUI still runs, so does the training; "
+            "if not, start it and run the same command: the run goes on from its last state."
+        ) from None
+
+
+def cancel_on_ctrl_c(server: Server, prompt: str) -> None:
+    """The first Ctrl-C cancels the graph, whose end is then waited for; the second does not wait."""
+    asked: list[int] = []
+
+    def cancel(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        os.write(1, b"cancelling; the run saves first\n")  # not `say`: that may be what was interrupted
+        server.ask("/queue", {"delete": [prompt]})
+        server.ask("/interrupt", {"prompt_id": prompt})
+        if all(entry[1] != prompt for entry in server.ask("/queue")["queue_running"]):
+            raise KeyboardInterrupt
+
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), cancel)
+
+
+def tell(kind: int, content: bytes, prompt: str, graph: Graph) -> int | None:
+    """Show one message of the server; the exit status if it is the last one."""
+    if kind == BINARY:
+        number, length = struct.unpack(">II", content[:8].ljust(8, b"\0"))
+        if number == NODE_TEXT:
+            say(content[8 + length :].decode("utf-8", "replace"))
+        return None
+    event = json.loads(content)
+    data = event.get("data") or {}
+    if data.get("prompt_id") != prompt:
+        return None
+    if event["type"] == "executing" and data.get("node") in graph:
+        say(f"-- {graph[data['node']]['class_type']}")
+    if event["type"] == "execution_error":
+        say(f"{data['node_type']} failed: {data['exception_message'].strip()}")
+    return {"execution_success": 0, "execution_error": 1, "execution_interrupted": 130}.get(event["type"])
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Queue a training graph in a running ComfyUI and follow it.")
+    parser.add_argument("graph", type=Path, metavar="GRAPH.json", help="a graph in the API's format")
+    parser.add_argument("--server", default="127.0.0.1:8188", metavar="HOST:PORT", help="default 127.0.0.1:8188")
+    parser.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="repeatable")
+    options = parser.parse_args(arguments)
+    try:
+        graph = changed(json.loads(options.graph.read_text("utf-8")), options.set)
+        return follow(Server(options.server), graph)
+    except KeyboardInterrupt:
+        return 130
+    except (QueueError, OSError, ValueError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    sys.exit(main(sys.argv[1:]))
