@@ -174,12 +174,17 @@ def held(server: ComfyServer) -> tuple[int, int]:
 def test_the_server_is_after_a_training_what_it_was_before(server: ComfyServer, tiny: TinyModels, shapes: str) -> None:
     server.run(graph(tiny, shapes, output_name="first", steps=1))  # what is imported once and for all
     before, (memory, tensors) = latents(server, server.run(plain_graph(tiny))), held(server)
-    server.run(graph(tiny, shapes, output_name="second", steps=2))
-    after, tensors_after = held(server)
+    figures = [memory]
+    for name in ("second", "third", "fourth"):  # memory that is cut up once may grow once; what leaks grows each time
+        server.run(graph(tiny, shapes, output_name=name, steps=2))
+        after, tensors_after = held(server)
+        assert tensors_after <= tensors + 1024
+        figures.append(after)
+        if after <= 1.02 * figures[-2]:
+            break
     assert torch.equal(latents(server, server.run(plain_graph(tiny))), before)
-    assert tensors_after <= tensors + 1024
     if sys.platform == "linux":  # elsewhere the allocator keeps what it was given
-        assert after <= 1.02 * memory, f"{memory / 2**20:.0f} MiB before, {after / 2**20:.0f} MiB after"
+        assert figures[-1] <= 1.02 * figures[-2], [f"{bytes_ / 2**20:.0f} MiB" for bytes_ in figures]
 
 
 def test_images_of_the_graph_are_a_dataset(server: ComfyServer, tiny: TinyModels, shapes: str) -> None:
