@@ -31,17 +31,17 @@ logging.getLogger().addHandler(Complaints(logging.WARNING))
 
 
 def count_calls(encoder: Any) -> None:
-    """Note the rows of each forward of an encoder class, from now on."""
-    forward = encoder.forward
-    if getattr(forward, "counted", False):
+    """Note the rows of each hint that an encoder class begins on, from now on."""
+    begin = encoder.begin
+    if getattr(begin, "counted", False):
         return
 
-    def counting(self: Any, hint: Any, *rest: Any) -> Any:
+    def counting(self: Any, hint: Any) -> Any:
         CALLS.append(int(hint.shape[0]))
-        return forward(self, hint, *rest)
+        return begin(self, hint)
 
     counting.counted = True  # type: ignore[attr-defined]
-    encoder.forward = counting
+    encoder.begin = counting
 
 
 def memory() -> dict[str, int]:
