@@ -17,9 +17,9 @@ from .sampling import Run, Setup, forget, queue
 
 HEAD = ("case", "goal GPU / CPU", "wall", "processor time", "own", "s/step")
 RUN_STEPS = 20
-"""Of the queue run that one-time work is spread over."""
+"""Of a queue run on a GPU; what is done once is spread over them."""
 CPU_STEPS = 2
-"""Of the run from which, on a CPU, the longer one is worked out: a first step and one like all others."""
+"""Of a first run on a CPU: one-time work counts ten times as much as in a real run. Other runs have one step."""
 
 
 @dataclass
@@ -51,15 +51,16 @@ def measure(what: str, title: str, cases: Sequence[Case], options: Options) -> N
                 forget(case.setup)
             found[case.name].append((queue(case.setup, length[case.name], seed=repeat), bare))
     rows = [row(case, found[case.name], options) for case in cases]
-    settings = f"{str(options.dtype)[6:]}, {options.repeats} interleaved repeats, runs of {RUN_STEPS} steps"
+    settings = f"{str(options.dtype)[6:]}, {options.repeats} interleaved repeats, first runs of {steps} steps"
     if options.cpu:
-        settings += f" worked out from {steps}, {torch.get_num_threads()} threads"
+        settings += f", {torch.get_num_threads()} threads"
     append_table(what, title, HEAD, rows, settings, options.json, keep=not options.quick)
 
 
 def row(case: Case, runs: Sequence[tuple[Run, Run]], options: Options) -> tuple[str, ...]:
     """Of the table; runs: pairs of the case and the bare model."""
-    costs = [(run.per_step(RUN_STEPS), bare.per_step(RUN_STEPS)) for run, bare in runs]
+    steps = CPU_STEPS if options.cpu else RUN_STEPS
+    costs = [(run.per_step(steps), bare.per_step(steps)) for run, bare in runs]
     own = [cost.cpu / (cost.cpu - cost.own) for cost, _ in costs]
     return (
         case.name,

@@ -186,7 +186,7 @@ def queue(setup: Setup, steps: int, seed: int = 0) -> Run:
         latent = comfy.sample.sample(model, noise, steps, *sampler, disable_pbar=True, seed=seed)
     end = timer.ends[-1] if timer.device.type == "cpu" else timer.now()
     first = timer.ends[0] - timer.start
-    later = (end - timer.ends[0]) * (1 / (steps - 1)) if steps > 1 else first
+    later = (end - timer.ends[0]) * (1 / (steps - 1)) if steps > 1 else first  # a run of one stands for all
     return Run(first, later, latent)
 
 

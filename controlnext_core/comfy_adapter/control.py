@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
@@ -108,7 +107,6 @@ class ControlNeXtControl(HostControl):
                 yield common(timestep), prepared
                 if not CACHE.makes_room(prepared):
                     return
-                throw_exception_if_processing_interrupted()
 
         def needed(batch: tuple[int, ...], timestep: float) -> bool:
             return not all(CACHE.holds(group, (row, *common(timestep))) for row in batch)
