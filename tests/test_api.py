@@ -111,8 +111,17 @@ def test_both_doors_give_equal_latents_and_the_log_stays_clean(server: ComfyServ
     assert not re.search(r"traceback|error|warn|leak|deprecat", said, re.IGNORECASE), said
 
 
+def let_go(server: ComfyServer, also_results: bool) -> None:
+    """Free the server's memory and wait until no features are kept."""
+    server.free(unload_models=True, free_memory=also_results)
+    until = time.monotonic() + 30
+    while probe(server)["kept"] and time.monotonic() < until:
+        time.sleep(0.1)
+    assert probe(server)["kept"] == 0
+
+
 def test_queueing_again_with_another_seed_or_prompt_runs_no_encoder(server: ComfyServer, graph: Graph) -> None:
-    probe(server)
+    let_go(server, also_results=True)
     first = latents(server, graph("stock", seed=10))
     calls = len(probe(server)["calls"])
     assert calls > 0
@@ -133,11 +142,7 @@ def test_free_empties_the_cache_and_the_next_prompt_works(
     first = latents(server, graph("stock", seed=seed))
     before = probe(server)
     assert before["kept"] > 0
-    server.free(unload_models=True, free_memory=also_results)
-    until = time.monotonic() + 30
-    while probe(server)["kept"] and time.monotonic() < until:
-        time.sleep(0.1)
-    assert probe(server)["kept"] == 0
+    let_go(server, also_results)
     assert torch.equal(latents(server, graph("ours", seed=seed)), first)
     assert len(probe(server)["calls"]) > len(before["calls"])
 
