@@ -39,8 +39,8 @@ def measure(what: str, title: str, cases: Sequence[Case], options: Options) -> N
         return
     steps = CPU_STEPS if options.cpu else RUN_STEPS
     length = {case.name: steps if case.first or not options.cpu else 1 for case in cases}
-    for case in cases:  # on a GPU, kernels are chosen and memory is taken in a process's first runs
-        if case.second or not options.cpu:
+    for case in cases:  # kernels are chosen and memory is taken in a process's first runs
+        if case is cases[0] or case.second or not options.cpu:
             queue(case.setup, length[case.name], seed=99)
     found: dict[str, list[tuple[Run, Run]]] = {case.name: [] for case in cases}
     for repeat in range(options.repeats):
