@@ -19,6 +19,12 @@ LAYOUTS = ("single", "published")
 PUBLISHED_FILES = ("controlnet.safetensors", "unet.safetensors")
 
 
+def check_layout(layout: str) -> None:
+    """Raise ValueError for a layout that a ControlNeXt does not have."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: {layout} is for ControlNet-XS. Choose {' or '.join(LAYOUTS)} for a ControlNeXt.")
+
+
 def write_control(
     stem: Path,
     encoder: Mapping[str, Tensor],
@@ -33,8 +39,7 @@ def write_control(
     stem: the path without suffix; layout: `single` (one file, bundled) or `published` (a folder); spec: as trained;
     facts: further metadata, whole keys. Raises CheckpointError, ValueError for another layout.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: {layout} is for ControlNet-XS. Choose {' or '.join(LAYOUTS)} for a ControlNeXt.")
+    check_layout(layout)
     encoder = {name: t.detach().to("cpu", dtype) for name, t in encoder.items()}
     weights = {name: t.detach().to("cpu", dtype) for name, t in weights.items()}
     kind = WeightsKind.DIFFERENCE.value

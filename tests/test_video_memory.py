@@ -108,7 +108,7 @@ def test_encoding_many_frames_needs_what_the_host_is_told(
     hinted: Any, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = 64 * 64 * hinted.bytes_per_pixel(FULL)
-    assert row == 64 * 64 * 131 * 4
+    assert row == 64 * 64 * 139 * 4
     monkeypatch.setattr(memory, "WORKING_BYTES", rows * row)
     told = hinted.inference_memory_requirements(FULL)
     assert told == rows * row
@@ -158,7 +158,7 @@ def test_room_for_features_is_asked_for_on_a_device_as_far_as_the_cache_goes(
     from comfyui_controlnext.controlnext_core.comfy_adapter.features import CACHE
 
     passes = hinted.inference_memory_requirements(HALF)
-    assert passes == rows_at_once(64 * 64 * 131 * 2) * 64 * 64 * 131 * 2, "nothing more on the CPU"
+    assert passes == rows_at_once(64 * 64 * 139 * 2) * 64 * 64 * 139 * 2, "nothing more on the CPU"
     monkeypatch.setattr(hinted.net.patcher, "load_device", torch.device("cuda"))
     frame = video.WIDTH * 4 * 4 * 2
     steps = host_control.STEPS_TO_KEEP
@@ -194,7 +194,7 @@ def test_both_doors_tell_the_host_the_same(one_run: None, monkeypatch: pytest.Mo
 
     bare = once(model, conds)
     one = once(model, video.stock_apply(conds, "svd_v2", images))
-    assert one[1] - bare[1] == 4 * math.prod(images.shape[1:3]) * 131 * 4
+    assert one[1] - bare[1] == 4 * math.prod(images.shape[1:3]) * 139 * 4
     ours = video.controlled(model, "svd_v2", images)
     assert once(ours, conds) == one == (bare[0] + 1, one[1])
     both = once(model, video.stock_apply(video.stock_apply(conds, "svd_v2", images), "svd_v1", images))

@@ -8,7 +8,7 @@ import folder_paths
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..control_files import DTYPES, write_control
+from ..control_files import DTYPES, check_layout, write_control
 from ..key_maps import unet_key_map
 from ..metadata import PREFIX
 from ..unet_weights import published_names
@@ -23,6 +23,7 @@ def save_control(control: ControlNeXtControl, model: ModelPatcher | None, prefix
     prefix: as in the stock save nodes, may hold sub-folders; layout: `single` (one file, bundled) or `published`
     (a folder with controlnet.safetensors and unet.safetensors, the authors' names). Raises CheckpointError.
     """
+    check_layout(layout)
     weights = _differences(model) if model is not None else {}
     facts = {f"{PREFIX}sources": f"encoder: {control.name}"}
     encoder = control.net.patcher.model.state_dict()
