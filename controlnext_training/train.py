@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import optimizers, state
+from .base_model.controlled import check_fits
 from .base_model.encode import Base, device_of_host, is_interruption, is_out_of_memory, make_room
 from .config import TrainConfig
 from .data.cache import Cache
@@ -71,6 +72,7 @@ def _train(
 ) -> Path:
     torch.manual_seed(config.seed)  # for what asks nobody, such as a stock layer; ours are functions of the position
     base.check(config.video)
+    check_fits(base.model, config)
     found = open_run(run, config, base, world, watch)
     device = device_of_host()
     store = Store(base, data, config, Cache(run.cache) if config.cache else Memory())

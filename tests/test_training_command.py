@@ -130,13 +130,19 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(host: Path, recipe: Path) -> 
         (["--steps", "0"], "steps: 0 is out of range"),
         (["--data", "nowhere"], "nowhere"),
         (["--base", "nothing.safetensors"], "base: neither"),
+        (["--base", "damaged.safetensors"], "damaged.safetensors: cannot be read"),
+        (["--base", "other.safetensors"], "other.safetensors is no checkpoint that ComfyUI knows"),
+        (["--variant", "sdxl"], "is a SDXL control (sdxl), but the connected model is SD1.5"),
         (["--comfyui", "x"], "stands before CONFIG.toml"),
         (["steps=5"], "Write settings as --steps 1000"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(host: Path, recipe: Path, arguments: list[str], says: str) -> None:
+    recipe.with_name("damaged.safetensors").write_bytes(b"not a model")
+    checkpoint.save(recipe.with_name("other.safetensors"), {"a": torch.zeros(2)}, {})
     status, printed = train(host, str(recipe), *arguments)
     assert status == 1 and says in printed and "Traceback" not in printed, printed
+    assert "encoding" not in printed, "it is said before work begins"
 
 
 @pytest.mark.comfy

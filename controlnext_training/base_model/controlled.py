@@ -23,7 +23,7 @@ from ...controlnext_core.unet_weights import published_names
 from ..choices import XS
 from ..config import TrainConfig
 from ..trainables import Differences, selected, train_differences
-from .controls import TrainedControl, new_control, start_from
+from .controls import TrainedControl, check_base, new_control, start_from
 from .unet import checkpoint_blocks, plain_attention, training_unet
 
 Conditions = dict[str, Any]
@@ -53,6 +53,11 @@ class Sizes:
     """(top, left)"""
     target: tuple[int, int]
     """(height, width) of what trains."""
+
+
+def check_fits(model: ModelPatcher, config: TrainConfig) -> None:
+    """Raise ConfigError or ValueError where the control to train is not for this base: before anything is encoded."""
+    check_base(config, base_facts(model.model))
 
 
 class Controlled(nn.Module):

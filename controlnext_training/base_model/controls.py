@@ -78,6 +78,15 @@ def new_control(config: TrainConfig, facts: BaseFacts, device: torch.device) -> 
     return _NeXt(config, facts, device)
 
 
+def check_base(config: TrainConfig, facts: BaseFacts) -> None:
+    """Raise ConfigError or ValueError where this configuration's control is for another family of base models."""
+    if config.variant == XS:
+        _xs_shape(config, facts)
+        return
+    spec = SPECS[config.variant]
+    check_pair(facts, spec, facts.widths.get(spec.fusion.site, 0), f"variant {spec.name}")
+
+
 def _initialised(net: nn.Module, fresh: nn.Module, device: torch.device) -> None:
     """Give `net`, whose host layers start with whatever is in memory, the weights of its plain twin."""
     checkpoint.load_strict(net, {name: t.float() for name, t in fresh.state_dict().items()}, "fresh weights")

@@ -9,6 +9,7 @@ import comfy.utils
 import folder_paths
 import torch
 
+from ...controlnext_core import checkpoint
 from ..config import ConfigError, TrainConfig
 from .encode import Base
 
@@ -16,13 +17,18 @@ from .encode import Base
 def load_base(config: TrainConfig, folder: Path) -> Base:
     """The checkpoint that `config.base` names: a path (from `folder` on), or a name in the host's folders.
 
-    Raises ConfigError naming the key and what was looked for.
+    Raises ConfigError naming the key and what was looked for, CheckpointError for a damaged file.
     """
     path = _find("base", config.base, "checkpoints", folder)
+    if path.suffix == ".safetensors":
+        checkpoint.peek(path)  # a damaged file is named here, in words
     with torch.inference_mode():
-        model, clip, vae, vision = comfy.sd.load_checkpoint_guess_config(
-            str(path), output_vae=True, output_clip=not config.video, output_clipvision=config.video
-        )
+        try:
+            model, clip, vae, vision = comfy.sd.load_checkpoint_guess_config(
+                str(path), output_vae=True, output_clip=not config.video, output_clipvision=config.video
+            )
+        except RuntimeError as error:
+            raise ConfigError(f"base: {path} is no checkpoint that ComfyUI knows. Choose another.") from error
         if config.vae:
             state, metadata = comfy.utils.load_torch_file(
                 str(_find("vae", config.vae, "vae", folder)), safe_load=True, return_metadata=True
