@@ -14,6 +14,7 @@ from torch import nn
 
 from . import optimizers, state
 from .base_model.controlled import Controlled
+from .base_model.controls import MakeControl, new_control
 from .base_model.encode import Base, compute_dtype
 from .config import ConfigError, TrainConfig
 from .config_files import as_toml
@@ -46,10 +47,17 @@ class Loop:
 
 
 def make_loop(
-    base: Base, store: Store, usable: list[int], config: TrainConfig, device: torch.device, world: World, watch: Watch
+    base: Base,
+    store: Store,
+    usable: list[int],
+    config: TrainConfig,
+    device: torch.device,
+    world: World,
+    watch: Watch,
+    make: MakeControl = new_control,
 ) -> Loop:
     dtype = compute_dtype(config.precision, device)
-    controlled = Controlled(base.model, config, dtype, device)
+    controlled = Controlled(base.model, config, dtype, device, make)
     encoder = {f"control.{name}": p for name, p in controlled.net.named_parameters()}
     unet = {f"unet.{name}": p for name, p in controlled.differences.parameters.items()}
     rates = ((encoder, config.control_learning_rate), (unet, config.learning_rate))

@@ -11,12 +11,9 @@ import torch
 
 from ..controlnext_core import checkpoint
 from ..controlnext_core.control_files import DTYPES
-from ..controlnext_core.detection import read_control_file
 from ..controlnext_core.metadata import PREFIX
-from ..controlnext_core.xs_detection import read_xs_file
 from . import journal as journals
 from .base_model.controlled import Controlled
-from .choices import XS
 from .config import TrainConfig
 from .distributed import World
 from .journal import Journal, Watch
@@ -55,8 +52,7 @@ def finished_file(controlled: Controlled, config: TrainConfig, run: Run, losses:
         weights = controlled.published_differences()
         try:
             path = controlled.control.save(stem, weights, config.layout, DTYPES[config.save_dtype], facts)
-            header = checkpoint.peek(path)
-            read_xs_file(header) if config.variant == XS else read_control_file(header)
+            controlled.control.check(checkpoint.peek(path))
         except checkpoint.CheckpointError as error:
             raise checkpoint.CheckpointError(
                 f"{error} The training itself is done and kept: {where_it_ends(run.folder)} Run again with resume on "
@@ -123,6 +119,8 @@ def show_validation(found: Validation, step: int, run: Run, journal: Journal, wa
         "effect": found.effect,
         "fidelity": found.fidelity,
         "fidelity_without": found.fidelity_without,
+        "distance": found.distance,
+        "distance_without": found.distance_without,
     }
     journal.write("validation", step, **{name: value for name, value in figures.items() if value is not None})
     text = f"validation after {step} steps: loss {found.loss:.4f} (without control {found.loss_without:.4f})"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import optimizers, state
 from .base_model.controlled import check_fits
+from .base_model.controls import MakeControl, new_control
 from .base_model.encode import Base, device_of_host, is_interruption, is_out_of_memory, make_room
 from .config import TrainConfig
 from .data.cache import Cache
@@ -50,15 +51,17 @@ def train(
     run: Run,
     watch: Watch,
     world: World | None = None,
+    make: MakeControl = new_control,
 ) -> Path:
     """Train, or go on training, and return the path of the trained file, which has been read again.
 
     base: the host's models, only read; held_out: for validation, None to hold out some of `data`; run: where things
-    go. Raises Stopped where `watch` asks for it, TrainingError, ConfigError, DatasetError, CheckpointError.
+    go; make: makes the control that trains. Raises Stopped where `watch` asks for it, TrainingError, ConfigError,
+    DatasetError, CheckpointError.
     """
     world = world or World()
     with held(run.folder) if world.first else contextlib.nullcontext():
-        return _train(base, data, held_out, config, run, watch, world)
+        return _train(base, data, held_out, config, run, watch, world, make)
 
 
 def _train(
@@ -69,6 +72,7 @@ def _train(
     run: Run,
     watch: Watch,
     world: World,
+    make: MakeControl,
 ) -> Path:
     torch.manual_seed(config.seed)  # for what asks nobody, such as a stock layer; ours are functions of the position
     base.check(config.video)
@@ -90,7 +94,7 @@ def _train(
     for name, why in broken:
         watch.say(f"left out: {name}: {why}")
     make_room(device)
-    loop = make_loop(base, store, training, config, device, world, watch)
+    loop = make_loop(base, store, training, config, device, world, watch, make)
     validator = None
     if config.validate_every and world.first:
         validator = Validator(looked_at, validating, config, loop.law, watch)

@@ -46,6 +46,19 @@ class Validation:
     """Mean of the metric of the hint's kind over the pictures at strength 1; None without pictures."""
     fidelity_without: float | None
     grid: Image | None
+    distance: float | None = None
+    """Mean over the pictures at strength 1 of the root mean square difference between their latents and the original's,
+    by the base's own autoencoder; None without pictures."""
+    distance_without: float | None = None
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a validation draws; the pairs are (at strength 0, at strength 1)."""
+
+    grid: Image
+    fidelity: tuple[float, float]
+    distance: tuple[float, float]
 
 
 class Validator:
@@ -62,14 +75,16 @@ class Validator:
         samples = self._readable()
         with torch.no_grad(), _training_off(controlled):
             loss, without = (self._loss(controlled, samples, strength) for strength in (1.0, 0.0))
-            grid, scores = self._pictures_that_fit(controlled, samples)
+            seen = self._pictures_that_fit(controlled, samples)
         return Validation(
             loss=loss,
             loss_without=without,
             effect=abs(loss - without) / max(without, 1e-12),
-            fidelity=scores[1] if scores else None,
-            fidelity_without=scores[0] if scores else None,
-            grid=grid,
+            fidelity=seen.fidelity[1] if seen else None,
+            fidelity_without=seen.fidelity[0] if seen else None,
+            grid=seen.grid if seen else None,
+            distance=seen.distance[1] if seen else None,
+            distance_without=seen.distance[0] if seen else None,
         )
 
     def _readable(self) -> list[Encoded]:
@@ -94,10 +109,8 @@ class Validator:
                 found.append(losses(controlled, batch, self.law, self.config, strength))
         return float(torch.cat(found).mean())
 
-    def _pictures_that_fit(
-        self, controlled: Controlled, samples: Sequence[Encoded]
-    ) -> tuple[Image | None, tuple[float, float] | None]:
-        """The grid and the scores of as many pictures as memory allows; less the next time, and never an error."""
+    def _pictures_that_fit(self, controlled: Controlled, samples: Sequence[Encoded]) -> Pictures | None:
+        """As many pictures as memory allows; less the next time, and never an error."""
         while self.pictures:
             try:
                 return self._pictures(controlled, samples[: self.pictures])
@@ -109,16 +122,19 @@ class Validator:
             self.watch.say(f"validation: not enough memory; from now on {what}. Training goes on.")
             if controlled.device.type == "cuda":
                 torch.cuda.empty_cache()
-        return None, None
+        return None
 
-    def _pictures(self, controlled: Controlled, samples: Sequence[Encoded]) -> tuple[Image, tuple[float, float]]:
+    def _pictures(self, controlled: Controlled, samples: Sequence[Encoded]) -> Pictures:
         metric = METRICS[self.config.hint]
-        rows, scores = [], []
+        rows, scores, distances = [], [], []
         for number, sample in enumerate(samples):
             pair = [self._picture(controlled, sample, number, strength) for strength in (0.0, 1.0)]
-            hint, target = sample.hint[0].movedim(0, -1), self.store.base.picture(sample.latent[:1])[0]
+            middle = len(sample.latent) // 2
+            hint, original = sample.hint[middle].movedim(0, -1), sample.latent[middle : middle + 1]
+            target = self.store.base.picture(original)[0]
             followed = [metric(picture.numpy(), hint.numpy()) for picture in pair]
             scores.append(followed)
+            distances.append([float((self._latent(picture) - original).square().mean().sqrt()) for picture in pair])
             rows.append(
                 [
                     Cell(hint, "hint"),
@@ -127,8 +143,11 @@ class Validator:
                     Cell(pair[1], "strength 1", f"{followed[1]:.2f}"),
                 ]
             )
-        means = torch.tensor(scores).mean(dim=0).tolist()
-        return picture_grid(rows), (means[0], means[1])
+        return Pictures(picture_grid(rows), _means(scores), _means(distances))
+
+    def _latent(self, picture: Tensor) -> Tensor:
+        """(1, C, h, w) of a picture (H, W, 3)."""
+        return self.store.base.latent(picture[None])
 
     def _picture(self, controlled: Controlled, sample: Encoded, number: int, strength: float) -> Tensor:
         """(H, W, 3) in [0, 1]; of a clip its middle frame."""
@@ -147,6 +166,12 @@ class Validator:
         )
         middle = len(latents) // 2
         return self.store.base.picture(latents[middle : middle + 1])[0]
+
+
+def _means(pairs: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Over the pictures, at strength 0 and at strength 1."""
+    without, at_full = torch.tensor(pairs).mean(dim=0).tolist()
+    return without, at_full
 
 
 @contextmanager

@@ -89,7 +89,25 @@ def test_a_run_that_looks_ends_with_the_weights_of_one_that_does_not(loaded_stud
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
     validated = [line for line in lines if line["event"] == "validation"]
     assert [line["step"] for line in validated] == [1, 2]
-    assert {"loss", "loss_without", "effect", "fidelity", "fidelity_without"} <= validated[0].keys()
+    figures = {"loss", "loss_without", "effect", "fidelity", "fidelity_without", "distance", "distance_without"}
+    assert figures <= validated[0].keys()
+
+
+def test_the_distance_of_a_picture_is_that_of_its_latent_from_the_originals(
+    loaded_studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zero for the original itself, which the sampler is made to draw at strength 1; at 0 its mirror image."""
+    loop = loop_on(base_of(loaded_studio), small())
+    looked_at = validator_on(loop, count=1)
+    original = loop.samples.store.data.load(0).frames[0]
+
+    def drawn_before(self: Validator, controlled: Any, sample: Any, number: int, strength: float) -> Any:
+        return original if strength else original.flip(1)
+
+    monkeypatch.setattr(Validator, "_picture", drawn_before)
+    found = looked_at.run(loop.controlled)
+    assert found.distance == 0.0 and found.fidelity == 1.0
+    assert found.distance_without is not None and found.distance_without > 0.1
 
 
 def test_an_average_is_what_is_looked_at(loaded_studio: Studio) -> None:

@@ -102,14 +102,16 @@ def _kept() -> Any:
     return Memory()
 
 
-def loop_on(base: Any, config: TrainConfig, data: Any = None) -> Any:
-    """What the steps of a run need, without a run around it."""
+def loop_on(base: Any, config: TrainConfig, data: Any = None, make: Any = None) -> Any:
+    """What the steps of a run need, without a run around it. make: makes the control; None for the configuration's."""
+    from comfyui_controlnext.controlnext_training.base_model.controls import new_control
     from comfyui_controlnext.controlnext_training.distributed import World
     from comfyui_controlnext.controlnext_training.encoded import Store
     from comfyui_controlnext.controlnext_training.loop import make_loop
 
     data = data or drawn()
-    return make_loop(base, Store(base, data, config, _kept()), list(range(len(data))), config, CPU, World(), Watcher())
+    store, control = Store(base, data, config, _kept()), make or new_control
+    return make_loop(base, store, list(range(len(data))), config, CPU, World(), Watcher(), control)
 
 
 def take_steps(loop: Any, count: int, first: int = 0) -> list[float]:

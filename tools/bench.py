@@ -20,13 +20,18 @@ BENCHMARKS = {
     "growth": "the cost over resolution, batch, frames and number of controls",
 }
 """Name -> the question; the script is benchmarks/bench_<name>.py. Those that take minutes on a CPU come last."""
+ON_REQUEST = {"convergence": "how soon each way of control is heard, on the demo's base: trains for most of an hour"}
+"""The same for benchmarks/<name>.py, which run only when they are named."""
 SHARED = ("quick", "cpu")
 VALUES = ("json", "dtype", "repeats", "cases", "threads")
+TRAINING = ("parts", "base", "steps", "batch", "scenes", "folder")
+"""Options of convergence alone."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the command; benchmarks/host.py has the same for a single script."""
     listing = "; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items())
+    listing += "; and only by name " + "; ".join(f"{name}: {what}" for name, what in ON_REQUEST.items())
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which, in this order; default all. {listing}")
     parser.add_argument("--quick", action="store_true", help="small sizes and few repeats: a look, not a result")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also append every table to this file, as JSON lines")
@@ -35,28 +40,42 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, metavar="N", help="interleaved repeats; default 5, quick 2")
     parser.add_argument("--cases", metavar="WORD,..", help="only cases whose name holds one of these words")
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU; default all")
+    training = parser.add_argument_group("of convergence", "benchmarks/convergence.py --help says more")
+    training.add_argument("--parts", metavar="WORD,..", help="runs, parameters, pairs, report; default all")
+    training.add_argument("--base", type=Path, metavar="FILE", help="checkpoint to train on; default the demo's")
+    training.add_argument("--steps", type=int, metavar="N", help="of each run")
+    training.add_argument("--batch", type=int, metavar="N", help="pictures of a step")
+    training.add_argument("--scenes", type=int, metavar="N", help="how many scenes train")
+    training.add_argument("--folder", type=Path, metavar="FOLDER", help="where the runs are kept")
 
 
 def run_benchmarks(options: argparse.Namespace, host: Callable[[], Path]) -> int:
     """Run the chosen ones; 0 if all ended well, 2 for a name that there is not."""
-    unknown = [name for name in options.names if name not in BENCHMARKS]
+    known = {**BENCHMARKS, **ON_REQUEST}
+    unknown = [name for name in options.names if name not in known]
     if unknown:
-        print(f"run.py bench: no benchmark '{unknown[0]}'. There are: {', '.join(BENCHMARKS)}.", file=sys.stderr)
+        print(f"run.py bench: no benchmark '{unknown[0]}'. There are: {', '.join(known)}.", file=sys.stderr)
         return 2
-    arguments = ["--comfyui", str(host())]
-    arguments += [f"--{name}" for name in SHARED if getattr(options, name)]
-    for name in VALUES:
-        value = getattr(options, name)
-        if value is not None:
-            arguments += [f"--{name}", str(value.resolve() if isinstance(value, Path) else value)]
-    failed = [name for name in options.names or BENCHMARKS if _run(name, arguments) != 0]
+    comfyui = host()
+    failed = [name for name in options.names or BENCHMARKS if _run(name, _arguments(name, options, comfyui)) != 0]
     if failed:
         print(f"run.py bench: did not end well: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 
+def _arguments(name: str, options: argparse.Namespace, comfyui: Path) -> list[str]:
+    """What the script of that benchmark is started with."""
+    arguments = ["--comfyui", str(comfyui), *(f"--{switch}" for switch in SHARED if getattr(options, switch))]
+    own = ("cases", "threads", *TRAINING) if name in ON_REQUEST else VALUES
+    for key in own:
+        value = getattr(options, key)
+        if value is not None:
+            arguments += [f"--{key}", str(value.resolve() if isinstance(value, Path) else value)]
+    return arguments
+
+
 def _run(name: str, arguments: list[str]) -> int:
-    print(f"== {name}: {BENCHMARKS[name]}", flush=True)
-    script = ROOT / "benchmarks" / f"bench_{name}.py"
+    print(f"== {name}: {BENCHMARKS.get(name) or ON_REQUEST[name]}", flush=True)
+    script = ROOT / "benchmarks" / (f"bench_{name}.py" if name in BENCHMARKS else f"{name}.py")
     environment = {**PATIENT_THREADS, **os.environ, "PYTHONSAFEPATH": "1"}
     return subprocess.run([sys.executable, str(script), *arguments], env=environment, check=False).returncode

@@ -23,7 +23,7 @@ from ...controlnext_core.unet_weights import published_names
 from ..choices import XS
 from ..config import TrainConfig
 from ..trainables import Differences, selected, train_differences
-from .controls import TrainedControl, check_base, new_control, start_from
+from .controls import MakeControl, TrainedControl, check_base, new_control, start_from
 from .unet import checkpoint_blocks, plain_attention, training_unet
 
 Conditions = dict[str, Any]
@@ -63,12 +63,19 @@ def check_fits(model: ModelPatcher, config: TrainConfig) -> None:
 class Controlled(nn.Module):
     """The trainable copy of a base model, its control, and the host's own way from latents to an output."""
 
-    def __init__(self, model: ModelPatcher, config: TrainConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: ModelPatcher,
+        config: TrainConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        make: MakeControl = new_control,
+    ) -> None:
         """Raises ConfigError or ValueError where the configuration does not fit the base; `model` is only read."""
         super().__init__()
         self.facts: BaseFacts = base_facts(model.model)
         self.device, self.dtype = device, dtype
-        self.control: TrainedControl = new_control(config, self.facts, device)
+        self.control: TrainedControl = make(config, self.facts, device)
         self.key_map: KeyMap = unet_key_map(self.facts.unet_config)
         self.unet = training_unet(model, dtype, torch.device("cpu") if config.offload else device)
         names = selected(self.key_map, config.trainable, config.blocks) if config.variant != XS else []

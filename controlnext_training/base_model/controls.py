@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,6 +67,13 @@ class TrainedControl(Protocol):
     ) -> Path:
         """Write the trained file; weights: differences by published name; facts: metadata of the run."""
 
+
+    def check(self, header: checkpoint.Header) -> None:
+        """Raise CheckpointError where a loader would not take the trained file."""
+
+
+MakeControl = Callable[[TrainConfig, BaseFacts, torch.device], TrainedControl]
+"""`new_control`, or what makes another control to compare with."""
 
 def new_control(config: TrainConfig, facts: BaseFacts, device: torch.device) -> TrainedControl:
     """The control of this configuration for this base, its weights in fp32 on `device`, ready to train.
@@ -149,6 +156,9 @@ class _XS:
     def __init__(self, config: TrainConfig, facts: BaseFacts, device: torch.device) -> None:
         self.shape = _xs_shape(config, facts)
         self.heads = heads_of(self.shape, (), f"xs_ratio {config.xs_ratio:g}")
+    def check(self, header: checkpoint.Header) -> None:
+        read_control_file(header)
+
         built = build_config(self.shape, self.heads, self.rule)
         operations = Fp32Norms if self.shape.fp32_norms else comfy.ops.manual_cast
         self.net = ControlNetXS(built, device="meta", operations=operations)
@@ -192,6 +202,9 @@ def _xs_shape(config: TrainConfig, facts: BaseFacts) -> XSShape:
             "of these, or choose another variant."
         )
     return design(facts.unet_config, config.xs_ratio, config.xs_own_time)
+
+    def check(self, header: checkpoint.Header) -> None:
+        read_xs_file(header)
 
 
 def _xs_tensors(path: Path, shape: XSShape) -> dict[str, Tensor]:
