@@ -46,19 +46,36 @@ def loss_curve(
 
     Losses that are no numbers are left out; outliers above the frame are cut off, so that the rest can be seen.
     """
-    from PIL import Image, ImageDraw
-
     every = max(1, math.ceil(len(steps) / MAX_POINTS))
     raw = _finite(list(zip(steps, losses, strict=True)))
     smooth, checked = _smoothed(raw)[::every], _finite(validation)
     raw = raw[::every]
     lines: tuple[Line, ...] = (("loss", raw, RAW), ("smoothed", smooth, SMOOTH), ("validation", checked, VALIDATION))
-    font = _font(max(10, size[1] // 30))
-    low, high = _range([y for _, y in smooth] + [y for _, y in checked], [y for _, y in raw])
-    first, last = _ends([x for x, _ in [*raw, *checked]])
+    ends = _range([y for _, y in smooth] + [y for _, y in checked], [y for _, y in raw])
+    return _chart(lines, ends, size, thick=("smoothed",), dotted=("validation",))
+
+
+def line_chart(lines: Sequence[Line], size: tuple[int, int] = (720, 400)) -> Image:
+    """Lines over the steps, with a dot at every point; what they are, and their last values, above the frame."""
+    names = [name for name, _, _ in lines]
+    shown = [(name, _finite(points), color) for name, points, color in lines]
+    ends = _range([y for _, points, _ in shown for _, y in points], [])
+    return _chart(shown, ends, size, thick=names, dotted=names)
+
+
+def _chart(
+    lines: Sequence[Line], ends: Point, size: tuple[int, int], thick: Sequence[str], dotted: Sequence[str]
+) -> Image:
+    """ends: lowest and highest value of the frame; thick, dotted: names of lines that are so."""
+    from PIL import Image, ImageDraw
+
+    font, (low, high) = _font(max(10, size[1] // 30)), ends
+    first, last = _ends([x for _, points, _ in lines for x, _ in points])
     y_ticks, x_ticks = _ticks(low, high, 5), [x for x in _ticks(first, last, 8) if x == round(x)]
     left = 14 + round(max(font.getlength(_number(y)) for y in y_ticks))
-    box = (left, round(font.size * 2.2), size[0] - 18, size[1] - round(font.size * 2.2))
+    legend = _legend(lines, font, left, size[0] - 18)
+    rows = 1 + max((row for _, row, _, _ in legend), default=0)
+    box = (left, round(font.size * (0.6 + 1.6 * rows)), size[0] - 18, size[1] - round(font.size * 2.2))
 
     def place(point: Point) -> Point:
         x = box[0] + (point[0] - first) / (last - first) * (box[2] - box[0])
@@ -71,9 +88,10 @@ def loss_curve(
         top = FINER * round(place((first, tick))[1] / FINER)
         draw.rectangle((FINER * box[0], top, FINER * box[2], top + FINER - 1), FAINT)
     for name, points, color in lines:
-        _line(draw, [place(p) for p in points], color, FINER * (2 if name == "smoothed" else 1))
-    for x, y in map(place, checked):
-        draw.ellipse((x - 4 * FINER, y - 4 * FINER, x + 4 * FINER, y + 4 * FINER), VALIDATION)
+        _line(draw, [place(p) for p in points], color, FINER * (2 if name in thick else 1))
+    for name, points, color in lines:
+        for x, y in map(place, points) if name in dotted else ():
+            draw.ellipse((x - 4 * FINER, y - 4 * FINER, x + 4 * FINER, y + 4 * FINER), color)
     image = image.resize(size, Image.Resampling.BOX)
 
     draw = ImageDraw.Draw(image)
@@ -82,7 +100,11 @@ def loss_curve(
         draw.text((box[0] - 5, place((first, tick))[1] / FINER), _number(tick), INK, font, anchor="rm")
     for tick in x_ticks:
         draw.text((place((tick, low))[0] / FINER, box[3] + 4), _number(tick), INK, font, anchor="ma")
-    _legend(draw, font, box[0], lines)
+    for x, row, text, color in legend:
+        middle = font.size * (1.05 + 1.6 * row)
+        if color is not None:
+            draw.rectangle((x, middle - font.size * 0.15, x + font.size, middle + font.size * 0.15), color)
+        draw.text((x + font.size * 1.4 if color else x, middle), text, INK, font, anchor="lm")
     return image
 
 
@@ -164,17 +186,21 @@ def _line(draw: Any, points: list[Point], color: tuple[int, int, int], width: in
         draw.line(points, color, width, joint="curve")
 
 
-def _legend(draw: Any, font: FreeTypeFont, left: float, lines: Sequence[Line]) -> None:
-    """What the lines are, with their last values, above the frame."""
-    x, middle = left, font.size * 1.05
-    if not any(points for _, points, _ in lines):
-        draw.text((x, middle), "no losses yet", INK, font, anchor="lm")
+def _legend(
+    lines: Sequence[Line], font: FreeTypeFont, left: float, right: float
+) -> list[tuple[float, int, str, tuple[int, int, int] | None]]:
+    """(left, row, text, colour) of what the lines are and their last values, in rows no wider than up to `right`."""
+    found: list[tuple[float, int, str, tuple[int, int, int] | None]] = []
+    x, row = left, 0
     for name, points, color in lines:
         if points:
-            draw.rectangle((x, middle - font.size * 0.15, x + font.size, middle + font.size * 0.15), color)
             text = f"{name} {points[-1][1]:.4g}"
-            draw.text((x + font.size * 1.4, middle), text, INK, font, anchor="lm")
-            x += font.getlength(text) + font.size * 2.9
+            width = font.getlength(text) + font.size * 1.4
+            if x > left and x + width > right:
+                x, row = left, row + 1
+            found.append((x, row, text, color))
+            x += width + font.size * 1.5
+    return found or [(left, 0, "no losses yet", None)]
 
 
 def _finite(points: Sequence[Point]) -> list[Point]:
