@@ -93,6 +93,7 @@ def _train(
         broken += unseen
     for name, why in broken:
         watch.say(f"left out: {name}: {why}")
+    _release(base, config)
     make_room(device)
     loop = make_loop(base, store, training, config, device, world, watch, make)
     validator = None
@@ -154,7 +155,14 @@ def _steps_until_stopped(
         if validator is not None and (done % config.validate_every == 0 or done == config.steps):
             with averaged(loop):
                 show_validation(validator.run(loop.controlled), done, run, journal, watch)
+            _release(validator.store.base, config)
             clock, since = time.monotonic(), done
+
+
+def _release(base: Base, config: TrainConfig) -> None:
+    """Let go of the encoders, as everything is encoded; but a clip's reference frames come as they are drawn."""
+    if not config.video:
+        base.release()
 
 
 def _check(loss: float, norm: float, step: int, loop: Loop, run: Run) -> None:

@@ -14,7 +14,6 @@ from comfy.model_base import ModelType
 from comfy.model_patcher import ModelPatcher
 from comfy.samplers import cond_cat
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ...controlnext_core.comfy_adapter.base_facts import BaseFacts, base_facts
 from ...controlnext_core.comfy_adapter.weights import base_weights
@@ -77,7 +76,8 @@ class Controlled(nn.Module):
         self.device, self.dtype = device, dtype
         self.control: TrainedControl = make(config, self.facts, device)
         self.key_map: KeyMap = unet_key_map(self.facts.unet_config)
-        self.unet = training_unet(model, dtype, torch.device("cpu") if config.offload else device)
+        stored_on = torch.device("cpu") if config.offload else device
+        self.unet = training_unet(model, dtype, stored_on, narrow=config.checkpointing)
         names = selected(self.key_map, config.trainable, config.blocks) if config.variant != XS else []
         self.differences: Differences = train_differences(self.unet, names, device)
         if config.init_control and config.variant != XS:
@@ -130,8 +130,7 @@ class Controlled(nn.Module):
             {name: cond.process_cond(batch_size=rows, device=noisy.device, area=None) for name, cond in one.items()}
             for one in conditions
         ]
-        with parametrize.cached():
-            return shell.apply_model(noisy, sigma, transformer_options=options, **cond_cat(ready))
+        return shell.apply_model(noisy, sigma, transformer_options=options, **cond_cat(ready))
 
     def conditions(self, latent: Tensor, encoded: Mapping[str, Tensor], sizes: Sizes) -> Conditions:
         """The host's conditions of one sample.

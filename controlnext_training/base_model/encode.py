@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import hashlib
-from collections.abc import Mapping
+import sys
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +21,9 @@ from ..config import ConfigError
 SAMPLED = 64
 """Numbers of each tensor that the identity of an encoder looks at."""
 
+ENCODERS = {"vae": "vae", "clip": "text", "vision": "vision"}
+"""Field of a Base -> what `identity` calls its weights."""
+
 
 @dataclass
 class Base:
@@ -28,34 +35,59 @@ class Base:
     """Text encoder; SVD has none."""
     vision: Any = None
     """Image encoder of SVD."""
+    read_again: Callable[[str], Any] | None = None
+    """Reads an encoder by its field's name from the file it is of; None where the encoders are not only ours."""
     _identities: dict[str, str] = field(default_factory=dict)
+    _released: set[str] = field(default_factory=set)
+    _lock: Any = field(default_factory=threading.RLock, repr=False)
 
     def check(self, video: bool) -> None:
         """Raise ConfigError where an encoder that this base needs is missing."""
-        if self.vae is None:
+        if not self._has("vae"):
             raise ConfigError("vae: the checkpoint holds none. Connect a VAE, or set vae to a file that holds one.")
-        if video and self.vision is None:
+        if video and not self._has("vision"):
             raise ConfigError("clip_vision: SVD needs its image encoder. Connect CLIP_VISION of the same checkpoint.")
-        if not video and self.clip is None:
+        if not video and not self._has("clip"):
             raise ConfigError("clip: this base needs its text encoder. Connect CLIP of the same checkpoint.")
+
+    def _has(self, name: str) -> bool:
+        return getattr(self, name) is not None or name in self._released
+
+    def release(self) -> None:
+        """Let go of the encoders until one is needed again; no effect where they cannot be read again."""
+        with self._lock:
+            for name, what in ENCODERS.items():
+                if self.read_again is not None and getattr(self, name) is not None:
+                    self.identity(what)  # is remembered
+                    setattr(self, name, None)
+                    self._released.add(name)
+
+    def _encoder(self, name: str) -> Any:
+        """The encoder of that field, read again where it was released."""
+        with self._lock:  # samples are read ahead in a thread
+            if self.read_again is not None and name in self._released:
+                setattr(self, name, self.read_again(name))
+                self._released.remove(name)
+            return getattr(self, name)
 
     def latent(self, frames: Tensor) -> Tensor:
         """frames (F, H, W, 3) in [0, 1] -> latents (F, C, H/8, W/8) as the UNet sees them, fp32, on the CPU."""
         with torch.inference_mode():
-            latent = self.vae.encode(frames)
+            latent = self._encoder("vae").encode(frames)
             latent = self.model.model.process_latent_in(latent.float())
         return latent.cpu().clone()
 
     def picture(self, latent: Tensor) -> Tensor:
         """The other way: latents as the UNet sees them -> (F, H, W, 3) in [0, 1], on the CPU."""
         with torch.inference_mode():
-            pixels = self.vae.decode(self.model.model.process_latent_out(latent))
+            pixels = self._encoder("vae").decode(self.model.model.process_latent_out(latent))
         return pixels.float().cpu().clone()
 
     def text(self, caption: str) -> dict[str, Tensor]:
         """`context` (1, T, D) and, where there is one, `pooled` (1, P), on the CPU."""
+        clip = self._encoder("clip")
         with torch.inference_mode():
-            context, pooled = self.clip.encode_from_tokens(self.clip.tokenize(caption), return_pooled=True)
+            context, pooled = clip.encode_from_tokens(clip.tokenize(caption), return_pooled=True)
         found = {"context": context.float().cpu().clone()}
         return found if pooled is None else {**found, "pooled": pooled.float().cpu().clone()}
 
@@ -65,8 +97,8 @@ class Base:
         noise: as frame, what is added before it is encoded. Source: the host's SVD_img2vid_Conditioning.
         """
         with torch.inference_mode():
-            embeds = self.vision.encode_image(frame).image_embeds.unsqueeze(0)
-            concat = self.vae.encode(frame + noise)
+            embeds = self._encoder("vision").encode_image(frame).image_embeds.unsqueeze(0)
+            concat = self._encoder("vae").encode(frame + noise)
         return {"context": embeds.float().cpu().clone(), "concat": concat.float().cpu().clone()}
 
     def identity(self, what: str) -> str:
@@ -79,9 +111,9 @@ class Base:
         if what == "model":
             return {name: patches[0][0] for name, patches in self.model.get_key_patches("diffusion_model.").items()}
         module = {
-            "vae": lambda: self.vae.first_stage_model,
-            "text": lambda: self.clip.cond_stage_model,
-            "vision": lambda: self.vision.model,
+            "vae": lambda: self._encoder("vae").first_stage_model,
+            "text": lambda: self._encoder("clip").cond_stage_model,
+            "vision": lambda: self._encoder("vision").model,
         }[what]()
         return module.state_dict()
 
@@ -111,9 +143,12 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def make_room(device: torch.device) -> None:
-    """Have the host move other models off the device."""
+    """Have the host move other models off the device, and give back to the system what nobody holds any more."""
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
+    gc.collect()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # glibc keeps it else
+        trim(0)
 
 
 def is_interruption(error: BaseException) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import comfy.sd
 import comfy.utils
@@ -11,30 +12,59 @@ import torch
 
 from ...controlnext_core import checkpoint
 from ..config import ConfigError, TrainConfig
-from .encode import Base
+from .encode import Base, device_of_host
+
+PARTS = ("model", "clip", "vae", "vision")
+"""In this order the host's loader returns them."""
+UNET_PREFIX = "model.diffusion_model."
+HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def load_base(config: TrainConfig, folder: Path) -> Base:
     """The checkpoint that `config.base` names: a path (from `folder` on), or a name in the host's folders.
 
-    Raises ConfigError naming the key and what was looked for, CheckpointError for a damaged file.
+    Of a safetensors file the encoders can be released and read again. Raises ConfigError naming the key and what was
+    looked for, CheckpointError for a damaged file.
     """
     path = _find("base", config.base, "checkpoints", folder)
-    if path.suffix == ".safetensors":
-        checkpoint.peek(path)  # a damaged file is named here, in words
-    with torch.inference_mode():
+    own_vae = _find("vae", config.vae, "vae", folder) if config.vae else None
+    header = checkpoint.peek(path) if path.suffix == ".safetensors" else None  # names a damaged file in words
+    on_cpu = device_of_host().type == "cpu"
+    halves = half_dtype(header) if header is not None and config.checkpointing and on_cpu else None
+
+    @torch.inference_mode()
+    def read(*wanted: str) -> tuple[Any, ...]:
+        """(model, clip, vae, vision) of the checkpoint, as far as they are wanted."""
         try:
-            model, clip, vae, vision = comfy.sd.load_checkpoint_guess_config(
-                str(path), output_vae=True, output_clip=not config.video, output_clipvision=config.video
+            return comfy.sd.load_checkpoint_guess_config(
+                str(path),
+                output_model="model" in wanted,
+                output_clip="clip" in wanted,
+                output_vae="vae" in wanted,
+                output_clipvision="vision" in wanted,
+                model_options={"dtype": halves} if halves else {},
             )
         except RuntimeError as error:
             raise ConfigError(f"base: {path} is no checkpoint that ComfyUI knows. Choose another.") from error
-        if config.vae:
-            state, metadata = comfy.utils.load_torch_file(
-                str(_find("vae", config.vae, "vae", folder)), safe_load=True, return_metadata=True
-            )
-            vae = comfy.sd.VAE(sd=state, metadata=metadata)
-    return Base(model, vae, clip, vision)
+
+    @torch.inference_mode()
+    def encoder(name: str) -> Any:
+        if name == "vae" and own_vae is not None:
+            state, metadata = comfy.utils.load_torch_file(str(own_vae), safe_load=True, return_metadata=True)
+            return comfy.sd.VAE(sd=state, metadata=metadata)
+        return read(name)[PARTS.index(name)]
+
+    model, clip, vae, vision = read("model", "vision" if config.video else "clip", *([] if own_vae else ["vae"]))
+    return Base(model, encoder("vae") if own_vae else vae, clip, vision, encoder if header is not None else None)
+
+
+def half_dtype(header: checkpoint.Header) -> torch.dtype | None:
+    """The dtype of a file's UNet where all of it is in one of half size, which the host would widen on a CPU.
+
+    The numbers are the same; with checkpointing the trainer widens each where it is used.
+    """
+    found = {dtype for name, dtype in header.dtypes.items() if name.startswith(UNET_PREFIX)}
+    return HALVES.get(found.pop()) if len(found) == 1 else None
 
 
 def _find(key: str, name: str, kind: str, folder: Path) -> Path:

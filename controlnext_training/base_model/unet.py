@@ -17,13 +17,15 @@ from torch.utils.checkpoint import checkpoint
 
 from ...controlnext_core.comfy_adapter.weights import base_weights
 from ...controlnext_core.unet_weights import HOST_PREFIX
+from .stored import operations
 
 
-def training_unet(model: ModelPatcher, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The UNet of `model` as the host would sample with it, in `dtype`, frozen, on `device`.
+def training_unet(model: ModelPatcher, dtype: torch.dtype, device: torch.device, narrow: bool = False) -> nn.Module:
+    """The UNet of `model` as the host would sample with it, computing in `dtype`, frozen, on `device`.
 
-    Weights are taken one at a time, and are not to be written to. Raises ValueError for a model without the UNet of
-    SD1.5, SDXL or SVD.
+    narrow: weights that the model holds in fewer bits than `dtype` has stay so, and are widened, which is exact, where
+    they are used: less memory, more time, the same numbers. Weights are taken one at a time, and are not to be written
+    to. Raises ValueError for a model without the UNet of SD1.5, SDXL or SVD.
     """
     source = model.model.diffusion_model
     if not isinstance(source, UNetModel):
@@ -32,7 +34,7 @@ def training_unet(model: ModelPatcher, dtype: torch.dtype, device: torch.device)
             "SVD. Connect a checkpoint of one of these."
         )
     config = {k: v for k, v in model.model.model_config.unet_config.items() if k not in ("dtype", "device")}
-    unet = type(source)(**config, dtype=dtype, device="meta", operations=comfy.ops.manual_cast)
+    unet = type(source)(**config, dtype=dtype, device="meta", operations=operations)
     look_up = base_weights(model)
     with torch.no_grad():
         for name, old in (*unet.named_parameters(), *unet.named_buffers()):
@@ -40,7 +42,9 @@ def training_unet(model: ModelPatcher, dtype: torch.dtype, device: torch.device)
             if weight is None:
                 raise ValueError(f"the connected model has no weight '{name}'. Load it from an ordinary checkpoint.")
             weight = _patched(model, HOST_PREFIX + name, weight)
-            _put(unet, name, _ordinary(weight.to(device, dtype)), isinstance(old, nn.Parameter))
+            as_it_is = narrow and weight.dtype.itemsize < dtype.itemsize and _is_cast(unet, name)
+            stored = weight.to(device, weight.dtype if as_it_is else dtype)
+            _put(unet, name, _ordinary(stored), isinstance(old, nn.Parameter))
     return unet.eval().requires_grad_(False)
 
 
@@ -58,6 +62,11 @@ def _ordinary(tensor: Tensor) -> Tensor:
         return tensor.detach()
     plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _is_cast(unet: nn.Module, name: str) -> bool:
+    """Whether the layer of this weight casts it to what it computes in."""
+    return isinstance(unet.get_submodule(name.rpartition(".")[0]), comfy.ops.CastWeightBiasOp)
 
 
 def _put(root: nn.Module, name: str, tensor: Tensor, is_parameter: bool) -> None:

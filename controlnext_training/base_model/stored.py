@@ -1,0 +1,75 @@
+"""Layers that compute in another dtype, or on another device, than their frozen weight is stored in. The copy that such
+a layer computes with is made again for the backward pass; kept until then, all copies together would be the UNet once
+more. The same numbers go into the same kernels, so that results are the same in every bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.ops
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils import parametrize
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """How the copy of a weight was looked at."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+@contextmanager
+def copies_not_kept(layer: nn.Module, x: Tensor) -> Iterator[None]:
+    """Inside, the layer's one product with x does not keep its copy of the weight for the backward pass.
+
+    A weight that trains is base + difference: their sum is formed once inside, and not held longer than it is needed.
+    """
+    if parametrize.is_parametrized(layer):
+        with parametrize.cached():
+            yield
+        return
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    if weight.requires_grad or (weight.dtype == x.dtype and weight.device == x.device):
+        yield
+        return
+    mine = x.untyped_storage().data_ptr()
+
+    def pack(tensor: Tensor) -> Tensor | _Copy:
+        if tensor.numel() != weight.numel() or tensor.untyped_storage().data_ptr() == mine:
+            return tensor
+        return _Copy(tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+
+    def unpack(kept: Tensor | _Copy) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        return weight.to(x_device, x_dtype).as_strided(kept.size, kept.stride, kept.offset)
+
+    x_device, x_dtype = x.device, x.dtype
+    with saved_tensors_hooks(pack, unpack):
+        yield
+
+
+class operations(comfy.ops.manual_cast):  # noqa: N801  # as the host names its own
+    """The host's layers that cast their weights, those with most of the weights as above."""
+
+    class Linear(comfy.ops.manual_cast.Linear):
+        def forward(self, x: Tensor) -> Any:
+            with copies_not_kept(self, x):
+                return super().forward(x)
+
+    class Conv2d(comfy.ops.manual_cast.Conv2d):
+        def forward(self, x: Tensor) -> Any:
+            with copies_not_kept(self, x):
+                return super().forward(x)
+
+    class Conv3d(comfy.ops.manual_cast.Conv3d):
+        def forward(self, x: Tensor) -> Any:
+            with copies_not_kept(self, x):
+                return super().forward(x)
