@@ -1,20 +1,26 @@
 """Training throughput and peak memory against a plain loop in the style of diffusers' and the authors' scripts.
 
-Both train the same thing on SD1.5 of real size: the ControlNeXt encoder and every `to_out` of the UNet, in the same
-dtype, with AdamW. The plain loop is diffusers' UNet, autoencoder and transformers' CLIP, with the encoder added by a
-forward hook; it encodes picture and caption in every step, as those scripts do. Ours is `train.train` as users run it,
-its pictures and captions encoded before. Each run is a process of its own; memory is the highest during the steps.
+Both train the same thing on SD1.5 of real size: the ControlNeXt encoder and every `to_out` of the UNet, with AdamW. The
+plain loop is diffusers' UNet, autoencoder and transformers' CLIP, with the encoder added by a forward hook; it encodes
+picture and caption in every step, as those scripts do, and holds all weights in the dtype it computes in, as they do.
+Ours is what `run.py train` does with a checkpoint file: pictures and captions encoded before, the file's own dtype kept
+where checkpointing is on. Each run is a process of its own, into which the plain loop brings no ComfyUI and ours no
+diffusers; memory is the highest of the whole process during the steps, on a GPU that of the device.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 import runpy
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +28,69 @@ if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
 import torch
-from comfyui_controlnext.benchmarks.host import Options, begin
+from comfyui_controlnext.benchmarks.host import DTYPES, begin, bring_in
 from comfyui_controlnext.benchmarks.report import append_table
+from torch import Tensor
 
 CAPTION = "a red circle and a blue square on a green background"
 RATE, CONTROL_RATE = 1e-5, 1e-4
 WARM_UP = 1
-HEAD = ("loop", "pictures/s", "against plain", "peak memory, GiB", "against plain")
+HEAD = ("loop", "pictures/s", "against plain", "processor s/picture", "peak memory, GiB", "against plain")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One loop, in a process of its own."""
+
+    kind: str
+    """plain, ours, or file: writes the checkpoint that ours reads."""
+    file: str = ""
+    """The checkpoint's dtype, fp16 or fp32; none for plain."""
+    checkpointing: bool = False
+
+    @property
+    def title(self) -> str:
+        parts = (self.kind, "checkpointing" if self.checkpointing else "", f"{self.file} file" if self.file else "")
+        return ", ".join(filter(None, parts))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all loops of one table have in common."""
+
+    comfyui: str
+    folder: str
+    cpu: bool
+    threads: int
+    dtype: str
+    steps: int
+    side: int
+    batch: int
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.cpu else "cuda")
+
+
+@dataclass
+class Times:
+    """When steps ended, by the clock and by the processor's."""
+
+    wall: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+
+    def note(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.wall.append(time.perf_counter())
+        self.processor.append(time.process_time())
+
+    def of_steps(self) -> dict[str, list[float]]:
+        """Seconds of each step after the warm-up."""
+        return {
+            name: [after - before for before, after in zip(ends, ends[1:], strict=False)][WARM_UP:]
+            for name, ends in (("wall", self.wall), ("processor", self.processor))
+        }
 
 
 class Peak:
@@ -58,29 +120,25 @@ class Peak:
             self.highest = torch.cuda.max_memory_allocated(self.device)
 
 
-def parts(folder: Path) -> tuple[Any, Any]:
-    """(autoencoder, text encoder) of SD1.5's shape, random, from files that both loops read."""
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    folder.mkdir(parents=True, exist_ok=True)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, **blocks)
-    config = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
-    )
-    return vae.eval().requires_grad_(False), CLIPTextModel(config).eval().requires_grad_(False)
-
-
-def plain(steps: int, side: int, batch: int, dtype: torch.dtype, device: torch.device, folder: Path) -> dict[str, Any]:
+def plain(setting: Setting) -> dict[str, Any]:
     """The plain loop: seconds of each step, peak memory."""
+    from comfyui_controlnext.tools.launcher import declare_missing_torchvision_ops
+
+    declare_missing_torchvision_ops()
     from comfyui_controlnext.controlnext_core.injection import Term, fuse, prepare
     from comfyui_controlnext.controlnext_core.specs import SPECS, config_of
     from comfyui_controlnext.models.controlnext import ControlNeXt
-    from diffusers import DDPMScheduler, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
 
-    vae, text = (part.to(device, dtype) for part in parts(folder))
+    device, dtype, batch, side = setting.device, DTYPES[setting.dtype], setting.batch, setting.side
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, **blocks)
+    clip = CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
+    )
+    vae, text = (part.eval().requires_grad_(False).to(device, dtype) for part in (vae, CLIPTextModel(clip)))
     unet = UNet2DConditionModel(
         sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8
     ).to(device, dtype)
@@ -95,7 +153,7 @@ def plain(steps: int, side: int, batch: int, dtype: torch.dtype, device: torch.d
         [{"params": list(encoder.parameters()), "lr": CONTROL_RATE}, {"params": subset, "lr": RATE}], weight_decay=1e-2
     )
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    state: dict[str, torch.Tensor] = {}
+    state: dict[str, Tensor] = {}
 
     def add_control(_module: Any, _inputs: Any, output: Any) -> Any:
         h, skips = output
@@ -105,11 +163,10 @@ def plain(steps: int, side: int, batch: int, dtype: torch.dtype, device: torch.d
     unet.down_blocks[0].register_forward_hook(add_control)
     picture = torch.rand(batch, 3, side, side, device=device)
     ids = torch.randint(0, 49408, (batch, 77), device=device)
-    seconds = []
+    times = Times()
     with Peak(device) as peak, torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-        for _ in range(steps):
-            _synchronise(device)
-            started = time.perf_counter()
+        for _ in range(setting.steps):
+            times.note()
             with torch.no_grad():
                 latent = vae.encode(picture.to(dtype) * 2 - 1).latent_dist.sample() * 0.18215
                 context = text(ids)[0]
@@ -122,75 +179,72 @@ def plain(steps: int, side: int, batch: int, dtype: torch.dtype, device: torch.d
             torch.nn.utils.clip_grad_norm_([*encoder.parameters(), *subset], 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            _synchronise(device)
-            seconds.append(time.perf_counter() - started)
-    return {"seconds": seconds, "peak": peak.highest}
+        times.note()
+    return {**times.of_steps(), "peak": peak.highest}
 
 
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def checkpoint_file(setting: Setting, dtype: str) -> Path:
+    return Path(setting.folder) / f"sd15_{dtype}.safetensors"
 
 
-def ours(
-    steps: int, side: int, batch: int, precision: str, device: torch.device, folder: Path, checkpointing: bool
-) -> dict[str, Any]:
-    """`train.train` on the same sizes: seconds of each step, peak memory."""
-    import comfy.sd
-    from comfyui_controlnext.benchmarks.real_size import make_unet
-    from comfyui_controlnext.controlnext_training.base_model.encode import Base
+def write_checkpoint(setting: Setting, dtype: str) -> dict[str, Any]:
+    """Write the file that ours reads."""
+    bring_in(Path(setting.comfyui), setting.cpu, Path(setting.folder))
+    from comfyui_controlnext.benchmarks.real_size import save_sd15
+
+    save_sd15(checkpoint_file(setting, dtype), DTYPES[dtype])
+    return {}
+
+
+def ours(setting: Setting, case: Case) -> dict[str, Any]:
+    """`train.train` on the same sizes, from a checkpoint file: seconds of each step, peak memory."""
+    bring_in(Path(setting.comfyui), setting.cpu, Path(setting.folder))
+    from comfyui_controlnext.controlnext_training.base_model.loading import load_base
     from comfyui_controlnext.controlnext_training.config import TrainConfig
     from comfyui_controlnext.controlnext_training.data.tensors import TensorDataset
     from comfyui_controlnext.controlnext_training.results import Run
     from comfyui_controlnext.controlnext_training.train import train
 
-    model = make_unet("sd15", {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
-    for module in model.model.diffusion_model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:  # each of its own, as in a checkpoint
-                module._parameters[name] = torch.nn.Parameter(parameter.detach().clone(), requires_grad=False)
-    vae, text = parts(folder)
-    host_vae = comfy.sd.VAE(sd=vae.state_dict())
-    prefix = "text_model."
-    state = {name if name.startswith(prefix) else prefix + name: tensor for name, tensor in text.state_dict().items()}
-    clip = comfy.sd.load_text_encoder_state_dicts([state], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
-    del vae, text
-    data = TensorDataset(torch.rand(batch, side, side, 3), torch.rand(batch, side, side, 3), [CAPTION] * batch)
-    config = TrainConfig(
-        variant="sd15",
-        trainable="to_out",
-        steps=steps,
-        batch_size=batch,
-        learning_rate=RATE,
-        control_learning_rate=CONTROL_RATE,
-        precision=precision,
-        checkpointing=checkpointing,
-        validate_every=0,
-        save_every=10_000_000,
-        log_every=1,
-        resume=False,
-    )
-    run = Run(folder / "run", folder / "cache", folder / "trained", "random")
-    watch = Watch(device)
-    train(Base(model, host_vae, clip), data, None, config, run, watch)
-    lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text("utf-8").splitlines()]
-    seconds = [line["seconds_per_step"] for line in lines if line["event"] == "step"]
-    return {"seconds": seconds, "peak": watch.peak.highest}
+    batch, side = setting.batch, setting.side
+    with tempfile.TemporaryDirectory(dir=setting.folder) as scratch:
+        config = TrainConfig(
+            base=str(checkpoint_file(setting, case.file)),
+            variant="sd15",
+            trainable="to_out",
+            steps=setting.steps,
+            batch_size=batch,
+            learning_rate=RATE,
+            control_learning_rate=CONTROL_RATE,
+            precision=setting.dtype,
+            checkpointing=case.checkpointing,
+            validate_every=0,
+            save_every=10_000_000,
+            log_every=1,
+            resume=False,
+        )
+        data = TensorDataset(torch.rand(batch, side, side, 3), torch.rand(batch, side, side, 3), [CAPTION] * batch)
+        folder, watch = Path(scratch), Watch(setting.device)
+        run = Run(folder / "run", folder / "cache", folder / "trained", "random")
+        train(load_base(config, folder), data, None, config, run, watch)
+    return {**watch.times.of_steps(), "peak": watch.peak.highest}
 
 
 class Watch:
-    """Turns the measuring of memory on when the pictures are encoded, and off after the last step."""
+    """Turns the measuring on when the pictures are encoded, and off after the last step."""
 
     def __init__(self, device: torch.device) -> None:
-        self.peak = Peak(device)
+        self.peak, self.times = Peak(device), Times()
 
     def say(self, text: str) -> None:
         if "numbers train" in text:
             self.peak.__enter__()
+            self.times.note()
 
     def progress(self, step: int, steps: int, text: str) -> None:
-        if text.startswith("step") and step == steps:
-            self.peak.__exit__()
+        if text.startswith("step"):
+            self.times.note()
+            if step == steps:
+                self.peak.__exit__()
 
     def picture(self, image: Any) -> None:
         pass
@@ -199,48 +253,82 @@ class Watch:
         return False
 
 
-KINDS = ("plain", "ours", "ours, checkpointing")
-
-
-def measure(options: Options, kind: str, steps: int, side: int, batch: int) -> dict[str, Any]:
+def measure(setting: Setting, case: Case) -> dict[str, Any]:
     """One loop, in this process."""
-    folder = options.scratch / "train"
-    if kind == "plain":
-        return plain(steps, side, batch, options.dtype, options.device, folder)
-    precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[options.dtype]
-    return ours(steps, side, batch, precision, options.device, folder, kind.endswith("checkpointing"))
+    if setting.threads:
+        torch.set_num_threads(setting.threads)
+    if case.kind == "file":
+        return write_checkpoint(setting, case.file)
+    return plain(setting) if case.kind == "plain" else ours(setting, case)
 
 
-def in_own_process(kind: str, arguments: list[str]) -> dict[str, Any]:
+ALONE = "--one"
+"""First argument of a process that measures one loop; the second and third are its Setting and Case, as JSON."""
+
+
+def in_own_process(setting: Setting, case: Case) -> dict[str, Any]:
     """Measure in a process that has done nothing else."""
-    command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--cases", f"only:{kind}"]
+    given = [json.dumps(dataclasses.asdict(part)) for part in (setting, case)]
+    command = [sys.executable, str(Path(__file__).resolve()), ALONE, *given]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     found = [line for line in done.stdout.splitlines() if line.startswith("MEASURED")]
     if done.returncode or not found:
-        raise SystemExit(f"{kind}: {done.stderr[-2000:]}")
+        raise SystemExit(f"{case.title}: {done.stderr[-2000:]}")
     return json.loads(found[0].removeprefix("MEASURED"))
 
 
+def cases_of(dtype: str) -> list[Case]:
+    """plain first. A file in fp16, the most common, and where the loops compute in fp32 also one in fp32."""
+    files = ("fp16", "fp32") if dtype == "fp32" else ("fp16",)
+    return [Case("plain"), *(Case("ours", file, on) for on in (False, True) for file in files)]
+
+
+def rows_of(runs: dict[Case, list[dict[str, Any]]], batch: int) -> list[tuple[str, ...]]:
+    """The table's rows, each case against the first."""
+    rate = {case: statistics.median(batch / s for run in found for s in run["wall"]) for case, found in runs.items()}
+    work = {
+        case: statistics.median(s / batch for run in found for s in run["processor"]) for case, found in runs.items()
+    }
+    peak = {case: statistics.median(run["peak"] for run in found) for case, found in runs.items()}
+    first = next(iter(runs))
+    return [
+        (
+            case.title,
+            f"{rate[case]:.4f}",
+            f"{rate[case] / rate[first]:.2f}x",
+            f"{work[case]:.1f}",
+            f"{peak[case] / 2**30:.2f}",
+            f"{peak[case] / peak[first]:.2f}x",
+        )
+        for case in runs
+    ]
+
+
 def main() -> None:
-    options = begin(__doc__ or "")
-    side, batch, steps = (256, 1, 3) if options.quick else (512, 1, 4)
-    if options.cases and options.cases[0].startswith("only:"):
-        found = measure(options, ",".join(options.cases).removeprefix("only:"), steps, side, batch)
-        print("MEASURED" + json.dumps(found), flush=True)
+    if sys.argv[1:2] == [ALONE]:
+        setting, case = Setting(**json.loads(sys.argv[2])), Case(**json.loads(sys.argv[3]))
+        print("MEASURED" + json.dumps(measure(setting, case)), flush=True)
         return
-    runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
-    for _ in range(max(1, options.repeats // 2)):
-        for kind in KINDS:
-            runs[kind].append(in_own_process(kind, sys.argv[1:]))
-    rows = []
-    rate = {k: statistics.median(batch / s for run in v for s in run["seconds"][WARM_UP:]) for k, v in runs.items()}
-    peak = {kind: statistics.median(run["peak"] for run in found) for kind, found in runs.items()}
-    for kind in KINDS:
-        ratio, memory = rate[kind] / rate["plain"], peak[kind] / peak["plain"]
-        rows.append((kind, f"{rate[kind]:.4f}", f"{ratio:.2f}x", f"{peak[kind] / 2**30:.2f}", f"{memory:.2f}x"))
-    settings = f"SD1.5, {side}x{side}, batch {batch}, {str(options.dtype).removeprefix('torch.')}, {steps} steps"
+    if importlib.util.find_spec("diffusers") is None:
+        print("train: left out: the plain loop needs diffusers (tools/requirements-test.txt).", flush=True)
+        return
+    options = begin(__doc__ or "")
+    side, steps = (256, 3) if options.quick else (512, 4)
+    dtype = next(name for name, value in DTYPES.items() if value is options.dtype)
+    folder = str(options.scratch)
+    setting = Setting(
+        str(options.comfyui), folder, options.device.type == "cpu", options.threads, dtype, steps, side, options.batch
+    )
+    cases = [case for case in cases_of(dtype) if case.kind == "plain" or options.wants(case.title)]
+    for file in sorted({case.file for case in cases} - {""}):
+        in_own_process(setting, Case("file", file))
+    runs: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
+    for _ in range(max(1, options.repeats // 5)):  # each has several steps
+        for case in cases:
+            runs[case].append(in_own_process(setting, case))
+    settings = f"SD1.5, {side}x{side}, batch {options.batch}, computed in {dtype}, {steps} steps"
     title = "Training: encoder and to_out of SD1.5"
-    append_table("train", title, HEAD, rows, settings, options.json, keep=not options.quick)
+    append_table("train", title, HEAD, rows_of(runs, options.batch), settings, options.json, keep=not options.quick)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,10 @@ class Options:
     """Only the cases whose name holds one of these words; empty for all."""
     scratch: Path
     """A folder of this run, removed at its end."""
+    threads: int = 0
+    """Of the CPU; 0 = as torch chooses."""
+    batch: int = 1
+    """Pictures of a training step."""
 
     @property
     def device(self) -> torch.device:
@@ -54,6 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=0, metavar="N", help="interleaved repeats; default 5, quick 2")
     parser.add_argument("--cases", default="", metavar="WORD,..", help="only cases whose name holds one of these")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="of the CPU; default all")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="pictures of a training step; default 1")
 
 
 def begin(description: str) -> Options:
@@ -77,6 +82,8 @@ def begin(description: str) -> Options:
         repeats=options.repeats or (2 if options.quick else 5),
         cases=tuple(word for word in options.cases.split(",") if word),
         scratch=scratch,
+        threads=options.threads,
+        batch=options.batch,
     )
 
 

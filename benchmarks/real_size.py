@@ -75,6 +75,26 @@ def make_unet(name: str, dtype: torch.dtype, device: torch.device | str = "cpu")
     )
 
 
+def save_sd15(path: Path, dtype: torch.dtype) -> Path:
+    """A whole SD1.5 checkpoint of real size, random: UNet, autoencoder and text encoder."""
+    import comfy.sd1_clip
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    sizes = {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "in_channels": 3, "out_ch": 3, "z_channels": 4}
+    more = {"double_z": True, "resolution": 256, "attn_resolutions": [], "dropout": 0.0}
+    with torch.device("meta"):
+        vae = AutoencoderKL(ddconfig={**sizes, **more}, embed_dim=4)
+        text = comfy.sd1_clip.SDClipModel(device="meta", dtype=dtype)
+    shapes = {f"model.diffusion_model.{name}": shape for name, shape in unet_shapes(UNETS["sd15"]).items()}
+    shapes |= {f"first_stage_model.{name}": tuple(t.shape) for name, t in vae.state_dict().items()}
+    for name, tensor in text.state_dict().items():
+        if name.startswith("transformer.text_model."):
+            shapes[f"cond_stage_model.{name}"] = tuple(tensor.shape)
+    return save(
+        path, {name: _numbers(shape, name.endswith("weight"), "cpu").to(dtype) for name, shape in shapes.items()}
+    )
+
+
 def make_control(variant: str, folder: Path, seed: int = 0) -> Any:
     """A ControlNeXt of that row of SPECS, through a file and the loader's own code."""
     from ..controlnext_core.comfy_adapter.loading import load_control

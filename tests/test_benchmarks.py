@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +105,46 @@ def test_every_benchmark_has_its_script_and_an_unknown_name_is_refused(capsys: p
     options = cli.parse(["bench", "fly", "--quick"])
     assert bench.run_benchmarks(options, lambda: Path("nowhere")) == 2
     assert "no benchmark 'fly'. There are: counts" in capsys.readouterr().err
+
+
+def test_without_diffusers_training_is_left_out_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from comfyui_controlnext.benchmarks import bench_train
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "diffusers" else found(name))
+    monkeypatch.setattr(bench_train, "begin", lambda _: pytest.fail("nothing is begun"))
+    monkeypatch.setattr(sys, "argv", ["bench_train.py"])
+    bench_train.main()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "left out" in line and "diffusers" in line and "requirements-test.txt" in line
+
+
+def test_the_number_of_pictures_in_a_step_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: dict[str, list[str]] = {}
+    monkeypatch.setattr(bench, "_run", lambda name, arguments: started.update({name: arguments}) or 0)
+    assert bench.run_benchmarks(cli.parse(["bench", "train", "load", "--batch", "4"]), lambda: Path("host")) == 0
+    assert "--batch 4" in " ".join(started["train"]) and "--batch" not in started["load"]
+
+
+def test_a_loop_is_set_against_the_plain_one() -> None:
+    from comfyui_controlnext.benchmarks.bench_train import Case, Times, cases_of, rows_of
+
+    assert [case.title for case in cases_of("fp32")] == [
+        "plain",
+        "ours, fp16 file",
+        "ours, fp32 file",
+        "ours, checkpointing, fp16 file",
+        "ours, checkpointing, fp32 file",
+    ]
+    assert [case.title for case in cases_of("bf16")] == ["plain", "ours, fp16 file", "ours, checkpointing, fp16 file"]
+    slow = {"wall": [4.0, 4.0, 40.0], "processor": [8.0, 8.0, 8.0], "peak": 4 * 2**30}
+    quick = {"wall": [2.0, 2.0], "processor": [3.0, 3.0], "peak": 2**30}
+    rows = rows_of({Case("plain"): [slow], Case("ours", "fp16"): [quick]}, 2)
+    assert rows == [
+        ("plain", "0.5000", "1.00x", "4.0", "4.00", "1.00x"),
+        ("ours, fp16 file", "1.0000", "2.00x", "1.5", "1.00", "0.25x"),
+    ]
+    times = Times(wall=[0.0, 9.0, 10.0, 12.0], processor=[0.0, 1.0, 2.0, 3.0])
+    assert times.of_steps() == {"wall": [1.0, 2.0], "processor": [1.0, 1.0]}, "the first step warms up"

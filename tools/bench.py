@@ -18,6 +18,7 @@ BENCHMARKS = {
     "stacking": "several controls at once",
     "profile": "where a step's time goes, by operation",
     "growth": "the cost over resolution, batch, frames and number of controls",
+    "train": "pictures a second and peak memory of the trainer against a plain loop",
 }
 """Name -> the question; the script is benchmarks/bench_<name>.py. Those that take minutes on a CPU come last."""
 ON_REQUEST = {"convergence": "how soon each way of control is heard, on the demo's base: trains for most of an hour"}
@@ -25,7 +26,9 @@ ON_REQUEST = {"convergence": "how soon each way of control is heard, on the demo
 SHARED = ("quick", "cpu")
 VALUES = ("json", "dtype", "repeats", "cases", "threads")
 TRAINING = ("parts", "base", "steps", "batch", "scenes", "folder")
-"""Options of convergence alone."""
+"""Options of convergence."""
+OWN = {"train": ("batch",)}
+"""What else those of BENCHMARKS have."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--parts", metavar="WORD,..", help="runs, parameters, pairs, report; default all")
     training.add_argument("--base", type=Path, metavar="FILE", help="checkpoint to train on; default the demo's")
     training.add_argument("--steps", type=int, metavar="N", help="of each run")
-    training.add_argument("--batch", type=int, metavar="N", help="pictures of a step")
+    training.add_argument("--batch", type=int, metavar="N", help="pictures of a step; train has it too")
     training.add_argument("--scenes", type=int, metavar="N", help="how many scenes train")
     training.add_argument("--folder", type=Path, metavar="FOLDER", help="where the runs are kept")
 
@@ -66,7 +69,7 @@ def run_benchmarks(options: argparse.Namespace, host: Callable[[], Path]) -> int
 def _arguments(name: str, options: argparse.Namespace, comfyui: Path) -> list[str]:
     """What the script of that benchmark is started with."""
     arguments = ["--comfyui", str(comfyui), *(f"--{switch}" for switch in SHARED if getattr(options, switch))]
-    own = ("cases", "threads", *TRAINING) if name in ON_REQUEST else VALUES
+    own = ("cases", "threads", *TRAINING) if name in ON_REQUEST else (*VALUES, *OWN.get(name, ()))
     for key in own:
         value = getattr(options, key)
         if value is not None:
