@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from comfyui_controlnext.benchmarks.bench_video_memory import Allocations
 from comfyui_controlnext.controlnext_training.base_model.controlled import Controlled, Sizes
 from comfyui_controlnext.controlnext_training.base_model.unet import plain_attention
 from comfyui_controlnext.controlnext_training.config import ConfigError
@@ -209,6 +210,18 @@ def test_checkpointing_keeps_less_for_the_backward_pass(loaded_studio: Studio) -
             given.through(controlled)
         kept.append(held[0])
     assert kept[1] < 0.5 * kept[0]
+
+
+def test_checkpointing_keeps_little_of_the_encoder(loaded_studio: Studio) -> None:
+    kept = []
+    for checkpointing in (False, True):
+        control: Any = controlled_on(loaded_studio.model, checkpointing=checkpointing).control
+        hint = picture().movedim(-1, 1).contiguous()
+        with Allocations([hint, *control.net.parameters()]) as made:
+            encoded = control._encode(hint, torch.ones(1))
+        kept.append(sum(size for reference, size in made.live.values() if not reference.expired()))
+        assert encoded.requires_grad
+    assert kept[1] < 0.3 * kept[0]
 
 
 def test_the_trainer_trains_on_the_patched_weights(loaded_studio: Studio, tiny: Any) -> None:

@@ -86,6 +86,36 @@ def test_a_lora_in_the_base_is_not_rounded_to_the_files_bits(file: Path, tiny: A
     assert same(wide, {name: p.float() for name, p in narrow.items()})
 
 
+def test_what_no_layer_casts_is_widened_at_once(tmp_path: Path) -> None:
+    """SVD mixes space and time by numbers that stand alone; in halves they would be others."""
+    import comfy.sd
+    from comfyui_controlnext.controlnext_training.base_model.unet import training_unet
+
+    path = tiny_models.make_svd(tmp_path / "svd.ckpt", vision=False)
+    options = {"dtype": torch.float16}
+    with torch.inference_mode():
+        model = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False, model_options=options)[0]
+    for name, parameter in model.model.diffusion_model.named_parameters():
+        if name.endswith("mix_factor"):
+            parameter.data = parameter.data.half()  # the host keeps them in fp32; others may not
+    narrow = training_unet(model, torch.float32, CPU, narrow=True)
+    found = {name: p.dtype for name, p in narrow.named_parameters()}
+    alone = [name for name in found if name.endswith("mix_factor")]
+    assert alone and {found.pop(name) for name in alone} == {torch.float32}
+    assert set(found.values()) == {torch.float16}
+    wide = training_unet(model, torch.float32, CPU)
+    given = {
+        "x": torch.randn(2, 8, 8, 8),
+        "timesteps": torch.full((2,), 0.3),
+        "context": torch.randn(2, 1, 1024),
+        "y": torch.randn(2, 768),
+        "num_video_frames": 2,
+        "image_only_indicator": torch.zeros(1, 2),
+    }
+    with torch.no_grad():
+        assert torch.equal(narrow(**given), wide(**given))
+
+
 @pytest.mark.parametrize(
     ("dtypes", "expected"),
     [

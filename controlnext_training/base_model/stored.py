@@ -36,7 +36,7 @@ def copies_not_kept(layer: nn.Module, x: Tensor) -> Iterator[None]:
             yield
         return
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    if weight.requires_grad or (weight.dtype == x.dtype and weight.device == x.device):
+    if weight.dtype == x.dtype and weight.device == x.device:
         yield
         return
     mine = x.untyped_storage().data_ptr()
