@@ -20,11 +20,13 @@ if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
 from comfyui_controlnext.benchmarks import evidence_runs as runs  # noqa: E402
+from comfyui_controlnext.benchmarks import evidence_tables  # noqa: E402
+from comfyui_controlnext.benchmarks.evidence_tables import PAGE  # noqa: E402
 from comfyui_controlnext.benchmarks.host import bring_in  # noqa: E402
 from comfyui_controlnext.tools.environment import ROOT  # noqa: E402
 
 FOLDER = ROOT / ".cache" / "convergence"
-PARTS = ("runs", "parameters", "pairs", "report")
+PARTS = ("runs", "pairs", "parameters", "report")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -36,6 +38,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=runs.STEPS, metavar="N", help="of each run")
     parser.add_argument("--batch", type=int, default=runs.BATCH, metavar="N", help="pictures of a step")
     parser.add_argument("--scenes", type=int, default=runs.SCENES, metavar="N", help="how many scenes train")
+    parser.add_argument("--looks", type=int, default=runs.LOOKS, metavar="N", help="validations of each run")
     parser.add_argument("--folder", type=Path, default=FOLDER, metavar="FOLDER", help="where the runs are kept")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="of the CPU; default all")
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
@@ -53,7 +56,7 @@ def plan_of(options: argparse.Namespace) -> runs.Plan:
         from comfyui_controlnext.tools.demo_weights.shipped import CHECKPOINT, FOLDERS, install
 
         options.base = install(folder, (CHECKPOINT,)) / FOLDERS[CHECKPOINT] / CHECKPOINT
-    plan = runs.Plan(folder, options.base.resolve(), options.steps, options.batch, options.scenes)
+    plan = runs.Plan(folder, options.base.resolve(), options.steps, options.batch, options.scenes, looks=options.looks)
     return runs.quick(plan) if options.quick else plan
 
 
@@ -88,8 +91,20 @@ def main() -> None:
     plan = plan_of(options)
     plan.folder.mkdir(parents=True, exist_ok=True)
     bring_in(options.comfyui.resolve(), options.cpu or not torch.cuda.is_available(), plan.folder)
+    keep = not options.quick and plan.folder == FOLDER
     if "runs" in options.parts:
         train_all(plan, cases)
+    if "pairs" in options.parts:
+        from comfyui_controlnext.benchmarks import evidence_pairs
+
+        evidence_pairs.run(plan.folder, PAGE.parent if keep else None, options.quick)
+    if "parameters" in options.parts:
+        from comfyui_controlnext.benchmarks import evidence_parameters
+
+        evidence_parameters.write(plan.folder, PAGE, keep)
+    if "report" in options.parts:
+        for path in evidence_tables.write(plan, PAGE, keep):
+            print(path)
 
 
 if __name__ == "__main__":

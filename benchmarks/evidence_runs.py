@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..controlnext_training.config import TrainConfig
 
 RECIPES = ROOT / "controlnext_training" / "recipes"
-STEPS, BATCH = 400, 4
+STEPS, BATCH, LOOKS = 400, 4, 5
 SCENES = 1000
 """Of the recipe's scenes so many train, so that encoding them takes minutes."""
 FIGURES = ("loss", "loss_without", "fidelity", "fidelity_without", "distance", "distance_without")
@@ -74,7 +74,7 @@ class Plan:
     scenes: int = SCENES
     pictures: int = 8
     sampler_steps: int = 8
-    parts: int = 8
+    looks: int = LOOKS
     """How often a run is looked at."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Settings that differ for all, such as the size of the scenes."""
@@ -97,7 +97,7 @@ def config_of(name: str, seed: int, plan: Plan) -> TrainConfig:
         "ema_decay": 0.0,
         "seed": seed,
         "keep_states": 1,
-        "validate_every": max(1, plan.steps // plan.parts),
+        "validate_every": max(1, plan.steps // plan.looks),
         "validation_samples": plan.pictures,
         "validation_steps": plan.sampler_steps,
     }
@@ -158,7 +158,7 @@ def run_case(name: str, seed: int, plan: Plan, base: Base, watch: Any) -> dict[s
         train(base, data, held_out, config, run, watch, make=copy_of(base.model))
     else:
         train(base, data, held_out, config, run, watch)
-    result = read_result(name, seed, config, run.folder) | {"key": key}
+    result = read_result(name, seed, config, run.folder) | {"base": run.base, "key": key}
     path = result_file(plan, name, seed)
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     for state in run.folder.glob("state-*"):
@@ -189,4 +189,4 @@ def read_result(name: str, seed: int, config: TrainConfig, folder: Path) -> dict
 
 def quick(plan: Plan) -> Plan:
     """A look: that everything runs, not what comes of it."""
-    return replace(plan, steps=4, batch=2, scenes=8, pictures=2, sampler_steps=2, parts=2)
+    return replace(plan, steps=4, batch=2, scenes=8, pictures=2, sampler_steps=2, looks=2)

@@ -100,11 +100,11 @@ def _chart(
         draw.text((box[0] - 5, place((first, tick))[1] / FINER), _number(tick), INK, font, anchor="rm")
     for tick in x_ticks:
         draw.text((place((tick, low))[0] / FINER, box[3] + 4), _number(tick), INK, font, anchor="ma")
-    for x, row, text, color in legend:
+    for x, row, text, key in legend:
         middle = font.size * (1.05 + 1.6 * row)
-        if color is not None:
-            draw.rectangle((x, middle - font.size * 0.15, x + font.size, middle + font.size * 0.15), color)
-        draw.text((x + font.size * 1.4 if color else x, middle), text, INK, font, anchor="lm")
+        if key is not None:
+            draw.rectangle((x, middle - font.size * 0.15, x + font.size, middle + font.size * 0.15), key)
+        draw.text((x + font.size * 1.4 if key else x, middle), text, INK, font, anchor="lm")
     return image
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 from comfyui_controlnext.benchmarks import convergence
+from comfyui_controlnext.benchmarks import evidence_pairs as pairs
 from comfyui_controlnext.benchmarks import evidence_runs as runs
+from comfyui_controlnext.benchmarks import evidence_tables as tables
+from comfyui_controlnext.controlnext_training.synthetic import draw
 from comfyui_controlnext.tests.sampling_fixtures import Studio
 from comfyui_controlnext.tests.training_fixtures import (
     SIDE,
@@ -35,7 +39,9 @@ def plan_in(folder: Path) -> runs.Plan:
         "resolution": SIDE,
         "precision": "fp32",
     }
-    return replace(runs.quick(runs.Plan(folder, Path("tiny.ckpt"))), steps=2, batch=1, pictures=1, changes=changes)
+    return replace(
+        runs.quick(runs.Plan(folder, Path("tiny.ckpt"))), steps=2, batch=1, pictures=1, looks=1, changes=changes
+    )
 
 
 def stock_loop(studio: Studio) -> Any:
@@ -103,10 +109,12 @@ def test_the_hosts_own_loader_takes_a_trained_copy(loaded_studio: Studio, tmp_pa
 
 @pytest.mark.comfy
 def test_a_run_leaves_its_figures_and_is_not_run_again(loaded_studio: Studio, tmp_path: Path) -> None:
+    from comfyui_controlnext.controlnext_training.train import Stopped
+
     plan, base, watch = plan_in(tmp_path), base_of(loaded_studio), Watcher()
     for name in ("released", "stock"):
         result = runs.run_case(name, 0, plan, base, watch)
-        assert [set(values) for values in result["figures"].values()] == [{1, 2}] * len(runs.FIGURES)
+        assert [set(values) for values in result["figures"].values()] == [{2}] * len(runs.FIGURES)
         assert result["trained"] > 0 and result["steps"] == 2
     assert not list(tmp_path.glob("runs/*/state-*")) and len(list(tmp_path.glob("files/*.safetensors"))) == 2
     before, steps = runs.result_file(plan, "released", 0).stat().st_mtime_ns, watch.steps_done
@@ -114,8 +122,8 @@ def test_a_run_leaves_its_figures_and_is_not_run_again(loaded_studio: Studio, tm
     assert runs.run_case("released", 0, plan, base, watch)["figures"].keys() == set(runs.FIGURES)
     assert watch.told("released:0 is done") and (watch.steps_done, steps) == (0, 2)
     assert runs.result_file(plan, "released", 0).stat().st_mtime_ns == before
-    runs.run_case("released", 0, replace(plan, steps=1), base, watch)
-    assert watch.steps_done == 1, "of other settings it is run again"
+    with pytest.raises(Stopped):  # of other settings it would run again
+        runs.run_case("released", 0, replace(plan, steps=1), base, Watcher(stop_at=0))
 
 
 def test_the_cases_differ_in_what_they_are_about_alone(tmp_path: Path) -> None:
@@ -164,3 +172,94 @@ def test_it_runs_by_name_only_and_its_options_are_its_own(
     with pytest.raises(SystemExit):
         convergence.parse([*started["convergence"], "--parts", "walk"])
     assert "--parts walk: there are runs" in capsys.readouterr().err
+
+
+def finished(plan: runs.Plan, name: str, seed: int, ends: float, **changes: Any) -> None:
+    """Leave what a run leaves: curves over the steps 200 and 400 that end there."""
+    halves = {"200": ends / 2, "400": ends}
+    result = {"case": name, "seed": seed, "steps": 400, "batch": 4, "precision": "bf16", "base": "a"}
+    result |= {"trained": 4_348_160, "seconds_per_step": 0.5, "figures": dict.fromkeys(runs.FIGURES, halves)}
+    plan.folder.mkdir(exist_ok=True)
+    runs.result_file(plan, name, seed).write_text(json.dumps(result | changes), "utf-8")
+
+
+@pytest.fixture
+def done(tmp_path: Path) -> runs.Plan:
+    """A folder in which three runs are done."""
+    plan = runs.Plan(tmp_path / "runs", Path("shapes.ckpt"))
+    for name, seed, ends in (("released", 0, 0.6), ("released", 1, 0.8), ("xs", 0, 0.4)):
+        finished(plan, name, seed, ends)
+    return plan
+
+
+def test_tables_are_made_of_the_runs_that_are_there(done: runs.Plan) -> None:
+    made = tables.tables(done)
+    _, rows = made["summary"]
+    assert [row[:4] for row in rows] == [
+        ("ControlNeXt as released", "2", "4.35", "0.70 (0.60 to 0.80)"),
+        ("ControlNet-XS", "1", "4.35", "0.40"),
+    ]
+    assert [row[-2] for row in rows] == ["400, 400", "never"]
+    assert made["fidelity"] == (
+        ("control", "step 200", "step 400"),
+        [("ControlNeXt as released", "0.35", "0.70"), ("ControlNet-XS", "0.20", "0.40")],
+    )
+    assert made["pair"][1] == [
+        ("ControlNeXt as released", str(s), f"{e / 2:.2f}", f"{e:.2f}") for s, e in ((0, 0.6), (1, 0.8))
+    ]
+    assert "together" not in made, "nothing was sampled"
+
+
+def test_runs_of_two_bases_stand_in_no_table_together(done: runs.Plan) -> None:
+    finished(done, "add", 0, 0.5, base="b")
+    with pytest.raises(SystemExit, match=r"cannot stand in one table: released:0, released:1, xs:0 with .*add:0 with"):
+        tables.tables(done)
+
+
+def test_the_page_takes_its_tables_between_the_markers_again_and_again() -> None:
+    page = "a\n<!-- table: one -->\n<!-- end -->\nb\n<!-- table: two -->\nold\n<!-- end -->\nc\n"
+    once = tables.pasted(page, {"one": (("x", "y"), [("1", "2")])})
+    assert once == page.replace("one -->\n", "one -->\n| x | y |\n|---|---|\n| 1 | 2 |\n")
+    assert tables.pasted(once, {"one": (("x", "y"), [("1", "2")])}) == once
+    assert "old" not in tables.pasted(once, {"two": (("z",), [])})
+
+
+def test_every_place_of_the_page_has_a_table_and_every_chart_is_shown(done: runs.Plan, tmp_path: Path) -> None:
+    page = tables.PAGE.read_text("utf-8")
+    made = {*tables.tables(done), *pairs.tables([]), "parameters"}
+    assert set(re.findall(r"<!-- table: (\w+) -->", page)) == made
+    charts = tables.draw_charts(done, tmp_path)
+    assert all(path.stat().st_size < 200_000 for path in charts)
+    for name in (*(path.name for path in charts), *pairs.SHEETS.values()):
+        assert name in page
+
+
+def test_a_picture_that_follows_both_hints_scores_in_both_and_another_in_none() -> None:
+    first, second, *_ = pairs.scenes()
+    scene, other = (draw(pairs.SCENE_SEED, index, pairs.SIDE) for index in (first, second))
+    hint = pairs.draw_hint(first)
+    true, wrong = scene.image / 255.0, other.image / 255.0
+    assert pairs.near_f1(true, hint.some_edges) > 0.95 > 0.6 > pairs.near_f1(wrong, hint.some_edges)
+    assert (
+        pairs.elsewhere_iou(true, scene, hint.other_mask)
+        > 0.9
+        > 0.4
+        > pairs.elsewhere_iou(wrong, scene, hint.other_mask)
+    )
+    assert (
+        pairs.no_background(true)[scene.mask > 127].mean()
+        > 0.95
+        > 0.05
+        > pairs.no_background(true)[scene.mask == 0].mean()
+    )
+
+
+@pytest.mark.comfy
+def test_the_parameters_are_those_of_the_papers_table_5(tmp_path: Path) -> None:
+    from comfyui_controlnext.benchmarks import evidence_parameters
+
+    rows = evidence_parameters.table(tmp_path)
+    told = [row for row in rows if row[3] and row[2]]
+    assert len(told) == 5, "two ControlNets, three ControlNeXts"
+    for _, name, learnable, of_paper, total, total_of_paper, _ in told:
+        assert abs(float(learnable) - int(of_paper)) < 1 and abs(float(total) - int(total_of_paper)) < 1, name

@@ -25,7 +25,7 @@ ON_REQUEST = {"convergence": "how soon each way of control is heard, on the demo
 """The same for benchmarks/<name>.py, which run only when they are named."""
 SHARED = ("quick", "cpu")
 VALUES = ("json", "dtype", "repeats", "cases", "threads")
-TRAINING = ("parts", "base", "steps", "batch", "scenes", "folder")
+TRAINING = ("parts", "base", "steps", "batch", "scenes", "looks", "folder")
 """Options of convergence."""
 OWN = {"train": ("batch",)}
 """What else those of BENCHMARKS have."""
@@ -49,6 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--steps", type=int, metavar="N", help="of each run")
     training.add_argument("--batch", type=int, metavar="N", help="pictures of a step; train has it too")
     training.add_argument("--scenes", type=int, metavar="N", help="how many scenes train")
+    training.add_argument("--looks", type=int, metavar="N", help="validations of each run")
     training.add_argument("--folder", type=Path, metavar="FOLDER", help="where the runs are kept")
 
 
