@@ -23,7 +23,7 @@ from comfyui_controlnext.benchmarks import evidence_runs as runs  # noqa: E402
 from comfyui_controlnext.benchmarks import evidence_tables  # noqa: E402
 from comfyui_controlnext.benchmarks.evidence_tables import PAGE  # noqa: E402
 from comfyui_controlnext.benchmarks.host import bring_in  # noqa: E402
-from comfyui_controlnext.tools.environment import ROOT  # noqa: E402
+from comfyui_controlnext.tools.environment import ROOT, SetupError  # noqa: E402
 
 FOLDER = ROOT / ".cache" / "convergence"
 PARTS = ("runs", "pairs", "parameters", "report")
@@ -108,4 +108,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SetupError as error:
+        raise SystemExit(str(error)) from error
