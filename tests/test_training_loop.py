@@ -17,6 +17,7 @@ from comfyui_controlnext.controlnext_training.encoded import Store
 from comfyui_controlnext.controlnext_training.train import Stopped, TrainingError
 from comfyui_controlnext.tests.sampling_fixtures import Studio, relative
 from comfyui_controlnext.tests.training_fixtures import (
+    CPU,
     Watcher,
     base_of,
     drawn,
@@ -269,3 +270,18 @@ def test_the_log_holds_every_step_and_the_trial_step_its_cost(loaded_studio: Stu
     assert lines[2]["control_learning_rate"] == 1e-3 and lines[2]["gradient"] > 0
     assert watch.told("numbers train; one step takes") and watch.told("finished after 3 steps")
     assert "step 3/3  loss " in watch.lines[-1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is known on Linux")
+def test_the_peak_of_a_step_is_what_was_held_in_it_and_not_what_was_held_before() -> None:
+    from comfyui_controlnext.controlnext_training.results import Meter
+
+    mib = 2**20
+    before = b"x" * (300 * mib)
+    del before
+    meter = Meter(CPU)
+    start = meter.read()[1]
+    held = b"x" * (120 * mib)
+    del held
+    found = meter.read()[1]
+    assert 110 * mib < found - start < 130 * mib
