@@ -313,7 +313,7 @@ def main() -> None:
         print("train: left out: the plain loop needs diffusers (tools/requirements-test.txt).", flush=True)
         return
     options = begin(__doc__ or "")
-    side, steps = (256, 3) if options.quick else (512, 4)
+    side, steps = (256, 3) if options.quick else (512, 3)
     dtype = next(name for name, value in DTYPES.items() if value is options.dtype)
     folder = str(options.scratch)
     setting = Setting(
