@@ -21,7 +21,6 @@ SHORT = {
     "paper": ("equation 10", (60, 150, 70)),
     "add": ("plain addition", (150, 70, 160)),
     "stock": ("ControlNet copy", (120, 120, 120)),
-    "stock_fast": ("copy, higher rate", (40, 40, 40)),
     "xs": ("ControlNet-XS", (200, 40, 60)),
 }
 """Case -> its name and colour in a plot."""

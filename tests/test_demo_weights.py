@@ -9,6 +9,7 @@ import pytest
 import torch
 from comfyui_controlnext.tools.demo_weights import assembling, base, running, style, widening
 from comfyui_controlnext.tools.demo_weights import autoencoder as ae
+from comfyui_controlnext.tools.demo_weights.text_encoder import text_encoder
 from comfyui_controlnext.tools.tiny_models.storage import Pools
 from comfyui_controlnext.tools.tiny_models.text_and_vae import taesd
 from torch import Tensor, nn
@@ -105,6 +106,16 @@ def test_a_word_says_what_stood_before_it_and_the_end_says_everything(loaded: tu
     assert away[0] == 0
     assert (one - other)[PAD].square().mean().sqrt() > 0.1
     assert 0.8 < one.std() < 1.1
+
+
+def test_the_text_encoder_is_the_same_in_every_file() -> None:
+    """The base trains with the encoder in a file of its own, and is used with the one in its checkpoint."""
+    alone, inside = text_encoder("text_model."), text_encoder(assembling.TEXT_PREFIX)
+    assert {name.removeprefix(assembling.TEXT_PREFIX) for name in inside} == {
+        n.removeprefix("text_model.") for n in alone
+    }
+    for name, value in alone.items():
+        assert torch.equal(value, inside[assembling.TEXT_PREFIX + name.removeprefix("text_model.")]), name
 
 
 def test_many_captions_at_once_are_what_the_stock_node_encodes(loaded: tuple[Any, Any, Any]) -> None:

@@ -183,22 +183,6 @@ def test_workflow_paths_follow_the_system(monkeypatch: pytest.MonkeyPatch) -> No
     assert workflow["1"]["inputs"]["control_name"] == "demo/a.safetensors"
 
 
-def png(color: str, size: tuple[int, int] = (64, 32)) -> bytes:
-    stream = io.BytesIO()
-    Image.new("RGB", size, color).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def test_the_contact_sheet_shows_all_panels_in_order() -> None:
-    panels = {"hint": png("red"), "without_control": png("lime", (512, 256)), "with_control": png("blue")}
-    sheet = Image.open(io.BytesIO(demo.contact_sheet(panels)))
-    assert sheet.size == (4 * 12 + 3 * 512, 256 + 32 + 12)
-    row = [sheet.getpixel((12 + 524 * index + 256, 150)) for index in range(3)]
-    assert row == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
-    label = sheet.crop((0, 0, 200, 31)).convert("L")
-    assert label.getextrema() == (0, 255)
-
-
 def photograph_to_edges() -> dict[str, Any]:
     return {
         "1": {"class_type": "LoadImage", "inputs": {"image": "p\u00f6rtrait 1.jpg"}},
@@ -247,28 +231,6 @@ def test_the_pack_is_the_only_one_loaded_and_its_nodes_are_there(server: ComfySe
     loaded = [line.split(" seconds: ")[-1] for line in lines[start : lines.index("", start)]]
     others = [path for path in loaded if not Path(path).is_relative_to(server.base)]  # the tests' own probe
     assert others == [str(ROOT)]
-
-
-def small_demo() -> dict[str, Any]:
-    """The demo's workflow at 64 px and 2 steps, so that a test can afford it."""
-    workflow = json.loads(demo.WORKFLOW.read_text("utf-8"))
-    for node in workflow.values():
-        small = {"width": 64, "height": 64} if node["class_type"] == "EmptyLatentImage" else {}
-        node["inputs"].update({**small, **({"steps": 2} if node["class_type"] == "KSampler" else {})})
-    return dict(demo.for_this_system(workflow))
-
-
-@pytest.mark.comfy
-def test_the_demo_workflow_shows_the_controls_effect(server: ComfyServer, capsys: pytest.CaptureFixture[str]) -> None:
-    server.upload_image(demo.PHOTOGRAPH)
-    workflow = small_demo()
-    run = server.run(workflow, demo.Progress(workflow))
-    panels = demo.pick_panels(workflow, run, server)
-    assert set(panels) == set(demo.PANELS)
-    assert panels["without_control"] != panels["with_control"]
-    assert "KSampler  2/2" in capsys.readouterr().out
-    with pytest.raises(KeyError, match="expected SaveImage prefixes ending in"):
-        demo.pick_panels({}, run, server)
 
 
 @pytest.mark.comfy

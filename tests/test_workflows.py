@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).resolve().parents[1] / "example_workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
-DEMO = "demo_sd15_canny"  # API only; `run.py demo` and its tests run it
 VIDEOS = [name for name in NAMES if name.startswith("svd_")]
 ADDED_BY_THE_PAGE = ("fixed", "image")  # of `control_after_generate` and of the upload button
 THUMBNAIL_BYTES = 30_000
@@ -78,7 +77,7 @@ def test_what_the_issue_of_a_release_lists_is_there() -> None:
     wanted = {"sd15_canny", "sd15_depth", "sd15_pose", "sd15_mask", "sdxl_canny", "sdxl_depth"}
     assert wanted | {"sdxl_lora_two_controls"} <= set(NAMES)
     assert {describe.__name__ for describe in make_workflows.WORKFLOWS} == set(NAMES)
-    assert {path.stem for path in (FOLDER / "api").glob("*.json")} == {*NAMES, DEMO}
+    assert {path.stem for path in (FOLDER / "api").glob("*.json")} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

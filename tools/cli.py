@@ -40,7 +40,7 @@ def _add_cpu(parser: Parser) -> None:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from .demo import run_demo
+    from .demo_sheet import run_demo
 
     run_demo(host.provide(options.comfyui, clone_folder()), cpu=options.cpu)
     return 0
@@ -130,7 +130,7 @@ def _train_demo(options: argparse.Namespace) -> int:
 
 
 COMMANDS = {
-    "demo": Command("queue an example workflow in a real ComfyUI and show the result", "host", _add_cpu, _demo),
+    "demo": Command("draw with the demo's weights in a real ComfyUI and show the result", "host", _add_cpu, _demo),
     "comfy": Command("start ComfyUI with the pack, for use in a browser", "host", _add_comfy, _comfy),
     "convert": Command("write a ControlNet-XS file with the other set of names", "host", _add_convert, _convert),
     "train": Command("train a ControlNeXt or a ControlNet-XS from a recipe", "host", _add_train, _train),

@@ -21,6 +21,8 @@ from .comfy_client import ComfyClient, ComfyError
 from .environment import PATIENT_THREADS, ROOT, SetupError
 
 FOLDERS = ("models", "input", "output", "custom_nodes", "temp", "user")
+DEMO_BASE, COMFY_BASE = ROOT / ".host" / "base-demo", ROOT / ".host" / "base-comfy"
+"""Base directories of the ComfyUI that this project brings: of the demo; of `comfy` and `train`."""
 START_SECONDS = 180.0
 STOP_SECONDS = 15.0
 

@@ -1,4 +1,4 @@
-"""The demo's contact sheet: drawn hints, and what stock nodes make of them with the demo's own small weights.
+"""`python run.py demo`: drawn hints, and what stock nodes and ours make of them with the weights in `demo/weights`.
 
 One row per hint; columns as COLUMNS. Under every picture stands the F1 of its edges against the drawn ones. All hints
 are of scenes that no training saw.
@@ -7,11 +7,15 @@ are of scenes that no training saw.
 from __future__ import annotations
 
 import io
+import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .demo_weights.shipped import CHECKPOINT, EDGES, LORA, MASK, XS, install
+from .environment import ROOT
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,8 +23,8 @@ if TYPE_CHECKING:
 
 SIDE, STEPS, CFG, SEED = 128, 14, 3.0, 5
 SCENE_SEED, SCENES = 99, (4, 12, 3)
-CHECKPOINT, LORA = "shapes_sd15.ckpt", "shapes_night.safetensors"
-EDGES, MASK, XS = "demo_edges.safetensors", "demo_mask.safetensors", "demo_xs.safetensors"
+"""Of scenes that no training saw, and which of them."""
+OUTPUT = ROOT / "demo_output"
 Graph = dict[str, dict[str, Any]]
 Link = list[Any]
 
@@ -38,9 +42,8 @@ class Column:
     """The edges show some of the shapes and the mask the others."""
 
     @property
-    def files(self) -> tuple[str, ...]:
-        used = {EDGES: self.edges, MASK: self.mask, XS: self.xs, LORA: self.lora}
-        return tuple(name for name, strength in used.items() if strength)
+    def file_name(self) -> str:
+        return self.title.lower().replace(" + ", "_and_").replace(" ", "_").replace(".", "_")
 
 
 COLUMNS = (
@@ -86,6 +89,16 @@ def draw_hint(index: int) -> Hint:
         rgb(scene.edges * near_first),
         rgb(scene.mask * ~near_first),
     )
+
+
+def demo_hints() -> dict[int, Hint]:
+    """The rows of the sheet."""
+    return {row: draw_hint(index) for row, index in enumerate(SCENES)}
+
+
+def one_cell() -> Graph:
+    """The graph of one picture with ControlNeXt, small enough to look at on the page."""
+    return workflow({0: draw_hint(SCENES[0])}, (Column("ControlNeXt", edges=1.0),))
 
 
 def png(picture: np.ndarray) -> bytes:
@@ -223,35 +236,40 @@ def compose(
     return sheet
 
 
-def available(columns: tuple[Column, ...], names: frozenset[str]) -> tuple[Column, ...]:
-    """Those columns all of whose files are among `names`."""
-    return tuple(column for column in columns if names.issuperset(column.files))
-
-
-def run_sheet(host: Path, base: Path, cpu: bool, output: Path) -> Path:
-    """Queue the sheet in `host`, whose base directory has the weights in its models folders; the sheet's path."""
-    from .comfy_server import ComfyServer
+def run_demo(host: Path, cpu: bool, output: Path = OUTPUT) -> Path:
+    """Queue the sheet in `host`; save its pictures, its graph and the sheet in `output`; return the sheet's path."""
+    from .comfy_server import DEMO_BASE, ComfyServer, fresh_base
     from .demo import Progress, device_arguments
 
-    names = frozenset(path.name for path in (base / "models").rglob("*.safetensors"))
-    columns, hints = available(COLUMNS, names), {row: draw_hint(index) for row, index in enumerate(SCENES)}
     started = time.monotonic()
+    base = fresh_base(DEMO_BASE)
+    print("Unpacking the demo's models.", flush=True)
+    install(base)
+    hints = demo_hints()
+    graph = workflow(hints, COLUMNS)
+    print(f"Starting ComfyUI of {host}.", flush=True)
     arguments = [*device_arguments(cpu), "--disable-api-nodes"]
     with ComfyServer.start(host, base, arguments=arguments, log=base / "server.log") as server:
         print(f"  {time.monotonic() - started:6.1f} s  it answers at http://{server.address}", flush=True)
         for name, content in uploads(hints).items():
             server.upload_image(content, name)
-        graph = workflow(hints, columns)
         run = server.run(graph, Progress(graph))
-        cells = {place: server.image(entry) for place, entry in _saved(graph, run.outputs)}
-    sheet = compose(hints, columns, cells, scores(hints, cells))
+        cells = {place: server.image(entry) for place, entry in saved(graph, run.outputs)}
+    f1 = scores(hints, cells)
     output.mkdir(parents=True, exist_ok=True)
-    sheet.save(output / "contact_sheet.png")
-    print(f"Done in {time.monotonic() - started:.1f} s: {output / 'contact_sheet.png'}")
-    return output / "contact_sheet.png"
+    for (row, place), content in cells.items():
+        (output / f"{row + 1}_{COLUMNS[place].file_name}.png").write_bytes(content)
+    (output / "workflow_api.json").write_text(json.dumps(one_cell(), indent=1), "utf-8")
+    sheet = output / "contact_sheet.png"
+    compose(hints, COLUMNS, cells, f1).save(sheet)
+    for place, column in enumerate(COLUMNS):
+        mean = sum(f1[row, place] for row in hints) / len(hints)
+        print(f"  edge F1 {mean:.2f}  {column.title}")
+    print(f"Done in {time.monotonic() - started:.1f} s: {sheet}")
+    return sheet
 
 
-def _saved(graph: Graph, outputs: Mapping[str, Any]) -> Iterator[tuple[tuple[int, int], dict[str, str]]]:
+def saved(graph: Graph, outputs: Mapping[str, Any]) -> Iterator[tuple[tuple[int, int], dict[str, str]]]:
     """((row, column), what the host says of the picture) of every SaveImage node."""
     for name, node in graph.items():
         if node["class_type"] == "SaveImage":

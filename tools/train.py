@@ -9,13 +9,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from .environment import PATIENT_THREADS, ROOT, SetupError
+from .comfy_server import COMFY_BASE
+from .environment import PATIENT_THREADS, SetupError
 from .launcher import declare_missing_torchvision_ops
 
-OWN_BASE = ROOT / ".host" / "base-comfy"
-"""Models and results of the ComfyUI that this project brings."""
-DEMO_BASE = "tiny_sd15.ckpt"
-"""What recipes/tiny.toml trains on; made where it is missing."""
+TINY = "tiny_sd15.ckpt"
+"""A base with random weights, made where it is missing."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -75,18 +74,20 @@ def run_train(options: argparse.Namespace, host: Path, own: bool) -> int:
     for name, value in PATIENT_THREADS.items():  # before torch is there to read them
         os.environ.setdefault(name, value)
     from ..controlnext_training.config_files import make_config, read_recipe
+    from .demo_weights.shipped import CHECKPOINT, install
+    from .tiny_models import make_demo_models
 
     recipe = options.recipe.resolve()
-    base = host if own else OWN_BASE
+    base = host if own else COMFY_BASE
     try:
         config = make_config(settings(options.settings), read_recipe(recipe))
-        if not own or config.base == DEMO_BASE:
-            from .tiny_models import make_demo_models
-
-            make_demo_models(OWN_BASE)
+        brought = config.base in (TINY, CHECKPOINT)
+        if not own or brought:
+            make_demo_models(COMFY_BASE)
+            install(COMFY_BASE, (CHECKPOINT,))
         bring_in_host(host, base, options.cpu)
-        if config.base == DEMO_BASE:
-            config = replace(config, base=str(OWN_BASE / "models" / "checkpoints" / DEMO_BASE))
+        if brought:
+            config = replace(config, base=str(COMFY_BASE / "models" / "checkpoints" / config.base))
         from ..controlnext_training.command import run_config
         from ..controlnext_training.train import Stopped, TrainingError
 

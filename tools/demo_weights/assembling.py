@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..tiny_models.storage import save
-from .autoencoder import FILE, LATENT_SCALE
-from .running import FOLDER
+from .autoencoder import LATENT_SCALE
 from .text_encoder import text_encoder
-from .widening import widen
 
 TEXT_PREFIX = "cond_stage_model.transformer.text_model."
 UNET_PREFIX = "model.diffusion_model."
@@ -27,11 +24,3 @@ def write_checkpoint(path: Path, unet: Mapping[str, Tensor], autoencoder: Mappin
     tensors[f"{VAE_PREFIX}vae_scale"] = torch.tensor(LATENT_SCALE)
     tensors[f"{VAE_PREFIX}vae_shift"] = torch.tensor(0.0)
     return save(path, tensors)
-
-
-def assemble(folder: Path = FOLDER) -> Path:
-    """What the stages before left, as a checkpoint."""
-    unet = {name: value.half() for name, value in widen(load_file(folder / "base" / "unet_narrow.safetensors")).items()}
-    better = folder / "decoder" / FILE
-    weights = load_file(better if better.is_file() else folder / "autoencoder" / FILE)
-    return write_checkpoint(folder / "shapes_sd15.ckpt", unet, weights)

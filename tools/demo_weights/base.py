@@ -22,12 +22,12 @@ from .running import Average, Stage, cosine, picture_grid, snapshot, unpaused_st
 
 SEED = 11
 SCENES, PART, SIDE = 16384, 1024, 128  # scenes, and how many are prepared at once
-STEPS, BATCH = 12000, 16
+STEPS, BATCH = 5000, 16
 LEARNING_RATE, WARMUP = 6e-4, 200
 EMA_DECAY = 0.999
 MIN_SNR_GAMMA = 5.0
 NO_CAPTION = 0.1  # part of the samples whose caption is left out
-SHOW_EVERY = 500
+SHOW_EVERY = 1000
 EPSILON = OBJECTIVES["epsilon"]
 LAYOUT: dict[str, Any] = {
     "image_size": 32,

@@ -32,6 +32,7 @@ from .base import (
     trained_autoencoder,
 )
 from .running import Stage, cosine, picture_grid, unpaused_steps
+from .shipped import LORA
 
 SEED = 13
 SCENES, STEPS, BATCH = 768, 500, 16
@@ -117,7 +118,7 @@ def train_style(steps: int = STEPS) -> Path:
     tensors = dict(
         part for name, low_rank in low_ranks.items() for part in widened(name, low_rank, shapes[f"{name}.weight"])
     )
-    return save(stage.folder / "shapes_night.safetensors", tensors)
+    return save(stage.folder / LORA, tensors)
 
 
 def _data(stage: Stage) -> tuple[Tensor, Tensor]:

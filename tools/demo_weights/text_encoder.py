@@ -45,8 +45,9 @@ def text_encoder(prefix: str) -> dict[str, Tensor]:
     final = torch.ones(WIDTH)
     final[:HEAD] = POSITION_KEPT
     tensors[f"{prefix}final_layer_norm.weight"] = final.half()
-    words = f"{prefix}embeddings.token_embedding.weight"
-    tensors[words] = pools.normal(words, (WORDS, WIDTH), 1.0)
+    words = "embeddings.token_embedding.weight"
+    # numbers depend on this name, which must not depend on the file that the encoder is written into
+    tensors[prefix + words] = pools.normal(f"text_model.{words}", (WORDS, WIDTH), 1.0)
     tensors[f"{prefix}embeddings.position_embedding.weight"] = _positions().half()
     return tensors
 

@@ -1,0 +1,81 @@
+"""The shipped weights through the real host and its server: pictures follow what was drawn, and not by chance.
+
+The graph is the demo's own (stock loader, text encoder, sampler and decoder), on scenes that no training saw. F1 of
+edges is that of the demo: 1 where the picture's outlines are the drawn ones, to two pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+from comfyui_controlnext.tools import demo, demo_sheet
+from comfyui_controlnext.tools.demo_sheet import Column, Hint
+from comfyui_controlnext.tools.demo_weights import shipped
+
+if TYPE_CHECKING:
+    from comfyui_controlnext.tools.comfy_server import ComfyServer
+
+pytestmark = pytest.mark.comfy
+
+NONE, NEXT, XS = Column("none"), Column("next", edges=1.0), Column("xs", xs=1.0)
+OUTLINED, MASKED = Column("outlined", edges=1.0, split=True), Column("masked", mask=1.0, split=True)
+BOTH = Column("both", edges=1.0, mask=1.0, split=True)
+NIGHT = Column("night", edges=1.0, lora=1.0)
+FIRST = 100  # scene
+COUNTS = [pytest.param(5, id="5 hints"), pytest.param(16, id="16 hints", marks=pytest.mark.long)]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Mean F1 over the hints, by column."""
+
+    f1: dict[Column, float]
+
+
+def two_or_more(count: int) -> dict[int, Hint]:
+    """The first `count` hints whose scene has shapes for both controls."""
+    hints: dict[int, Hint] = {}
+    index = FIRST
+    while len(hints) < count:
+        hint = demo_sheet.draw_hint(index)
+        if hint.some_edges.any() and hint.other_mask.any():
+            hints[len(hints)] = hint
+        index += 1
+    return hints
+
+
+@pytest.fixture(scope="module")
+def models(server: ComfyServer) -> None:
+    shipped.install(server.base)
+
+
+def drawn(server: ComfyServer, count: int, *columns: Column) -> Drawn:
+    hints = two_or_more(count)
+    for name, content in demo_sheet.uploads(hints).items():
+        server.upload_image(content, name)
+    graph = demo_sheet.workflow(hints, columns)
+    run = server.run(graph, demo.Progress(graph))
+    cells = {place: server.image(entry) for place, entry in demo_sheet.saved(graph, run.outputs)}
+    f1 = demo_sheet.scores(hints, cells)
+    return Drawn({column: sum(f1[row, k] for row in hints) / count for k, column in enumerate(columns)})
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_pictures_follow_the_edges_with_either_method(server: ComfyServer, models: None, count: int) -> None:
+    found = drawn(server, count, NONE, NEXT, XS).f1
+    assert found[NEXT] > found[NONE] + 0.3, found
+    assert found[XS] > found[NONE] + 0.3, found
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_two_controls_together_follow_both(server: ComfyServer, models: None, count: int) -> None:
+    """The outlines of one shape and the mask of the others: together they draw more of the scene than each alone."""
+    found = drawn(server, count, OUTLINED, MASKED, BOTH).f1
+    assert found[BOTH] > max(found[OUTLINED], found[MASKED]) + 0.1, found
+
+
+def test_control_goes_on_under_a_lora_that_it_never_met(server: ComfyServer, models: None) -> None:
+    found = drawn(server, 3, NONE, NIGHT).f1
+    assert found[NIGHT] > found[NONE] + 0.2, found

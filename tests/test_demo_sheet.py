@@ -1,0 +1,127 @@
+"""tools/demo_sheet.py and tools/demo_weights/shipped.py: the demo as a person runs it, and the weights it unpacks."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from comfyui_controlnext.tools import demo, demo_sheet
+from comfyui_controlnext.tools.demo_weights import packing, shipped
+from comfyui_controlnext.tools.environment import SetupError
+from PIL import Image
+
+if TYPE_CHECKING:
+    from comfyui_controlnext.tools.comfy_server import ComfyServer
+
+MEGABYTE = 1e6
+
+
+def png(color: str, side: int = demo_sheet.SIDE) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (side, side), color).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (320, 64, 3, 3), (7, 5000)])
+def test_packing_is_off_by_no_more_than_half_a_step_of_the_row(shape: tuple[int, ...]) -> None:
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=random) * torch.rand(shape[0], generator=random).view(
+        -1, *[1] * (len(shape) - 1)
+    )
+    packed = packing.pack({"w": weight})
+    assert packed["w"].dtype is torch.int8 and packed["w"].shape == shape
+    back = packing.unpack(packed)["w"]
+    assert back.dtype is torch.float16
+    largest = weight.abs().flatten(1).amax(1)
+    off = (back.float() - weight).abs().flatten(1).amax(1)
+    assert bool((off <= largest / 254 + largest * 2**-11).all())
+
+
+def test_packing_leaves_small_tensors_and_zero_rows_alone() -> None:
+    tensors = {"bias": torch.randn(5000).half(), "few": torch.randn(8, 8).half(), "none": torch.zeros(64, 64)}
+    packed = packing.pack(tensors)
+    assert packed["bias"].dtype is packed["few"].dtype is torch.float16
+    back = packing.unpack(packed)
+    assert back.keys() == tensors.keys()
+    assert torch.equal(back["bias"], tensors["bias"]) and torch.equal(back["few"], tensors["few"])
+    assert not back["none"].any()
+
+
+def test_a_packed_tensor_without_its_factors_is_named() -> None:
+    packed = packing.pack({"layer.weight": torch.randn(64, 64)})
+    del packed["layer.weight" + packing.SCALE]
+    with pytest.raises(KeyError, match=r"layer\.weight is in 8 bits .* not whole"):
+        packing.unpack(packed)
+
+
+def test_the_shipped_weights_are_small_and_everything_the_demo_uses_is_there() -> None:
+    files = {path.name: path.stat().st_size for path in shipped.SHIPPED.glob("*.safetensors")}
+    assert files.keys() == {shipped.UNET, shipped.AUTOENCODER} | shipped.FOLDERS.keys() - {shipped.CHECKPOINT}
+    assert sum(files.values()) < 40 * MEGABYTE
+
+
+def test_models_are_unpacked_once_and_again_when_one_changes(tmp_path: Path) -> None:
+    models = shipped.install(tmp_path, (shipped.LORA, shipped.XS))
+    lora, control = models / "loras" / shipped.LORA, models / "controlnet" / shipped.XS
+    before = lora.stat().st_mtime_ns, control.stat().st_mtime_ns
+    shipped.install(tmp_path, (shipped.LORA, shipped.XS))
+    assert (lora.stat().st_mtime_ns, control.stat().st_mtime_ns) == before
+    control.unlink()
+    stamp = models / shipped.STAMP
+    stamp.write_text(json.dumps({**json.loads(stamp.read_text("utf-8")), shipped.LORA: "older"}), "utf-8")
+    shipped.install(tmp_path, (shipped.LORA, shipped.XS))
+    assert control.is_file() and lora.stat().st_mtime_ns > before[0]
+
+
+def test_a_missing_file_says_where_it_comes_from(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match=r"shapes_night\.safetensors is missing\. .*git checkout"):
+        shipped.install(tmp_path / "base", (shipped.LORA,), shipped=tmp_path)
+    assert not list((tmp_path / "base").rglob("*.safetensors"))
+
+
+def test_hints_of_a_scene_tell_its_shapes_apart() -> None:
+    for index in demo_sheet.SCENES:
+        hint = demo_sheet.draw_hint(index)
+        outlined, masked = hint.some_edges.any(2), hint.other_mask.any(2)
+        assert outlined.any() and masked.any(), "a scene of the demo has two shapes or more"
+        assert not np.logical_and(outlined, masked).any()
+        assert np.logical_or(outlined, ~hint.edges.any(2)).sum() >= outlined.sum()
+
+
+def test_the_sheet_shows_every_cell_in_its_place() -> None:
+    hints = {row: demo_sheet.draw_hint(index) for row, index in enumerate(demo_sheet.SCENES[:2])}
+    columns = demo_sheet.COLUMNS[:2]
+    colors = {(0, 0): "red", (0, 1): "lime", (1, 0): "blue", (1, 1): "yellow"}
+    f1 = dict.fromkeys(colors, 0.5)
+    sheet = demo_sheet.compose(hints, columns, {place: png(color) for place, color in colors.items()}, f1)
+    found = {
+        color: np.argwhere((np.asarray(sheet) == Image.new("RGB", (1, 1), color).getpixel((0, 0))).all(2))
+        for color in colors.values()
+    }
+    assert all(len(places) == demo_sheet.SIDE**2 for places in found.values())
+    top, left = (lambda color: found[color][0].tolist()[0]), (lambda color: found[color][0].tolist()[1])
+    assert top("red") == top("lime") < top("blue") == top("yellow")
+    assert left("red") == left("blue") < left("lime") == left("yellow")
+
+
+@pytest.mark.comfy
+def test_the_demo_draws_through_the_server_what_the_edges_show(
+    server: ComfyServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One row of the sheet: without and with ControlNeXt, as `run.py demo` queues it."""
+    shipped.install(server.base)
+    hints = {0: demo_sheet.draw_hint(demo_sheet.SCENES[0])}
+    columns = (demo_sheet.COLUMNS[0], demo_sheet.COLUMNS[2])
+    for name, content in demo_sheet.uploads(hints).items():
+        server.upload_image(content, name)
+    graph = demo_sheet.workflow(hints, columns)
+    run = server.run(graph, demo.Progress(graph))
+    cells = {place: server.image(entry) for place, entry in demo_sheet.saved(graph, run.outputs)}
+    f1 = demo_sheet.scores(hints, cells)
+    assert f1[0, 1] > f1[0, 0] + 0.2
+    assert f"KSampler  {demo_sheet.STEPS}/{demo_sheet.STEPS}" in capsys.readouterr().out

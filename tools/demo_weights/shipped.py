@@ -1,0 +1,119 @@
+"""The demo's weights as they come with the project, and as the host's loaders find them.
+
+`demo/weights` holds them in 8 bits (packing.py), the base half as wide as the host runs it (widening.py) and without
+its text encoder, whose weights are written down (text_encoder.py). `install` makes of them the files that stock nodes
+and ours open; `ship_base` and `ship_controls` make the folder of what was trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from ..comfy_server import COMFY_BASE
+from ..environment import ROOT, SetupError
+from ..tiny_models.storage import save, write_atomically
+from . import autoencoder
+from .assembling import write_checkpoint
+from .packing import pack, unpack
+from .running import FOLDER
+from .widening import widen
+
+SHIPPED = ROOT / "demo" / "weights"
+UNET, AUTOENCODER = "shapes_unet.safetensors", "shapes_autoencoder.safetensors"
+CHECKPOINT = "shapes_sd15.ckpt"
+EDGES, MASK, XS = "shapes_edges.safetensors", "shapes_mask.safetensors", "shapes_xs_edges.safetensors"
+LORA = "shapes_night.safetensors"
+FOLDERS = {CHECKPOINT: "checkpoints", EDGES: "controlnext", MASK: "controlnext", XS: "controlnet", LORA: "loras"}
+"""File of the demo -> its folder below `models`."""
+RECIPES = {EDGES: "demo_edges", MASK: "demo_mask", XS: "demo_xs"}
+"""Trained control -> the recipe that makes it, and the name of its result."""
+STAMP = "shapes.json"
+
+
+def install(base: Path, names: Iterable[str] = tuple(FOLDERS), shipped: Path = SHIPPED) -> Path:
+    """Write these files of FOLDERS into `base`/models, unless they are there and current; returns `base`/models.
+
+    Raises SetupError for a file that did not come with the project.
+    """
+    models = base / "models"
+    stamp = models / STAMP
+    versions = json.loads(stamp.read_text("utf-8")) if stamp.is_file() else {}
+    for name in names:
+        path, version = models / FOLDERS[name] / name, _version(name, shipped)
+        if path.is_file() and versions.get(name) == version:
+            continue
+        if name == CHECKPOINT:
+            wide = {key: value.half() for key, value in widen(_read(shipped / UNET)[0]).items()}
+            write_checkpoint(path, wide, autoencoder.whole(_read(shipped / AUTOENCODER)[0]))
+        else:
+            save(path, *_read(shipped / name))
+        versions[name] = version
+        text = json.dumps(versions, indent=1)
+        write_atomically(stamp, lambda file, text=text: file.write_text(text, "utf-8"))  # type: ignore[misc]
+    return models
+
+
+def ship_base(folder: Path = FOLDER, shipped: Path = SHIPPED) -> Path:
+    """Put the base and the autoencoder that the stages left in `folder` into `shipped`."""
+    better = folder / "decoder" / autoencoder.FILE
+    painter = better if better.is_file() else folder / "autoencoder" / autoencoder.FILE
+    working = autoencoder.new_autoencoder().state_dict().keys()
+    weights, metadata = _load(painter)
+    _ship({AUTOENCODER: ({name: t for name, t in weights.items() if name in working}, metadata)}, shipped)
+    return _ship({UNET: _load(folder / "base" / "unet_narrow.safetensors")}, shipped)
+
+
+def train_controls() -> Path:
+    """Train the controls of RECIPES on the base as it ships, or go on; the folder of the trained files."""
+    from ...controlnext_training.command import run_config
+    from ...controlnext_training.config_files import make_config, read_recipe
+
+    models = install(COMFY_BASE, (CHECKPOINT,))
+    for recipe in RECIPES.values():
+        path = ROOT / "controlnext_training" / "recipes" / f"{recipe}.toml"
+        run_config(make_config({"base": str(models / "checkpoints" / CHECKPOINT)}, read_recipe(path)), path.parent)
+    return models / "controlnext"
+
+
+def ship_controls(folder: Path = FOLDER, shipped: Path = SHIPPED) -> Path:
+    """Put the LoRA of the style stage and the controls that `run.py train` made of RECIPES into `shipped`."""
+    made = {name: COMFY_BASE / "models" / "controlnext" / f"{recipe}.safetensors" for name, recipe in RECIPES.items()}
+    sources = {LORA: folder / "style" / LORA, **made}
+    return _ship({name: _load(path) for name, path in sources.items()}, shipped)
+
+
+def _ship(content: Mapping[str, tuple[dict[str, Tensor], dict[str, str]]], shipped: Path) -> Path:
+    for name, (tensors, metadata) in content.items():
+        save(shipped / name, pack(tensors), metadata)
+    return shipped
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors in fp16, metadata) of a packed file."""
+    tensors, metadata = _load(path)
+    return unpack(tensors), metadata
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise SetupError(
+            f"{path} is missing. It comes with the repository (git checkout -- demo/weights); who trains the demo's "
+            "weights anew runs the stages of `run.py train-demo` in order."
+        )
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def _version(name: str, shipped: Path) -> str:
+    """Of the file's sources and of the code that unpacks them."""
+    digest = hashlib.sha256()
+    sources = (shipped / UNET, shipped / AUTOENCODER) if name == CHECKPOINT else (shipped / name,)
+    for path in (*filter(Path.is_file, sources), *sorted(Path(__file__).parent.glob("*.py"))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
