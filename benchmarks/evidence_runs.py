@@ -48,10 +48,14 @@ CASES = {
     "zero_conv": Case("ControlNeXt with a zero convolution", {"fusion": "zero_conv"}, seeds=(0, 1, 2)),
     "paper": Case("ControlNeXt with equation 10", {"fusion": "paper"}),
     "add": Case("ControlNeXt with plain addition", {"fusion": "add"}),
-    "stock": Case("ControlNet copy", {"trainable": "none"}, stock=True),
+    "stock": Case("ControlNet copy", {"trainable": "none", "control_learning_rate": 1e-4}, stock=True),
     "xs": Case("ControlNet-XS", {}, recipe="demo_xs"),
 }
-"""Name -> case, in the order in which they are run: the pair that matters most comes first."""
+"""Name -> case, in the order in which they are run: the pair that matters most comes first.
+
+With so few pictures in a step the copy at the encoder's rate (1.5e-3) ended worse than no control (validation loss
+0.013, without control 0.0056), so it trains at 1e-4.
+"""
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def test_the_cases_differ_in_what_they_are_about_alone(tmp_path: Path) -> None:
     for name in ("zero_conv", "paper", "add"):
         assert differ("released", name) == {"fusion"}
         assert found[name]["fusion"] == name
-    assert differ("released", "stock") == {"trainable"}
+    assert differ("released", "stock") == {"trainable", "control_learning_rate"}
     assert {"steps", "batch_size", "data", "validation_data", "max_samples", "seed"}.isdisjoint(
         differ("released", "xs")
     )
