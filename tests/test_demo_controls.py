@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
-from comfyui_controlnext.tools import demo, demo_sheet
+from comfyui_controlnext.tools import demo_sheet
 from comfyui_controlnext.tools.demo_sheet import Column, Hint
 from comfyui_controlnext.tools.demo_weights import shipped
 
@@ -53,12 +53,7 @@ def models(server: ComfyServer) -> None:
 
 def drawn(server: ComfyServer, count: int, *columns: Column) -> Drawn:
     hints = two_or_more(count)
-    for name, content in demo_sheet.uploads(hints).items():
-        server.upload_image(content, name)
-    graph = demo_sheet.workflow(hints, columns)
-    run = server.run(graph, demo.Progress(graph))
-    cells = {place: server.image(entry) for place, entry in demo_sheet.saved(graph, run.outputs)}
-    f1 = demo_sheet.scores(hints, cells)
+    f1 = demo_sheet.scores(hints, demo_sheet.draw_cells(server, hints, columns))
     return Drawn({column: sum(f1[row, k] for row in hints) / count for k, column in enumerate(columns)})
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from comfyui_controlnext.tools import demo, demo_sheet
+from comfyui_controlnext.tools import demo_sheet
 from comfyui_controlnext.tools.demo_weights import packing, shipped
 from comfyui_controlnext.tools.environment import SetupError
 from PIL import Image
@@ -117,11 +117,6 @@ def test_the_demo_draws_through_the_server_what_the_edges_show(
     shipped.install(server.base)
     hints = {0: demo_sheet.draw_hint(demo_sheet.SCENES[0])}
     columns = (demo_sheet.COLUMNS[0], demo_sheet.COLUMNS[2])
-    for name, content in demo_sheet.uploads(hints).items():
-        server.upload_image(content, name)
-    graph = demo_sheet.workflow(hints, columns)
-    run = server.run(graph, demo.Progress(graph))
-    cells = {place: server.image(entry) for place, entry in demo_sheet.saved(graph, run.outputs)}
-    f1 = demo_sheet.scores(hints, cells)
+    f1 = demo_sheet.scores(hints, demo_sheet.draw_cells(server, hints, columns))
     assert f1[0, 1] > f1[0, 0] + 0.2
     assert f"KSampler  {demo_sheet.STEPS}/{demo_sheet.STEPS}" in capsys.readouterr().out

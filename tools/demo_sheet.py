@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image as Pictures
 
+    from .comfy_server import ComfyServer
+
 SIDE, STEPS, CFG, SEED = 128, 14, 3.0, 5
 SCENE_SEED, SCENES = 99, (4, 12, 3)
 """Of scenes that no training saw, and which of them."""
@@ -236,25 +238,34 @@ def compose(
     return sheet
 
 
+def draw_cells(
+    server: ComfyServer, hints: Mapping[int, Hint], columns: tuple[Column, ...]
+) -> dict[tuple[int, int], bytes]:
+    """PNG of every cell (row, column), drawn by a running server that has the demo's models."""
+    from .demo import Progress
+
+    for name, content in uploads(hints).items():
+        server.upload_image(content, name)
+    graph = workflow(hints, columns)
+    run = server.run(graph, Progress(graph))
+    return {place: server.image(entry) for place, entry in _saved(graph, run.outputs)}
+
+
 def run_demo(host: Path, cpu: bool, output: Path = OUTPUT) -> Path:
     """Queue the sheet in `host`; save its pictures, its graph and the sheet in `output`; return the sheet's path."""
     from .comfy_server import DEMO_BASE, ComfyServer, fresh_base
-    from .demo import Progress, device_arguments
+    from .demo import device_arguments
 
     started = time.monotonic()
     base = fresh_base(DEMO_BASE)
     print("Unpacking the demo's models.", flush=True)
     install(base)
     hints = demo_hints()
-    graph = workflow(hints, COLUMNS)
     print(f"Starting ComfyUI of {host}.", flush=True)
     arguments = [*device_arguments(cpu), "--disable-api-nodes"]
     with ComfyServer.start(host, base, arguments=arguments, log=base / "server.log") as server:
         print(f"  {time.monotonic() - started:6.1f} s  it answers at http://{server.address}", flush=True)
-        for name, content in uploads(hints).items():
-            server.upload_image(content, name)
-        run = server.run(graph, Progress(graph))
-        cells = {place: server.image(entry) for place, entry in saved(graph, run.outputs)}
+        cells = draw_cells(server, hints, COLUMNS)
     f1 = scores(hints, cells)
     output.mkdir(parents=True, exist_ok=True)
     for (row, place), content in cells.items():
@@ -269,7 +280,7 @@ def run_demo(host: Path, cpu: bool, output: Path = OUTPUT) -> Path:
     return sheet
 
 
-def saved(graph: Graph, outputs: Mapping[str, Any]) -> Iterator[tuple[tuple[int, int], dict[str, str]]]:
+def _saved(graph: Graph, outputs: Mapping[str, Any]) -> Iterator[tuple[tuple[int, int], dict[str, str]]]:
     """((row, column), what the host says of the picture) of every SaveImage node."""
     for name, node in graph.items():
         if node["class_type"] == "SaveImage":
