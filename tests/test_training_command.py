@@ -92,16 +92,18 @@ def recipe(tmp_path: Path, tiny: TinyModels) -> Path:
 
 @pytest.mark.comfy
 def test_ctrl_c_saves_and_the_same_command_goes_on(host: Path, recipe: Path) -> None:
+    steps = 40  # a busy machine may take its time to deliver the signal
+    recipe.write_text(recipe.read_text("utf-8").replace("steps = 6\n", f"steps = {steps}\n"), "utf-8")
     process, seen = start(host, str(recipe)), []
     for line in lines_of(process):
         seen.append(line)
-        if line.startswith("step 2/6"):
+        if line.startswith(f"step 2/{steps}"):
             press_ctrl_c(process)
     printed = "".join(seen)
     assert process.wait() == 130, printed
     run = recipe.parent / "runs" / "c\u00f4ntrol 1"
     saved = state.latest(run)
-    assert saved is not None and 2 <= saved.step <= 4, printed
+    assert saved is not None and 2 <= saved.step < steps, printed
     assert "stopping after this step, to save" in printed
     assert f"stopped after {saved.step} steps; saved in {saved.folder}" in printed and "Traceback" not in printed
 
@@ -109,7 +111,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(host: Path, recipe: Path) -> 
     assert status == 0, printed
     path = recipe.parent / "out put" / "c\u00f4ntrol 1.safetensors"
     assert f"resumed at step {saved.step} from" in printed and printed.rstrip().endswith(str(path))
-    assert checkpoint.peek(path).metadata["controlnext.steps"] == "6"
+    assert checkpoint.peek(path).metadata["controlnext.steps"] == str(steps)
     text = (run / "log.jsonl").read_text("utf-8")
     events = [json.loads(line) for line in text.splitlines()]
     assert [event["event"] for event in events if event["event"] in ("start", "resume", "finished")] == [
@@ -117,7 +119,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(host: Path, recipe: Path) -> 
         "resume",
         "finished",
     ]
-    assert list(journal.read(run, "step", "loss")) == [1, 2, 3, 4, 5, 6]
+    assert list(journal.read(run, "step", "loss")) == list(range(1, steps + 1))
     folder = str(recipe.parent / "drawn sc\u00e8nes")
     assert read_recipe(run / "config.toml") == {**read_recipe(recipe), "data": (folder,)}, "what it was started with"
 
