@@ -12,12 +12,15 @@ import functools
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from typing import Any
 
 from ..controlnext_core.specs import SPECS, Family
 from .choices import BOUNDS, CHOICES, SUBSETS, XS
 
 BLOCK_SIDES = ("input", "middle", "output")
+PLACES = ("base", "vae", "init_control", "data", "validation_data", "cache_folder", "output_folder", "runs_folder")
+"""Settings that name files and folders."""
 
 
 class ConfigError(ValueError):
@@ -226,6 +229,17 @@ class TrainConfig:
     def to_json(self) -> str:
         """The whole configuration as JSON."""
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+
+    def to_shared_json(self) -> str:
+        """The same for files that are given to others: of PLACES the last names, not where they lie on this machine."""
+        settings = dataclasses.asdict(self)
+        settings |= {key: _last_names(settings[key]) for key in PLACES}
+        return json.dumps(settings, ensure_ascii=False)
+
+
+def _last_names(value: str | tuple[str, ...]) -> Any:
+    """Of a path of any system, or of each of several."""
+    return PureWindowsPath(value).name if isinstance(value, str) else tuple(map(_last_names, value))
 
 
 def parse_blocks(text: str) -> dict[str, range | None]:

@@ -107,7 +107,7 @@ def _facts(config: TrainConfig, run: Run, losses: list[float]) -> dict[str, str]
         f"{PREFIX}steps": str(config.steps),
         f"{PREFIX}loss": f"{sum(last) / max(1, len(last)):.6f}",
         f"{PREFIX}base": f"{run.base_name} {run.base}".strip(),
-        f"{PREFIX}recipe": config.to_json(),
+        f"{PREFIX}recipe": config.to_shared_json(),
         "modelspec.date": time.strftime("%Y-%m-%d"),
     }
 

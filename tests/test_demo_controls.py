@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.comfy
 
 NONE, NEXT, XS = Column("none"), Column("next", edges=1.0), Column("xs", xs=1.0)
+DEPTH = Column("depth", depth=1.0)
 OUTLINED, MASKED = Column("outlined", edges=1.0, split=True), Column("masked", mask=1.0, split=True)
 BOTH = Column("both", edges=1.0, mask=1.0, split=True)
 NIGHT = Column("night", edges=1.0, lora=1.0)
@@ -58,10 +59,11 @@ def drawn(server: ComfyServer, count: int, *columns: Column) -> Drawn:
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_pictures_follow_the_edges_with_either_method(server: ComfyServer, models: None, count: int) -> None:
-    found = drawn(server, count, NONE, NEXT, XS).f1
+def test_pictures_follow_what_each_control_is_given(server: ComfyServer, models: None, count: int) -> None:
+    found = drawn(server, count, NONE, NEXT, XS, DEPTH).f1
     assert found[NEXT] > found[NONE] + 0.3, found
     assert found[XS] > found[NONE] + 0.3, found
+    assert found[DEPTH] > found[NONE] + 0.2, found
 
 
 @pytest.mark.parametrize("count", COUNTS)

@@ -109,6 +109,20 @@ def test_the_sheet_shows_every_cell_in_its_place() -> None:
     assert left("red") == left("blue") < left("lime") == left("yellow")
 
 
+def test_a_corner_shows_what_a_control_was_given_where_it_is_not_the_outlines() -> None:
+    hint = demo_sheet.draw_hint(demo_sheet.SCENES[0])
+    columns = tuple(column for column in demo_sheet.COLUMNS if column.given(hint) is not None)
+    assert {column.title for column in columns} == {"edges + mask", "depth"}
+    cells = {(0, place): png("red") for place in range(len(columns))}
+    sheet = np.asarray(demo_sheet.compose({0: hint}, columns, cells, dict.fromkeys(cells, 0.5)))
+    side = demo_sheet.SIDE // demo_sheet.INSET
+    for place, column in enumerate(columns):
+        left = 10 + (place + 1) * (demo_sheet.SIDE + 10)
+        corner = sheet[26 + demo_sheet.SIDE - side : 26 + demo_sheet.SIDE, left + demo_sheet.SIDE - side :][:, :side]
+        small = np.asarray(Image.fromarray(column.given(hint)).resize((side, side)))
+        assert np.array_equal(corner, small), column.title
+
+
 @pytest.mark.comfy
 def test_the_demo_draws_through_the_server_what_the_edges_show(
     server: ComfyServer, capsys: pytest.CaptureFixture[str]

@@ -81,6 +81,21 @@ def test_recipe_flags_and_json_say_the_same_as_the_configuration(config: TrainCo
     assert make_config({key: checked(key, value) for key, value in json.loads(config.to_json()).items()}) == config
 
 
+def test_what_is_given_to_others_does_not_say_where_files_lie() -> None:
+    config = TrainConfig(
+        base="/home/someone/m\u00fd models/base.safetensors",
+        vae="C:\\Users\\someone\\vae.pt",
+        data=("/home/someone/pictures/", "synthetic:edges:200", "shards/*.tar"),
+        runs_folder="/home/someone/runs",
+    )
+    shared = json.loads(config.to_shared_json())
+    assert "someone" not in config.to_shared_json()
+    assert (shared["base"], shared["vae"], shared["runs_folder"]) == ("base.safetensors", "vae.pt", "runs")
+    assert shared["data"] == ["pictures", "synthetic:edges:200", "*.tar"] and shared["cache_folder"] == ""
+    own = json.loads(config.to_json())
+    assert {key for key in own if own[key] != shared[key]} == {"base", "vae", "data", "runs_folder"}
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.text(st.characters(codec="utf-8")), st.floats(0, 1e3), st.integers(1, 10_000_000))
 def test_any_text_and_number_survives_a_recipe(text: str, gain: float, steps: int) -> None:

@@ -277,6 +277,7 @@ def test_the_metadata_says_how_the_file_was_made(models: Any, tmp_path: Path) ->
     assert found["controlnext.spec"] == "sd15" and float(found["controlnext.gain"]) == 0.35
     assert found["controlnext.steps"] == "3" and float(found["controlnext.loss"]) == 0.75
     assert found["controlnext.base"] == f"tiny {base_identity(model)}"
+    assert str(tmp_path) not in str(found), "who shares a file does not tell where it lay"
     assert '"gain": 0.35' in found["controlnext.recipe"] and found["controlnext.weights_kind"] == "difference"
     assert read_control_file(peek(path)).metadata.gain == 0.35
 

@@ -1,7 +1,8 @@
 """`python run.py demo`: drawn hints, and what stock nodes and ours make of them with the weights in `demo/weights`.
 
-One row per hint; columns as COLUMNS. Under every picture stands the F1 of its edges against the drawn ones. All hints
-are of scenes that no training saw.
+One row per hint; columns as COLUMNS. Under every picture stands the F1 of its edges against the drawn ones; where a
+control was given something else than the row's outlines, a small picture in the corner shows it. All hints are of
+scenes that no training saw.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .demo_weights.shipped import CHECKPOINT, EDGES, LORA, MASK, XS, install
+from .demo_weights.shipped import CHECKPOINT, DEPTH, EDGES, LORA, MASK, XS, install
 from .environment import ROOT
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 SIDE, STEPS, CFG, SEED = 128, 14, 3.0, 5
 SCENE_SEED, SCENES = 99, (4, 12, 3)
 """Of scenes that no training saw, and which of them."""
+INSET = 4
+"""How many times larger a picture is than what its corner shows."""
 OUTPUT = ROOT / "demo_output"
 Graph = dict[str, dict[str, Any]]
 Link = list[Any]
@@ -33,11 +36,12 @@ Link = list[Any]
 
 @dataclass(frozen=True)
 class Column:
-    """One way to use the hint. title: over its pictures; edges, mask, xs: strengths, 0 = not used."""
+    """One way to use the hint. title: over its pictures; edges, mask, depth, xs: strengths, 0 = not used."""
 
     title: str
     edges: float = 0.0
     mask: float = 0.0
+    depth: float = 0.0
     xs: float = 0.0
     lora: float = 0.0
     split: bool = False
@@ -47,12 +51,19 @@ class Column:
     def file_name(self) -> str:
         return self.title.lower().replace(" + ", "_and_").replace(" ", "_").replace(".", "_")
 
+    def given(self, hint: Hint) -> np.ndarray | None:
+        """What its controls see, (H, W, 3) bytes, where that is not the row's outlines; a mask shows in gray."""
+        if self.split:
+            return hint.some_edges | hint.other_mask // 2
+        return hint.depth if self.depth else None
+
 
 COLUMNS = (
     Column("without control"),
     Column("ControlNeXt 0.5", edges=0.5),
     Column("ControlNeXt 1.0", edges=1.0),
     Column("ControlNet-XS", xs=1.0),
+    Column("depth", depth=1.0),
     Column("edges + mask", edges=1.0, mask=1.0, split=True),
     Column("with a LoRA", edges=1.0, lora=1.0),
 )
@@ -69,6 +80,8 @@ class Hint:
     """Outlines of one shape."""
     other_mask: np.ndarray
     """The other shapes, white on black."""
+    depth: np.ndarray
+    """Of all shapes and the floor, bright is near."""
 
 
 def draw_hint(index: int) -> Hint:
@@ -90,6 +103,7 @@ def draw_hint(index: int) -> Hint:
         scene.hint("edges"),
         rgb(scene.edges * near_first),
         rgb(scene.mask * ~near_first),
+        scene.hint("depth"),
     )
 
 
@@ -163,7 +177,8 @@ def _conditions(graph: _Graph, checkpoint: str, row: int, caption: str, column: 
         lora = graph.add("LoraLoaderModelOnly", model=model, lora_name=LORA, strength_model=column.lora)
         model = [lora, 0]
     which = "some_edges" if column.split else "edges"
-    used = ((EDGES, column.edges, which), (MASK, column.mask, "other_mask"), (XS, column.xs, which))
+    edges = ((EDGES, column.edges, which), (XS, column.xs, which))
+    used = (*edges, (MASK, column.mask, "other_mask"), (DEPTH, column.depth, "depth"))
     for name, strength, picture in used:
         if not strength:
             continue
@@ -190,7 +205,7 @@ def _conditions(graph: _Graph, checkpoint: str, row: int, caption: str, column: 
 
 def uploads(hints: Mapping[int, Hint]) -> dict[str, bytes]:
     """Name in the host's input folder -> PNG."""
-    kinds = ("edges", "some_edges", "other_mask")
+    kinds = ("edges", "some_edges", "other_mask", "depth")
     return {f"{row}_{kind}.png": png(getattr(hint, kind)) for row, hint in hints.items() for kind in kinds}
 
 
@@ -219,6 +234,7 @@ def compose(
     from PIL import Image, ImageDraw, ImageFont
 
     cell, gap, title, line = SIDE * zoom, 10, 26, 18
+    inset = cell // INSET
     font, small = ImageFont.load_default(size=13), ImageFont.load_default(size=12)
     width = (cell + gap) * (len(columns) + 1) + gap
     height = title + len(hints) * (cell + 2 * line + gap)
@@ -230,10 +246,15 @@ def compose(
         top = title + number * (cell + 2 * line + gap)
         sheet.paste(Image.fromarray(hint.edges).resize((cell, cell)), (gap, top))
         draw.text((gap, top + cell + line), hint.caption, fill="black", font=small)
-        for place in range(len(columns)):
+        for place, column in enumerate(columns):
             left = gap + (place + 1) * (cell + gap)
             picture = Image.open(io.BytesIO(cells[row, place])).convert("RGB").resize((cell, cell))
             sheet.paste(picture, (left, top))
+            given = column.given(hint)
+            if given is not None:
+                corner = (left + cell - inset, top + cell - inset)
+                draw.rectangle((corner[0] - 1, corner[1] - 1, left + cell - 1, top + cell - 1), fill="white")
+                sheet.paste(Image.fromarray(given).resize((inset, inset)), corner)
             draw.text((left, top + cell + 2), f"F1 {f1[row, place]:.2f}", fill="black", font=small)
     return sheet
 

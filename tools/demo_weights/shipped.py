@@ -27,11 +27,13 @@ from .widening import widen
 SHIPPED = ROOT / "demo" / "weights"
 UNET, AUTOENCODER = "shapes_unet.safetensors", "shapes_autoencoder.safetensors"
 CHECKPOINT = "shapes_sd15.ckpt"
-EDGES, MASK, XS = "shapes_edges.safetensors", "shapes_mask.safetensors", "shapes_xs_edges.safetensors"
+EDGES, MASK, DEPTH = "shapes_edges.safetensors", "shapes_mask.safetensors", "shapes_depth.safetensors"
+XS = "shapes_xs_edges.safetensors"
 LORA = "shapes_night.safetensors"
-FOLDERS = {CHECKPOINT: "checkpoints", EDGES: "controlnext", MASK: "controlnext", XS: "controlnet", LORA: "loras"}
+FOLDERS = {CHECKPOINT: "checkpoints", **dict.fromkeys((EDGES, MASK, DEPTH), "controlnext")}
+FOLDERS |= {XS: "controlnet", LORA: "loras"}
 """File of the demo -> its folder below `models`."""
-RECIPES = {EDGES: "demo_edges", MASK: "demo_mask", XS: "demo_xs"}
+RECIPES = {EDGES: "demo_edges", MASK: "demo_mask", DEPTH: "demo_depth", XS: "demo_xs"}
 """Trained control -> the recipe that makes it, and the name of its result."""
 STAMP = "shapes.json"
 
