@@ -18,7 +18,7 @@ if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
 from comfyui_controlnext.benchmarks.host import Options, begin  # noqa: E402
-from comfyui_controlnext.benchmarks.paired import Case, measure  # noqa: E402
+from comfyui_controlnext.benchmarks.paired import Case, measure, measure_own  # noqa: E402
 from comfyui_controlnext.benchmarks.real_size import make_control, make_stock, make_unet, make_xs  # noqa: E402
 from comfyui_controlnext.benchmarks.sampling import Setup, watching  # noqa: E402
 
@@ -32,6 +32,8 @@ class Family:
     quick: tuple[int, int, int]
     controls: Callable[[Any, Options], list[tuple[str, tuple[Any, ...], str, str]]]
     """(MODEL, options) -> (name, controls, goal of the first run, goal of the second) of each case."""
+    minutes: bool = False
+    """A step takes minutes on a CPU: there only `own` is measured."""
 
 
 def sd15(model: Any, options: Options) -> list[tuple[str, tuple[Any, ...], str, str]]:
@@ -68,7 +70,7 @@ def svd(model: Any, options: Options) -> list[tuple[str, tuple[Any, ...], str, s
 FAMILIES = (
     Family("sd15", (512, 512, 1), (128, 128, 1), sd15),
     Family("sdxl", (1024, 1024, 1), (256, 256, 1), sdxl),
-    Family("svd", (576, 1024, 14), (64, 128, 4), svd),
+    Family("svd", (576, 1024, 14), (64, 128, 4), svd, minutes=True),
 )
 
 
@@ -95,7 +97,8 @@ def main() -> None:
             if options.wants(family.name) or any(family.name in word for word in options.cases):
                 height, width, batch = family.quick if options.quick else family.size
                 size = f"{family.name}, {height}x{width}" + (f", {batch} frames" if batch > 1 else "")
-                measure("step", f"{size}, CFG", cases_of(family, options), options)
+                alone = family.minutes and options.cpu and not options.quick
+                (measure_own if alone else measure)("step", f"{size}, CFG", cases_of(family, options), options)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 
 from .host import Options
 from .report import append_table, spread
-from .sampling import Run, Setup, forget, queue
+from .sampling import Cost, Run, Setup, forget, queue
 
 HEAD = ("case", "goal GPU / CPU", "wall", "processor time", "own", "s/step")
 RUN_STEPS = 20
@@ -37,7 +37,7 @@ def measure(what: str, title: str, cases: Sequence[Case], options: Options) -> N
     """Run the cases, the bare model first among them, and write a table."""
     if len(cases) < 2:
         return
-    steps = CPU_STEPS if options.cpu else RUN_STEPS
+    steps = _first_steps(options)
     length = {case.name: steps if case.first or not options.cpu else 1 for case in cases}
     for case in cases:  # kernels are chosen and memory is taken in a process's first runs
         if case is cases[0] or case.second or not options.cpu:
@@ -51,17 +51,45 @@ def measure(what: str, title: str, cases: Sequence[Case], options: Options) -> N
                 forget(case.setup)
             found[case.name].append((queue(case.setup, length[case.name], seed=repeat), bare))
     rows = [row(case, found[case.name], options) for case in cases]
-    settings = f"{str(options.dtype)[6:]}, {options.repeats} interleaved repeats, first runs of {steps} steps"
+    _write(what, title, HEAD, rows, f"{options.repeats} interleaved repeats, first runs of {steps} steps", options)
+
+
+def measure_own(what: str, title: str, cases: Sequence[Case], options: Options) -> None:
+    """The same without the bare model beside them, each case once, for steps that take minutes: `own` needs no more."""
+    rows = []
+    for case in cases[1:]:
+        if case.first:
+            forget(case.setup)
+        steps = _first_steps(options) if case.first else 1
+        cost = queue(case.setup, steps).per_step(steps)
+        rows.append((case.name, case.goal, spread([_own(cost)]), f"{cost.wall:.1f}"))
+    settings = f"each once, a second run after a first one, first runs of {_first_steps(options)} steps"
+    _write(what, title, (*HEAD[:2], *HEAD[-2:]), rows, settings, options)
+
+
+def _first_steps(options: Options) -> int:
+    return CPU_STEPS if options.cpu else RUN_STEPS
+
+
+def _write(
+    what: str, title: str, head: Sequence[str], rows: Sequence[Sequence[str]], settings: str, options: Options
+) -> None:
+    settings = f"{str(options.dtype)[6:]}, {settings}"
     if options.cpu:
         settings += f", {torch.get_num_threads()} threads"
-    append_table(what, title, HEAD, rows, settings, options.json, keep=not options.quick)
+    append_table(what, title, head, rows, settings, options.json, keep=not options.quick)
+
+
+def _own(cost: Cost) -> float:
+    """A step over what it would have cost without this pack's code."""
+    return cost.cpu / (cost.cpu - cost.own)
 
 
 def row(case: Case, runs: Sequence[tuple[Run, Run]], options: Options) -> tuple[str, ...]:
     """Of the table; runs: pairs of the case and the bare model."""
-    steps = CPU_STEPS if options.cpu else RUN_STEPS
+    steps = _first_steps(options)
     costs = [(run.per_step(steps), bare.per_step(steps)) for run, bare in runs]
-    own = [cost.cpu / (cost.cpu - cost.own) for cost, _ in costs]
+    own = [_own(cost) for cost, _ in costs]
     return (
         case.name,
         case.goal,
