@@ -8,6 +8,7 @@ import importlib
 import os
 import runpy
 import shutil
+import signal
 import sys
 import tempfile
 import warnings
@@ -31,6 +32,10 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 runpy.run_path(str(ROOT / "_alias.py"))
 
 from comfyui_controlnext.tools.launcher import declare_missing_torchvision_ops  # noqa: E402
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # a background shell starts programs so; those that tests start and send Ctrl-C would inherit it and obey
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["comfyui_controlnext.tests.sampling_fixtures"]
 
