@@ -272,12 +272,14 @@ def test_the_published_layout_is_what_the_authors_scripts_read(models: Any, tmp_
 
 def test_the_metadata_says_how_the_file_was_made(models: Any, tmp_path: Path) -> None:
     model = models("sd15")
-    path = saved(trained(model, "sd15", gain=0.35), model, tmp_path, "sd15", gain=0.35)
+    base = str(tmp_path / "base.safetensors")
+    path = saved(trained(model, "sd15", gain=0.35), model, tmp_path, "sd15", gain=0.35, base=base)
     found = peek(path).metadata
     assert found["controlnext.spec"] == "sd15" and float(found["controlnext.gain"]) == 0.35
     assert found["controlnext.steps"] == "3" and float(found["controlnext.loss"]) == 0.75
     assert found["controlnext.base"] == f"tiny {base_identity(model)}"
-    assert str(tmp_path) not in str(found), "who shares a file does not tell where it lay"
+    assert str(tmp_path) not in str(found), "who shares a file does not tell where things lie"
+    assert '"base": "base.safetensors"' in found["controlnext.recipe"]
     assert '"gain": 0.35' in found["controlnext.recipe"] and found["controlnext.weights_kind"] == "difference"
     assert read_control_file(peek(path)).metadata.gain == 0.35
 
