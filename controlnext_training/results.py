@@ -159,8 +159,17 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-HIGHEST = Path("/proc/self/status"), "VmHWM:"
-"""Where Linux says the highest memory of this process, in KiB; 5 in clear_refs beside it starts that anew."""
+STATUS = Path("/proc/self/status")
+"""Where Linux says the highest memory of this process as VmHWM; 5 in clear_refs beside it starts that anew."""
+
+
+def _highest() -> int:
+    """Bytes; 0 where nobody says."""
+    with contextlib.suppress(OSError):
+        for line in STATUS.read_text("utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    return 0
 
 
 class Meter:
@@ -173,13 +182,15 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(device)
         else:
             with contextlib.suppress(OSError):
-                HIGHEST[0].with_name("clear_refs").write_text("5")
+                STATUS.with_name("clear_refs").write_text("5")
+        self.before = _highest()
         self.started = time.perf_counter()
 
     def read(self) -> tuple[float, int]:
         """(seconds, peak bytes): of the device's memory, or of this process where that is the host's.
 
-        Of a process the peak is known on Linux; elsewhere it is what is held now.
+        Of a process the peak is known on Linux; elsewhere it is what is held now. Some containers never start the highest
+        anew: there it says something of this time only when it rose in it.
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -187,7 +198,5 @@ class Meter:
         import psutil
 
         seconds, held = time.perf_counter() - self.started, int(psutil.Process().memory_info().rss)
-        with contextlib.suppress(OSError):
-            lines = HIGHEST[0].read_text("utf-8").splitlines()
-            held = max([held, *(1024 * int(line.split()[1]) for line in lines if line.startswith(HIGHEST[1]))])
-        return seconds, held
+        highest = _highest()
+        return seconds, highest if highest > self.before else held
