@@ -189,8 +189,8 @@ class Meter:
     def read(self) -> tuple[float, int]:
         """(seconds, peak bytes): of the device's memory, or of this process where that is the host's.
 
-        Of a process the peak is known on Linux; elsewhere it is what is held now. Some containers never start the highest
-        anew: there it says something of this time only when it rose in it.
+        Of a process the peak is known on Linux; elsewhere it is what is held now. Some containers never start it anew:
+        there it is that of this time only when it rose.
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
