@@ -1,10 +1,10 @@
 """Encoder outputs kept across conds, steps, seeds and queue runs, within two budgets.
 
 An entry belongs to a group, (encoder, hint), and has a key inside it (timestep, row, size, dtype, ...).
-Entries go to the compute device up to `device_budget` bytes, then to host memory up to `host_budget`: pinned, so that
-they come back in the device's own time and nothing waits for them. When a budget
-is full, entries of groups that the present run has not used make room, least recently used group first; entries of
-the present run never push each other out, so of a run that does not fit its earliest steps stay.
+Entries go to the compute device up to `device_budget` bytes, then to host memory up to `host_budget`: pinned where the
+system allows it, so that they come back in the device's own time and nothing waits for them. When a budget is full,
+entries of groups that the present run has not used make room, least recently used group first; entries of the present
+run never push each other out, so of a run that does not fit its earliest steps stay.
 """
 
 from __future__ import annotations
@@ -42,9 +42,11 @@ class _Group:
 class FeatureCache:
     """A bounded two-tier store of tensors. Tensors handed out are shared: never write to them."""
 
-    def __init__(self, device_budget: int = DEVICE_BUDGET, host_budget: int = HOST_BUDGET) -> None:
+    def __init__(self, device_budget: int = DEVICE_BUDGET, host_budget: int = HOST_BUDGET, pinned: bool = True) -> None:
+        """Budgets in bytes. pinned: whether host memory may be pinned."""
         self.budgets: dict[Tier, int] = {"device": device_budget, "host": host_budget}
         self.used: dict[Tier, int] = {"device": 0, "host": 0}
+        self.pinned = pinned
         self._groups: OrderedDict[GroupKey, _Group] = OrderedDict()
         self._run = 0
 
@@ -78,15 +80,15 @@ class FeatureCache:
         if key in target.entries:
             self._forget(target, key)
         for tier in _tiers(value):
-            if self._make_room(tier, _bytes_in(tier, value)):
-                target.entries[key] = kept = value if tier == _tier(value) else _to_host(value)
+            if self._make_room(tier, self._bytes_in(tier, value)):
+                target.entries[key] = kept = value if tier == _tier(value) else self._to_host(value)
                 self.used[tier] += _bytes_held(kept)
                 return True
         return False
 
     def makes_room(self, value: Tensor) -> bool:
         """Whether a tensor like this one would be kept; what an earlier run left may go for it."""
-        return any(self._make_room(tier, _bytes_in(tier, value)) for tier in _tiers(value))
+        return any(self._make_room(tier, self._bytes_in(tier, value)) for tier in _tiers(value))
 
     def drop(self, encoder: str) -> None:
         """Forget everything of one encoder."""
@@ -126,6 +128,23 @@ class FeatureCache:
         entry = group.entries.pop(key)
         self.used[_tier(entry)] -= _bytes_held(entry)
 
+    def _to_host(self, value: Tensor) -> Tensor:
+        """A copy in host memory. From a CUDA device it is pinned, and made in that device's order of work."""
+        if self._pins(value):
+            try:
+                kept = torch.empty_like(value, device="cpu", pin_memory=True)
+            except RuntimeError:  # the system pins no more: WSL and Windows have limits far below the memory
+                return value.cpu()
+            return kept.copy_(value, non_blocking=True)
+        return value.cpu()
+
+    def _bytes_in(self, tier: Tier, value: Tensor) -> int:
+        """What a tensor would take there: torch takes pinned memory in powers of two."""
+        return _power_of_two(value.nbytes) if tier == "host" and self._pins(value) else value.nbytes
+
+    def _pins(self, value: Tensor) -> bool:
+        return self.pinned and _is_cuda(value)
+
 
 def _tiers(tensor: Tensor) -> tuple[Tier, ...]:
     """Where it may be kept, the first choice first."""
@@ -134,18 +153,6 @@ def _tiers(tensor: Tensor) -> tuple[Tier, ...]:
 
 def _tier(tensor: Tensor) -> Tier:
     return "host" if tensor.device.type == "cpu" else "device"
-
-
-def _to_host(value: Tensor) -> Tensor:
-    """A copy in host memory. From a CUDA device it is pinned, and made in that device's order of work."""
-    if not _is_cuda(value):
-        return value.cpu()
-    return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
-
-
-def _bytes_in(tier: Tier, value: Tensor) -> int:
-    """What a tensor would take there: torch takes pinned memory in powers of two."""
-    return _power_of_two(value.nbytes) if tier == "host" and _is_cuda(value) else value.nbytes
 
 
 def _bytes_held(entry: Tensor) -> int:

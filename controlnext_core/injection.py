@@ -96,7 +96,11 @@ NORMALIZATIONS: dict[str, Normalization] = {
 
 def pool_to(control: Tensor, size: tuple[int, int]) -> Tensor:
     """Adaptive average pool of (n, C, h, w) to `size`; identity where the size is right. Source: released code."""
-    return control if tuple(control.shape[-2:]) == size else F.adaptive_avg_pool2d(control, size)
+    if tuple(control.shape[-2:]) == size:
+        return control
+    if control.device.type == "mps":  # torch pools there to divisors of the size alone
+        return F.adaptive_avg_pool2d(control.cpu(), size).to(control.device)
+    return F.adaptive_avg_pool2d(control, size)
 
 
 def prepare(control: Tensor, size: tuple[int, int], fusion: Fusion) -> Tensor:
@@ -142,7 +146,7 @@ def _added(total: Tensor, term: Term, features: Moments) -> Tensor:
     gains = gains.view(chunks, 1, 1, 1, 1)
     delta = torch.addcmul((shift * gains).to(dtype), control, (scale * gains).to(dtype))
     if term.mask is not None:
-        mask = F.interpolate(term.mask.to(total.device, torch.float32), size=total.shape[-2:], mode="area")
+        mask = pool_to(term.mask.to(total.device, torch.float32), (total.shape[-2], total.shape[-1]))
         delta = delta * mask.to(dtype)[None]
     return total + delta
 

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ..controlnext_core.injection import pool_to
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ def region_weight(mask: Tensor, size: tuple[int, int], extra: float) -> Tensor:
 
     mask: (R, H, W) in [0, 1], pixels; size: the latent's (h, w). Returns (R, 1, h, w) in fp32.
     """
-    return 1 + extra * F.adaptive_avg_pool2d(mask.float()[:, None], size)
+    return 1 + extra * pool_to(mask.float()[:, None], size)
 
 
 def loss(

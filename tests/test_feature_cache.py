@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from comfyui_controlnext.controlnext_core import feature_cache
 from comfyui_controlnext.controlnext_core.feature_cache import DEVICE_BUDGET, MIB, FeatureCache, GroupKey
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -157,6 +158,24 @@ def test_room_is_made_for_what_would_be_kept_and_for_nothing_else() -> None:
     assert not cache.makes_room(size(101)) and held(cache, A, 1) == [True]
     cache.begin_run()
     assert cache.makes_room(size(41)) and held(cache, A, 1) == [False] and cache.used["host"] == 0
+
+
+def no_more_pinned(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("CUDA error: out of memory")
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_where_the_system_pins_nothing_host_memory_serves_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, pinned: bool
+) -> None:
+    """A refusal to pin must not end a run, and who has asked the host not to pin is obeyed."""
+    monkeypatch.setattr(feature_cache, "_is_cuda", lambda value: True)
+    asked: list[bool] = []
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: asked.append(True) or no_more_pinned())
+    cache = FeatureCache(0, 4 * MIB, pinned=pinned)
+    assert cache.put(A, 1, gpu(1_200_000))
+    assert cache.used == {"device": 0, "host": 1_200_000} and asked == [True] * pinned
+    assert cache.get(A, 1, GPU) == gpu(1_200_000)
 
 
 @pytest.mark.gpu

@@ -163,6 +163,29 @@ def test_a_mask_of_another_size_is_resized_by_area() -> None:
     assert close(fuse(x, [term(c, x, fusion, mask=mask)]) - x, full * weights, 1e-5)
 
 
+class OnMps:
+    """Stands for a tensor on an Apple GPU, where torch refuses to pool to a size that does not divide the tensor's."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value, self.shape, self.device = value, value.shape, torch.device("mps")
+
+    def cpu(self) -> Tensor:
+        return self.value
+
+
+@pytest.mark.parametrize("size", [(9, 7), (3, 5)])
+def test_on_an_apple_gpu_the_pool_is_taken_on_the_cpu(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]) -> None:
+    value = torch.rand(2, 3, 9, 7)
+    moved: list[torch.device] = []
+    monkeypatch.setattr(Tensor, "to", lambda self, device: moved.append(device) or self)
+    found = pool_to(OnMps(value), size)  # type: ignore[arg-type]
+    if size == (9, 7):
+        assert isinstance(found, OnMps) and not moved
+    else:
+        assert torch.equal(found, torch.nn.functional.adaptive_avg_pool2d(value, size))
+        assert moved == [torch.device("mps")]
+
+
 def test_several_controls_are_measured_against_the_same_clean_features() -> None:
     x = features(2, (8, 8))
     expected, terms = x.double(), []

@@ -63,6 +63,23 @@ def test_a_mask_is_averaged_over_the_area_of_a_cell(studio: Studio) -> None:
     assert relative(found, weaker) < REASSOCIATED
 
 
+def test_a_mask_is_averaged_before_it_goes_to_the_device(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, for all steps, and where every size can be: an Apple GPU pools to divisors of the size alone."""
+    from comfyui_controlnext.controlnext_core.comfy_adapter import host_control
+
+    pooled: list[str] = []
+    pool = host_control.pool_to
+    monkeypatch.setattr(host_control, "pool_to", lambda m, size: pooled.append(m.device.type) or pool(m, size))
+    loaded = studio.load()
+    control = studio.options(loaded.control, mask=LEFT)
+    control.pre_run(loaded.model.model, lambda percent: percent)
+    h = torch.empty(1, 1, 9, 7, device="meta")
+    found = [control.mask(1, h, {}) for _ in range(2)]
+    control.cleanup()
+    assert pooled == ["cpu"] and found[1] is found[0]
+    assert found[0].device.type == "meta" and found[0].shape == (1, 1, 9, 7)
+
+
 def test_masks_of_options_and_apply_multiply(studio: Studio) -> None:
     loaded = studio.load()
     product = through_apply(studio, loaded, LEFT * TOP)

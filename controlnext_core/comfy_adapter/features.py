@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 
 import torch
+from comfy.cli_args import args
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ..feature_cache import FeatureCache, GroupKey
 from ..memory import ROWS_AT_ONCE
 
-CACHE = FeatureCache()
+CACHE = FeatureCache(pinned=not getattr(args, "disable_pinned_memory", False))
 """Outlives nodes and runs: a queue run with another seed finds the features of the one before."""
 
 LIVE: Counter[str] = Counter()

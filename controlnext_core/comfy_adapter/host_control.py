@@ -12,6 +12,7 @@ import torch
 from comfy.controlnet import ControlBase
 from torch import Tensor
 
+from ..injection import pool_to
 from ..memory import rows_at_once
 from ..schedule import Schedule
 from ..specs import Gain, Halves
@@ -245,7 +246,7 @@ class HostControl(ControlBase):
         key = (rows, h.shape[-2:], h.device)
         if key not in self.run.masks:
             sized = (
-                torch.nn.functional.interpolate(mask[list(of_mask)].to(h.device), size=h.shape[-2:], mode="area")
+                pool_to(mask[list(of_mask)], (h.shape[-2], h.shape[-1])).to(h.device)
                 for of_mask, mask in zip(rows, self.options.masks, strict=True)
             )
             self.run.masks[key] = functools.reduce(torch.mul, sized)
