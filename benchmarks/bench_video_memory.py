@@ -24,7 +24,7 @@ if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
 from comfyui_controlnext.benchmarks.report import Report  # noqa: E402
-from comfyui_controlnext.controlnext_core.feature_cache import DEVICE_BUDGET, HOST_BUDGET  # noqa: E402
+from comfyui_controlnext.controlnext_core.feature_cache import DEVICE_BUDGET, HOST_BUDGET, pinned_bytes  # noqa: E402
 from comfyui_controlnext.controlnext_core.injection import prepare  # noqa: E402
 from comfyui_controlnext.controlnext_core.memory import (  # noqa: E402
     NUMBERS_PER_PIXEL,
@@ -89,7 +89,8 @@ def plan(spec: Spec, frames: int, height: int, width: int) -> str:
     working = row * min(frames, rows_at_once(row))
     step = feature_bytes(spec, config_of(spec).out_channels, height, width, 2) * frames
     hint = 3 * 4 * frames * height * width
-    kept = (DEVICE_BUDGET + HOST_BUDGET) / step
+    features = step // frames
+    kept = (DEVICE_BUDGET // features + HOST_BUDGET // pinned_bytes(features)) / frames
     cells = (working, step, 25 * step, hint)
     return f"{spec.name:14}" + "".join(f"{cell / MIB:12.1f}" for cell in cells) + f"{kept:10.1f}"
 

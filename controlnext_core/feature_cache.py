@@ -139,8 +139,8 @@ class FeatureCache:
         return value.cpu()
 
     def _bytes_in(self, tier: Tier, value: Tensor) -> int:
-        """What a tensor would take there: torch takes pinned memory in powers of two."""
-        return _power_of_two(value.nbytes) if tier == "host" and self._pins(value) else value.nbytes
+        """What a tensor would take there."""
+        return pinned_bytes(value.nbytes) if tier == "host" and self._pins(value) else value.nbytes
 
     def _pins(self, value: Tensor) -> bool:
         return self.pinned and _is_cuda(value)
@@ -158,12 +158,13 @@ def _tier(tensor: Tensor) -> Tier:
 def _bytes_held(entry: Tensor) -> int:
     """What a kept tensor takes."""
     pinned = _tier(entry) == "host" and torch.cuda.is_initialized() and entry.is_pinned()
-    return _power_of_two(entry.nbytes) if pinned else entry.nbytes
+    return pinned_bytes(entry.nbytes) if pinned else entry.nbytes
 
 
 def _is_cuda(value: Tensor) -> bool:
     return isinstance(value, Tensor) and value.is_cuda
 
 
-def _power_of_two(size: int) -> int:
+def pinned_bytes(size: int) -> int:
+    """What torch takes to pin so many bytes: a power of two."""
     return 1 << (size - 1).bit_length()
