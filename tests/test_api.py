@@ -161,7 +161,7 @@ COMPLAINTS = {
     "pickle_with_code": "was not opened .* get the .safetensors version",
     "empty": r"is empty \(0 bytes\).*Download it again",
     "text": "cannot be read .* download it again",
-    "folder": "is a folder, not a weight file. Choose",
+    "folder": "is a folder, not a weight file. Choose|Value not in list",
 }
 
 

@@ -6,6 +6,7 @@ What each frame sees is read where the encoder's features are asked for, per win
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -164,13 +165,14 @@ def test_conditioning_with_one_entry_per_frame_is_cut_to_the_window() -> None:
 
 
 def test_the_hosts_own_windows_are_respected_where_they_work() -> None:
-    """Along the batch they run where frames == steps + 1."""
+    """Along the batch they run where frames == steps + 1; in later hosts always."""
     import comfy.context_windows as host
     from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 
     frames = 6
     settings = (3, 1, host.ContextSchedules.UNIFORM_LOOPED, 1, False, host.ContextFuseMethods.FLAT, 0)
-    model = ContextWindowsManualNode.execute(video.toy_patcher(), *settings)[0]
+    later = dict.fromkeys({"freenoise"} & set(inspect.signature(ContextWindowsManualNode.execute).parameters), False)
+    model = ContextWindowsManualNode.execute(video.toy_patcher(), *settings, **later)[0]
     with video.seen_hints() as seen, _quiet_list_indexing():
         found = video.sample(video.controlled(model, NAME, video.hints(frames)), frames, frames - 1)
     assert found.isfinite().all() and len(seen) > frames

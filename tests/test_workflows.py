@@ -11,7 +11,7 @@ from urllib.parse import urlparse
 import pytest
 import torch
 from comfyui_controlnext.controlnext_training.synthetic import write_folder
-from comfyui_controlnext.tools import make_workflows
+from comfyui_controlnext.tools import host, make_workflows
 from comfyui_controlnext.tools import tiny_models as tm
 from comfyui_controlnext.tools.demo import for_this_system
 from comfyui_controlnext.tools.workflow_graph import NOTE, WIDGET_TYPES, split_inputs
@@ -169,6 +169,10 @@ def object_info(server: "ComfyServer") -> dict[str, Any]:
 
 @pytest.mark.comfy
 def test_files_are_what_the_script_writes(object_info: dict[str, Any]) -> None:
+    from comfyui_version import __version__ as version
+
+    if version != host.VERSION:
+        pytest.skip(f"the titles of stock nodes are those of ComfyUI {host.VERSION}")
     for path, text in make_workflows.files(object_info).items():
         assert path.read_text("utf-8") == text, f"{path.name}: run tools/make_workflows.py"
 

@@ -8,6 +8,7 @@ window the first hint (the reference pose), as the released long-video pipeline 
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -28,18 +29,22 @@ LEAST_WEIGHT = 1e-6
 """Where a ramp begins: a frame that no other window covers is divided by its own weight."""
 
 
+TELLS_FRAMES = "total_frames" in inspect.signature(host.IndexListContextWindow).parameters
+"""Later hosts want to know how long the whole video is."""
+
+
 class VideoWindow(host.IndexListContextWindow):
     """Frames of one window, in order, and the hint frame that each of them gets."""
 
     def __init__(self, index_list: list[int], frames: int, reference_first: bool = False) -> None:
-        super().__init__(index_list, dim=0)
+        super().__init__(index_list, dim=0, **({"total_frames": frames} if TELLS_FRAMES else {}))
         self.frames = frames
         """Of the whole video."""
         self.reference_first = reference_first
         """The first place gets the first hint, and its result does not count."""
         self.hint_list = [0, *index_list[1:]] if reference_first else index_list
 
-    def get_tensor(self, full: Tensor, device: Any = None, dim: int | None = None) -> Tensor:
+    def get_tensor(self, full: Tensor, device: Any = None, dim: int | None = None, **_: Any) -> Tensor:
         """The window's frames of a tensor with all frames along its first dimension; one entry stands for all."""
         if full.shape[0] == 1:
             return full
