@@ -171,13 +171,38 @@ def test_the_hosts_own_windows_are_respected_where_they_work() -> None:
 
     frames = 6
     settings = (3, 1, host.ContextSchedules.UNIFORM_LOOPED, 1, False, host.ContextFuseMethods.FLAT, 0)
-    later = dict.fromkeys({"freenoise"} & set(inspect.signature(ContextWindowsManualNode.execute).parameters), False)
+    known = inspect.signature(ContextWindowsManualNode.execute).parameters
+    later = {name: False for name in ("freenoise", "causal_window_fix") if name in known}
     model = ContextWindowsManualNode.execute(video.toy_patcher(), *settings, **later)[0]
     with video.seen_hints() as seen, _quiet_list_indexing():
         found = video.sample(video.controlled(model, NAME, video.hints(frames)), frames, frames - 1)
     assert found.isfinite().all() and len(seen) > frames
     assert all(entry["hints"] == entry["frames"] for entry in seen)
     assert any(entry["frames"] != sorted(entry["frames"]) for entry in seen)
+
+
+def test_what_later_hosts_want_to_know_of_windows_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their windows divide by the length of the video, and their handler prepends a frame unless it is told not to."""
+    import comfy.context_windows as host
+    from comfyui_controlnext.controlnext_core.comfy_adapter.windows import VideoWindows
+
+    def window(self: Any, index_list: list[int], dim: int = 0, total_frames: int = 0) -> None:
+        self.index_list, self.context_length, self.dim = index_list, len(index_list), dim
+        self.center = (min(index_list) + max(index_list)) / (2 * total_frames)
+
+    before = host.IndexListContextHandler.__init__
+
+    def handler(self: Any, *args: Any, causal_window_fix: bool = True, **kwargs: Any) -> None:
+        before(self, *args, **kwargs)
+        self.prepends = causal_window_fix
+
+    monkeypatch.setattr(host.IndexListContextWindow, "__init__", window)
+    monkeypatch.setattr(host.IndexListContextHandler, "__init__", handler)
+    windows = VideoWindows(4, 0, "batched", "flat")
+    assert windows.prepends is False
+    x = torch.zeros(8, 4, 2, 2)
+    assert [each.center for each in windows.get_context_windows(None, x, {})] == [3 / 16, 11 / 16]
+    assert windows.get_context_windows(None, x, {})[1].get_tensor(x, retain_index_list=[]).shape[0] == 4
 
 
 @contextmanager

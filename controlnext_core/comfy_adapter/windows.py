@@ -29,15 +29,17 @@ LEAST_WEIGHT = 1e-6
 """Where a ramp begins: a frame that no other window covers is divided by its own weight."""
 
 
-TELLS_FRAMES = "total_frames" in inspect.signature(host.IndexListContextWindow).parameters
-"""Later hosts want to know how long the whole video is."""
+def _known(owner: type, **arguments: Any) -> dict[str, Any]:
+    """Those of the arguments that the host's class takes: later hosts have more."""
+    parameters = inspect.signature(owner.__init__).parameters  # type: ignore[misc]
+    return {name: value for name, value in arguments.items() if name in parameters}
 
 
 class VideoWindow(host.IndexListContextWindow):
     """Frames of one window, in order, and the hint frame that each of them gets."""
 
     def __init__(self, index_list: list[int], frames: int, reference_first: bool = False) -> None:
-        super().__init__(index_list, dim=0, **({"total_frames": frames} if TELLS_FRAMES else {}))
+        super().__init__(index_list, dim=0, **_known(host.IndexListContextWindow, total_frames=frames))
         self.frames = frames
         """Of the whole video."""
         self.reference_first = reference_first
@@ -66,6 +68,8 @@ class VideoWindows(host.IndexListContextHandler):
             context_length=length,
             context_overlap=overlap,
             dim=0,
+            # where latents know the frames before them, the host gives a window one more in front; those of SVD do not
+            **_known(host.IndexListContextHandler, causal_window_fix=False),
         )
         self.repeat_first_hint = repeat_first_hint
 
