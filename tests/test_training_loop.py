@@ -3,6 +3,7 @@ it says what is kept."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -281,7 +282,8 @@ def peak_known() -> bool:
     held = b"x" * (300 * MIB)
     del held
     before = results._highest()
-    Meter(CPU)
+    with contextlib.suppress(OSError):
+        results.STATUS.with_name("clear_refs").write_text("5")
     return results._highest() < before - 200 * MIB
 
 
