@@ -12,8 +12,8 @@ __all__ = ["io", "ui", "wrong_choice"]
 def wrong_choice(**chosen: tuple[str | None, Collection[str]]) -> str:
     """What is wrong with the values of combos, {input: (value, options)}; empty for nothing.
 
-    For `validate_inputs`: the host checks the combos of older kinds of nodes only. Inputs that are connected have no
-    value yet and come as None.
+    For `validate_inputs`: earlier hosts check the combos of older kinds of nodes only. Inputs that are connected have
+    no value yet and come as None.
     """
     return " ".join(
         f"{name}: {value!r} is not one of {', '.join(options)}."

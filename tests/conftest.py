@@ -31,6 +31,7 @@ HOST_MODULES = ("comfy.sd", "comfy.samplers", "comfy.controlnet", "folder_paths"
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 runpy.run_path(str(ROOT / "_alias.py"))
 
+from comfyui_controlnext.tools.host import VERSION as HOST_VERSION  # noqa: E402
 from comfyui_controlnext.tools.launcher import declare_missing_torchvision_ops  # noqa: E402
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -59,6 +60,12 @@ def _bring_in_the_host(host: Path) -> None:
 
 if HOST:
     _bring_in_the_host(Path(HOST))
+
+
+@pytest.fixture(scope="session")
+def pinned_host() -> bool:
+    """Whether the host is of the version that `run.py` fetches, whose own words and titles the tests know."""
+    return HOST_VERSION == importlib.import_module("comfyui_version").__version__
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

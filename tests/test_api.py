@@ -161,20 +161,23 @@ COMPLAINTS = {
     "pickle_with_code": "was not opened .* get the .safetensors version",
     "empty": r"is empty \(0 bytes\).*Download it again",
     "text": "cannot be read .* download it again",
-    "folder": "is a folder, not a weight file. Choose|Value not in list",
+    "folder": "is a folder, not a weight file. Choose",
 }
 
 
 @pytest.mark.parametrize("kind", COMPLAINTS)
 def test_a_wrong_file_fails_its_prompt_in_words_and_nothing_else(
-    server: ComfyServer, graph: Graph, wrong: dict[str, Path], kind: str
+    server: ComfyServer, graph: Graph, wrong: dict[str, Path], kind: str, pinned_host: bool
 ) -> None:
     name = str(Path("wrong") / wrong[kind].name)
     with pytest.raises(PromptError) as failure:
         server.run(graph("stock", control_name=name))
     message = failure.value.node_errors["load"]
     assert wrong[kind].name in message
-    assert re.search(COMPLAINTS[kind], message, re.DOTALL), message
+    expected = COMPLAINTS[kind]
+    if kind == "folder" and not pinned_host:  # later hosts refuse files that they do not offer
+        expected += "|Value not in list"
+    assert re.search(expected, message, re.DOTALL), message
     assert not (wrong[kind].parent / tiny_models.CODE_MARKER).exists()
     seed = 100 + list(COMPLAINTS).index(kind)
     assert latents(server, graph("ours", seed=seed)).isfinite().all()
