@@ -186,6 +186,13 @@ def plain(studio: Studio) -> Tensor:
     return studio.sample()
 
 
+def forbid_batching(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the host run conditionings one after another, as on a device with no memory for two."""
+    import comfy.model_base
+
+    monkeypatch.setattr(comfy.model_base.BaseModel, "memory_required", lambda self, *args, **kwargs: 1e30)
+
+
 def counted_calls(loaded: Any) -> AbstractContextManager[list[int]]:
     """Rows that the encoder is given, one entry per pass for a timestep."""
     return counted_passes(loaded.control.net.patcher.model)

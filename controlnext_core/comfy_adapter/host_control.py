@@ -117,6 +117,15 @@ class HostControl(ControlBase):
         """Bring the hook that tells the halves apart, where the gain depends on them."""
         self.extra_hooks = places_hook() if needs_halves(self.options.apply_to, self.gain) else None
 
+    def get_extra_hooks(self) -> list[Any]:
+        """The hooks of previous controls alone.
+
+        The host registers ours by the attribute `extra_hooks`. What this method returns it takes for hooks on weights:
+        later hosts then sample from a second model, read from disk.
+        """
+        previous = self.previous_controlnet
+        return [] if previous is None else previous.get_extra_hooks()
+
     @functools.cached_property
     def hint_id(self) -> str:
         """Content hash of the hint, once per Apply."""
