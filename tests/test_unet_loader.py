@@ -132,6 +132,46 @@ def _wide_conditioning() -> Any:
     return [[wide, positive[0][1]]], [[torch.zeros_like(wide), negative[0][1]]]
 
 
+# what the host makes of the MODEL
+
+
+def test_the_host_makes_a_plain_patcher_of_it_for_weight_hooks(
+    load: Callable[..., Any], svd: Tensors, svd_published: Tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the host's own code for dynamic VRAM, on a patcher that calls itself dynamic: real ones need a GPU."""
+    from comfy import model_patcher
+
+    if not hasattr(model_patcher, "ModelPatcherDynamic"):
+        pytest.skip("this ComfyUI has no dynamic patchers (comfy.model_patcher.ModelPatcherDynamic)")
+
+    class Dynamic(model_patcher.ModelPatcher):
+        non_dynamic_delegate_model = None
+        get_non_dynamic_delegate = model_patcher.ModelPatcherDynamic.get_non_dynamic_delegate
+
+        def is_dynamic(self) -> bool:
+            return True
+
+    monkeypatch.setattr(model_patcher, "CoreModelPatcher", Dynamic)
+    model = load(svd_published, weight_dtype="fp8_e5m2")
+    assert type(model) is Dynamic
+    delegate = model.clone().get_non_dynamic_delegate()
+    assert type(delegate) is model_patcher.ModelPatcher
+    assert delegate.model is not model.model and delegate.model_dtype() == torch.float8_e5m2
+    assert_holds(delegate, {name: tensor.to(torch.float8_e5m2) for name, tensor in svd.items()})
+
+
+def test_the_host_makes_another_of_it_for_another_device(
+    load: Callable[..., Any], svd: Tensors, svd_published: Tensors
+) -> None:
+    model = load(svd_published)
+    if not hasattr(model, "deepclone_multigpu"):
+        pytest.skip("this ComfyUI samples on one device alone (no ModelPatcher.deepclone_multigpu)")
+    with torch.inference_mode():
+        other = model.deepclone_multigpu(new_load_device=torch.device("cpu", 1))
+    assert other.load_device == torch.device("cpu", 1) and other.model is not model.model
+    assert_holds(other, svd)
+
+
 # refusals
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,17 @@ def unet_path(name: str) -> Path:
     return files.find(name, UNET_FOLDERS)
 
 
-def load_unet(path: Path, weight_dtype: str = "default") -> ModelPatcher:
-    """A whole UNet as a MODEL; no second copy of it is held. Raises CheckpointError."""
+def load_unet(path: Path, weight_dtype: str = "default", disable_dynamic: bool = False) -> ModelPatcher:
+    """A whole UNet as a MODEL; no second copy of it is held. Raises CheckpointError.
+
+    disable_dynamic: True means a plain patcher where the host has dynamic ones. The host calls this function again,
+    with True for weight hooks and with False for each further device.
+    """
     tensors = _host_names(checkpoint.load(path), str(path))
     names = set(tensors)
+    options = {"model_options": dict(WEIGHT_DTYPES[weight_dtype]), **_dynamic_option(disable_dynamic)}
     try:
-        model = comfy.sd.load_diffusion_model_state_dict(tensors, model_options=dict(WEIGHT_DTYPES[weight_dtype]))
+        model = comfy.sd.load_diffusion_model_state_dict(tensors, **options)
     except (KeyError, RuntimeError) as error:  # what the host's detection and loading say of parts of a UNet
         raise CheckpointError(
             f"{path}: the host cannot load it ({str(error).strip()[:300]}). The file is damaged, or not a whole UNet: "
@@ -54,7 +60,14 @@ def load_unet(path: Path, weight_dtype: str = "default") -> ModelPatcher:
             "file with the stock Load Diffusion Model node."
         )
     _refuse_missing(model.model.diffusion_model.state_dict().keys() - names, str(path))
+    model.cached_patcher_init = (load_unet, (path, weight_dtype))
     return model
+
+
+def _dynamic_option(disable_dynamic: bool) -> dict[str, bool]:
+    """The keyword of the host's loader, where it has one."""
+    known = inspect.signature(comfy.sd.load_diffusion_model_state_dict).parameters
+    return {"disable_dynamic": disable_dynamic} if "disable_dynamic" in known else {}
 
 
 def _refuse_missing(names: Iterable[str], source: str) -> None:

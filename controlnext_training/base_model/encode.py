@@ -157,5 +157,6 @@ def is_interruption(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device had no room."""
-    return isinstance(error, comfy.model_management.OOM_EXCEPTION)
+    """Whether the device had no room. Later hosts have a test of their own, as some drivers throw another error."""
+    hosts = getattr(comfy.model_management, "is_oom", None)
+    return bool(hosts(error)) if hosts else isinstance(error, comfy.model_management.OOM_EXCEPTION)
