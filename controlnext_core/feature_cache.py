@@ -1,18 +1,23 @@
 """Encoder outputs kept across conds, steps, seeds and queue runs, within two budgets.
 
-An entry belongs to a group, (encoder, hint), and has a key inside it (timestep, row, size, dtype, ...).
+An entry belongs to a group, (encoder, hint, device), and has a key inside it (timestep, row, size, dtype, ...).
 Entries go to the compute device up to `device_budget` bytes, then to host memory up to `host_budget`: pinned where the
 system allows it, so that they come back in the device's own time and nothing waits for them. When a budget is full,
 entries of groups that the present run has not used make room, least recently used group first; entries of the present
 run never push each other out, so of a run that does not fit its earliest steps stay.
+
+Several devices may sample at once, each in a thread of its own. One lock guards the store, and a group belongs to one
+device: another one would not wait for its copies to host memory. The budgets are for all devices together.
 """
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -23,20 +28,33 @@ DEVICE_BUDGET = 384 * MIB
 HOST_BUDGET = 1024 * MIB
 
 Tier = Literal["device", "host"]
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
 class GroupKey:
-    """What an eviction takes together: one encoder's view of one hint."""
+    """What an eviction takes together: one encoder's view of one hint, on one device."""
 
     encoder: str
     hint: str
+    device: str = ""
 
 
 @dataclass(slots=True)
 class _Group:
     run: int
     entries: dict[Hashable, Tensor] = field(default_factory=dict)
+
+
+def _locked(method: Method) -> Method:
+    """The method of a cache, run by one thread at a time."""
+
+    @functools.wraps(method)
+    def alone(self: FeatureCache, *args: Any, **kwargs: Any) -> Any:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return cast(Method, alone)
 
 
 class FeatureCache:
@@ -47,16 +65,20 @@ class FeatureCache:
         self.budgets: dict[Tier, int] = {"device": device_budget, "host": host_budget}
         self.used: dict[Tier, int] = {"device": 0, "host": 0}
         self.pinned = pinned
+        self.lock = threading.RLock()
+        """The same thread may take it twice: a network that is collected inside a call drops its features."""
         self._groups: OrderedDict[GroupKey, _Group] = OrderedDict()
         self._run = 0
 
     def __len__(self) -> int:
         return sum(len(group.entries) for group in self._groups.values())
 
+    @_locked
     def begin_run(self) -> None:
         """Entries used before now may make room for what is put from now on."""
         self._run += 1
 
+    @_locked
     def get(self, group: GroupKey, key: Hashable, device: torch.device) -> Tensor | None:
         """The entry on `device`, or None. Marks its group as used."""
         found = self._groups.get(group)
@@ -67,11 +89,13 @@ class FeatureCache:
         entry = found.entries.get(key)
         return None if entry is None else entry.to(device, non_blocking=True)
 
+    @_locked
     def holds(self, group: GroupKey, key: Hashable) -> bool:
         """Whether `get` would find it; moves nothing and marks nothing."""
         found = self._groups.get(group)
         return found is not None and key in found.entries
 
+    @_locked
     def put(self, group: GroupKey, key: Hashable, value: Tensor) -> bool:
         """Keep a tensor where there is room; returns whether it was kept."""
         target = self._groups.setdefault(group, _Group(self._run))
@@ -86,19 +110,22 @@ class FeatureCache:
                 return True
         return False
 
+    @_locked
     def makes_room(self, value: Tensor) -> bool:
         """Whether a tensor like this one would be kept; what an earlier run left may go for it."""
         return any(self._make_room(tier, self._bytes_in(tier, value)) for tier in _tiers(value))
 
-    def drop(self, encoder: str) -> None:
-        """Forget everything of one encoder."""
-        for key in [key for key in self._groups if key.encoder == encoder]:
+    @_locked
+    def drop(self, encoder: str, device: str | None = None) -> None:
+        """Forget everything of one encoder. device: of one device alone; None = of all."""
+        for key in [key for key in self._groups if key.encoder == encoder and device in (None, key.device)]:
             self._drop_group(key)
 
     def room(self, tier: Tier = "device") -> int:
         """Bytes that may still be put there before entries have to go."""
         return max(0, self.budgets[tier] - self.used[tier])
 
+    @_locked
     def clear(self) -> None:
         """Forget everything."""
         self._groups.clear()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import sys
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,3 +197,53 @@ def test_what_a_gpu_has_no_room_for_is_pinned_and_comes_back_bit_for_bit() -> No
 def test_the_default_device_budget_holds_sdxl_at_1024(steps: int) -> None:
     one_step = 320 * 128 * 128 * 2  # fp16 features of the site
     assert one_step == 10 * MIB and steps * one_step <= DEVICE_BUDGET
+
+
+def test_threads_keep_its_sums_right() -> None:
+    """As devices that sample at once: each with groups of its own, and budgets that are full all the time."""
+    cache = FeatureCache(device_budget=300, host_budget=500)
+    failures: list[Exception] = []
+
+    def one_call(numbers: random.Random, device: str) -> None:
+        group, key = GroupKey(f"encoder {numbers.randrange(3)}", "hint", device), numbers.randrange(8)
+        make = numbers.choice([size, gpu])
+        calls = [
+            lambda: cache.put(group, key, make(numbers.randrange(1, 90))),
+            lambda: cache.get(group, key, CPU),
+            lambda: cache.makes_room(make(80)),
+            lambda: cache.drop(group.encoder, device),
+            cache.begin_run,
+        ]
+        numbers.choice(calls)()
+
+    def hammer(device: str) -> None:
+        numbers = random.Random(device)
+        try:
+            for _ in range(3000):
+                one_call(numbers, device)
+        except Exception as error:
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=hammer, args=(name,)) for name in ("a", "b", "c", "d")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    entries = [entry for kept in cache._groups.values() for entry in kept.entries.values()]
+    assert failures == [] and entries
+    assert cache.used["host"] == sum(e.nbytes for e in entries if e.device.type == "cpu") <= 500
+    assert cache.used["device"] == sum(e.nbytes for e in entries if e.device.type != "cpu") <= 300
+
+
+def test_dropping_what_one_device_made_leaves_the_others() -> None:
+    cache = FeatureCache()
+    groups = [GroupKey("encoder", "hint", device) for device in ("cuda:0", "cuda:1")]
+    for group in groups:
+        cache.put(group, 1, size(10))
+    cache.drop("encoder", "cuda:1")
+    assert [cache.holds(group, 1) for group in groups] == [True, False] and cache.used["host"] == 10

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from comfy.controlnet import ControlBase
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
@@ -32,11 +34,45 @@ def attach(model: ModelPatcher, control: HostControl) -> ModelPatcher:
     return controlled
 
 
+class _WorkingMemory(ControlBase):
+    """Stands in a conditioning for a control of a MODEL: the host counts its memory, and finds no network to load.
+
+    The network is among the MODEL's additional models, which the host copies to further devices by itself.
+    """
+
+    def __init__(self, control: HostControl) -> None:
+        super().__init__()
+        self.control = control
+
+    def inference_memory_requirements(self, dtype: torch.dtype) -> int:
+        """Bytes, counted once for all devices."""
+        return self.control.inference_memory_requirements(dtype)
+
+    def deepclone_multigpu(self, load_device: torch.device, autoregister: bool = False) -> _WorkingMemory:
+        """There is nothing to copy."""
+        return self
+
+
 class _Door:
     """Wrappers around one control."""
 
     def __init__(self, control: HostControl) -> None:
         self.control = control
+        self.memory = _WorkingMemory(control)
+
+    def control_beside(self, base: Any) -> HostControl:
+        """The control, or its copy for this run with the network that belongs to this copy of the base model.
+
+        base: the model that a forward runs on. The host makes another one, with other additional models, for each
+        device.
+        """
+        network = _same_network(getattr(base, "current_patcher", None), self.control.network)
+        if network is None or network.model is self.control.network.model:
+            return self.control
+        clones = self.control.multigpu_clones
+        if network.load_device not in clones:
+            clones[network.load_device] = self.control.with_network(network)
+        return clones[network.load_device]
 
     def sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """OUTER_SAMPLE: whatever happens inside, the control lets go of the run afterwards."""
@@ -45,12 +81,13 @@ class _Door:
             return executor(*args, **kwargs)
         finally:
             self.control.cleanup()
+            self.control.multigpu_clones.clear()
 
     def prepare_sampling(
         self, executor: Any, model: Any, noise_shape: Any, conds: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """PREPARE_SAMPLING: the host counts this control's working memory as that of one on a conditioning."""
-        counted = {**conds, KEY: [*conds.get(KEY, []), {"control": self.control}]}
+        counted = {**conds, KEY: [*conds.get(KEY, []), {"control": self.memory}]}
         real_model, _, models = executor(model, noise_shape, counted, *args, **kwargs)
         return real_model, conds, models
 
@@ -66,9 +103,20 @@ class _Door:
         **kwargs: Any,
     ) -> Any:
         """APPLY_MODEL: join this forward, in options of its own."""
-        if self.control.run is None:
-            base = executor.class_obj
-            self.control.pre_run(base, base.model_sampling.percent_to_sigma)
+        base = executor.class_obj
+        ours = self.control_beside(base)
+        if ours.run is None:
+            ours.pre_run(base, base.model_sampling.percent_to_sigma)
         options = dict(transformer_options or {})
-        self.control.add_to(options, x, sigma_of(t, options))
+        ours.add_to(options, x, sigma_of(t, options))
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+
+def _same_network(patcher: ModelPatcher | None, network: ModelPatcher) -> ModelPatcher | None:
+    """Of a patcher's additional models, the clone or copy of this network; None where it has none."""
+    beside = [] if patcher is None else patcher.get_additional_models_with_key(KEY)
+    origin = getattr(network, "clone_base_uuid", None)  # hosts with one device do not have it
+    for other in beside:
+        if other.model is network.model or (origin is not None and other.clone_base_uuid == origin):
+            return other
+    return None

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..feature_cache import GroupKey
 from ..injection import Term, prepare
 from ..memory import NUMBERS_PER_PIXEL, feature_bytes, rows_at_once
 from ..specs import Spec
 from .base_facts import BaseFacts, check_pair
 from .collector import Job, collect
-from .features import CACHE, Common, cached_rows
+from .features import CACHE, Common, cached_rows, group_of
 from .feedback import warn_if_tiled
 from .host_control import STEPS_TO_KEEP, HostControl
 
@@ -50,8 +49,14 @@ class ControlNeXtControl(HostControl):
         self.copy_to(c)
         return c
 
-    def get_models(self) -> list[ModelPatcher]:
-        return [*super().get_models(), self.net.patcher]
+    @property
+    def network(self) -> ModelPatcher:
+        return self.net.patcher
+
+    def with_network(self, network: ModelPatcher) -> ControlNeXtControl:
+        c = ControlNeXtControl(replace(self.net, patcher=network))
+        self.copy_to(c)
+        return c
 
     def check(self, facts: BaseFacts) -> None:
         check_pair(facts, self.net.spec, self.net.patcher.model.config.out_channels, self.name)
@@ -91,7 +96,7 @@ class ControlNeXtControl(HostControl):
         assert self.run is not None
         size, fusion = (int(h.shape[-2]), int(h.shape[-1])), self.net.spec.fusion
         how = (tuple(x.shape[-2:]), size, h.dtype, fusion.normalization, fusion.pool_first, fusion.eps)
-        group, first = GroupKey(self.net.uid, self.hint_id), self.run.timestep(sigma)
+        group, first = group_of(self.net.uid, self.hint_id, self.network), self.run.timestep(sigma)
 
         def common(timestep: float) -> Common:
             return (round(timestep, 6), *how)

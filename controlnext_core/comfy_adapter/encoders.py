@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import comfy.model_management
 import torch
@@ -17,6 +20,39 @@ from .features import drop_features, keep_features_of
 
 STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+COPIES: WeakValueDictionary[tuple[str, torch.device], ModelPatcher] = WeakValueDictionary()
+"""Networks on further devices, by the identity of what they compute: all controls share one for each device."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Makes further patchers of a network, each with weights of its own."""
+
+    net: nn.Module
+    blank: nn.Module
+    """The same network on `meta`, as it was before its weights came and the host took hold of its layers."""
+    uid: str
+
+    def __call__(self, disable_dynamic: bool = False, device: torch.device | None = None) -> ModelPatcher:
+        """Also called by the host, for hooks on weights (`disable_dynamic`) and for further devices."""
+        net = copy.deepcopy(self.blank)
+        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in self.net.state_dict().items()}
+        checkpoint.load_strict(net, tensors, "a copy for another device")
+        net.eval().requires_grad_(False)
+        return self.hand_over(net, disable_dynamic, device)
+
+    def hand_over(self, net: nn.Module, disable_dynamic: bool, device: torch.device | None) -> ModelPatcher:
+        """Give a network with its weights to the host's memory manager."""
+        patcher = _patcher(net, disable_dynamic, device or comfy.model_management.get_torch_device())
+        patcher.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, functools.partial(drop_features, self.uid))
+        keep_features_of(net, self.uid)
+        patcher.cached_patcher_init = (self, ())
+        return patcher
+
+
+def _patcher(net: nn.Module, disable_dynamic: bool, load_device: torch.device) -> ModelPatcher:
+    return ModelPatcher(net, load_device=load_device, offload_device=comfy.model_management.unet_offload_device())
+
 
 def into_host(net: nn.Module, tensors: Mapping[str, Tensor], build: str, source: str) -> tuple[ModelPatcher, str]:
     """Give a network built on `meta` its weights; returns its patcher, and the identity of what it computes.
@@ -24,15 +60,19 @@ def into_host(net: nn.Module, tensors: Mapping[str, Tensor], build: str, source:
     build: what changes its features beside the weights. Raises CheckpointError where the weights are others.
     """
     kept = {n: t if t.dtype in STORED_DTYPES else t.to(torch.float32) for n, t in tensors.items()}
+    blank = copy.deepcopy(net)
     checkpoint.load_strict(net, kept, source)
     net.eval().requires_grad_(False)
     dtype = next(net.parameters()).dtype
     uid = f"{checkpoint.fingerprint(net.state_dict())}:{build}:{dtype}"
-    patcher = ModelPatcher(
-        net,
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
-    patcher.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, functools.partial(drop_features, uid))
-    keep_features_of(net, uid)
-    return patcher, uid
+    return _Source(net, blank, uid).hand_over(net, False, None), uid
+
+
+def on_device(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
+    """The network of `into_host` on another device: a patcher of its own, around weights of its own."""
+    source: _Source = patcher.cached_patcher_init[0]
+    key = (source.uid, device)
+    found = COPIES.get(key)
+    if found is None:
+        found = COPIES[key] = source(device=device)
+    return found

@@ -60,6 +60,11 @@ def cached_rows(
     return values[0] if len(values) == 1 else torch.cat(values)
 
 
+def group_of(uid: str, hint_id: str, patcher: ModelPatcher) -> GroupKey:
+    """The group of what this network, on its own device, makes of a hint."""
+    return GroupKey(uid, hint_id, str(patcher.load_device))
+
+
 def keep_features_of(net: nn.Module, uid: str) -> None:
     """Let the features of `uid` live as long as any network with these weights does: a file may be loaded twice."""
     LIVE[uid] += 1
@@ -74,6 +79,6 @@ def _forget(uid: str) -> None:
 
 
 def drop_features(uid: str, patcher: ModelPatcher, unpatch_all: bool = True) -> None:
-    """ON_DETACH callback of an encoder: the host takes it off the device, its features go too."""
+    """ON_DETACH callback of an encoder: the host takes it off the device, its features there go too."""
     if unpatch_all:
-        CACHE.drop(uid)
+        CACHE.drop(uid, str(patcher.load_device))

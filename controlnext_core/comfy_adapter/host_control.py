@@ -10,6 +10,7 @@ from typing import Any
 import comfy.utils
 import torch
 from comfy.controlnet import ControlBase
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..injection import pool_to
@@ -17,6 +18,7 @@ from ..memory import rows_at_once
 from ..schedule import Schedule
 from ..specs import Gain, Halves
 from .base_facts import BaseFacts, base_facts
+from .encoders import on_device
 from .features import CACHE
 from .feedback import log_once
 from .halves import half_gains, is_plain, needs_halves, places_hook
@@ -69,6 +71,8 @@ class HostControl(ControlBase):
         super().__init__()
         self.options = ControlOptions()
         self.run: Run | None = None
+        self.multigpu_clones: dict[torch.device, HostControl] = {}
+        """Copies on further devices that sample at the same time; the host looks them up by this name."""
 
     # -- set up ---------------------------------------------------------------------------------------------
 
@@ -164,19 +168,49 @@ class HostControl(ControlBase):
             self.join(transformer_options, x, sigma, strength)
 
     def cleanup(self) -> None:
-        if self.run is not None and self.run.in_range:
-            if not self.run.reached:
-                log.warning("%s: had no effect: the model never reached the block where it is added.", self.name)
-            elif not self.run.added:
-                log.warning(
-                    "%s: had no effect: apply_to=%s and the conditioning that it is wired to have nothing in common.",
-                    self.name,
-                    self.options.apply_to.value,
-                )
-        self.run = None
+        everywhere = (self, *self.multigpu_clones.values())
+        self._warn_without_effect([control.run for control in everywhere if control.run is not None])
+        for control in everywhere:
+            control.run = None
         super().cleanup()
 
+    def _warn_without_effect(self, runs: list[Run]) -> None:
+        """Say where no device had a use for the control; with several, each may have seen one half alone."""
+        if not any(run.in_range for run in runs):
+            return
+        if not any(run.reached for run in runs):
+            log.warning("%s: had no effect: the model never reached the block where it is added.", self.name)
+        elif not any(run.added for run in runs):
+            log.warning(
+                "%s: had no effect: apply_to=%s and the conditioning that it is wired to have nothing in common.",
+                self.name,
+                self.options.apply_to.value,
+            )
+
+    def get_models(self) -> list[ModelPatcher]:
+        """Networks to be on their devices while sampling: those of previous controls and of clones, our own last."""
+        return [*super().get_models(), self.network]
+
+    def deepclone_multigpu(self, load_device: torch.device, autoregister: bool = False) -> HostControl:
+        """A copy for a device that samples at the same time, with a network and a run of its own.
+
+        autoregister: True means that `get_instance_for_device` gives it from now on.
+        """
+        c = self.with_network(on_device(self.network, load_device))
+        if autoregister:
+            self.multigpu_clones[load_device] = c
+        return c
+
     # -- to be given by each kind ---------------------------------------------------------------------------
+
+    @property
+    def network(self) -> ModelPatcher:
+        """Our own network in the host's hands."""
+        raise NotImplementedError
+
+    def with_network(self, network: ModelPatcher) -> HostControl:
+        """A copy that runs another copy of our network."""
+        raise NotImplementedError
 
     def check(self, facts: BaseFacts) -> None:
         """Raise ValueError unless the control fits the base model."""
@@ -272,7 +306,7 @@ class HostControl(ControlBase):
             row_bytes = hint.shape[-1] * hint.shape[-2] * self.bytes_per_pixel(dtype)
             passes = row_bytes * min(hint.shape[0], rows_at_once(row_bytes))
             kept = 0
-            if self.get_models()[-1].load_device.type != "cpu":  # our own is the last
+            if self.network.load_device.type != "cpu":
                 kept = min(self.kept_bytes(dtype) * hint.shape[0], CACHE.room())
             own = max(passes, self.beside_bytes(dtype) * hint.shape[0]) + kept
         return own + super().inference_memory_requirements(dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,12 +12,11 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...models.controlnet_xs import ControlNetXS, Walk
-from ..feature_cache import GroupKey
 from ..memory import XS_ROWS_PER_HINT, rows_at_once, xs_numbers_per_cell, xs_numbers_per_pixel
 from ..xs_detection import XSFile
 from ..xs_specs import XSShape, base_widths_of
 from .base_facts import BaseFacts
-from .features import CACHE, Common, cached_rows
+from .features import CACHE, Common, cached_rows, group_of
 from .feedback import warn_if_tiled
 from .host_control import HostControl
 from .xs_forward import Companion, XSJob, join_forward
@@ -59,8 +58,14 @@ class ControlNetXSControl(HostControl):
         self.copy_to(c)
         return c
 
-    def get_models(self) -> list[ModelPatcher]:
-        return [*super().get_models(), self.loaded.patcher]
+    @property
+    def network(self) -> ModelPatcher:
+        return self.loaded.patcher
+
+    def with_network(self, network: ModelPatcher) -> ControlNetXSControl:
+        c = ControlNetXSControl(replace(self.loaded, patcher=network))
+        self.copy_to(c)
+        return c
 
     def check(self, facts: BaseFacts) -> None:
         check_xs_pair(facts, self.loaded.file.shape, self.name)
@@ -122,8 +127,7 @@ class ControlNetXSControl(HostControl):
     def hint_features(self, rows: tuple[int, ...], x: Tensor) -> Tensor:
         """The hint encoder's output for each row's hint: (len(rows), C, H, W) in x's dtype; cached."""
         assert self.run is not None
-        group = GroupKey(self.loaded.uid, self.hint_id)
-
+        group = group_of(self.loaded.uid, self.hint_id, self.network)
         common = (tuple(x.shape[-2:]), x.dtype)
 
         def encode(batch: tuple[int, ...]) -> Iterator[tuple[Common, Tensor]]:
@@ -136,7 +140,7 @@ class ControlNetXSControl(HostControl):
     def own_time(self, sigma: float, x: Tensor) -> Tensor:
         """The own time embedding at this sigma, (1, D) in x's dtype; cached."""
         assert self.run is not None
-        group, timestep = GroupKey(self.loaded.uid, "time"), self.run.timestep(sigma)
+        group, timestep = group_of(self.loaded.uid, "time", self.network), self.run.timestep(sigma)
         key = (round(timestep, 6), x.dtype)
         found = CACHE.get(group, key, x.device)
         if found is None:
