@@ -263,6 +263,19 @@ def test_too_little_memory_ends_the_run_with_advice(
     assert where in str(error.value)
 
 
+def test_the_host_says_what_is_out_of_memory() -> None:
+    """Some drivers throw torch.AcceleratorError for it, which the host's own test knows where it has one."""
+    import comfy.model_management
+    from comfyui_controlnext.controlnext_training.base_model.encode import is_out_of_memory
+
+    assert is_out_of_memory(comfy.model_management.OOM_EXCEPTION("no room"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+    if not hasattr(comfy.model_management, "is_oom"):
+        pytest.skip("this ComfyUI knows one error of a full device alone (no model_management.is_oom)")
+    assert is_out_of_memory(torch.AcceleratorError("CUDA error: out of memory"))
+    assert not is_out_of_memory(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
+
+
 def test_the_log_holds_every_step_and_the_trial_step_its_cost(loaded_studio: Studio, tmp_path: Path) -> None:
     watch = Watcher()
     train_in(tmp_path, base_of(loaded_studio), small(), watch)
