@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from comfyui_controlnext.tests.lazy_layers import EITHER_WAY
 from comfyui_controlnext.tests.sampling_fixtures import CELLS, Studio, counted_calls, picture
 from torch import Tensor
 
@@ -28,6 +29,7 @@ def through_ours(studio: Studio, loaded: Any, hint: Tensor, strength: float = 1.
 DOORS = pytest.mark.parametrize("door", [through_stock, through_ours])
 
 
+@EITHER_WAY
 @DOORS
 def test_a_run_encodes_once_per_step_and_later_runs_with_the_same_hint_never(studio: Studio, door: Any) -> None:
     loaded = studio.load()
@@ -43,6 +45,7 @@ def test_a_run_encodes_once_per_step_and_later_runs_with_the_same_hint_never(stu
         assert calls == [1] * STEPS
 
 
+@EITHER_WAY
 def test_the_doors_share_what_is_kept(studio: Studio) -> None:
     loaded = studio.load()
     with counted_calls(loaded) as calls:
@@ -51,6 +54,7 @@ def test_the_doors_share_what_is_kept(studio: Studio) -> None:
         assert calls == [1] * STEPS
 
 
+@EITHER_WAY
 def test_the_same_weights_under_another_name_are_the_same_encoder(studio: Studio) -> None:
     """Executing the loader again makes a new network; what the old one gave still holds."""
     import shutil
@@ -98,6 +102,7 @@ def test_another_compute_dtype_is_encoded_anew(studio: Studio) -> None:
     assert not torch.equal(found, full)
 
 
+@EITHER_WAY
 def test_a_changed_encoder_file_is_encoded_anew(studio: Studio, tmp_path: Any) -> None:
     from comfyui_controlnext.tools.tiny_models import make_controlnext
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from comfyui_controlnext.controlnext_core.checkpoint import CheckpointError
+from comfyui_controlnext.tests.lazy_layers import EITHER_WAY
 from comfyui_controlnext.tests.sampling_fixtures import Studio
 from comfyui_controlnext.tools.tiny_models import make_controlnext, make_unet_difference
 from safetensors.torch import load_file, save_file
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, EITHER_WAY]
 
 
 @pytest.fixture

@@ -11,13 +11,14 @@ import pytest
 import torch
 from comfyui_controlnext.controlnext_core import checkpoint
 from comfyui_controlnext.controlnext_core.checkpoint import CheckpointError
+from comfyui_controlnext.tests.lazy_layers import EITHER_WAY
 from comfyui_controlnext.tests.sampling_fixtures import REASSOCIATED, Studio, demo_pair, picture, relative
 from comfyui_controlnext.tools.tiny_models import make_controlnext
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, EITHER_WAY]
 
 
 @pytest.fixture(autouse=True)

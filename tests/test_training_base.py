@@ -13,6 +13,7 @@ from comfyui_controlnext.benchmarks.bench_video_memory import Allocations
 from comfyui_controlnext.controlnext_training.base_model.controlled import Controlled, Sizes
 from comfyui_controlnext.controlnext_training.base_model.unet import plain_attention
 from comfyui_controlnext.controlnext_training.config import ConfigError
+from comfyui_controlnext.tests.lazy_layers import EITHER_WAY, WHOLE_ALONE
 from comfyui_controlnext.tests.sampling_fixtures import CELLS, Studio, picture, relative
 from comfyui_controlnext.tests.training_fixtures import (
     CPU,
@@ -29,7 +30,7 @@ from comfyui_controlnext.tools import tiny_models
 from safetensors.torch import load_file
 from torch import Tensor
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, EITHER_WAY]
 
 SQUARE = Sizes((SIDE, SIDE), (0, 0), (SIDE, SIDE))
 STEP, CENTRAL = 2e-4, 5e-3
@@ -184,6 +185,7 @@ def test_gradients_are_the_slopes_of_the_loss(loaded_studio: Studio, variant: st
         assert found == pytest.approx(float(length), rel=CENTRAL), part
 
 
+@WHOLE_ALONE
 @pytest.mark.parametrize("variant", ["sd15", "xs"])
 @pytest.mark.parametrize("settings", [{"checkpointing": True}, {"checkpointing": True, "offload": True}], ids=str)
 def test_less_memory_gives_the_same_gradients(loaded_studio: Studio, variant: str, settings: dict[str, bool]) -> None:

@@ -10,6 +10,7 @@ import torch
 from comfyui_controlnext.controlnext_core import checkpoint
 from comfyui_controlnext.controlnext_training.config import ConfigError
 from comfyui_controlnext.controlnext_training.train import Stopped
+from comfyui_controlnext.tests.lazy_layers import EITHER_WAY, WHOLE_ALONE
 from comfyui_controlnext.tests.sampling_fixtures import Studio, relative
 from comfyui_controlnext.tests.test_training_base import Forward, controlled_on
 from comfyui_controlnext.tests.training_fixtures import (
@@ -25,7 +26,7 @@ from comfyui_controlnext.tests.training_fixtures import (
 from comfyui_controlnext.tools import tiny_models
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, EITHER_WAY]
 
 
 @pytest.mark.parametrize("settings", [{"fusion": "zero_conv"}, {"variant": "xs"}], ids=str)
@@ -96,6 +97,7 @@ def test_fresh_weights_depend_on_the_seed_alone(loaded_studio: Studio) -> None:
         assert same(weights[0], weights[1]) and not same(weights[0], weights[2])
 
 
+@WHOLE_ALONE
 def test_a_run_goes_on_where_a_file_ends(loaded_studio: Studio, tmp_path: Path) -> None:
     """The encoder and the differences of an earlier run are the start of the next, for both layouts."""
     base = base_of(loaded_studio)
@@ -111,6 +113,7 @@ def test_a_run_goes_on_where_a_file_ends(loaded_studio: Studio, tmp_path: Path) 
         assert same(dict(loop.controlled.net.state_dict()), encoder)
 
 
+@WHOLE_ALONE
 def test_a_file_that_changes_weights_which_do_not_train_is_refused(loaded_studio: Studio, tmp_path: Path) -> None:
     base = base_of(loaded_studio)
     first = train_in(tmp_path, base, small(steps=1))
@@ -122,6 +125,7 @@ def test_a_file_that_changes_weights_which_do_not_train_is_refused(loaded_studio
     assert moved and all("to_out" in name for name in moved)
 
 
+@WHOLE_ALONE
 def test_an_encoder_of_another_variant_and_a_stream_of_another_size_are_refused(
     loaded_studio: Studio, tmp_path: Path
 ) -> None:
@@ -141,6 +145,7 @@ def test_a_file_that_is_absent_is_named(loaded_studio: Studio, tmp_path: Path) -
         loop_on(base_of(loaded_studio), small(init_control=str(tmp_path / "absent.safetensors")))
 
 
+@WHOLE_ALONE
 def test_a_resumed_run_does_not_begin_again_with_its_file(loaded_studio: Studio, tiny: Any, tmp_path: Path) -> None:
     base = base_of(loaded_studio)
     config = small(steps=2, init_control=str(tiny.models / "controlnext" / tiny.names["control"]))

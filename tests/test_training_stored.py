@@ -8,10 +8,11 @@ import pytest
 import torch
 from comfyui_controlnext.benchmarks.bench_video_memory import Allocations
 from comfyui_controlnext.controlnext_training.trainables import AddBase, train_differences
+from comfyui_controlnext.tests.lazy_layers import EITHER_WAY
 from comfyui_controlnext.tests.training_fixtures import CPU
 from torch import Tensor, nn
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, EITHER_WAY]
 
 LAYERS = {
     "linear": ("Linear", (24, 40), (3, 7, 24)),

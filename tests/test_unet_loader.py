@@ -10,6 +10,7 @@ import pytest
 import torch
 from comfyui_controlnext.controlnext_core.checkpoint import CheckpointError
 from comfyui_controlnext.tests import video_fixtures as video
+from comfyui_controlnext.tests.lazy_layers import EITHER_WAY
 from comfyui_controlnext.tools.tiny_models import make_controlnext, make_wrong_files, unet_tensors
 from comfyui_controlnext.tools.tiny_models.storage import save
 from torch import Tensor
@@ -75,6 +76,7 @@ def assert_holds(model: Any, tensors: Tensors) -> None:
     assert different == []
 
 
+@EITHER_WAY
 @pytest.mark.parametrize("prefix", ["", "unet."])
 def test_a_published_svd_is_loaded_whole(
     load: Callable[..., Any], svd: Tensors, svd_published: Tensors, prefix: str
@@ -108,6 +110,7 @@ def test_a_number_format_is_as_in_the_stock_node(load: Callable[..., Any], svd_p
     assert model.model.diffusion_model.input_blocks[0][0].weight.dtype == torch.float8_e4m3fn
 
 
+@EITHER_WAY
 def test_a_published_sd15_is_loaded_as_sd15(load: Callable[..., Any]) -> None:
     tensors = unet_tensors("sd15")
     model = load(published(tensors))
@@ -175,6 +178,7 @@ def test_the_host_makes_another_of_it_for_another_device(
 # refusals
 
 
+@EITHER_WAY
 @pytest.mark.parametrize("names", ["published", "host"])
 @pytest.mark.parametrize("drop", [1, 7])
 def test_missing_tensors_are_listed(
@@ -191,6 +195,7 @@ def test_missing_tensors_are_listed(
     assert gone[0] in str(e.value)
 
 
+@EITHER_WAY
 def test_what_stops_the_hosts_detection_is_said_in_our_words(load: Callable[..., Any], svd: Tensors) -> None:
     tensors = {name: tensor for name, tensor in svd.items() if name != "input_blocks.1.0.out_layers.3.weight"}
     with pytest.raises(
@@ -199,6 +204,7 @@ def test_what_stops_the_hosts_detection_is_said_in_our_words(load: Callable[...,
         load(tensors)
 
 
+@EITHER_WAY
 def test_another_shape_is_said_in_our_words(load: Callable[..., Any], svd: Tensors) -> None:
     tensors = svd | {"out.2.weight": svd["out.2.weight"][:, :100]}
     with pytest.raises(
@@ -207,6 +213,7 @@ def test_another_shape_is_said_in_our_words(load: Callable[..., Any], svd: Tenso
         load(tensors)
 
 
+@EITHER_WAY
 def test_a_subset_is_sent_to_the_control_loader(load: Callable[..., Any], svd_published: Tensors) -> None:
     subset = {name: tensor for name, tensor in svd_published.items() if "to_out" in name}
     with pytest.raises(
@@ -346,6 +353,7 @@ def test_half_the_strength_is_half_the_way(tmp_path: Path, trained: Tensors) -> 
     assert relative_to_file(loaded.model, half) < TOLERANCE
 
 
+@EITHER_WAY
 def test_a_subset_of_full_weights_is_measured_as_such(tmp_path: Path, trained: Tensors) -> None:
     """SVD v1's `learned_params` hold every `to_out`, absolute or not: the file does not say."""
     subset = {name: tensor for name, tensor in trained.items() if "to_out" in name}

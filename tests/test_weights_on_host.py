@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from comfyui_controlnext.controlnext_core.checkpoint import CheckpointError
+from comfyui_controlnext.tests.lazy_layers import EITHER_WAY
 from comfyui_controlnext.tests.sampling_fixtures import REASSOCIATED, Studio, picture, relative
 from comfyui_controlnext.tools import tiny_models
 from safetensors.torch import load_file, save_file
@@ -62,6 +63,7 @@ def weights_in_use(model: Any) -> dict[str, Tensor]:
     return {name: model.model.get_parameter(name).detach().clone() for name in host_names().values()}
 
 
+@EITHER_WAY
 def test_the_sum_is_base_plus_strength_times_difference(studio: Studio, loads: Any, differences: Path) -> None:
     base = {f"diffusion_model.{name}": t for name, t in tiny_models.unet_tensors("sd15").items()}
     published = load_file(differences)
@@ -79,6 +81,7 @@ def test_strength_zero_is_bitwise_the_base(studio: Studio, plain: Tensor, loads:
     assert torch.equal(studio.sample(loaded.model), plain)
 
 
+@EITHER_WAY
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_full_weights_act_as_the_differences_that_they_hold(
     studio: Studio, plain: Tensor, loads: Any, tmp_path: Path, dtype: torch.dtype

@@ -13,6 +13,7 @@ from comfyui_controlnext.controlnext_core import checkpoint, xs_convert
 from comfyui_controlnext.controlnext_core.detection import DetectionError
 from comfyui_controlnext.controlnext_core.xs_detection import read_xs_file
 from comfyui_controlnext.controlnext_core.xs_key_maps import DIFFUSERS, OFFICIAL
+from comfyui_controlnext.tests.lazy_layers import EITHER_WAY
 from comfyui_controlnext.tests.xs_fixtures import SDXL_LIKE, make_file, shape_of
 from comfyui_controlnext.tools import tiny_models
 from comfyui_controlnext.tools.cli import main
@@ -102,6 +103,7 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return save
 
 
+@EITHER_WAY
 @pytest.mark.comfy
 @torch.inference_mode()
 def test_the_save_node_writes_both_layouts_and_the_loader_reads_them(official: Path, saved: Any) -> None:
@@ -121,6 +123,7 @@ def test_the_save_node_writes_both_layouts_and_the_loader_reads_them(official: P
         saved(control, "published")
 
 
+@EITHER_WAY
 @pytest.mark.comfy
 @torch.inference_mode()
 def test_an_adapters_own_configuration_gives_its_heads(official: Path, tmp_path: Path) -> None:
@@ -135,6 +138,7 @@ def test_an_adapters_own_configuration_gives_its_heads(official: Path, tmp_path:
     assert load_controlnet_xs(bare).control.loaded.heads[-1] == 1
 
 
+@EITHER_WAY
 @pytest.mark.comfy
 def test_inspect_tells_size_base_type_time_and_heads(official: Path, tmp_path: Path) -> None:
     from comfyui_controlnext.controlnext_core.comfy_adapter.inspecting import inspect_file

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
-import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from .. import checkpoint
 from .collector import KEY
 from .features import drop_features, keep_features_of
+from .layers import patcher_of
 
 STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -43,15 +43,11 @@ class _Source:
 
     def hand_over(self, net: nn.Module, disable_dynamic: bool, device: torch.device | None) -> ModelPatcher:
         """Give a network with its weights to the host's memory manager."""
-        patcher = _patcher(net, disable_dynamic, device or comfy.model_management.get_torch_device())
+        patcher = patcher_of(net, disable_dynamic, device)
         patcher.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, functools.partial(drop_features, self.uid))
         keep_features_of(net, self.uid)
         patcher.cached_patcher_init = (self, ())
         return patcher
-
-
-def _patcher(net: nn.Module, disable_dynamic: bool, load_device: torch.device) -> ModelPatcher:
-    return ModelPatcher(net, load_device=load_device, offload_device=comfy.model_management.unet_offload_device())
 
 
 def into_host(net: nn.Module, tensors: Mapping[str, Tensor], build: str, source: str) -> tuple[ModelPatcher, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import comfy.ops
 import torch
 from comfy.model_patcher import ModelPatcher
 
@@ -20,6 +19,7 @@ from .base_facts import base_facts, check_pair
 from .control import ControlNeXtControl, LoadedControlNeXt
 from .encoders import into_host
 from .files import ChosenWeights, choose_weights
+from .layers import WholeLayers
 from .weights import add_differences, base_weights
 
 
@@ -96,7 +96,7 @@ def load_control(file: ControlFile, family: Family, variant: str = "auto") -> Co
     spec = _as_trained(choose_spec(file, family, variant), file)
     found = checkpoint.load(file.header.path, file.encoder.values())
     tensors = {name: found[stored] for name, stored in file.encoder.items()}
-    net = ControlNeXt(config_of(spec, file.out_channels), device="meta", operations=comfy.ops.manual_cast)
+    net = ControlNeXt(config_of(spec, file.out_channels), device="meta", operations=WholeLayers)
     patcher, uid = into_host(net, tensors, spec.build, str(file.header.path))
     scale = float(net.scale) if net.config.learned_scale else None
     return ControlNeXtControl(LoadedControlNeXt(patcher, spec, file.header.path.name, uid, scale))

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.ldm.modules.attention as host_attention
-import comfy.ops
 from torch import Tensor
 
 from ...models.controlnet_xs import ControlNetXS
@@ -18,19 +17,11 @@ from ..xs_detection import XSFile, read_xs_file
 from ..xs_key_maps import DIFFUSERS
 from ..xs_specs import build_config, released_as
 from .encoders import into_host
+from .layers import Fp32Norms, WholeLayers
 from .xs_control import ControlNetXSControl, LoadedXS
 
 ALIGNED = 8
 """Head widths that the host's attention kernels take for sure are multiples of this; the SD2.1 release has 4."""
-
-
-class Fp32Norms(comfy.ops.manual_cast):
-    """The host's layers, with group norms in fp32 whatever the features are in."""
-
-    class GroupNorm(comfy.ops.manual_cast.GroupNorm):
-        def forward(self, h: Tensor) -> Tensor:
-            """h: (B, C, H, W). Returns the same in h's dtype."""
-            return super().forward(h.float()).to(h.dtype)
 
 
 @dataclass(frozen=True)
@@ -49,7 +40,7 @@ def load_controlnet_xs(path: Path, norm_rule: str = "auto", num_heads: str = "")
     """
     file = read_xs_file(checkpoint.peek(path))
     rule, heads = file.norm_rule(norm_rule), file.heads(num_heads, configured_heads(file))
-    operations = Fp32Norms if file.shape.fp32_norms else comfy.ops.manual_cast
+    operations = Fp32Norms if file.shape.fp32_norms else WholeLayers
     net = ControlNetXS(build_config(file.shape, heads, rule), device="meta", operations=operations, attention=attend)
     found = checkpoint.load(path, file.names.values())
     tensors = {ours: found[stored] for ours, stored in file.names.items()}

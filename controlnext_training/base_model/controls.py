@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import comfy.ops
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
@@ -16,10 +15,10 @@ from ...controlnext_core import checkpoint
 from ...controlnext_core.comfy_adapter.base_facts import BaseFacts, check_pair
 from ...controlnext_core.comfy_adapter.collector import Job, collect
 from ...controlnext_core.comfy_adapter.files import choose_weights
+from ...controlnext_core.comfy_adapter.layers import Fp32Norms, WholeLayers
 from ...controlnext_core.comfy_adapter.loading import kind_of, weights_of
 from ...controlnext_core.comfy_adapter.xs_control import time_mix
 from ...controlnext_core.comfy_adapter.xs_forward import Companion, XSJob, join_forward
-from ...controlnext_core.comfy_adapter.xs_loading import Fp32Norms
 from ...controlnext_core.comfy_adapter.xs_saving import ADAPTER_FILE
 from ...controlnext_core.control_files import write_control
 from ...controlnext_core.detection import choose_spec, read_control_file
@@ -118,7 +117,7 @@ class _NeXt:
         self.spec = _as_configured(spec, config)
         self.block = facts.blocks[spec.fusion.site]
         self.checkpointing = config.checkpointing
-        self.net = ControlNeXt(built, device="meta", operations=comfy.ops.manual_cast)
+        self.net = ControlNeXt(built, device="meta", operations=WholeLayers)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             fresh = ControlNeXt(built)
@@ -169,7 +168,7 @@ class _XS:
         self.shape = _xs_shape(config, facts)
         self.heads = heads_of(self.shape, (), f"xs_ratio {config.xs_ratio:g}")
         built = build_config(self.shape, self.heads, self.rule)
-        operations = Fp32Norms if self.shape.fp32_norms else comfy.ops.manual_cast
+        operations = Fp32Norms if self.shape.fp32_norms else WholeLayers
         self.net = ControlNetXS(built, device="meta", operations=operations)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)

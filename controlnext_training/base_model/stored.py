@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrize
 
+from ...controlnext_core.comfy_adapter.layers import WholeLayers
+
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
@@ -56,10 +58,10 @@ def copies_not_kept(layer: nn.Module, x: Tensor) -> Iterator[None]:
         yield
 
 
-class operations(comfy.ops.manual_cast):  # noqa: N801  # as the host names its own
+class operations(WholeLayers):  # noqa: N801  # as the host names its own
     """The host's layers that cast their weights, those with most of the weights as above."""
 
-    class Linear(comfy.ops.manual_cast.Linear):
+    class Linear(WholeLayers.Linear):
         def forward(self, x: Tensor) -> Any:
             with copies_not_kept(self, x):
                 return super().forward(x)

@@ -1,0 +1,58 @@
+"""The host's layers for networks of ours, and the host's patcher around them.
+
+With its dynamic memory manager the host makes Linear and Embedding without weights, and fills them as it loads a file.
+`load_strict` compares names and shapes before it loads anything, and a fresh network takes its weights from a plain
+twin: both need layers that are whole from the start.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
+
+
+class _LoadsItself:
+    """A layer with a loading function of its own, which the host makes whole at once (comfy/ops.py, `Linear`)."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+
+
+class WholeLayers(comfy.ops.manual_cast):
+    """The host's layers that cast their weights, each whole from the start; every network of ours is built of these."""
+
+    class Linear(_LoadsItself, comfy.ops.manual_cast.Linear):
+        pass
+
+    class Embedding(_LoadsItself, comfy.ops.manual_cast.Embedding):
+        pass
+
+
+class Fp32Norms(WholeLayers):
+    """The same, with group norms in fp32 whatever the features are in."""
+
+    class GroupNorm(comfy.ops.manual_cast.GroupNorm):
+        def forward(self, h: Tensor) -> Tensor:
+            """h: (B, C, H, W). Returns the same in h's dtype."""
+            return super().forward(h.float()).to(h.dtype)
+
+
+def patcher_of(net: nn.Module, disable_dynamic: bool = False, device: torch.device | None = None) -> ModelPatcher:
+    """Give the network to the host's memory manager, in the kind of patcher that the host uses for its own models.
+
+    disable_dynamic: True takes the plain kind, which copies weights to the device as a whole. device: where the
+    network runs; None is the host's first device.
+    """
+    core = getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)  # hosts before 0.16 have one kind alone
+    kind = ModelPatcher if disable_dynamic else core
+    return kind(
+        net,
+        load_device=device or comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
