@@ -44,6 +44,9 @@ class Loop:
     indices: list[int]
     world: World
     losses: list[float] = field(default_factory=list)
+    """Of every complete step."""
+    complete: bool = True
+    """False while a step changes the weights, and after one that spoilt them: what is there is not to be saved."""
 
 
 def make_loop(

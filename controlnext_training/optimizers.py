@@ -93,8 +93,8 @@ def weights_to_read(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     own = [p.detach().clone() for p in parameters]
     switch: Any = optimizer
-    switch.eval()
     try:
+        switch.eval()
         yield
     finally:
         switch.train()

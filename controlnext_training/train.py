@@ -28,6 +28,7 @@ from .lock import held
 from .loop import Loop, averaged, make_loop, open_run, resume, save
 from .results import Meter, Run, duration, finished_file, show_validation
 from .step import draw, losses
+from .undisturbed import undisturbed
 from .validation import Validator
 
 
@@ -115,21 +116,34 @@ def _train(
 
 
 def _steps(loop: Loop, start: int, run: Run, watch: Watch, journal: Journal, validator: Validator | None) -> None:
-    """From `start` to the last step. Raises Stopped with the state saved."""
+    """From `start` to the last step.
+
+    Raises Stopped with the state saved where the run was asked to end, or the host's layers threw in a forward; Ctrl-C
+    and an exit of the process go on after the state is saved.
+    """
     try:
         _steps_until_stopped(loop, start, run, watch, journal, validator)
-    except Exception as error:
+    except BaseException as error:
         if is_out_of_memory(error):
             raise TrainingError(
                 f"a step does not fit into the device's memory. {state.where_it_ends(run.folder)} Set checkpointing = "
                 "true, then offload = true; or take a smaller batch_size with more accumulation, a smaller "
                 "resolution, or optimizer = adamw8bit. Run again then: it goes on from there."
             ) from error
-        if not is_interruption(error):
-            raise
-        # the host's layers throw inside a forward, where the last step is complete and the next has done nothing yet
+        if is_interruption(error):
+            raise _stopped(loop, run) from error
+        if not isinstance(error, Exception) and loop.world.size == 1:  # several processes would wait for each other
+            watch.say(str(_stopped(loop, run)))
+        raise
+
+
+def _stopped(loop: Loop, run: Run) -> Stopped:
+    """Save what the complete steps have made, unless the next has begun to change it; where the run goes on from."""
+    if loop.complete:
         step = len(loop.losses)
-        raise Stopped(step, save(loop, step, run)) from error
+        return Stopped(step, save(loop, step, run))
+    last = state.latest(run.folder)
+    return Stopped(last.step, last.folder) if last is not None else Stopped(0, run.folder)
 
 
 def _steps_until_stopped(
@@ -144,7 +158,6 @@ def _steps_until_stopped(
             clock = time.monotonic()
         loss, norm = _step(loop, step)
         _check(loss, norm, step, loop, run)
-        loop.losses.append(loss)
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
             seconds = (time.monotonic() - clock) / (done - since)
@@ -167,8 +180,7 @@ def _release(base: Base, config: TrainConfig) -> None:
 
 def _check(loss: float, norm: float, step: int, loop: Loop, run: Run) -> None:
     """Raise TrainingError where a step has spoilt the weights, before they are saved."""
-    skipped = loop.scaler.is_enabled()  # a step whose gradient is not finite has no effect then
-    if math.isfinite(loss) and (skipped or math.isfinite(norm)):
+    if loop.complete:
         return
     what = f"loss of step {step + 1} is {loss}" if not math.isfinite(loss) else f"gradient of step {step + 1} is {norm}"
     raise TrainingError(
@@ -178,7 +190,7 @@ def _check(loss: float, norm: float, step: int, loop: Loop, run: Run) -> None:
 
 
 def _step(loop: Loop, step: int) -> tuple[float, float]:
-    """One step of the optimizer: (mean loss over all processes, length of the gradient)."""
+    """One step of the optimizer: (mean loss over all processes, length of the gradient). Its effect is all or none."""
     config, world = loop.config, loop.world
     rate = optimizers.factor(config, step)
     for group in loop.optimizer.param_groups:
@@ -187,12 +199,23 @@ def _step(loop: Loop, step: int) -> tuple[float, float]:
     loop.scaler.unscale_(loop.optimizer)
     limit = config.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(loop.parameters.values(), limit)
-    loop.scaler.step(loop.optimizer)
-    loop.scaler.update()
-    loop.optimizer.zero_grad(set_to_none=True)
-    if loop.ema is not None:
-        loop.ema.update(loop.parameters)
-    return float(world.mean(total)), float(norm)
+    loss = world.mean(total)
+    with undisturbed():
+        loop.complete = False
+        loop.scaler.step(loop.optimizer)
+        loop.scaler.update()
+        loop.optimizer.zero_grad(set_to_none=True)
+        if loop.ema is not None:
+            loop.ema.update(loop.parameters)
+        loop.losses.append(float(loss))
+        loop.complete = _is_sound(loop, loop.losses[-1], float(norm))
+    return loop.losses[-1], float(norm)
+
+
+def _is_sound(loop: Loop, loss: float, norm: float) -> bool:
+    """Whether a step has left the weights fit to be saved."""
+    skipped = loop.scaler.is_enabled()  # a step whose gradient is not finite has no effect then
+    return math.isfinite(loss) and (skipped or math.isfinite(norm))
 
 
 def _gradients(loop: Loop, step: int) -> Tensor:

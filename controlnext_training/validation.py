@@ -177,8 +177,8 @@ def _means(pairs: Sequence[Sequence[float]]) -> tuple[float, float]:
 @contextmanager
 def _training_off(controlled: Controlled) -> Iterator[None]:
     was = controlled.training
-    controlled.eval()
     try:
+        controlled.eval()
         yield
     finally:
         controlled.train(was)

@@ -23,7 +23,7 @@ from .features import CACHE
 from .feedback import log_once
 from .halves import half_gains, is_plain, needs_halves, places_hook
 from .hint_inputs import clean_hint, clean_mask, content_id, frames_of, hint_rows
-from .run_state import Run, sigma_of
+from .run_state import Run, release_after_failure, sigma_of
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +143,7 @@ class HostControl(ControlBase):
         facts = base_facts(model)
         self.check(facts)
         self.run = Run(facts, model.model_sampling)
+        release_after_failure(self, model)
         CACHE.begin_run()
 
     def get_control(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
 from ..schedule import percent_of
@@ -69,3 +71,23 @@ def sigma_of(t: Tensor, transformer_options: dict[str, Any]) -> float:
     if known is None or known[0] is not t:
         known = transformer_options[SIGMA_KEY] = (t, float(t[0]))
     return known[1]
+
+
+def release_after_failure(control: Any, model: Any) -> None:
+    """Have a run that an exception ends, Cancel among them, let go of the control's `run`.
+
+    The host calls `cleanup` of controls after whole runs alone, that of the patcher after every run. model: the host's
+    BaseModel, which knows its patcher while it samples.
+    """
+    patcher = getattr(model, "current_patcher", None)
+    if patcher is None:
+        return
+    key = f"{SIGMA_KEY}_{id(control)}"
+
+    def release(over: Any) -> None:
+        over.remove_callbacks_with_key(CallbacksMP.ON_CLEANUP, key)
+        if sys.exc_info()[0] is not None:
+            control.run = None
+
+    patcher.remove_callbacks_with_key(CallbacksMP.ON_CLEANUP, key)
+    patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, key, release)

@@ -88,7 +88,8 @@ class Cache:
                     error,
                 )
             self._told = True
+            return False
+        finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            return False
         return True

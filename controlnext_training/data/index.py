@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,23 +85,26 @@ class Index:
                 logger.warning("%s: cannot be read (%s); every file is read again", path, first_line(error))
 
     def facts(self, blobs: Sequence[Blob], progress: Progress | None = None) -> dict[Blob, Facts | str]:
-        """Facts or a reason for each file; files that are not known are read, several at a time."""
+        """Facts or a reason for each file; files that are not known are read, several at a time.
+
+        What was read is remembered also where `progress` raises.
+        """
         places = _places(blobs)
         found: dict[Blob, Facts | str] = {b: self._known[places[b]] for b in blobs if places[b] in self._known}
         unread = [blob for blob in dict.fromkeys(blobs) if blob not in found]
         done, total = len(found), len(found) + len(unread)
-        with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-            for start in range(0, len(unread), AT_ONCE):
-                part = unread[start : start + AT_ONCE]
-                for blob, facts in zip(part, pool.map(examine, part), strict=True):
+        try:
+            with contextlib.closing(_examined(unread)) as examined:
+                for blob, facts in examined:
                     found[blob] = facts
                     if isinstance(facts, Facts):  # what is broken may be mended, or be on a drive that comes back
                         self._known[places[blob]] = facts
                     done += 1
                     if progress is not None:
                         progress(done, total)
-        if unread:
-            self._save()
+        finally:
+            if unread:
+                self._save()
         return found
 
     def _save(self) -> None:
@@ -116,8 +119,17 @@ class Index:
             os.replace(temporary, self.path)
         except OSError as error:
             logger.warning("%s: cannot be written (%s); all files are read again next time", self.path, error)
+        finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def _examined(blobs: Sequence[Blob]) -> Generator[tuple[Blob, Facts | str], None, None]:
+    """Each file with what `examine` finds, in order; several are read at a time."""
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(blobs), AT_ONCE):
+            part = blobs[start : start + AT_ONCE]
+            yield from zip(part, pool.map(examine, part), strict=True)
 
 
 def _parsed(content: Any) -> dict[str, Facts]:
