@@ -90,6 +90,15 @@ def test_another_hint_size_schedule_or_encoder_is_encoded_anew(studio: Studio, d
     assert torch.equal(door(studio, loaded, hint, **settings), found)
 
 
+def test_latents_that_share_a_size_at_the_site_do_not_share_features(studio: Studio) -> None:
+    """9 and 10 cells are 5 at the site, but the hint is scaled to 72 and to 80 pixels."""
+    loaded = studio.load()
+    fresh = through_ours(studio, loaded, picture(), steps=1, cells=10)
+    studio.cache.clear()
+    through_ours(studio, loaded, picture(), steps=1, cells=9)
+    assert torch.equal(through_ours(studio, loaded, picture(), steps=1, cells=10), fresh)
+
+
 def test_another_compute_dtype_is_encoded_anew(studio: Studio) -> None:
     from comfy_extras.nodes_model_advanced import ModelComputeDtype
 

@@ -175,3 +175,19 @@ def test_other_samplers_take_the_control_through_both_doors(studio: Studio, samp
     through_ours = studio.sample(studio.ours(loaded.model, loaded.control, picture()), sampler=sampler)
     assert torch.equal(through_stock, through_ours)
     assert relative(through_ours, studio.sample(sampler=sampler)) > 0.01
+
+
+def test_the_sigma_of_a_forward_is_of_its_own_timesteps() -> None:
+    """A wrapper between the two doors may change the timesteps under the same options."""
+    from comfyui_controlnext.controlnext_core.comfy_adapter.run_state import sigma_of
+
+    options: dict[str, Any] = {}
+    assert sigma_of(torch.full((2,), 3.5), options) == 3.5
+    assert sigma_of(torch.full((2,), 1.25), options) == 1.25
+
+
+def test_a_control_given_another_hint_knows_it_as_another(studio: Studio) -> None:
+    """The Apply nodes copy a control first; code of others may not."""
+    control = studio.load().control.copy()
+    identities = {control.set_cond_hint(picture(seed).movedim(-1, 1)).hint_id for seed in (1, 2)}
+    assert len(identities) == 2

@@ -40,6 +40,24 @@ def test_controls_give_the_same_bits_in_any_order_and_through_any_door(studio: S
         assert relative(stacked(studio, loaded.model, controls, fewer), expected) > 0.001, fewer
 
 
+def test_masks_alone_order_controls_that_are_otherwise_the_same(studio: Studio) -> None:
+    """One encoder, hint and strength three times, each with a mask of its own: sums that round by their order."""
+    loaded = studio.load()
+    side = torch.linspace(0.1, 1, 8 * CELLS).expand(1, 8 * CELLS, -1)
+    masks = (side, 1 - side / 3, side.mT**2)
+
+    def through(order: tuple[int, ...]) -> Tensor:
+        conds = studio.positive, studio.negative
+        for number in order:
+            control = studio.options(loaded.control, mask=masks[number])
+            conds = studio.apply_to(*conds, control, picture(), 0.7, 0.0, 1.0)
+        return studio.sample(loaded.model, *conds, steps=1)
+
+    expected = through((0, 1, 2))
+    for order in ((2, 1, 0), (1, 2, 0), (2, 0, 1)):
+        assert torch.equal(through(order), expected), order
+
+
 def test_each_control_is_measured_against_the_same_features(studio: Studio) -> None:
     """Two halves of a control make one whole: nothing is normalised against what another control added."""
     loaded = studio.load()

@@ -80,6 +80,7 @@ def kind_of(file: Tensors, base: Tensors) -> WeightsKind:
         (0.02, -0.9, DIFFERENCE),
         (0.29, 0.2, DIFFERENCE),
         (0.45, 0.1, DIFFERENCE),
+        (0.4, 0.25, DIFFERENCE),
         (1.0, 0.9999, FULL),
         (1.1, 0.9, FULL),  # made for another fine-tune, which lies 0.5 of the norm away from this base
         (0.9, 0.7, FULL),
@@ -93,7 +94,9 @@ def test_kind_follows_size_and_direction(
     assert kind_of(file, base) is kind
 
 
-@pytest.mark.parametrize(("ratio", "cosine"), [(0.4, 0.6), (0.6, 0.5), (1.0, 0.02), (3.0, 0.0), (1.0, -1.0)])
+@pytest.mark.parametrize(
+    ("ratio", "cosine"), [(0.4, 0.6), (0.4, 0.45), (0.45, -0.35), (0.6, 0.5), (1.0, 0.02), (3.0, 0.0), (1.0, -1.0)]
+)
 def test_what_lies_between_is_an_error_with_the_values(base: Tensors, ratio: float, cosine: float) -> None:
     message = rf"^cat\.safetensors: .* ratio is {ratio:.3f}, the cosine -?{abs(cosine):.3f}\..* set weights_kind"
     with pytest.raises(CheckpointError, match=message):

@@ -10,6 +10,7 @@ import inspect
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore:::diffusers"
 
 SCHEDULES = ("standard_static", "standard_uniform", "looped_uniform", "batched")
 NAME = "svd_v2"
+ANIMATEDIFF = {"ad_params": {"sub_idxs": [5, 6, 7], "full_length": 9}}
 
 
 @pytest.fixture(autouse=True)
@@ -223,6 +225,15 @@ def test_windows_announced_as_animatediff_does(rows: list[int]) -> None:
     assert hint_rows(len(rows), 9, options) == tuple(rows)
     assert hint_rows(4, 9, {"ad_params": {"sub_idxs": None, "full_length": 9}}) == (0, 1, 2, 3)
     assert hint_rows(4, 1, options) == (0,)
+
+
+@pytest.mark.parametrize("options", [{"context_window": SimpleNamespace(index_list=[5, 6, 7])}, ANIMATEDIFF], ids=str)
+def test_a_window_of_another_length_than_the_latents_is_not_theirs(options: dict[str, Any]) -> None:
+    """A pack may cut a window into smaller batches without saying so."""
+    from comfyui_controlnext.controlnext_core.comfy_adapter.host_control import hint_rows
+
+    assert hint_rows(3, 9, options) == (5, 6, 7)
+    assert hint_rows(2, 9, options) == (0, 1)
 
 
 def test_animatediffs_windows_are_honoured_in_a_run() -> None:

@@ -188,6 +188,21 @@ def test_freeu_comes_after_the_control(forward: Forward, files: list[Path]) -> N
     assert worst(order[len(order) // 2], plain) > 0.01
 
 
+def test_deep_shrink_before_the_skip_comes_after_the_control(forward: Forward, files: list[Path]) -> None:
+    """Patches of the same name see what the base's first block gave with the control's part in it."""
+    seen: list[Tensor] = []
+
+    def shrink(h: Tensor, options: Any) -> Tensor:
+        seen.append(h.clone())
+        return h
+
+    patches = {"patches": {"input_block_patch": [shrink]}}
+    forward.run(**patches)
+    plain, blocks = seen[0], len(seen)
+    forward.run(load(files[0], hint_for(forward.x), parts=(1.0, 0.0, 0.0), time_mix=0.0), **patches)
+    assert worst(seen[blocks], plain) > 0.01
+
+
 def test_nothing_stays_in_the_options_or_in_the_model(forward: Forward, files: list[Path]) -> None:
     before = forward.run()
     mine: dict[str, Any] = {"patches": {"emb_patch": []}, "wrappers": {"diffusion_model": {"other": []}}}

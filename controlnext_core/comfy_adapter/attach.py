@@ -76,7 +76,6 @@ class _Door:
 
     def sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """OUTER_SAMPLE: whatever happens inside, the control lets go of the run afterwards."""
-        self.control.run = None
         try:
             return executor(*args, **kwargs)
         finally:

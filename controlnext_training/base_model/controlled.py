@@ -173,7 +173,11 @@ VIDEO_CONDITIONS = {"fps": 7, "motion_bucket_id": 127, "augmentation_level": 0.0
 
 
 def _shell(base: Any, unet: nn.Module, dtype: torch.dtype, device: torch.device, raw: bool = False) -> Any:
-    """The host's BaseModel around another UNet; what it shares with `base` is only read."""
+    """The host's BaseModel around another UNet; what it shares with `base` is only read.
+
+    Relies on these attributes of the host: the sub-modules `diffusion_model` and `model_sampling` by their names in
+    `_modules`, and `manual_cast_dtype`, `device` and `current_patcher`, which `apply_model` and `extra_conds` read.
+    """
     shell = copy.copy(base)
     shell._modules = dict(base._modules)
     shell._modules["diffusion_model"] = unet
