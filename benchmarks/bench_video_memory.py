@@ -24,11 +24,11 @@ if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
 from comfyui_controlnext.benchmarks.report import Report  # noqa: E402
+from comfyui_controlnext.controlnext_core.families import FAMILIES  # noqa: E402
 from comfyui_controlnext.controlnext_core.feature_cache import DEVICE_BUDGET, HOST_BUDGET, pinned_bytes  # noqa: E402
 from comfyui_controlnext.controlnext_core.injection import prepare  # noqa: E402
 from comfyui_controlnext.controlnext_core.memory import (  # noqa: E402
     NUMBERS_PER_PIXEL,
-    PIXELS_PER_CELL,
     feature_bytes,
     rows_at_once,
 )
@@ -70,7 +70,7 @@ class Allocations(TorchDispatchMode):
 def encoder_peak(spec: Spec, height: int, width: int, dtype: torch.dtype, rows: int = 1, device: str = "meta") -> int:
     """Most bytes alive while `rows` hints of height x width become features at the site; weights not counted."""
     net = ControlNeXt(config_of(spec), dtype=dtype, device=device).eval().requires_grad_(False)
-    cell = PIXELS_PER_CELL[spec.fusion.site]
+    cell = FAMILIES[spec.family].cells[spec.fusion.site]
     timestep = torch.zeros(1, device=device)
     with torch.no_grad(), Allocations(net.parameters()) as allocations:
         hint = torch.zeros(rows, 3, height, width, dtype=dtype, device=device)

@@ -19,7 +19,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor, nn
 
 from ..controlnext_core import checkpoint
-from ..controlnext_core.comfy_adapter.base_facts import BaseFacts
+from ..controlnext_core.comfy_adapter.bases.base import LoadedBase
 from ..controlnext_training.base_model.controls import MakeControl, Options
 from ..controlnext_training.base_model.unet import plain_attention
 from ..controlnext_training.config import TrainConfig
@@ -33,7 +33,7 @@ COPIED = ("time_embed.", "label_emb.", "input_blocks.", "middle_block.")
 def copy_of(base: Any) -> MakeControl:
     """What makes the copy of this MODEL's encoder."""
 
-    def make(config: TrainConfig, facts: BaseFacts, device: torch.device) -> StockCopy:
+    def make(config: TrainConfig, facts: LoadedBase, device: torch.device) -> StockCopy:
         return StockCopy(base, config.seed, device)
 
     return make
@@ -64,7 +64,7 @@ class StockCopy:
                 module.register_forward_pre_hook(_attend_as_the_base, with_kwargs=True)
         self.net.to(device).train().requires_grad_(True)
 
-    def join(self, options: Options, hint: Tensor, timesteps: Tensor, strength: float) -> None:
+    def join(self, options: Options, latent: tuple[int, ...], hint: Tensor, timesteps: Tensor, strength: float) -> None:
         def run(unet: Any, x: Tensor, t: Tensor, context: Tensor, y: Any, control: Any, *rest: Any, **more: Any) -> Any:
             found = self.net(x, hint.to(x.dtype), t, context, y=y)
             control = {part: [strength * residual for residual in found[part]] for part in ("middle", "output")}

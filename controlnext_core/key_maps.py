@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .checkpoint import CheckpointError, listed
+from .families import CONTEXT_FAMILIES
 
 PUBLISHED_PREFIXES = ("controlnext.", "module.", "controlnet.", "unet.", "model.diffusion_model.", "diffusion_model.")
 """Outer names that a trainer, a bundle or a checkpoint puts before every name of a part."""
@@ -319,7 +320,6 @@ _FAMILY_MARKS = {
     "SD1.5 or SD2.1": r"^(down_blocks\.0\.attentions|up_blocks\.3|input_blocks\.1\.1|output_blocks\.11)\.",
 }
 """Family -> what only its names match, after those above it."""
-_CONTEXT_WIDTHS = {768: "SD1.5", 1024: "SD2.1", 2048: "SDXL"}
 
 
 def family_hint(shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -330,5 +330,6 @@ def family_hint(shapes: Mapping[str, tuple[int, ...]]) -> str:
     family = next((f for f, mark in _FAMILY_MARKS.items() if any(re.search(mark, name) for name in shapes)), "")
     widths = {shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight") and len(shape) == 2}
     if len(widths) == 1 and family not in ("SD3", "SVD"):
-        family = _CONTEXT_WIDTHS.get(widths.pop(), family)
+        known = CONTEXT_FAMILIES.get(widths.pop())
+        family = known.value if known else family
     return f"The file looks made for {family}: connect such a model. " if family else ""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..models.controlnet_xs import DOWN, RES, BlockConfig, ControlNetXSConfig
+from .families import FAMILIES
 from .feature_cache import MIB
-from .specs import Site, Spec
+from .specs import Spec
 
 NUMBERS_PER_PIXEL: dict[str, int] = {
     "gen1a": 547,
@@ -16,14 +17,6 @@ NUMBERS_PER_PIXEL: dict[str, int] = {
 }
 """Build -> numbers of the compute dtype alive per hint pixel where an encoder's pass needs most.
 Source: benchmarks/bench_video_memory.py; a convolution's own scratch space is not in it."""
-
-PIXELS_PER_CELL: dict[Site, int] = {
-    Site.AFTER_CONV_IN: 8,
-    Site.AFTER_DOWN_0: 16,
-    Site.BEFORE_MIDDLE: 64,
-    Site.AFTER_MIDDLE: 32,
-}
-"""Hint pixels along one side of a cell at the site, in the published UNets (SDXL's middle: 32, SD1.5's: 64)."""
 
 ROWS_AT_ONCE = 8
 """Hints that an encoder takes in one pass at most; more are no faster."""
@@ -38,7 +31,7 @@ def rows_at_once(row_bytes: int) -> int:
 
 def feature_bytes(spec: Spec, out_channels: int, height: int, width: int, itemsize: int) -> int:
     """What the features of one hint of height x width pixels take for one timestep: C * H * W of the site."""
-    side = PIXELS_PER_CELL[spec.fusion.site]
+    side = FAMILIES[spec.family].cells[spec.fusion.site]
     return out_channels * -(-height // side) * -(-width // side) * itemsize
 
 

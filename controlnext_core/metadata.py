@@ -6,17 +6,12 @@ import math
 from dataclasses import dataclass
 
 from .checkpoint import CheckpointError, Header
+from .families import FAMILIES
 from .injection import NORMALIZATIONS
-from .specs import SPECS, Family, Spec
+from .specs import SPECS, Spec
 
 PREFIX = "controlnext."
 WEIGHTS_KINDS = ("difference", "full")
-
-ARCHITECTURES = {
-    Family.SD15: "stable-diffusion-v1",
-    Family.SDXL: "stable-diffusion-xl-v1-base",
-    Family.SVD: "stable-video-diffusion-img2vid-v1",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +75,7 @@ def write_metadata(
     }
     return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{ARCHITECTURES[spec.family]}/controlnext",
+        "modelspec.architecture": f"{FAMILIES[spec.family].architecture}/controlnext",
         "modelspec.implementation": "https://github.com/dvlab-research/ControlNeXt",
         "modelspec.title": title,
         **{PREFIX + key: value for key, value in values.items() if value is not None},

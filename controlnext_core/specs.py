@@ -13,7 +13,7 @@ from ..models.controlnext import ControlNeXtConfig, Stage
 
 
 class Family(str, Enum):
-    """Base model families, told apart by the UNet's own shape (see `comfy_adapter.base_facts`)."""
+    """Base model families, told apart by the network's own shape (see `comfy_adapter.bases`)."""
 
     SD15 = "SD1.5"
     SD21 = "SD2.1"

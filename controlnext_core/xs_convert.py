@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from . import checkpoint
-from .metadata import ARCHITECTURES
+from .families import FAMILIES
 from .specs import Family
 from .xs_detection import HEADS_KEY, NORM_KEY, read_xs_file
 from .xs_key_maps import DIFFUSERS, OFFICIAL, from_ours
@@ -71,7 +71,7 @@ def heads_by_level(shape: XSShape, heads: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _metadata(shape: XSShape, heads: tuple[int, ...], norm_rule: str) -> dict[str, str]:
-    base = {**ARCHITECTURES, Family.SD21: "stable-diffusion-v2-512"}.get(shape.family, "unknown")
+    base = FAMILIES[shape.family].architecture if shape.family in FAMILIES else "unknown"
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{base}/controlnet-xs",

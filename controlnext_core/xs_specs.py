@@ -12,6 +12,7 @@ from typing import Any
 
 from ..models.attention import TransformerConfig
 from ..models.controlnet_xs import CONV, DOWN, RES, BlockConfig, ControlNetXSConfig
+from .families import CONTEXT_FAMILIES
 from .specs import Family
 
 MAX_GROUPS = 32
@@ -20,9 +21,6 @@ FEW_CHANNELS = 32
 release is then 1.2e-3 and not 1.3e-3 off. Kernels that take their statistics in half precision would do worse."""
 HINT_WIDTHS = (3, 16, 16, 32, 32, 96, 96, 256)
 """Channels along the hint encoder as released; the control's first width follows."""
-
-FAMILIES = {768: Family.SD15, 1024: Family.SD21, 2048: Family.SDXL}
-"""Width of the text context -> base model family."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +66,7 @@ class XSShape:
 
     @property
     def family(self) -> Family:
-        return FAMILIES.get(self.context_dim, Family.OTHER)
+        return CONTEXT_FAMILIES.get(self.context_dim, Family.OTHER)
 
     @property
     def fp32_norms(self) -> bool:
@@ -126,7 +124,7 @@ NORM_RULES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadRule:
-    """Attention heads of released networks with one width of text context: so many, or of such a width."""
+    """Attention heads of the released networks of one family: a fixed number, or heads of a fixed width."""
 
     heads: int | None = None
     head_width: int | None = None
@@ -135,7 +133,11 @@ class HeadRule:
         return self.heads or max(1, width // min(self.head_width or width, width))
 
 
-HEAD_RULES = {768: HeadRule(heads=8), 1024: HeadRule(head_width=8), 2048: HeadRule(head_width=64)}
+HEAD_RULES = {
+    Family.SD15: HeadRule(heads=8),
+    Family.SD21: HeadRule(head_width=8),
+    Family.SDXL: HeadRule(head_width=64),
+}
 DIFFUSERS_HEADS = (5, 10, 20, 20)
 """Heads per level that diffusers takes from SD2.1 and SDXL bases where none are given: inner widths are cut to them."""
 
@@ -200,7 +202,7 @@ def heads_of(shape: XSShape, given: tuple[int, ...], source: str) -> tuple[int, 
 def _rule(shape: XSShape, level: int, width: int, inner: int) -> int:
     """Heads where nobody says: of the releases where the attention is as wide as the block, else diffusers' own."""
     if inner == width:
-        rule = HEAD_RULES.get(shape.context_dim)
+        rule = HEAD_RULES.get(shape.family)
         return rule.of(width) if rule else 0
     candidates = (DIFFUSERS_HEADS[min(level, len(DIFFUSERS_HEADS) - 1)], *DIFFUSERS_HEADS)
     return next((heads for heads in candidates if width // heads * heads == inner), 0)

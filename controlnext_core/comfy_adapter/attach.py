@@ -9,7 +9,7 @@ from comfy.controlnet import ControlBase
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from .base_facts import base_facts
+from .bases.table import loaded_base
 from .collector import KEY
 from .halves import add_places_wrapper
 from .host_control import HostControl
@@ -21,7 +21,7 @@ def attach(model: ModelPatcher, control: HostControl) -> ModelPatcher:
 
     control: with its hint set. Raises ValueError where control and model do not go together.
     """
-    control.check(base_facts(model.model))
+    control.check(loaded_base(model.model))
     controlled = model.clone()
     door = _Door(control)
     controlled.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, door.sample)

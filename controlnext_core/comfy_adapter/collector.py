@@ -1,4 +1,4 @@
-"""The patches of one forward: every control of a site adds itself in one go, against the same features."""
+"""The controls of one forward: at a place all of them add themselves in one go, against the same features."""
 
 from __future__ import annotations
 
@@ -11,49 +11,39 @@ import torch
 from torch import Tensor
 
 from ..injection import Term, fuse
-from .base_facts import Block
+from .bases.base import Block, Forward, Options, Place
 
 KEY = "controlnext"
 """Our key in `transformer_options` and for wrappers, attachments and additional models."""
-
-AFTER_SKIP, BEFORE_OUTPUT = "input_block_patch_after_skip", "output_block_patch"
 
 
 @dataclass(frozen=True)
 class Job:
     """One control's part in one forward."""
 
-    block: Block
     order: tuple[Any, ...]
-    """Sorts the controls of a site, so that the order of nodes does not change the rounding."""
-    term: Callable[[Tensor, dict[str, Any]], Term | None]
-    """(h, transformer_options) -> what to add, or None."""
+    """Sorts the controls of a place, so that the order of nodes does not change the rounding."""
+    term: Callable[[Tensor, Options], Term | None]
+    """(map at the place (samples, C, H, W), transformer_options) -> what to add, or None."""
 
 
 class Collector:
-    """Holds the jobs of one forward; its two methods are the patches that the host calls."""
+    """The jobs at one place in one forward."""
 
-    def __init__(self, jobs: tuple[Job, ...] = ()) -> None:
-        self.jobs = jobs
-        self.blocks = tuple({job.block for job in jobs})
+    def __init__(self, place: Place, latent: tuple[int, ...], jobs: tuple[Job, ...]) -> None:
+        self.place, self.latent, self.jobs = place, latent, jobs
         self.add = untraced(self._add)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Collector:
         return self  # packs that copy transformer_options must not copy encoders with it
 
-    def after_skip(self, h: Tensor, transformer_options: dict[str, Any]) -> Tensor:
-        """input_block_patch_after_skip: the skip is stored, the next block gets the control."""
-        return self.add(h, transformer_options) if transformer_options["block"] in self.blocks else h
-
-    def before_output(self, h: Tensor, skip: Tensor, transformer_options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """output_block_patch: acts on h, before it meets the skip."""
-        return (self.add(h, transformer_options) if transformer_options["block"] in self.blocks else h), skip
-
-    def _add(self, h: Tensor, transformer_options: dict[str, Any]) -> Tensor:
-        block = tuple(transformer_options["block"])
-        jobs = sorted((job for job in self.jobs if job.block == block), key=lambda job: job.order)
-        terms = [term for job in jobs if (term := job.term(h, transformer_options)) is not None]
-        return fuse(h, terms) if terms else h
+    def _add(self, tensor: Tensor, options: Options, **given: Any) -> Tensor:
+        """`AddControls` of this place."""
+        forward = Forward(options, self.latent, given)
+        h = self.place.to_map(tensor, forward)
+        jobs = sorted(self.jobs, key=lambda job: job.order)
+        terms = [term for job in jobs if (term := job.term(h, options)) is not None]
+        return self.place.from_map(fuse(h, terms), tensor, forward) if terms else tensor
 
 
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,18 +54,14 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
 
 
-def collect(transformer_options: dict[str, Any], job: Job) -> None:
+def collect(options: Options, place: Place, latent: tuple[int, ...], job: Job) -> None:
     """Put a job into the options of the coming forward, which must belong to that forward alone.
 
-    The lists and dictionaries inside are replaced, not written to. Our patches come first in their lists, so
-    that others (FreeU, deep shrink) see the controlled features.
+    latent: shape of the latent that is denoised, see `Forward`. Dictionaries inside the options are replaced, not
+    written to.
     """
-    old: Collector | None = transformer_options.get(KEY)
-    new = Collector((*(old.jobs if old else ()), job))
-    patches = dict(transformer_options.get("patches", {}))
-    for name in (AFTER_SKIP, BEFORE_OUTPUT):
-        others = [p for p in patches.get(name, []) if not isinstance(getattr(p, "__self__", None), Collector)]
-        ours = new.after_skip if name == AFTER_SKIP else new.before_output
-        patches[name] = [ours, *others]
-    transformer_options["patches"] = patches
-    transformer_options[KEY] = new
+    others: dict[Block, Collector] = options.get(KEY, {})
+    jobs = others[place.block].jobs if place.block in others else ()
+    collector = Collector(place, latent, (*jobs, job))
+    options[KEY] = {**others, place.block: collector}
+    place.door(options, place.block, collector.add)

@@ -11,10 +11,11 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ..families import FAMILIES
 from ..injection import Term, prepare
 from ..memory import NUMBERS_PER_PIXEL, feature_bytes, rows_at_once
 from ..specs import Spec
-from .base_facts import BaseFacts, check_pair
+from .bases.base import LoadedBase, check_pair
 from .collector import Job, collect
 from .features import CACHE, Common, cached_rows, group_of
 from .feedback import warn_if_tiled
@@ -42,6 +43,7 @@ class ControlNeXtControl(HostControl):
         self.net = net
         self.name = net.name
         self.gain, self.scale = net.spec.fusion.gain, net.scale
+        self.compression_ratio = FAMILIES[net.spec.family].pixels
         self.set_hooks()
 
     def copy(self) -> ControlNeXtControl:
@@ -58,15 +60,15 @@ class ControlNeXtControl(HostControl):
         self.copy_to(c)
         return c
 
-    def check(self, facts: BaseFacts) -> None:
-        check_pair(facts, self.net.spec, self.net.patcher.model.config.out_channels, self.name)
+    def check(self, base: LoadedBase) -> None:
+        check_pair(base, self.net.spec, self.net.patcher.model.config.out_channels, self.name)
 
     def join(self, transformer_options: dict[str, Any], x: Tensor, sigma: float, strength: float) -> None:
         assert self.run is not None
-        block = self.run.facts.blocks[self.net.spec.fusion.site]
+        place = self.run.base.places[self.net.spec.fusion.site]
         order = (self.net.uid, self.hint_id, strength, self.options.apply_to.value, self.options.mask_id)
         term = functools.partial(self.term, x=x, sigma=sigma, strength=strength)
-        collect(transformer_options, Job(block, order, term))
+        collect(transformer_options, place, tuple(x.shape), Job(order, term))
 
     def term(
         self, h: Tensor, transformer_options: dict[str, Any], *, x: Tensor, sigma: float, strength: float

@@ -17,7 +17,8 @@ from ..injection import pool_to
 from ..memory import rows_at_once
 from ..schedule import Schedule
 from ..specs import Gain, Halves
-from .base_facts import BaseFacts, base_facts
+from .bases.base import LoadedBase
+from .bases.table import loaded_base
 from .encoders import on_device
 from .features import CACHE
 from .feedback import log_once
@@ -140,9 +141,9 @@ class HostControl(ControlBase):
 
     def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
         super().pre_run(model, percent_to_timestep_function)
-        facts = base_facts(model)
-        self.check(facts)
-        self.run = Run(facts, model.model_sampling)
+        base = loaded_base(model)
+        self.check(base)
+        self.run = Run(base, model.model_sampling)
         release_after_failure(self, model)
         CACHE.begin_run()
 
@@ -213,7 +214,7 @@ class HostControl(ControlBase):
         """A copy that runs another copy of our network."""
         raise NotImplementedError
 
-    def check(self, facts: BaseFacts) -> None:
+    def check(self, base: LoadedBase) -> None:
         """Raise ValueError unless the control fits the base model."""
         raise NotImplementedError
 

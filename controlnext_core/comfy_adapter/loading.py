@@ -11,11 +11,11 @@ from comfy.model_patcher import ModelPatcher
 from ...models.controlnext import ControlNeXt
 from .. import checkpoint
 from ..detection import ControlFile, choose_spec, read_control_file
-from ..key_maps import unet_key_map
 from ..metadata import read_metadata
 from ..specs import Family, Spec, config_of, with_normalization, with_trained_gain
 from ..unet_weights import WeightsKind, decide_kind, host_differences, published_base
-from .base_facts import base_facts, check_pair
+from .bases.base import check_pair
+from .bases.table import loaded_base
 from .control import ControlNeXtControl, LoadedControlNeXt
 from .encoders import into_host
 from .files import ChosenWeights, choose_weights
@@ -46,9 +46,9 @@ def load_controlnext(
     Raises CheckpointError, DetectionError or ValueError naming the file and what to do.
     """
     file = read_control_file(checkpoint.peek(path))
-    facts = base_facts(model.model)
-    control = load_control(file, facts.family, variant)
-    check_pair(facts, control.net.spec, file.out_channels, str(path))
+    base = loaded_base(model.model)
+    control = load_control(file, base.family, variant)
+    check_pair(base, control.net.spec, file.out_channels, str(path))
     chosen = choose_weights(file, weights_name)
     report = [f"{file.header.path.name}: {control.net.spec.title} ({control.net.spec.name})"]
     if chosen.path is None or weights_strength == 0:
@@ -56,12 +56,12 @@ def load_controlnext(
         return Loaded(model.clone(), control, "\n".join(report))
     source = str(chosen.path)
     tensors = weights_of(file, chosen)
-    key_map = unet_key_map(facts.unet_config)
-    base = base_weights(model)
+    key_map = base.key_map()
+    weights = base_weights(model)
     kind = kind_of(file, chosen, weights_kind) or decide_kind(
-        tensors, published_base(tensors, key_map, base, source), source
+        tensors, published_base(tensors, key_map, weights, source), source
     )
-    differences = host_differences(tensors, key_map, base, kind, source)
+    differences = host_differences(tensors, key_map, weights, kind, source)
     report.append(
         f"UNet weights: {chosen.why}; {kind.value}, {len(differences)} of {len(tensors)} tensors, "
         f"strength {weights_strength:g}"

@@ -12,7 +12,7 @@ from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
 from ..schedule import percent_of
-from .base_facts import BaseFacts
+from .bases.base import LoadedBase
 
 SIGMA_KEY = "controlnext_sigma"
 
@@ -21,7 +21,7 @@ SIGMA_KEY = "controlnext_sigma"
 class Run:
     """What one sampling run needs; made in `pre_run`, gone after `cleanup`."""
 
-    facts: BaseFacts
+    base: LoadedBase
     model_sampling: Any
     percents: dict[float, float] = field(default_factory=dict)
     timesteps: dict[float, float] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Run:
         return self.percents[sigma]
 
     def timestep(self, sigma: float) -> float:
-        """The number that the UNet is given at a sigma."""
+        """The number that the control's encoder is given at a sigma."""
         if sigma not in self.timesteps:
             self._work_out((sigma,))
         return self.timesteps[sigma]
@@ -61,7 +61,7 @@ class Run:
         return sigmas[sigmas.index(sigma) + 1 :] if sigma in sigmas else ()
 
     def _work_out(self, sigmas: tuple[float, ...]) -> None:
-        numbers = self.model_sampling.timestep(torch.tensor(sigmas)).float().tolist()
+        numbers = self.base.row.encoder_time(self.model_sampling, torch.tensor(sigmas)).float().tolist()
         self.timesteps.update(zip(sigmas, numbers, strict=True))
 
 

@@ -9,10 +9,9 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..control_files import DTYPES, check_layout, write_control
-from ..key_maps import unet_key_map
 from ..metadata import PREFIX
 from ..unet_weights import published_names
-from .base_facts import base_facts
+from .bases.table import loaded_base
 from .control import ControlNeXtControl
 from .weights import applied_weights
 
@@ -47,4 +46,4 @@ def _differences(model: ModelPatcher) -> dict[str, Tensor]:
         for name, difference in applied.differences.items():
             part = difference.float() * applied.strength
             total[name] = total[name] + part if name in total else part
-    return published_names(total, unet_key_map(base_facts(model.model).unet_config)) if total else {}
+    return published_names(total, loaded_base(model.model).key_map()) if total else {}

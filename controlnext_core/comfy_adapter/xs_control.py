@@ -15,7 +15,7 @@ from ...models.controlnet_xs import ControlNetXS, Walk
 from ..memory import XS_ROWS_PER_HINT, rows_at_once, xs_numbers_per_cell, xs_numbers_per_pixel
 from ..xs_detection import XSFile
 from ..xs_specs import XSShape, base_widths_of
-from .base_facts import BaseFacts
+from .bases.base import LoadedBase
 from .features import CACHE, Common, cached_rows, group_of
 from .feedback import warn_if_tiled
 from .host_control import HostControl
@@ -67,8 +67,8 @@ class ControlNetXSControl(HostControl):
         self.copy_to(c)
         return c
 
-    def check(self, facts: BaseFacts) -> None:
-        check_xs_pair(facts, self.loaded.file.shape, self.name)
+    def check(self, base: LoadedBase) -> None:
+        check_xs_pair(base, self.loaded.file.shape, self.name)
 
     def join(self, transformer_options: dict[str, Any], x: Tensor, sigma: float, strength: float) -> None:
         options = self.options
@@ -170,20 +170,20 @@ def time_mix(strength: float) -> float:
     return max(strength, 0.0) ** TIME_EXPONENT
 
 
-def check_xs_pair(facts: BaseFacts, shape: XSShape, name: str) -> None:
+def check_xs_pair(base: LoadedBase, shape: XSShape, name: str) -> None:
     """Raise ValueError unless a ControlNet-XS of this shape fits this base model; `name` is the control's file."""
     wanted = shape.family.value
-    if facts.family is not shape.family or not facts.unet_config:
+    if base.family is not shape.family or not base.places:
         raise ValueError(
-            f"{name}: is a ControlNet-XS for {wanted}, but the connected model is {facts.family.value}. Connect a "
+            f"{name}: is a ControlNet-XS for {wanted}, but the connected model is {base.family.value}. Connect a "
             f"{wanted} checkpoint or choose another control."
         )
-    config = facts.unet_config
-    base, decoder = base_widths_of(config)
+    config = base.config
+    encoder, decoder = base_widths_of(config)
     for what, theirs, ours in (
         ("text context", config.get("context_dim"), shape.context_dim),
         ("first channels and time embedding", 4 * config["model_channels"], shape.time_dim),
-        ("encoder blocks", base, shape.base_widths),
+        ("encoder blocks", encoder, shape.base_widths),
         ("decoder blocks", decoder, shape.decoder_widths),
     ):
         if theirs != ours:

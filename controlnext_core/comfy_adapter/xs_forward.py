@@ -17,7 +17,8 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...models.controlnet_xs import Walk, fit
-from .collector import AFTER_SKIP, BEFORE_OUTPUT, Collector, untraced
+from .bases.unet import AFTER_SKIP, BEFORE_OUTPUT, UNetPatches
+from .collector import untraced
 
 XS_KEY = "controlnext_xs"
 EMB, BEFORE_SKIP = "emb_patch", "input_block_patch"
@@ -133,7 +134,7 @@ class Lockstep:
         new[BEFORE_SKIP] = [self.encode, *new.get(BEFORE_SKIP, [])]
         new[AFTER_SKIP] = [*new.get(AFTER_SKIP, []), self.listen]
         outputs = new.get(BEFORE_OUTPUT, [])
-        at = sum(isinstance(getattr(patch, "__self__", None), Collector) for patch in outputs[:1])
+        at = sum(isinstance(getattr(patch, "__self__", None), UNetPatches) for patch in outputs[:1])
         new[BEFORE_OUTPUT] = [*outputs[:at], self.decode, *outputs[at:]]
         return new
 

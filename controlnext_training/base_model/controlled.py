@@ -15,9 +15,10 @@ from comfy.model_patcher import ModelPatcher
 from comfy.samplers import cond_cat
 from torch import Tensor, nn
 
-from ...controlnext_core.comfy_adapter.base_facts import BaseFacts, base_facts
+from ...controlnext_core.comfy_adapter.bases.base import LoadedBase
+from ...controlnext_core.comfy_adapter.bases.table import loaded_base
 from ...controlnext_core.comfy_adapter.weights import base_weights
-from ...controlnext_core.key_maps import KeyMap, unet_key_map
+from ...controlnext_core.key_maps import KeyMap
 from ...controlnext_core.unet_weights import published_names
 from ..choices import XS
 from ..config import TrainConfig
@@ -56,7 +57,7 @@ class Sizes:
 
 def check_fits(model: ModelPatcher, config: TrainConfig) -> None:
     """Raise ConfigError or ValueError where the control to train is not for this base: before anything is encoded."""
-    check_base(config, base_facts(model.model))
+    check_base(config, loaded_base(model.model))
 
 
 class Controlled(nn.Module):
@@ -72,10 +73,10 @@ class Controlled(nn.Module):
     ) -> None:
         """Raises ConfigError or ValueError where the configuration does not fit the base; `model` is only read."""
         super().__init__()
-        self.facts: BaseFacts = base_facts(model.model)
+        self.facts: LoadedBase = loaded_base(model.model)
         self.device, self.dtype = device, dtype
         self.control: TrainedControl = make(config, self.facts, device)
-        self.key_map: KeyMap = unet_key_map(self.facts.unet_config)
+        self.key_map: KeyMap = self.facts.key_map()
         stored_on = torch.device("cpu") if config.offload else device
         self.unet = training_unet(model, dtype, stored_on, narrow=config.checkpointing)
         names = selected(self.key_map, config.trainable, config.blocks) if config.variant != XS else []
@@ -123,8 +124,8 @@ class Controlled(nn.Module):
         options: dict[str, Any] = {"optimized_attention_override": plain_attention}
         if strength:
             alone = len(conditions) == 1  # all rows are of one time, and it is embedded once, as in inference
-            timesteps = shell.model_sampling.timestep(sigma[:1] if alone else sigma).float()
-            self.control.join(options, hint, timesteps, strength)
+            timesteps = self.facts.row.encoder_time(shell.model_sampling, sigma[:1] if alone else sigma).float()
+            self.control.join(options, tuple(noisy.shape), hint, timesteps, strength)
         rows = noisy.shape[0] // len(conditions)
         ready = [
             {name: cond.process_cond(batch_size=rows, device=noisy.device, area=None) for name, cond in one.items()}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from ...controlnext_core import checkpoint
-from ...controlnext_core.comfy_adapter.base_facts import BaseFacts, check_pair
+from ...controlnext_core.comfy_adapter.bases.base import LoadedBase, check_pair
 from ...controlnext_core.comfy_adapter.collector import Job, collect
 from ...controlnext_core.comfy_adapter.files import choose_weights
 from ...controlnext_core.comfy_adapter.layers import Fp32Norms, WholeLayers
@@ -22,6 +22,7 @@ from ...controlnext_core.comfy_adapter.xs_forward import Companion, XSJob, join_
 from ...controlnext_core.comfy_adapter.xs_saving import ADAPTER_FILE
 from ...controlnext_core.control_files import write_control
 from ...controlnext_core.detection import choose_spec, read_control_file
+from ...controlnext_core.families import CONTEXT_FAMILIES
 from ...controlnext_core.injection import Term, prepare
 from ...controlnext_core.key_maps import KeyMap
 from ...controlnext_core.specs import SPECS, GainLaw, Spec, config_of, with_normalization, with_trained_gain
@@ -34,7 +35,6 @@ from ...controlnext_core.unet_weights import (
 from ...controlnext_core.unet_weights import Base as BaseWeights
 from ...controlnext_core.xs_convert import write as write_xs
 from ...controlnext_core.xs_detection import read_xs_file
-from ...controlnext_core.xs_specs import FAMILIES as XS_FAMILIES_BY_CONTEXT
 from ...controlnext_core.xs_specs import NORM_RULES, XSShape, build_config, design, heads_of
 from ...models.controlnet_xs import ControlNetXS, Walk
 from ...models.controlnext import ControlNeXt
@@ -45,7 +45,7 @@ from ..trainables import Differences
 
 Options = dict[str, Any]
 
-XS_FAMILIES = tuple(XS_FAMILIES_BY_CONTEXT.values())
+XS_FAMILIES = tuple(CONTEXT_FAMILIES.values())
 
 
 class TrainedControl(Protocol):
@@ -55,11 +55,11 @@ class TrainedControl(Protocol):
     def net(self) -> nn.Module:
         """The network that trains."""
 
-    def join(self, options: Options, hint: Tensor, timesteps: Tensor, strength: float) -> None:
+    def join(self, options: Options, latent: tuple[int, ...], hint: Tensor, timesteps: Tensor, strength: float) -> None:
         """Take part in the coming forward.
 
-        hint: (rows, 3, 8H, 8W) in [0, 1], one per row of the batch; timesteps: (rows,), as the UNet is given them,
-        or (1,) for all rows.
+        latent: shape of what the base is given; hint: (rows, 3, 8H, 8W) in [0, 1], one per row of the batch;
+        timesteps: (rows,), as the UNet is given them, or (1,) for all rows.
         """
 
     def save(
@@ -71,11 +71,11 @@ class TrainedControl(Protocol):
         """Raise CheckpointError where a loader would not take the trained file."""
 
 
-MakeControl = Callable[[TrainConfig, BaseFacts, torch.device], TrainedControl]
+MakeControl = Callable[[TrainConfig, LoadedBase, torch.device], TrainedControl]
 """`new_control`, or what makes another control to compare with."""
 
 
-def new_control(config: TrainConfig, facts: BaseFacts, device: torch.device) -> TrainedControl:
+def new_control(config: TrainConfig, facts: LoadedBase, device: torch.device) -> TrainedControl:
     """The control of this configuration for this base, its weights in fp32 on `device`, ready to train.
 
     Fresh weights depend on the seed alone. Raises ConfigError, or ValueError where the base is of another family.
@@ -85,13 +85,14 @@ def new_control(config: TrainConfig, facts: BaseFacts, device: torch.device) -> 
     return _NeXt(config, facts, device)
 
 
-def check_base(config: TrainConfig, facts: BaseFacts) -> None:
+def check_base(config: TrainConfig, facts: LoadedBase) -> None:
     """Raise ConfigError or ValueError where this configuration's control is for another family of base models."""
     if config.variant == XS:
         _xs_shape(config, facts)
         return
     spec = SPECS[config.variant]
-    check_pair(facts, spec, facts.widths.get(spec.fusion.site, 0), f"variant {spec.name}")
+    place = facts.places.get(spec.fusion.site)
+    check_pair(facts, spec, place.width if place else 0, f"variant {spec.name}")
 
 
 def _initialised(net: nn.Module, fresh: nn.Module, device: torch.device) -> None:
@@ -108,14 +109,14 @@ def _laid_out(hint: Tensor) -> Tensor:
 class _NeXt:
     """A ControlNeXt encoder."""
 
-    def __init__(self, config: TrainConfig, facts: BaseFacts, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, facts: LoadedBase, device: torch.device) -> None:
         spec = SPECS[config.variant]
         built = config_of(spec)
         if facts.family is spec.family:
-            built = replace(built, out_channels=facts.widths[spec.fusion.site])
+            built = replace(built, out_channels=facts.places[spec.fusion.site].width)
         check_pair(facts, spec, built.out_channels, f"variant {spec.name}")
         self.spec = _as_configured(spec, config)
-        self.block = facts.blocks[spec.fusion.site]
+        self.place = facts.places[spec.fusion.site]
         self.checkpointing = config.checkpointing
         self.net = ControlNeXt(built, device="meta", operations=WholeLayers)
         with torch.random.fork_rng(devices=[]):
@@ -127,13 +128,13 @@ class _NeXt:
             fresh.load_state_dict(_encoder_of(Path(config.init_control), spec))
         _initialised(self.net, fresh, device)
 
-    def join(self, options: Options, hint: Tensor, timesteps: Tensor, strength: float) -> None:
+    def join(self, options: Options, latent: tuple[int, ...], hint: Tensor, timesteps: Tensor, strength: float) -> None:
         def term(h: Tensor, given: Options) -> Term:
             encoded = self._encode(_laid_out(hint.to(h.dtype)), timesteps)
             control = prepare(encoded, (int(h.shape[-2]), int(h.shape[-1])), self.spec.fusion)
             return Term(control.contiguous(), self._gains(strength), self.spec.fusion)
 
-        collect(options, Job(self.block, (), term))
+        collect(options, self.place, latent, Job((), term))
 
     def _encode(self, hint: Tensor, timesteps: Tensor) -> Tensor:
         if not self.checkpointing:
@@ -164,7 +165,7 @@ class _XS:
 
     rule = NORM_RULES["official"]
 
-    def __init__(self, config: TrainConfig, facts: BaseFacts, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, facts: LoadedBase, device: torch.device) -> None:
         self.shape = _xs_shape(config, facts)
         self.heads = heads_of(self.shape, (), f"xs_ratio {config.xs_ratio:g}")
         built = build_config(self.shape, self.heads, self.rule)
@@ -177,7 +178,7 @@ class _XS:
             fresh.load_state_dict(_xs_tensors(Path(config.init_control), self.shape))
         _initialised(self.net, fresh, device)
 
-    def join(self, options: Options, hint: Tensor, timesteps: Tensor, strength: float) -> None:
+    def join(self, options: Options, latent: tuple[int, ...], hint: Tensor, timesteps: Tensor, strength: float) -> None:
         def start(x: Tensor, context: Tensor, given: Options) -> Companion:
             own_time = self.net.embed_time(timesteps, x.dtype) if self.net.config.own_time is not None else None
             return Companion(
@@ -206,13 +207,13 @@ class _XS:
         read_xs_file(header)
 
 
-def _xs_shape(config: TrainConfig, facts: BaseFacts) -> XSShape:
+def _xs_shape(config: TrainConfig, facts: LoadedBase) -> XSShape:
     if facts.family not in XS_FAMILIES:
         raise ConfigError(
             f"variant: xs is for SD1.5, SD2.1 and SDXL, and the connected model is {facts.family.value}. Connect one "
             "of these, or choose another variant."
         )
-    return design(facts.unet_config, config.xs_ratio, config.xs_own_time)
+    return design(facts.config, config.xs_ratio, config.xs_own_time)
 
 
 def _xs_tensors(path: Path, shape: XSShape) -> dict[str, Tensor]:

@@ -1,0 +1,104 @@
+"""The UNets: SD1.5, SD2.1, SDXL and SVD, which differ in their context and their temporal layers alone.
+
+Features are maps already, one sample for each row: an image, or a frame, as the released SVD controls have it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel
+from torch import Tensor
+
+from ...families import CONTEXT_FAMILIES, unet_cells
+from ...key_maps import unet_key_map
+from ...specs import Family, Site
+from .base import AddControls, Base, Block, Door, Options, Place, put_first
+
+AFTER_SKIP, BEFORE_OUTPUT = "input_block_patch_after_skip", "output_block_patch"
+
+
+class UNetPatches:
+    """The host's patches at one block; the host calls them at every block of their side."""
+
+    def __init__(self, block: Block, add: AddControls) -> None:
+        self.block, self.add = block, add
+
+    def after_skip(self, h: Tensor, transformer_options: Options) -> Tensor:
+        """input_block_patch_after_skip: the skip is stored, the next block gets the control."""
+        return self.add(h, transformer_options) if tuple(transformer_options["block"]) == self.block else h
+
+    def before_output(self, h: Tensor, skip: Tensor, transformer_options: Options) -> tuple[Tensor, Tensor]:
+        """output_block_patch: acts on h, before it meets the skip."""
+        here = tuple(transformer_options["block"]) == self.block
+        return (self.add(h, transformer_options) if here else h), skip
+
+
+def after_input_block(options: Options, block: Block, add: AddControls) -> None:
+    """Door after a block of the encoder; its skip stays without control."""
+    put_first(options, AFTER_SKIP, UNetPatches(block, add).after_skip)
+
+
+def before_output_block(options: Options, block: Block, add: AddControls) -> None:
+    """Door before a block of the decoder: at the first, nothing but other residuals lies between it and the middle."""
+    put_first(options, BEFORE_OUTPUT, UNetPatches(block, add).before_output)
+
+
+def _places(model: Any) -> dict[Site, Place]:
+    unet = model.diffusion_model
+    last = len(unet.input_blocks) - 1
+    first_down = next(
+        (i for i, block in enumerate(unet.input_blocks) if any(isinstance(part, Downsample) for part in block)), last
+    )
+    first, middle = unet.model_channels, unet.model_channels * unet.channel_mult[-1]
+    found: dict[Site, tuple[Door, Block, int]] = {
+        Site.AFTER_CONV_IN: (after_input_block, ("input", 0), first),
+        Site.AFTER_DOWN_0: (after_input_block, ("input", first_down), first * unet.channel_mult[0]),
+        Site.BEFORE_MIDDLE: (after_input_block, ("input", last), middle),
+        Site.AFTER_MIDDLE: (before_output_block, ("output", 0), middle),
+    }
+    cells = unet_cells(len(unet.channel_mult))
+    return {
+        site: Place(door=door, block=block, width=width, cell=cells[site])
+        for site, (door, block, width) in found.items()
+    }
+
+
+def _is_family(family: Family, model: Any) -> bool:
+    """From the UNet's own shape: temporal layers, then the width of the text context."""
+    config: Mapping[str, Any] = model.model_config.unet_config
+    if not isinstance(model.diffusion_model, UNetModel):
+        return False
+    if config.get("use_temporal_resblock"):
+        return family is Family.SVD
+    return CONTEXT_FAMILIES.get(config.get("context_dim", 0), Family.OTHER) is family
+
+
+def _timesteps(model_sampling: Any, sigmas: Tensor) -> Tensor:
+    """The encoder is given the number that the UNet is given."""
+    return model_sampling.timestep(sigmas)
+
+
+def _unet(family: Family) -> Base:
+    return Base(
+        family=family,
+        matches=functools.partial(_is_family, family),
+        places=_places,
+        key_map=unet_key_map,
+        encoder_time=_timesteps,
+        # Source: the released trainers. to_out: SD1.5, SVD v1; attn2_to_out: SDXL; up_to_out: a half of the blocks
+        trainable={
+            "none": r"(?!)",
+            "to_out": r"to_out",
+            "attn2_to_out": r"attn2.*to_out",
+            "up_to_out": r"^output_blocks\..*to_out",
+            "all": r"",
+        },
+        sides={"input": "input_blocks.", "middle": "middle_block.", "output": "output_blocks."},
+    )
+
+
+UNETS = tuple(map(_unet, (Family.SD15, Family.SD21, Family.SDXL, Family.SVD, Family.OTHER)))
+"""OTHER is a UNet with a text context of another width: ControlNet-XS may be made for one."""

@@ -1,0 +1,49 @@
+"""The families of base models: what is true of each before a model is loaded.
+
+The way into a loaded model, which needs the host, is the family's row in `comfy_adapter/bases`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .specs import Family, Site
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilyFacts:
+    """One family of base models, in its published size."""
+
+    architecture: str
+    """The family's name in `modelspec.architecture`."""
+    context_width: int | None = None
+    """Width of the text context, where it tells this family from others with the same tensor names."""
+    pixels: int = 8
+    """Pixels of the picture along one side of a latent cell."""
+    cells: Mapping[Site, int] = field(default_factory=dict)
+    """Site -> pixels of the picture along one side of a feature cell there."""
+
+
+def unet_cells(levels: int) -> dict[Site, int]:
+    """Cells of a UNet, which halves its resolution between levels. Source: the published UNets."""
+    middle = 8 * 2 ** (levels - 1)
+    return {
+        Site.AFTER_CONV_IN: 8,
+        Site.AFTER_DOWN_0: 16,
+        Site.BEFORE_MIDDLE: middle,
+        Site.AFTER_MIDDLE: middle,
+    }
+
+
+FAMILIES: dict[Family, FamilyFacts] = {
+    Family.SD15: FamilyFacts(architecture="stable-diffusion-v1", context_width=768, cells=unet_cells(4)),
+    Family.SD21: FamilyFacts(architecture="stable-diffusion-v2-512", context_width=1024, cells=unet_cells(4)),
+    Family.SDXL: FamilyFacts(architecture="stable-diffusion-xl-v1-base", context_width=2048, cells=unet_cells(3)),
+    Family.SVD: FamilyFacts(architecture="stable-video-diffusion-img2vid-v1", cells=unet_cells(4)),
+}
+
+CONTEXT_FAMILIES: dict[int, Family] = {
+    facts.context_width: family for family, facts in FAMILIES.items() if facts.context_width is not None
+}
+"""Width of the text context -> family."""
