@@ -161,6 +161,26 @@ def test_a_copy_for_a_device_has_its_own_network_and_run(studio: Studio, kind: s
     assert clone.run is None and applied.run is None
 
 
+@KINDS
+def test_a_network_is_handed_over_as_the_host_hands_over_its_own(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """With the patcher of dynamic VRAM where the host has it on, and with a plain one where it asks for that."""
+    from comfy import model_patcher
+
+    if not hasattr(model_patcher, "CoreModelPatcher"):
+        pytest.skip("this ComfyUI has one kind of patcher alone (no comfy.model_patcher.CoreModelPatcher)")
+
+    class Core(model_patcher.ModelPatcher):
+        pass
+
+    monkeypatch.setattr(model_patcher, "CoreModelPatcher", Core)
+    network = load(studio, kind).network
+    make, arguments = network.cached_patcher_init
+    assert type(network) is Core and type(make(*arguments)) is Core
+    assert type(make(*arguments, disable_dynamic=True)) is model_patcher.ModelPatcher
+
+
 def test_what_one_device_made_is_not_given_to_another(studio: Studio) -> None:
     """Its copy to host memory may still be under way there; and taking a network off drops what it made alone."""
     from comfyui_controlnext.controlnext_core.comfy_adapter.features import drop_features, group_of
