@@ -199,10 +199,10 @@ def write_checkpoint(setting: Setting, dtype: str) -> dict[str, Any]:
 def ours(setting: Setting, case: Case) -> dict[str, Any]:
     """`train.train` on the same sizes, from a checkpoint file: seconds of each step, peak memory."""
     bring_in(Path(setting.comfyui), setting.cpu, Path(setting.folder))
-    from comfyui_controlnext.controlnext_training.base_model.loading import load_base
+    from comfyui_controlnext.controlnext_training.base_model.base_files import load_base
     from comfyui_controlnext.controlnext_training.config import TrainConfig
     from comfyui_controlnext.controlnext_training.data.tensors import TensorDataset
-    from comfyui_controlnext.controlnext_training.results import Run
+    from comfyui_controlnext.controlnext_training.results import RunFiles
     from comfyui_controlnext.controlnext_training.train import train
 
     batch, side = setting.batch, setting.side
@@ -224,7 +224,7 @@ def ours(setting: Setting, case: Case) -> dict[str, Any]:
         )
         data = TensorDataset(torch.rand(batch, side, side, 3), torch.rand(batch, side, side, 3), [CAPTION] * batch)
         folder, watch = Path(scratch), Watch(setting.device)
-        run = Run(folder / "run", folder / "cache", folder / "trained", "random")
+        run = RunFiles(folder / "run", folder / "cache", folder / "trained", "random")
         train(load_base(config, folder), data, None, config, run, watch)
     return {**watch.times.of_steps(), "peak": watch.peak.highest}
 

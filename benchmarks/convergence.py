@@ -62,7 +62,7 @@ def plan_of(options: argparse.Namespace) -> runs.Plan:
 
 def train_all(plan: runs.Plan, cases: list[tuple[str, int]]) -> None:
     """Every case, on one loaded base. Ends the process after a Ctrl-C, when the state is saved."""
-    from comfyui_controlnext.controlnext_training.base_model.loading import load_base
+    from comfyui_controlnext.controlnext_training.base_model.base_files import load_base
     from comfyui_controlnext.controlnext_training.command import Console
     from comfyui_controlnext.controlnext_training.config import TrainConfig
     from comfyui_controlnext.controlnext_training.train import Stopped

@@ -19,7 +19,7 @@ from ..tools.environment import ROOT
 from .report import facts
 
 if TYPE_CHECKING:
-    from ..controlnext_training.base_model.encode import Base
+    from ..controlnext_training.base_model.encode import BaseWithEncoders
     from ..controlnext_training.config import TrainConfig
 
 RECIPES = ROOT / "controlnext_training" / "recipes"
@@ -111,7 +111,7 @@ def chosen(words: Sequence[str]) -> Iterator[tuple[str, int]]:
             yield name, number
 
 
-def key_of(config: TrainConfig, base: Base) -> str:
+def key_of(config: TrainConfig, base: BaseWithEncoders) -> str:
     """What a result depends on: settings and weights."""
     parts = (config.to_json(), *(base.identity(what) for what in ("model", "vae", "text")))
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=6).hexdigest()
@@ -127,10 +127,10 @@ def result_of(plan: Plan, name: str, seed: int) -> dict[str, Any] | None:
     return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else None
 
 
-def run_case(name: str, seed: int, plan: Plan, base: Base, watch: Any) -> dict[str, Any]:
+def run_case(name: str, seed: int, plan: Plan, base: BaseWithEncoders, watch: Any) -> dict[str, Any]:
     """Train as `run.py train` does, unless that is done; the result. Raises what `train` raises."""
     from ..controlnext_training.command import open_data
-    from ..controlnext_training.results import Run
+    from ..controlnext_training.results import RunFiles
     from ..controlnext_training.train import train
 
     config = config_of(name, seed, plan)
@@ -139,7 +139,7 @@ def run_case(name: str, seed: int, plan: Plan, base: Base, watch: Any) -> dict[s
         watch.say(f"{name}:{seed} is done: {result_file(plan, name, seed)}")
         return done
     watch.say(f"== {name}:{seed}, {CASES[name].title}")
-    run = Run(
+    run = RunFiles(
         folder=plan.folder / "runs" / f"{name}_{seed}-{key}",
         cache=plan.folder / "encoded",
         target=plan.folder / "files" / f"{name}_{seed}-{key}",

@@ -42,6 +42,8 @@ def copy_of(base: Any) -> MakeControl:
 class StockCopy:
     """The control of `TrainedControl`; its residuals reach the base's UNet as the host's own do."""
 
+    trains_base = False
+
     def __init__(self, base: Any, seed: int, device: torch.device) -> None:
         source = base.model.diffusion_model.state_dict()
         shape = {k: v for k, v in base.model.model_config.unet_config.items() if k not in NOT_STOCK}

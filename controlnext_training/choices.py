@@ -6,7 +6,8 @@ from ..controlnext_core.hints import HINTS
 from ..controlnext_core.specs import PAPER_FUSION, SPECS
 from .data.samples import PAIRED
 from .objective import OBJECTIVES, TIMESTEP_LAWS
-from .optimizers import OPTIMIZERS, SCHEDULES
+from .optimizers import OPTIMIZERS
+from .schedules import SCHEDULES
 
 XS = "xs"
 """The variant that trains a ControlNet-XS and not a ControlNeXt."""
@@ -15,6 +16,12 @@ AUTO = "auto"
 
 FUSIONS: dict[str, str] = {"released": "released", PAPER_FUSION: PAPER_FUSION, "zero_conv": "none", "add": "none"}
 """Way of joining -> key of `injection.NORMALIZATIONS`. zero_conv adds a convolution that starts at zero."""
+
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(SPECS, ("single", "published")),
+    XS: ("single", "xs_official", "xs_diffusers"),
+}
+"""Variant -> layouts of its trained file."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "variant": (*SPECS, XS),
@@ -26,7 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": tuple(SCHEDULES),
     "precision": (AUTO, "fp32", "bf16", "fp16"),
     "save_dtype": ("fp16", "bf16", "fp32"),
-    "layout": ("single", "published", "xs_official", "xs_diffusers"),
+    "layout": tuple(dict.fromkeys(layout for layouts in LAYOUTS.values() for layout in layouts)),
 }
 """Key -> the values it may have."""
 

@@ -14,20 +14,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .base_model.loading import control_folder, load_base, runs_folder
+from .base_model.base_files import control_folder, load_base, runs_folder
 from .config import ConfigError, TrainConfig
 from .data.dataset import open_dataset
 from .data.index import Progress
 from .data.samples import ControlDataset
 from .distributed import World, joined
 from .drawn import is_synthetic, open_drawn
-from .results import Run
+from .results import RunFiles
 from .train import train
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from .base_model.encode import Base
+    from .base_model.encode import BaseWithEncoders
 
 INDEX = "cache/index.json"
 """Below the folder of runs: what is known of the files of datasets."""
@@ -95,14 +95,15 @@ class Console:
 def open_data(
     sources: tuple[str, ...],
     config: TrainConfig,
+    frames: int = 1,
     index: Path | None = None,
     roots: Sequence[Path] | None = None,
     progress: Progress | None = None,
 ) -> ControlDataset:
     """The dataset of a configuration. Raises ConfigError where there is no source, DatasetError.
 
-    index: file that remembers what was read; roots: folders that files must lie in, None = anywhere; progress: is told
-    (files read, files in all), and may raise to stop.
+    frames: of one sample, 1 for pictures; index: file that remembers what was read; roots: folders that files must lie
+    in, None = anywhere; progress: is told (files read, files in all), and may raise to stop.
     """
     if not sources:
         raise ConfigError("data: is empty. Name a folder of pictures, a metadata.jsonl or a tar shard.")
@@ -117,7 +118,7 @@ def open_data(
         buckets=config.buckets,
         bucket_step=config.bucket_step,
         caption_extension=config.caption_extension,
-        clip_frames=config.clip_frames if config.video else 1,
+        clip_frames=frames,
         clip_stride=config.clip_stride,
         roots=roots,
         index=index,
@@ -140,12 +141,12 @@ def seen_from(folder: Path, config: TrainConfig) -> TrainConfig:
     )
 
 
-def run_of(config: TrainConfig, base: Base, folder: Path | None = None) -> Run:
+def run_of(config: TrainConfig, base: BaseWithEncoders, folder: Path | None = None) -> RunFiles:
     """Where a run of this configuration keeps its things. folder: what relative paths are seen from."""
     start = folder or Path()
     runs = start / config.runs_folder if config.runs_folder else runs_folder()
     target = start / config.output_folder if config.output_folder else control_folder()
-    return Run(
+    return RunFiles(
         folder=runs / config.output_name,
         cache=start / config.cache_folder if config.cache_folder else runs / "cache",
         target=target / config.output_name,
@@ -168,8 +169,9 @@ def run_config(config: TrainConfig, folder: Path) -> Path:
 def _run(config: TrainConfig, folder: Path, console: Console, world: World) -> Path:
     base = load_base(config, folder)
     run = run_of(config, base, folder)
-    data = open_data(config.data, config, run.folder.parent / INDEX)
-    held_out = open_data(config.validation_data, config, run.folder.parent / INDEX) if config.validation_data else None
+    frames, index = base.family.frames(config), run.folder.parent / INDEX
+    data = open_data(config.data, config, frames, index)
+    held_out = open_data(config.validation_data, config, frames, index) if config.validation_data else None
     console.say(f"{len(data)} samples; the run is kept in {run.folder}")
     for path, why in getattr(data, "broken", ()):
         console.say(f"left out: {path}: {why}")

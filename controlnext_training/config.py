@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from ..controlnext_core.specs import SPECS, Family
-from .choices import BOUNDS, CHOICES, SUBSETS, XS
+from .choices import BOUNDS, CHOICES, LAYOUTS, SUBSETS
+from .schedules import Schedule
 
 BLOCK_SIDES = ("input", "middle", "output")
 PLACES = ("base", "vae", "init_control", "data", "validation_data", "cache_folder", "output_folder", "runs_folder")
@@ -202,9 +202,9 @@ class TrainConfig:
             raise ConfigError(f"resolution: {self.resolution} is not a multiple of 8.")
         if self.resolution % self.bucket_step:
             raise ConfigError(f"resolution: {self.resolution} is not a multiple of bucket_step ({self.bucket_step}).")
-        layouts = ("xs_official", "xs_diffusers") if self.variant == XS else ("published",)
-        if self.layout not in ("single", *layouts):
-            raise ConfigError(f"layout: {self.layout} is not for {self.variant}. Choose single or {layouts[0]}.")
+        layouts = LAYOUTS[self.variant]
+        if self.layout not in layouts:
+            raise ConfigError(f"layout: {self.layout} is not for {self.variant}. Choose {' or '.join(layouts[:2])}.")
         if self.trainable.startswith("re:"):
             try:
                 re.compile(self.trainable[3:])
@@ -222,9 +222,9 @@ class TrainConfig:
         return self.batch_size * self.accumulation
 
     @property
-    def video(self) -> bool:
-        """Whether clips train, and not single pictures."""
-        return self.variant != XS and SPECS[self.variant].family is Family.SVD
+    def learning_rate_schedule(self) -> Schedule:
+        """The factor of the learning rates over the steps."""
+        return Schedule(self.schedule, self.steps, self.warmup_steps, self.schedule_cycles, self.schedule_power)
 
     def to_json(self) -> str:
         """The whole configuration as JSON."""

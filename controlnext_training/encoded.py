@@ -10,15 +10,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .base_model.encode import Base
+from .base_model.encode import BaseWithEncoders
 from .config import TrainConfig
-from .data.samples import Broken, BrokenSample, ControlDataset, DatasetError, Sample, digest
+from .data.samples import Broken, BrokenSample, ControlDataset, DatasetError, Sample
 from .distributed import World
 from .journal import Watch
-from .seeding import generator, uniform
-
-AUGMENTATION = 0.02
-"""Standard deviation of the noise on SVD's reference frame. Source: the released trainer."""
+from .seeding import uniform
 
 
 class Kept(Protocol):
@@ -71,7 +68,7 @@ class Encoded:
 class Store:
     """A dataset seen through a base's encoders."""
 
-    def __init__(self, base: Base, data: ControlDataset, config: TrainConfig, kept: Kept) -> None:
+    def __init__(self, base: BaseWithEncoders, data: ControlDataset, config: TrainConfig, kept: Kept) -> None:
         self.base, self.data, self.config, self.kept = base, data, config, kept
 
     def prepare(self, indices: Sequence[int], world: World, watch: Watch) -> tuple[list[int], list[Broken]]:
@@ -82,8 +79,8 @@ class Store:
         mine = list(indices[world.rank :: world.size])
         broken: list[Broken] = []
         bad: list[int] = []
-        if not self.config.video:
-            self.text("")  # for samples that lose their caption, and for guidance: nothing is encoded between steps
+        conditioning = self.base.family.conditioning
+        conditioning.prepare(self.base, self.cached, "")  # for dropped captions and for guidance
         for done, index in enumerate(mine):
             if watch.stopping():
                 break
@@ -101,9 +98,8 @@ class Store:
         return usable, [item for part in world.gather(broken) for item in part]
 
     def _encode(self, index: int) -> None:
-        """Have everything of a sample kept. A clip's reference frames come as they are drawn."""
-        if not self.config.video:
-            self.text(self.data.captions[index])
+        """Have everything of a sample kept that is known before its step."""
+        self.base.family.conditioning.prepare(self.base, self.cached, self.data.captions[index])
         keys = [self._latent_key(key) for key in self.data.frame_keys(index, self.config.seed, index)]
         if not all(key in self.kept for key in keys):
             self.latent(self.data.load(index, self.config.seed, index))
@@ -121,24 +117,11 @@ class Store:
                 self.kept.put(key, {"latent": found[key]})
         return torch.cat([found[key] for key in keys])
 
-    def text(self, caption: str) -> dict[str, Tensor]:
-        """`context` and `pooled` of a caption."""
-        key = f"text-{self.base.identity('text')}-{digest(caption)}"
+    def cached(self, key: str, encode: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors kept under a key; `encode` makes them where there are none."""
         found = self.kept.get(key)
         if found is None:
-            found = self.base.text(caption)
-            self.kept.put(key, found)
-        return found
-
-    def reference(self, sample: Sample) -> dict[str, Tensor]:
-        """`context` and `concat` of a clip's reference frame, its first."""
-        encoders = f"{self.base.identity('vision')}-{self.base.identity('vae')}"
-        key = f"reference-{encoders}-{sample.frame_keys[0]}"
-        found = self.kept.get(key)
-        if found is None:
-            frame = sample.frames[:1]
-            noise = torch.randn(frame.shape, generator=generator(0, f"augmentation {sample.frame_keys[0]}", 0))
-            found = self.base.reference(frame, AUGMENTATION * noise)
+            found = encode()
             self.kept.put(key, found)
         return found
 
@@ -151,7 +134,9 @@ class Store:
         drop = uniform(self.config.seed, "caption dropout", position) if dropout else 1.0
         return Encoded(
             latent=self.latent(sample),
-            given=self._given(sample, drop),
+            given=self.base.family.conditioning.encode(
+                self.base, self.cached, sample, drop, self.config.caption_dropout
+            ),
             hint=hint,
             mask=sample.mask,
             original_size=sample.original_size,
@@ -159,24 +144,9 @@ class Store:
             caption=sample.caption,
         )
 
-    def _given(self, sample: Sample, drop: float) -> dict[str, Tensor]:
-        """drop: uniform in [0, 1). Pictures lose their caption below p. Clips lose what CLIP sees below 2p, the
-        reference latent from p to 3p. Source of the latter: the released SVD trainer."""
-        p = self.config.caption_dropout
-        if not self.config.video:
-            return self.text("" if drop < p else sample.caption)
-        given = self.reference(sample)
-        if drop < 2 * p:
-            given = {**given, "context": torch.zeros_like(given["context"])}
-        if p <= drop < 3 * p:
-            given = {**given, "concat": torch.zeros_like(given["concat"])}
-        return given
-
     def empty(self, like: Encoded) -> dict[str, Tensor]:
-        """What guidance steers away from: the empty caption, or no reference frame."""
-        if not self.config.video:
-            return self.text("")
-        return {name: torch.zeros_like(tensor) for name, tensor in like.given.items()}
+        """Conditions of the unconditional side of guidance, for a sample like this one."""
+        return self.base.family.conditioning.empty(self.base, self.cached, like.given)
 
 
 Wanted = tuple[tuple[int, int], ...]
@@ -198,7 +168,7 @@ class Ahead:
         """The samples of this step; starts on those of the next."""
         ready = self.coming is not None and self.coming[0] == wanted
         found = self.coming[1].result() if ready and self.coming else self._read(wanted)
-        threaded = upcoming and not self.store.config.video
+        threaded = upcoming and not self.store.base.family.conditioning.encoded_while_training
         self.coming = (upcoming, self.pool.submit(self._read, upcoming)) if threaded else None
         return found
 

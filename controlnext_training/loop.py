@@ -13,16 +13,18 @@ import torch
 from torch import nn
 
 from . import optimizers, state
+from .averaging import Ema
 from .base_model.controlled import Controlled
 from .base_model.controls import MakeControl, new_control
-from .base_model.encode import Base, compute_dtype
+from .base_model.encode import BaseWithEncoders, compute_dtype
 from .config import ConfigError, TrainConfig
 from .config_files import as_toml
 from .data.order import Order, order
 from .distributed import World
 from .encoded import Ahead, Store
 from .journal import Watch
-from .results import Run, name_run
+from .results import RunFiles, name_run
+from .schedules import Schedule
 from .step import Law
 
 
@@ -37,8 +39,9 @@ class Loop:
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    ema: optimizers.Ema | None
+    ema: Ema | None
     law: Law
+    schedule: Schedule
     plan: Order
     samples: Ahead
     indices: list[int]
@@ -50,7 +53,7 @@ class Loop:
 
 
 def make_loop(
-    base: Base,
+    base: BaseWithEncoders,
     store: Store,
     usable: list[int],
     config: TrainConfig,
@@ -65,7 +68,13 @@ def make_loop(
     unet = {f"unet.{name}": p for name, p in controlled.differences.parameters.items()}
     rates = ((encoder, config.control_learning_rate), (unet, config.learning_rate))
     groups = [{"params": list(named.values()), "lr": rate} for named, rate in rates if named]
-    optimizer = optimizers.build(config.optimizer, groups, config)
+    optimizer = optimizers.build(
+        config.optimizer,
+        groups,
+        betas=(config.beta1, config.beta2),
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+    )
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     if config.zero:
@@ -79,8 +88,9 @@ def make_loop(
         parameters=parameters,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=dtype is torch.float16),
-        ema=optimizers.Ema(parameters, config.ema_decay, config.ema_on_cpu) if config.ema_decay else None,
+        ema=Ema(parameters, config.ema_decay, config.ema_on_cpu) if config.ema_decay else None,
         law=Law.of(config, controlled),
+        schedule=config.learning_rate_schedule,
         plan=order(sizes, config.effective_batch * world.size, config.seed),
         samples=Ahead(store, usable, watch.say),
         indices=usable,
@@ -88,7 +98,9 @@ def make_loop(
     )
 
 
-def open_run(run: Run, config: TrainConfig, base: Base, world: World, watch: Watch) -> state.State | None:
+def open_run(
+    run: RunFiles, config: TrainConfig, base: BaseWithEncoders, world: World, watch: Watch
+) -> state.State | None:
     """The state to go on from, or None for a new run, whose folder is then there and empty.
 
     Raises ConfigError where the state is of another run, or is not the same for all processes.
@@ -119,7 +131,7 @@ FIXED = ("variant", "trainable", "blocks", "fusion", "gain", "xs_ratio", "xs_own
 """Settings without which a state is another run's. The others may change on the way; that is said."""
 
 
-def _check_same_run(found: state.State, config: TrainConfig, base: Base) -> None:
+def _check_same_run(found: state.State, config: TrainConfig, base: BaseWithEncoders) -> None:
     old, new = found.facts["config"], json.loads(config.to_json())
     changed = [f"{key} was {old[key]!r} and is {new[key]!r}" for key in FIXED if old[key] != new[key]]
     if found.facts["base"] != base.identity("model"):
@@ -149,7 +161,7 @@ def resume(loop: Loop, found: state.State | None, watch: Watch) -> int:
     if loop.ema is not None:
         average = found.tensors("ema")
         if not average:  # switched on just now
-            loop.ema = optimizers.Ema(loop.parameters, loop.config.ema_decay, loop.config.ema_on_cpu)
+            loop.ema = Ema(loop.parameters, loop.config.ema_decay, loop.config.ema_on_cpu)
         else:
             loop.ema.load_state_dict(average)
     loop.losses = found.tensors("losses")["loss"].tolist()
@@ -178,7 +190,7 @@ def _load_optimizer(loop: Loop, saved: dict[str, Any]) -> None:
         group.update(values)
 
 
-def save(loop: Loop, step: int, run: Run) -> Path:
+def save(loop: Loop, step: int, run: RunFiles) -> Path:
     """The state after `step` steps, written by the first process."""
     rest: object = None
     folder = run.folder

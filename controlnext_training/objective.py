@@ -1,7 +1,8 @@
 """What a run learns: how latents are noised, what the network's output should be, how its error is weighted.
 
-Shapes: B samples, R rows = B x frames as the host lays clips out (pictures: R = B), C H W of the latent.
-`sigma` is (B,); every row of a sample has the sample's noise level. All results are fp32 (fp64 for fp64 arguments).
+Shapes: B samples, R rows as the host lays samples out (pictures: R = B; clips of SVD: R = B x frames), C H W of the
+latent; latents may also be (R, C, T, H, W), with T frames in one row. `sigma` is (B,); every row of a sample has the
+sample's noise level. All results are fp32 (fp64 for fp64 arguments).
 
 Noising is the host's: z + sigma n, and (1 - sigma) z + sigma n for flow. The loss is the mean squared error of the
 network's output. In terms of the denoised latents that is `clean_weight(sigma)` times their squared error.
@@ -147,12 +148,13 @@ def loss(
 def offset_noise(noise: Tensor, offsets: Tensor, strength: float) -> Tensor:
     """Noise whose channels have a common part, from which very dark and bright pictures are learned.
 
-    noise: (R, C, H, W); offsets: (B, C) of standard normal numbers; one offset for all frames of a sample.
+    noise: (R, C, ...); offsets: (B, C) of standard normal numbers; one offset for all frames of a sample.
     Source: Guttenberg 2023, Diffusion with offset noise.
     """
     if not strength:
         return noise
-    return noise + strength * offsets.to(noise).repeat_interleave(len(noise) // len(offsets), dim=0)[..., None, None]
+    per_row = offsets.to(noise).repeat_interleave(len(noise) // len(offsets), dim=0)
+    return noise + strength * per_row.view(*per_row.shape, *[1] * (noise.ndim - 2))
 
 
 def _uniform(u: Tensor, sigmas: Tensor) -> Tensor:

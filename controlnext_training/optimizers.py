@@ -1,24 +1,17 @@
-"""Optimizers, learning rates over the steps, and the moving average of the weights.
-
-Nothing here keeps a state of its own but the optimizers and `EMA`: a learning rate is a function of the step.
-"""
+"""Optimizers by their names in a recipe, and their states as tensors and JSON."""
 
 from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .config import TrainConfig
-
-COUNT = "updates of the average"
 # what the values of a packed state are, where JSON has no such thing
 TENSOR, FLOAT, TUPLE, ITEMS = "tensor", "float", "tuple", "dict"
 
@@ -28,7 +21,7 @@ class MissingOptimizerError(ImportError):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class OptimizerSource:
     """One optimizer: where it is and what it takes from the configuration."""
 
     package: str
@@ -39,16 +32,23 @@ class Row:
     """It finds the learning rate itself, and what is configured multiplies it: the same for all groups."""
 
 
-OPTIMIZERS: dict[str, Row] = {
-    "adamw": Row("torch.optim", "AdamW"),
-    "adamw8bit": Row("bitsandbytes.optim", "AdamW8bit"),
-    "prodigy": Row("prodigyopt", "Prodigy", options={"safeguard_warmup": True}, own_rate=True),
-    "schedulefree": Row("schedulefree", "AdamWScheduleFree"),
+OPTIMIZERS: dict[str, OptimizerSource] = {
+    "adamw": OptimizerSource("torch.optim", "AdamW"),
+    "adamw8bit": OptimizerSource("bitsandbytes.optim", "AdamW8bit"),
+    "prodigy": OptimizerSource("prodigyopt", "Prodigy", options={"safeguard_warmup": True}, own_rate=True),
+    "schedulefree": OptimizerSource("schedulefree", "AdamWScheduleFree"),
 }
 """Name in a recipe -> where it comes from."""
 
 
-def build(name: str, groups: Sequence[Mapping[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
+def build(
+    name: str,
+    groups: Sequence[Mapping[str, Any]],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> torch.optim.Optimizer:
     """The optimizer of `groups`, each with its `params` and its `lr`.
 
     Raises MissingOptimizerError, and ValueError for rates that the optimizer does not take.
@@ -70,9 +70,9 @@ def build(name: str, groups: Sequence[Mapping[str, Any]], config: TrainConfig) -
         ) from error
     optimizer: torch.optim.Optimizer = made(
         [dict(group) for group in groups],
-        betas=(config.beta1, config.beta2),
-        eps=config.adam_eps,
-        weight_decay=config.weight_decay,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
         **row.options,
     )
     if hasattr(optimizer, "train"):  # schedule-free; see weights_to_read
@@ -100,82 +100,6 @@ def weights_to_read(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         switch.train()
         for parameter, value in zip(parameters, own, strict=True):
             parameter.detach().copy_(value)
-
-
-def _cosine(progress: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-Schedule = Callable[[float, int, float], float]
-SCHEDULES: dict[str, Schedule] = {
-    "constant": lambda progress, cycles, power: 1.0,
-    "linear": lambda progress, cycles, power: 1.0 - progress,
-    "cosine": lambda progress, cycles, power: _cosine(progress),
-    "cosine_restarts": lambda progress, cycles, power: _cosine(cycles * progress % 1.0) if progress < 1 else 0.0,
-    "polynomial": lambda progress, cycles, power: (1.0 - progress) ** power,
-    "piecewise": lambda progress, cycles, power: 0.1 ** min(int(cycles * progress), cycles - 1),
-}
-"""Name -> (progress in [0, 1], cycles, power) -> factor of the learning rate in [0, 1]."""
-
-
-def factor(config: TrainConfig, step: int) -> float:
-    """Factor of the learning rates at `step`, counted from 0: warm-up from zero, then the schedule to the last step."""
-    if step < config.warmup_steps:
-        return step / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return SCHEDULES[config.schedule](min(progress, 1.0), config.schedule_cycles, config.schedule_power)
-
-
-class Ema:
-    """An exponential moving average of named parameters, in fp32.
-
-    The decay starts low and rises to `decay`: min(decay, (1 + n) / (10 + n)) at the n-th update, from 0.
-    """
-
-    def __init__(self, parameters: Mapping[str, Tensor], decay: float, on_cpu: bool = True) -> None:
-        self.decay = decay
-        self.updates = 0
-        self.average = {
-            name: p.detach().to("cpu" if on_cpu else p.device, torch.float32, copy=True)
-            for name, p in parameters.items()
-        }
-
-    @torch.no_grad()
-    def update(self, parameters: Mapping[str, Tensor]) -> None:
-        """Take in the parameters after a step; the same names as at the start."""
-        rate = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, average in self.average.items():
-            average.lerp_(parameters[name].detach().to(average), rate)
-        self.updates += 1
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything, as tensors: the averages under their names and the number of updates under `COUNT`."""
-        return {**self.average, COUNT: torch.tensor(self.updates)}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state_dict`. Raises ValueError if it is of other parameters."""
-        found = {name: tuple(tensor.shape) for name, tensor in state.items() if name != COUNT}
-        if COUNT not in state or found != {name: tuple(tensor.shape) for name, tensor in self.average.items()}:
-            different = sorted(found.keys() ^ self.average.keys())[:5] or "their shapes"
-            raise ValueError(
-                f"The moving average is of other weights than those that train now; different: {different}. Go on "
-                "with the settings that the run was started with, or start a new one."
-            )
-        for name, average in self.average.items():
-            average.copy_(state[name])
-        self.updates = int(state[COUNT])
-
-    @contextmanager
-    def swapped(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, the parameters hold the averages; afterwards their own values again, bit for bit."""
-        own = {name: parameters[name].detach().to(average.device, copy=True) for name, average in self.average.items()}
-        try:
-            for name, average in self.average.items():
-                parameters[name].detach().copy_(average)
-            yield
-        finally:
-            for name, value in own.items():
-                parameters[name].detach().copy_(value)
 
 
 def pack(state: Any) -> tuple[dict[str, Tensor], Any]:

@@ -29,7 +29,7 @@ RUN_KEY = f"{PREFIX}run"
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFiles:
     """Where one run keeps its things."""
 
     folder: Path
@@ -44,7 +44,9 @@ class Run:
     """What to call it."""
 
 
-def finished_file(controlled: Controlled, config: TrainConfig, run: Run, losses: list[float], world: World) -> Path:
+def finished_file(
+    controlled: Controlled, config: TrainConfig, run: RunFiles, losses: list[float], world: World
+) -> Path:
     """Write the trained file, read it again, and return its path. A file of another run is never replaced."""
     path = None
     if world.first:
@@ -64,7 +66,7 @@ def finished_file(controlled: Controlled, config: TrainConfig, run: Run, losses:
     return path
 
 
-def free_target(run: Run, config: TrainConfig) -> Path:
+def free_target(run: RunFiles, config: TrainConfig) -> Path:
     """`target`, or target_2, ... where a file of that name is not this run's own."""
     stem, number = run.target, 1
     while not _is_free(stem, run):
@@ -73,7 +75,7 @@ def free_target(run: Run, config: TrainConfig) -> Path:
     return stem
 
 
-def _is_free(stem: Path, run: Run) -> bool:
+def _is_free(stem: Path, run: RunFiles) -> bool:
     path = stem.with_name(f"{stem.name}.safetensors")
     held = [path] if path.exists() else sorted(stem.glob("*.safetensors")) if stem.is_dir() else []
     if not held:
@@ -88,19 +90,19 @@ def _made_by(path: Path) -> str | None:
         return None
 
 
-def _run_name(run: Run) -> str:
+def _run_name(run: RunFiles) -> str:
     """Which run this is, as its files say it."""
     return (run.folder / NAME_FILE).read_text("utf-8").strip()
 
 
-def name_run(run: Run) -> None:
+def name_run(run: RunFiles) -> None:
     """Give a new run a name that no other has."""
     path = run.folder / NAME_FILE
     if not path.exists() or not path.read_text("utf-8").strip():
         path.write_text(secrets.token_hex(8), "utf-8")
 
 
-def _facts(config: TrainConfig, run: Run, losses: list[float]) -> dict[str, str]:
+def _facts(config: TrainConfig, run: RunFiles, losses: list[float]) -> dict[str, str]:
     last = losses[-100:]
     return {
         RUN_KEY: _run_name(run),
@@ -112,7 +114,7 @@ def _facts(config: TrainConfig, run: Run, losses: list[float]) -> dict[str, str]
     }
 
 
-def show_validation(found: Validation, step: int, run: Run, journal: Journal, watch: Watch) -> None:
+def show_validation(found: Validation, step: int, run: RunFiles, journal: Journal, watch: Watch) -> None:
     """Write the figures and pictures of a validation and hand them on."""
     figures = {
         "loss": found.loss,
@@ -142,7 +144,7 @@ def show_validation(found: Validation, step: int, run: Run, journal: Journal, wa
         show_curve(run)
 
 
-def show_curve(run: Run) -> Path:
+def show_curve(run: RunFiles) -> Path:
     """Draw loss.png from the log."""
     steps = journals.read(run.folder, "step", "loss")
     validated = journals.read(run.folder, "validation", "loss")

@@ -30,8 +30,7 @@ class Law:
     @classmethod
     def of(cls, config: TrainConfig, controlled: Controlled) -> Law:
         name = controlled.predicts if config.objective == AUTO else config.objective
-        automatic = "svd_cosine" if config.video else "uniform"
-        timesteps = automatic if config.timesteps == AUTO else config.timesteps
+        timesteps = controlled.family.timesteps if config.timesteps == AUTO else config.timesteps
         return cls(OBJECTIVES[name], controlled.base.model_sampling.sigmas.float().cpu(), timesteps)
 
     def sigma(self, u: Sequence[float]) -> Tensor:

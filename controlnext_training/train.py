@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import optimizers, state
+from . import state
 from .base_model.controlled import check_fits
 from .base_model.controls import MakeControl, new_control
-from .base_model.encode import Base, device_of_host, is_interruption, is_out_of_memory, make_room
+from .base_model.encode import BaseWithEncoders, device_of_host, is_interruption, is_out_of_memory, make_room
 from .config import TrainConfig
 from .data.cache import Cache
 from .data.samples import ControlDataset
@@ -26,7 +26,7 @@ from .encoded import Memory, Store, Wanted
 from .journal import Journal, Watch
 from .lock import held
 from .loop import Loop, averaged, make_loop, open_run, resume, save
-from .results import Meter, Run, duration, finished_file, show_validation
+from .results import Meter, RunFiles, duration, finished_file, show_validation
 from .step import draw, losses
 from .undisturbed import undisturbed
 from .validation import Validator
@@ -45,11 +45,11 @@ class Stopped(Exception):  # noqa: N818  # not an error: somebody asked for it
 
 
 def train(
-    base: Base,
+    base: BaseWithEncoders,
     data: ControlDataset,
     held_out: ControlDataset | None,
     config: TrainConfig,
-    run: Run,
+    run: RunFiles,
     watch: Watch,
     world: World | None = None,
     make: MakeControl = new_control,
@@ -66,18 +66,18 @@ def train(
 
 
 def _train(
-    base: Base,
+    base: BaseWithEncoders,
     data: ControlDataset,
     held_out: ControlDataset | None,
     config: TrainConfig,
-    run: Run,
+    run: RunFiles,
     watch: Watch,
     world: World,
     make: MakeControl,
 ) -> Path:
     torch.manual_seed(config.seed)  # for what asks nobody, such as a stock layer; ours are functions of the position
-    base.check(config.video)
     check_fits(base.model, config)
+    base.check()
     found = open_run(run, config, base, world, watch)
     device = device_of_host()
     store = Store(base, data, config, Cache(run.cache) if config.cache else Memory())
@@ -94,7 +94,7 @@ def _train(
         broken += unseen
     for name, why in broken:
         watch.say(f"left out: {name}: {why}")
-    _release(base, config)
+    _release(base)
     make_room(device)
     loop = make_loop(base, store, training, config, device, world, watch, make)
     validator = None
@@ -115,7 +115,7 @@ def _train(
         loop.samples.close()
 
 
-def _steps(loop: Loop, start: int, run: Run, watch: Watch, journal: Journal, validator: Validator | None) -> None:
+def _steps(loop: Loop, start: int, run: RunFiles, watch: Watch, journal: Journal, validator: Validator | None) -> None:
     """From `start` to the last step.
 
     Raises Stopped with the state saved where the run was asked to end, or the host's layers threw in a forward; Ctrl-C
@@ -137,7 +137,7 @@ def _steps(loop: Loop, start: int, run: Run, watch: Watch, journal: Journal, val
         raise
 
 
-def _stopped(loop: Loop, run: Run) -> Stopped:
+def _stopped(loop: Loop, run: RunFiles) -> Stopped:
     """Save what the complete steps have made, unless the next has begun to change it; where the run goes on from."""
     if loop.complete:
         step = len(loop.losses)
@@ -147,7 +147,7 @@ def _stopped(loop: Loop, run: Run) -> Stopped:
 
 
 def _steps_until_stopped(
-    loop: Loop, start: int, run: Run, watch: Watch, journal: Journal, validator: Validator | None
+    loop: Loop, start: int, run: RunFiles, watch: Watch, journal: Journal, validator: Validator | None
 ) -> None:
     config, clock, since = loop.config, time.monotonic(), start
     for step in range(start, config.steps):
@@ -168,17 +168,17 @@ def _steps_until_stopped(
         if validator is not None and (done % config.validate_every == 0 or done == config.steps):
             with averaged(loop):
                 show_validation(validator.run(loop.controlled), done, run, journal, watch)
-            _release(validator.store.base, config)
+            _release(validator.store.base)
             clock, since = time.monotonic(), done
 
 
-def _release(base: Base, config: TrainConfig) -> None:
-    """Let go of the encoders, as everything is encoded; but a clip's reference frames come as they are drawn."""
-    if not config.video:
+def _release(base: BaseWithEncoders) -> None:
+    """Let go of the encoders, unless conditions are still encoded while training."""
+    if not base.family.conditioning.encoded_while_training:
         base.release()
 
 
-def _check(loss: float, norm: float, step: int, loop: Loop, run: Run) -> None:
+def _check(loss: float, norm: float, step: int, loop: Loop, run: RunFiles) -> None:
     """Raise TrainingError where a step has spoilt the weights, before they are saved."""
     if loop.complete:
         return
@@ -192,7 +192,7 @@ def _check(loss: float, norm: float, step: int, loop: Loop, run: Run) -> None:
 def _step(loop: Loop, step: int) -> tuple[float, float]:
     """One step of the optimizer: (mean loss over all processes, length of the gradient). Its effect is all or none."""
     config, world = loop.config, loop.world
-    rate = optimizers.factor(config, step)
+    rate = loop.schedule.factor(step)
     for group in loop.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * rate
     total = _gradients(loop, step)
@@ -278,7 +278,7 @@ def _try_one_step(loop: Loop, step: int, watch: Watch, journal: Journal) -> None
 def _tell(loop: Loop, step: int, loss: float, norm: float, seconds: float, journal: Journal, watch: Watch) -> None:
     config = loop.config
     left = duration(seconds * (config.steps - step))
-    rate = optimizers.factor(config, step - 1)
+    rate = loop.schedule.factor(step - 1)
     watch.progress(
         step, config.steps, f"step {step}/{config.steps}  loss {loss:.4f}  {1 / seconds:.2f} it/s  {left} left"
     )

@@ -263,12 +263,10 @@ def test_a_model_of_another_kind_and_a_missing_encoder_are_refused(loaded_studio
     base = base_of(loaded_studio)
     base.clip = None
     with pytest.raises(ConfigError, match="clip: this base needs its text encoder"):
-        base.check(video=False)
-    with pytest.raises(ConfigError, match="clip_vision: SVD needs its image encoder"):
-        base.check(video=True)
+        base.check()
     base.vae = None
     with pytest.raises(ConfigError, match="vae: the checkpoint holds none"):
-        base.check(video=False)
+        base.check()
 
 
 def test_a_file_of_a_lora_is_part_of_the_identity_of_no_base(loaded_studio: Studio, tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from comfyui_controlnext.controlnext_core.specs import Family
 from comfyui_controlnext.controlnext_training.data.cache import Cache
 from comfyui_controlnext.controlnext_training.data.samples import BrokenSample, DatasetError, Sample
 from comfyui_controlnext.controlnext_training.data.tensors import TensorDataset
@@ -17,6 +19,9 @@ from comfyui_controlnext.controlnext_training.drawn import DrawnDataset
 from comfyui_controlnext.tests.sampling_fixtures import CELLS, Studio, picture
 from comfyui_controlnext.tests.training_fixtures import SIDE, Watcher, base_of, drawn, same, small, train_in
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from comfyui_controlnext.controlnext_training.base_model.families import TrainedFamily
 
 pytestmark = pytest.mark.comfy
 
@@ -27,8 +32,9 @@ SIGMAS = 4
 
 @dataclass
 class Encoders:
-    """Numbers in place of encoders, counted."""
+    """Numbers in place of the host's encoders, counted; the family and its conditioning are the real ones."""
 
+    family: TrainedFamily
     calls: list[str] = field(default_factory=list)
 
     def identity(self, what: str) -> str:
@@ -38,19 +44,33 @@ class Encoders:
         self.calls.append("latent")
         return torch.full((len(frames), 4, CELLS, CELLS), float(frames.mean()))
 
-    def text(self, caption: str) -> dict[str, Tensor]:
+    def encoder(self, name: str) -> Encoders:
+        """All of the host's encoders in one."""
+        assert name in self.family.encoders
+        return self
+
+    def tokenize(self, caption: str) -> str:
+        return caption
+
+    def encode_from_tokens(self, caption: str, return_pooled: bool) -> tuple[Tensor, None]:
         self.calls.append(f"text {caption}")
-        return {"context": torch.full((1, 2, 3), float(len(caption)))}
+        return torch.full((1, 2, 3), float(len(caption))), None
 
-    def reference(self, frame: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def encode_image(self, frame: Tensor) -> Any:
         self.calls.append("reference")
-        return {"context": torch.ones(1, 1, 3), "concat": torch.full((1, 4, CELLS, CELLS), float(noise.std()))}
+        self.frame = frame
+        return SimpleNamespace(image_embeds=torch.ones(1, 3))
+
+    def encode(self, frame: Tensor) -> Tensor:
+        """The noise on the frame that `encode_image` saw, as a latent."""
+        return torch.full((1, 4, CELLS, CELLS), float((frame - self.frame).std()))
 
 
-def store_of(data: Any, kept: Any = None, **settings: Any) -> Any:
+def store_of(data: Any, kept: Any = None, family: Family = Family.SD15, **settings: Any) -> Any:
+    from comfyui_controlnext.controlnext_training.base_model.families import FAMILIES
     from comfyui_controlnext.controlnext_training.encoded import Memory, Store
 
-    return Store(Encoders(), data, small(**settings), kept or Memory())  # type: ignore[arg-type]
+    return Store(Encoders(FAMILIES[family]), data, small(**settings), kept or Memory())  # type: ignore[arg-type]
 
 
 def clips(count: int = 6) -> TensorDataset:
@@ -102,7 +122,7 @@ def test_a_rate_of_nothing_and_of_everything_is_exact(rate: float, dropped: bool
 
 def test_clips_lose_what_clip_sees_below_twice_the_rate_and_the_latent_from_there_on() -> None:
     """p = 0.1: what CLIP sees in [0, 0.2), the reference latent in [0.1, 0.3). Source: the released SVD trainer."""
-    store = store_of(clips(), variant="svd_v2", caption_dropout=0.1)
+    store = store_of(clips(), family=Family.SVD)
     sample = store.data.load(0)
     for drop, context, concat in (
         (0.0, False, True),
@@ -114,17 +134,22 @@ def test_clips_lose_what_clip_sees_below_twice_the_rate_and_the_latent_from_ther
         (0.3001, True, True),
         (0.9999, True, True),
     ):
-        given = store._given(sample, drop)
+        given = store.base.family.conditioning.encode(store.base, store.cached, sample, drop, 0.1)
         assert (bool(given["context"].any()), bool(given["concat"].any())) == (context, concat), drop
 
 
 def test_the_noise_on_a_reference_frame_is_the_frames_own() -> None:
     """A hundred times smaller than the pictures' range, and the same each time: the frame's key decides."""
-    one, other = store_of(clips(), variant="svd_v2"), store_of(clips(), variant="svd_v2", seed=7)
+    one, other = store_of(clips(), family=Family.SVD), store_of(clips(), family=Family.SVD, seed=7)
     sample = one.data.load(0)
-    found = one.reference(sample)["concat"]
+
+    def reference(store: Any) -> Tensor:
+        given = store.base.family.conditioning.encode(store.base, store.cached, sample, 1.0, 0.0)
+        return given["concat"]
+
+    found = reference(one)
     assert float(found.mean()) == pytest.approx(0.02, rel=0.05)
-    assert torch.equal(found, other.reference(sample)["concat"])
+    assert torch.equal(found, reference(other))
 
 
 def test_everything_is_encoded_once_and_nothing_between_steps(tmp_path: Path) -> None:
@@ -152,7 +177,7 @@ def test_encoders_of_another_base_find_nothing_of_the_first(tmp_path: Path) -> N
 
 
 def test_clips_share_the_frames_they_have_in_common() -> None:
-    store = store_of(clips(6), variant="svd_v2")
+    store = store_of(clips(6), family=Family.SVD)
     store.prepare(range(len(store.data)), World(), Watcher())
     assert store.base.calls.count("latent") <= 6
     sample = store.sample(0, 0)

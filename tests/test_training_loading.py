@@ -46,7 +46,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded(file: Path, **settings: Any) -> Any:
-    from comfyui_controlnext.controlnext_training.base_model.loading import load_base
+    from comfyui_controlnext.controlnext_training.base_model.base_files import load_base
 
     return load_base(small(base=str(file), **settings), file.parent)
 
@@ -129,7 +129,7 @@ def test_what_no_layer_casts_is_widened_at_once(tmp_path: Path) -> None:
     ids=str,
 )
 def test_only_a_unet_that_is_in_halves_throughout_is_kept_in_them(dtypes: set[str], expected: Any) -> None:
-    from comfyui_controlnext.controlnext_training.base_model.loading import UNET_PREFIX, half_dtype
+    from comfyui_controlnext.controlnext_training.base_model.base_files import UNET_PREFIX, half_dtype
 
     found = {f"{UNET_PREFIX}{number}": dtype for number, dtype in enumerate(sorted(dtypes))}
     assert half_dtype(Header(Path("x"), {}, {**found, "first_stage_model.x": "F32"})) is expected

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from comfyui_controlnext.controlnext_core.checkpoint import peek
-from comfyui_controlnext.controlnext_training import optimizers, results, state
+from comfyui_controlnext.controlnext_training import results, state
 from comfyui_controlnext.controlnext_training.base_model.controlled import Controlled
 from comfyui_controlnext.controlnext_training.config import ConfigError
 from comfyui_controlnext.controlnext_training.encoded import Store
@@ -183,7 +183,7 @@ def test_the_learning_rates_follow_the_schedule_in_every_group(loaded_studio: St
     for step in (0, 2, 6):
         take_steps(loop, 1, step)
         rates = [group["lr"] for group in loop.optimizer.param_groups]
-        factor = optimizers.factor(config, step)
+        factor = config.learning_rate_schedule.factor(step)
         assert rates == [config.control_learning_rate * factor, config.learning_rate * factor]
 
 

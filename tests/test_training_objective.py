@@ -296,3 +296,17 @@ def test_a_law_gives_levels_of_the_table_one_per_sample(law: Callable[[Tensor, T
             assert found.shape == u.shape and found.dtype is sigmas.dtype
             assert bool((found >= sigmas[0] * 0.999).all() and (found <= sigmas[-1] * 1.001).all())
             assert torch.equal(found[:1], law(u[:1], sigmas)), "a sample's level depends on its own number alone"
+
+
+def test_a_clip_in_one_row_is_the_clip_in_rows_of_frames() -> None:
+    """Latents (R, C, T, H, W) mean what the same frames mean as rows: the same noise and, up to rounding, loss."""
+    z, n, out = (randn(2, 3, 4, 5, 6, seed=i) for i in range(3))  # samples, frames, channels, height, width
+    sigma, offsets = torch.tensor([0.3, 2.0]), randn(2, 4, seed=9)
+    rows = [tensor.flatten(0, 1) for tensor in (z, n, out)]
+    whole = [tensor.transpose(1, 2) for tensor in (z, n, out)]
+    for name in OBJECTIVES:
+        one = loss(rows[2], rows[0], rows[1], sigma, OBJECTIVES[name])
+        other = loss(whole[2], whole[0], whole[1], sigma, OBJECTIVES[name])
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=0)
+    noise = offset_noise(whole[1], offsets, 0.1).transpose(1, 2).flatten(0, 1)
+    assert torch.equal(noise, offset_noise(rows[1], offsets, 0.1))

@@ -11,21 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from comfyui_controlnext.controlnext_training.averaging import Ema
 from comfyui_controlnext.controlnext_training.config import TrainConfig
 from comfyui_controlnext.controlnext_training.optimizers import (
     OPTIMIZERS,
-    SCHEDULES,
-    Ema,
     MissingOptimizerError,
     build,
-    factor,
     pack,
     unpack,
     weights_to_read,
 )
+from comfyui_controlnext.controlnext_training.schedules import SCHEDULES, Schedule
 from torch import Tensor, nn
 
-CONFIG = TrainConfig(beta1=0.8, beta2=0.95, weight_decay=0.03, adam_eps=1e-7)
+NUMBERS: dict[str, Any] = {"betas": (0.8, 0.95), "weight_decay": 0.03, "eps": 1e-7}
 SIZES = [(3, 5), (64, 80), (), (7,)]
 
 
@@ -56,7 +55,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def test_adamw_is_torchs_with_the_configured_numbers() -> None:
     ours, theirs = parameters(), parameters()
-    optimizer = build("adamw", groups(ours), CONFIG)
+    optimizer = build("adamw", groups(ours), **NUMBERS)
     reference = torch.optim.AdamW(groups(theirs), betas=(0.8, 0.95), eps=1e-7, weight_decay=0.03)
     run(optimizer, ours, range(5))
     run(reference, theirs, range(5))
@@ -67,7 +66,13 @@ def test_adamw_is_torchs_with_the_configured_numbers() -> None:
 
 def test_every_optimizer_lowers_a_loss(name: str) -> None:
     p = nn.Parameter(torch.linspace(-2, 2, 8192).view(64, 128))
-    optimizer = build(name, [{"params": [p], "lr": 1.0 if OPTIMIZERS[name].own_rate else 0.05}], TrainConfig())
+    optimizer = build(
+        name,
+        [{"params": [p], "lr": 1.0 if OPTIMIZERS[name].own_rate else 0.05}],
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.01,
+    )
     for _ in range(150):
         optimizer.zero_grad()
         p.square().mean().backward()
@@ -81,17 +86,17 @@ def test_a_state_that_was_packed_goes_on_bit_for_bit(name: str, tmp_path: Path) 
 
     rates = (1.0, 1.0) if OPTIMIZERS[name].own_rate else (1e-3, 1e-2)
     straight, first = parameters(), parameters()
-    optimizer = build(name, groups(straight, rates), CONFIG)
+    optimizer = build(name, groups(straight, rates), **NUMBERS)
     run(optimizer, straight, range(8))
 
-    stopped = build(name, groups(first, rates), CONFIG)
+    stopped = build(name, groups(first, rates), **NUMBERS)
     run(stopped, first, range(4))
     tensors, rest = pack(stopped.state_dict())
     save_file(tensors, tmp_path / "optimizer.safetensors")
     text = json.dumps(rest, allow_nan=False)
 
     second = [nn.Parameter(p.detach().clone()) for p in first]
-    resumed = build(name, groups(second, rates), CONFIG)
+    resumed = build(name, groups(second, rates), **NUMBERS)
     resumed.load_state_dict(unpack(load_file(tmp_path / "optimizer.safetensors"), json.loads(text)))
     run(resumed, second, range(4, 8))
     assert all(torch.equal(a, b) for a, b in zip(straight, second, strict=True))
@@ -103,7 +108,7 @@ def test_a_state_that_was_packed_goes_on_bit_for_bit(name: str, tmp_path: Path) 
 def test_reading_the_weights_leaves_the_training_as_it_was(name: str) -> None:
     rates = (1.0, 1.0) if OPTIMIZERS[name].own_rate else (1e-3, 1e-2)
     seen, unseen = parameters(), parameters()
-    looked, did_not = build(name, groups(seen, rates), CONFIG), build(name, groups(unseen, rates), CONFIG)
+    looked, did_not = build(name, groups(seen, rates), **NUMBERS), build(name, groups(unseen, rates), **NUMBERS)
     for step in range(6):
         run(looked, seen, range(step, step + 1))
         run(did_not, unseen, range(step, step + 1))
@@ -144,12 +149,12 @@ def test_an_optimizer_that_is_not_installed_is_named_with_its_package(
     monkeypatch.setitem(__import__("sys").modules, package, None)
     monkeypatch.setitem(__import__("sys").modules, OPTIMIZERS[missing].package, None)
     with pytest.raises(MissingOptimizerError, match=f"{missing} needs the package {package}.*pip install -U {package}"):
-        build(missing, groups(parameters(), (1.0, 1.0)), CONFIG)
+        build(missing, groups(parameters(), (1.0, 1.0)), **NUMBERS)
 
 
 def test_prodigy_refuses_two_learning_rates() -> None:
     with pytest.raises(ValueError, match="learning_rate and control_learning_rate are 1e-05 and 0.0001. Set both to 1"):
-        build("prodigy", groups(parameters(), (1e-5, 1e-4)), CONFIG)
+        build("prodigy", groups(parameters(), (1e-5, 1e-4)), **NUMBERS)
 
 
 NESTED = {
@@ -210,14 +215,14 @@ def learning_rates(scheduler_of: Callable[[torch.optim.Optimizer], Any], steps: 
     return rates
 
 
-def config(schedule: str, steps: int = 60, warmup: int = 0, cycles: int = 1, power: float = 1.0) -> TrainConfig:
+def config(schedule: str, steps: int = 60, warmup: int = 0, cycles: int = 1, power: float = 1.0) -> Schedule:
     return TrainConfig(
         schedule=schedule, steps=steps, warmup_steps=warmup, schedule_cycles=cycles, schedule_power=power
-    )
+    ).learning_rate_schedule
 
 
-def factors(of: TrainConfig) -> list[float]:
-    return [factor(of, step) for step in range(of.steps)]
+def factors(of: Schedule) -> list[float]:
+    return [of.factor(step) for step in range(of.steps)]
 
 
 TORCHS = {
@@ -259,11 +264,11 @@ def test_warm_up_is_that_of_the_authors_trainers(name_of_schedule: str, warmup: 
 def test_a_factor_depends_on_the_step_alone_and_stays_between_0_and_1(name_of_schedule: str) -> None:
     of = config(name_of_schedule, 50, 7, cycles=3, power=0.5)
     forwards = factors(of)
-    assert [factor(of, step) for step in reversed(range(50))] == forwards[::-1]
-    assert all(0 <= value <= 1 for value in [*forwards, factor(of, 50), factor(of, 1000)])
+    assert [of.factor(step) for step in reversed(range(50))] == forwards[::-1]
+    assert all(0 <= value <= 1 for value in [*forwards, of.factor(50), of.factor(1000)])
     assert forwards[0] == 0 and forwards[7] == 1
-    assert factor(config(name_of_schedule, 1), 0) == 1
-    assert factor(config(name_of_schedule, 5, warmup=9), 4) == pytest.approx(4 / 9)
+    assert config(name_of_schedule, 1).factor(0) == 1
+    assert config(name_of_schedule, 5, warmup=9).factor(4) == pytest.approx(4 / 9)
 
 
 def named() -> dict[str, Tensor]:

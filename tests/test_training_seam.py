@@ -12,7 +12,9 @@ from comfyui_controlnext.controlnext_core import checkpoint
 from comfyui_controlnext.controlnext_core.checkpoint import peek
 from comfyui_controlnext.controlnext_core.detection import read_control_file
 from comfyui_controlnext.controlnext_core.key_maps import unet_key_map
-from comfyui_controlnext.controlnext_training.base_model.controlled import VIDEO_CONDITIONS, Controlled, Sizes
+from comfyui_controlnext.controlnext_core.specs import Family
+from comfyui_controlnext.controlnext_training.base_model.controlled import Controlled, Sizes
+from comfyui_controlnext.controlnext_training.base_model.families import FAMILIES
 from comfyui_controlnext.controlnext_training.base_model.unet import plain_attention
 from comfyui_controlnext.controlnext_training.distributed import World
 from comfyui_controlnext.controlnext_training.results import finished_file, name_run
@@ -81,7 +83,7 @@ class Case:
             extra = {"pooled_output": given["pooled"]}
         if frames > 1:
             given["concat"] = torch.randn(1, 4, CELLS, CELLS, generator=g)
-            extra = {"concat_latent_image": given["concat"], **VIDEO_CONDITIONS}
+            extra = {"concat_latent_image": given["concat"], **FAMILIES[Family.SVD].constants}
         return cls([[given["context"], extra]], given, torch.cat([picture(n) for n in range(frames)]), frames)
 
 
@@ -94,9 +96,9 @@ def trained(model: Any, variant: str, **settings: Any) -> Controlled:
 
 
 def saved(controlled: Controlled, model: Any, folder: Path, variant: str, **settings: Any) -> Path:
-    from comfyui_controlnext.controlnext_training.base_model.encode import Base
+    from comfyui_controlnext.controlnext_training.base_model.encode import BaseWithEncoders
 
-    run = run_in(folder, Base(model, None))
+    run = run_in(folder, BaseWithEncoders(model, None))
     run.folder.mkdir(parents=True)
     name_run(run)
     return finished_file(controlled, small(variant=variant, **settings), run, [1.0, 0.5], World())
@@ -285,9 +287,9 @@ def test_the_metadata_says_how_the_file_was_made(models: Any, tmp_path: Path) ->
 
 
 def base_identity(model: Any) -> str:
-    from comfyui_controlnext.controlnext_training.base_model.encode import Base
+    from comfyui_controlnext.controlnext_training.base_model.encode import BaseWithEncoders
 
-    return Base(model, None).identity("model")
+    return BaseWithEncoders(model, None).identity("model")
 
 
 def test_a_file_of_another_run_is_never_replaced(models: Any, tmp_path: Path) -> None:

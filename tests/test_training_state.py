@@ -16,7 +16,7 @@ from comfyui_controlnext.controlnext_core.checkpoint import CheckpointError
 from comfyui_controlnext.controlnext_training import lock, results, state
 from comfyui_controlnext.controlnext_training.config import ConfigError, TrainConfig
 from comfyui_controlnext.controlnext_training.journal import Journal, read
-from comfyui_controlnext.controlnext_training.results import Run, free_target, name_run
+from comfyui_controlnext.controlnext_training.results import RunFiles, free_target, name_run
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -223,8 +223,8 @@ def test_one_process_trains_a_run_at_a_time(tmp_path: Path) -> None:
         pass
 
 
-def run_called(folder: Path, name: str) -> Run:
-    run = Run(folder / "runs" / name, folder, folder / "out" / "control", "base")
+def run_called(folder: Path, name: str) -> RunFiles:
+    run = RunFiles(folder / "runs" / name, folder, folder / "out" / "control", "base")
     run.folder.mkdir(parents=True)
     name_run(run)
     return run

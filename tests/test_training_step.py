@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from comfyui_controlnext.controlnext_core.specs import Family
 from comfyui_controlnext.controlnext_training.encoded import Encoded
 from comfyui_controlnext.controlnext_training.objective import OBJECTIVES
 from comfyui_controlnext.controlnext_training.step import Law, draw, losses
@@ -134,17 +136,20 @@ def test_min_snr_weighs_samples_by_their_level(controlled: Any) -> None:
 
 
 def test_the_base_decides_what_is_learned_unless_told(controlled: Any) -> None:
+    from comfyui_controlnext.controlnext_training.base_model.families import FAMILIES
+
     assert controlled.predicts == "epsilon"
     law = Law.of(small(), controlled)
     assert law.objective is OBJECTIVES["epsilon"] and law.timesteps == "uniform"
     other = Law.of(small(objective="v", timesteps="logit_normal"), controlled)
     assert other.objective is OBJECTIVES["v"] and other.timesteps == "logit_normal"
-    assert Law.of(small(variant="svd_v2"), controlled).timesteps == "svd_cosine"
+    video = SimpleNamespace(base=controlled.base, predicts="edm", family=FAMILIES[Family.SVD])
+    assert Law.of(small(), video).timesteps == "svd_cosine"  # type: ignore[arg-type]
     sigmas = controlled.base.model_sampling.sigmas
     assert torch.equal(law.sigma([0.0, 0.9999]), sigmas[[0, -1]].float())
 
 
 def test_every_kind_of_model_has_an_objective() -> None:
-    from comfyui_controlnext.controlnext_training.base_model.controlled import PREDICTS
+    from comfyui_controlnext.controlnext_training.base_model.families import PREDICTS
 
     assert set(PREDICTS.values()) == set(OBJECTIVES)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from comfyui_controlnext.controlnext_training.base_model import preview
 from comfyui_controlnext.controlnext_training.data.samples import BrokenSample, DatasetError
-from comfyui_controlnext.controlnext_training.results import Run, show_validation
+from comfyui_controlnext.controlnext_training.results import RunFiles, show_validation
 from comfyui_controlnext.controlnext_training.validation import NO_EFFECT, Validation, Validator
 from comfyui_controlnext.tests.sampling_fixtures import SEED, Studio, relative
 from comfyui_controlnext.tests.test_training_base import SQUARE, controlled_on
@@ -238,7 +238,7 @@ def test_a_picture_is_what_the_hosts_sampler_makes(loaded_studio: Studio) -> Non
 def test_figures_are_told_in_words(tmp_path: Path) -> None:
     from comfyui_controlnext.controlnext_training.journal import Journal
 
-    watch, run = Watcher(), Run(tmp_path, tmp_path, tmp_path / "x", "")
+    watch, run = Watcher(), RunFiles(tmp_path, tmp_path, tmp_path / "x", "")
     found = Validation(0.5, 0.6, 0.1667, 0.71, 0.32, None)
     show_validation(found, 7, run, Journal(tmp_path, True, False), watch)
     assert watch.said == [

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui_controlnext.controlnext_training.data import BrokenSample, DatasetError, FileDataset, open_dataset, report
-from comfyui_controlnext.controlnext_training.data.video import windows
+from comfyui_controlnext.controlnext_training.data.video_frames import windows
 from comfyui_controlnext.tests.data_fixtures import coordinates, lines, marks, shard, write
 
 SIDE = 64
@@ -137,13 +137,13 @@ def test_videos_are_paired_with_videos_of_hints(tmp_path: Path, layout: str) -> 
 
 
 def test_distant_frames_of_a_long_video_are_found_by_jumping(tmp_path: Path) -> None:
-    from comfyui_controlnext.controlnext_training.data import video as reading
+    from comfyui_controlnext.controlnext_training.data import video_frames as reading
 
     path = video(tmp_path / "x.mp4", 60)
     blob = opened(tmp_path, hint="gray").items[0].clip.images.blob  # type: ignore[attr-defined]
     height, width, count, times = reading.examine_video(blob)
     assert (height, width, count, len(times)) == (SIDE, SIDE, 60, 60)
-    from comfyui_controlnext.controlnext_training.data.index import Facts
+    from comfyui_controlnext.controlnext_training.data.samples import Facts
 
     for facts in (Facts("", height, width, count, times), Facts("", height, width, count)):
         for wanted in ([59, 0, 33], [7], [58, 59], [0, 0, 1]):

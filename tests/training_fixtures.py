@@ -73,15 +73,15 @@ class Watcher:
 
 def base_of(studio: Studio, model: Any = None) -> Any:
     """The studio's checkpoint (or another MODEL with its encoders) as something to train on."""
-    from comfyui_controlnext.controlnext_training.base_model.encode import Base
+    from comfyui_controlnext.controlnext_training.base_model.encode import BaseWithEncoders
 
-    return Base(model or studio.model, studio.vae, studio.clip)
+    return BaseWithEncoders(model or studio.model, studio.vae, studio.clip)
 
 
 def run_in(folder: Path, base: Any, name: str = "control") -> Any:
-    from comfyui_controlnext.controlnext_training.results import Run
+    from comfyui_controlnext.controlnext_training.results import RunFiles
 
-    return Run(folder / "runs" / name, folder / "cache", folder / "out" / name, base.identity("model"), "tiny")
+    return RunFiles(folder / "runs" / name, folder / "cache", folder / "out" / name, base.identity("model"), "tiny")
 
 
 def train_in(

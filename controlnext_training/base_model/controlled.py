@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comfy.model_base import ModelType
 from comfy.model_patcher import ModelPatcher
 from comfy.samplers import cond_cat
 from torch import Tensor, nn
@@ -20,10 +19,11 @@ from ...controlnext_core.comfy_adapter.bases.table import loaded_base
 from ...controlnext_core.comfy_adapter.weights import base_weights
 from ...controlnext_core.key_maps import KeyMap
 from ...controlnext_core.unet_weights import published_names
-from ..choices import XS
 from ..config import TrainConfig
 from ..trainables import Differences, selected, train_differences
+from .conditioning import host_arguments
 from .controls import MakeControl, TrainedControl, check_base, new_control, start_from
+from .families import PREDICTS, TrainedFamily, family_of
 from .unet import checkpoint_blocks, plain_attention, training_unet
 
 Conditions = dict[str, Any]
@@ -74,17 +74,19 @@ class Controlled(nn.Module):
         """Raises ConfigError or ValueError where the configuration does not fit the base; `model` is only read."""
         super().__init__()
         self.facts: LoadedBase = loaded_base(model.model)
+        self.family: TrainedFamily = family_of(model)
         self.device, self.dtype = device, dtype
         self.control: TrainedControl = make(config, self.facts, device)
         self.key_map: KeyMap = self.facts.key_map()
         stored_on = torch.device("cpu") if config.offload else device
         self.unet = training_unet(model, dtype, stored_on, narrow=config.checkpointing)
-        names = selected(self.key_map, config.trainable, config.blocks) if config.variant != XS else []
+        trains_base = self.control.trains_base
+        names = selected(self.key_map, config.trainable, config.blocks) if trains_base else []
         self.differences: Differences = train_differences(self.unet, names, device)
-        if config.init_control and config.variant != XS:
+        if config.init_control and trains_base:
             start_from(self.differences, Path(config.init_control), self.key_map, base_weights(model))
         if config.checkpointing:
-            checkpoint_blocks(self.unet)
+            checkpoint_blocks(self.unet, self.family.checkpointed)
         self.net = self.control.net
         # not sub-modules: they are the host's, and hold the UNet again
         self._shells = (
@@ -136,14 +138,11 @@ class Controlled(nn.Module):
     def conditions(self, latent: Tensor, encoded: Mapping[str, Tensor], sizes: Sizes) -> Conditions:
         """The host's conditions of one sample.
 
-        latent: (rows, C, H, W), for its shape; encoded: what the text or vision encoder gave (`context`, `pooled`,
-        `concat`; any may be missing).
+        latent: (rows, C, H, W), for its shape; encoded: the tensors of the family's conditioning.
         """
         given: dict[str, Any] = {
             "noise": latent,
             "device": latent.device,
-            "cross_attn": encoded.get("context"),
-            "pooled_output": encoded.get("pooled"),
             "height": sizes.original[0],
             "width": sizes.original[1],
             "crop_h": sizes.crop[0],
@@ -152,25 +151,12 @@ class Controlled(nn.Module):
             "target_width": sizes.target[1],
             "latent_image": torch.zeros_like(latent),
         }
-        if "concat" in encoded:
-            given |= {"concat_latent_image": encoded["concat"], **VIDEO_CONDITIONS}
-        return self.base.extra_conds(**given)
+        return self.base.extra_conds(**given, **host_arguments(encoded), **self.family.constants)
 
     def published_differences(self) -> dict[str, Tensor]:
         """What the base's weights have learned, under published names, in fp32 on the CPU."""
         host = {name: t.cpu() for name, t in self.differences.tensors().items()}
         return published_names(host, self.key_map) if host else {}
-
-
-PREDICTS = {
-    ModelType.EPS: "epsilon",
-    ModelType.V_PREDICTION: "v",
-    ModelType.V_PREDICTION_EDM: "edm",
-    ModelType.FLOW: "flow",
-}
-
-VIDEO_CONDITIONS = {"fps": 7, "motion_bucket_id": 127, "augmentation_level": 0.02}
-"""What the released SVD trainer tells the UNet; the host takes one off fps. Source: its time ids (6, 127, 0.02)."""
 
 
 def _shell(base: Any, unet: nn.Module, dtype: torch.dtype, device: torch.device, raw: bool = False) -> Any:

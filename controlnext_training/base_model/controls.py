@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
@@ -16,9 +17,10 @@ from ...controlnext_core.comfy_adapter.bases.base import LoadedBase, check_pair
 from ...controlnext_core.comfy_adapter.collector import Job, collect
 from ...controlnext_core.comfy_adapter.files import choose_weights
 from ...controlnext_core.comfy_adapter.layers import Fp32Norms, WholeLayers
-from ...controlnext_core.comfy_adapter.loading import kind_of, weights_of
+from ...controlnext_core.comfy_adapter.loading import kind_of, load_controlnext, weights_of
 from ...controlnext_core.comfy_adapter.xs_control import time_mix
 from ...controlnext_core.comfy_adapter.xs_forward import Companion, XSJob, join_forward
+from ...controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
 from ...controlnext_core.comfy_adapter.xs_saving import ADAPTER_FILE
 from ...controlnext_core.control_files import write_control
 from ...controlnext_core.detection import choose_spec, read_control_file
@@ -55,6 +57,10 @@ class TrainedControl(Protocol):
     def net(self) -> nn.Module:
         """The network that trains."""
 
+    @property
+    def trains_base(self) -> bool:
+        """True: weights of the base train as well, those that the recipe selects. False: the network alone trains."""
+
     def join(self, options: Options, latent: tuple[int, ...], hint: Tensor, timesteps: Tensor, strength: float) -> None:
         """Take part in the coming forward.
 
@@ -80,19 +86,17 @@ def new_control(config: TrainConfig, facts: LoadedBase, device: torch.device) ->
 
     Fresh weights depend on the seed alone. Raises ConfigError, or ValueError where the base is of another family.
     """
-    if config.variant == XS:
-        return _XS(config, facts, device)
-    return _NeXt(config, facts, device)
+    return _kind(config)(config, facts, device)
 
 
 def check_base(config: TrainConfig, facts: LoadedBase) -> None:
     """Raise ConfigError or ValueError where this configuration's control is for another family of base models."""
-    if config.variant == XS:
-        _xs_shape(config, facts)
-        return
-    spec = SPECS[config.variant]
-    place = facts.places.get(spec.fusion.site)
-    check_pair(facts, spec, place.width if place else 0, f"variant {spec.name}")
+    _kind(config).check_base(config, facts)
+
+
+def load_trained(model: ModelPatcher, path: Path, config: TrainConfig) -> tuple[ModelPatcher, Any]:
+    """(MODEL, CONTROL_NET) of a trained file. Raises CheckpointError."""
+    return _kind(config).load(model, path, config.variant)
 
 
 def _initialised(net: nn.Module, fresh: nn.Module, device: torch.device) -> None:
@@ -108,6 +112,19 @@ def _laid_out(hint: Tensor) -> Tensor:
 
 class _NeXt:
     """A ControlNeXt encoder."""
+
+    trains_base = True
+
+    @staticmethod
+    def check_base(config: TrainConfig, facts: LoadedBase) -> None:
+        spec = SPECS[config.variant]
+        place = facts.places.get(spec.fusion.site)
+        check_pair(facts, spec, place.width if place else 0, f"variant {spec.name}")
+
+    @staticmethod
+    def load(model: ModelPatcher, path: Path, variant: str) -> tuple[ModelPatcher, Any]:
+        loaded = load_controlnext(model, path, variant=variant)
+        return loaded.model, loaded.control
 
     def __init__(self, config: TrainConfig, facts: LoadedBase, device: torch.device) -> None:
         spec = SPECS[config.variant]
@@ -164,6 +181,15 @@ class _XS:
     """A ControlNet-XS: the released size rules, `xs_ratio` of the base's widths."""
 
     rule = NORM_RULES["official"]
+    trains_base = False
+
+    @staticmethod
+    def check_base(config: TrainConfig, facts: LoadedBase) -> None:
+        _xs_shape(config, facts)
+
+    @staticmethod
+    def load(model: ModelPatcher, path: Path, variant: str) -> tuple[ModelPatcher, Any]:
+        return model, load_controlnet_xs(path).control
 
     def __init__(self, config: TrainConfig, facts: LoadedBase, device: torch.device) -> None:
         self.shape = _xs_shape(config, facts)
@@ -205,6 +231,11 @@ class _XS:
 
     def check(self, header: checkpoint.Header) -> None:
         read_xs_file(header)
+
+
+def _kind(config: TrainConfig) -> type[_NeXt] | type[_XS]:
+    """The class of the variant's control."""
+    return _XS if config.variant == XS else _NeXt
 
 
 def _xs_shape(config: TrainConfig, facts: LoadedBase) -> XSShape:

@@ -1,4 +1,4 @@
-"""Pictures, captions and reference frames into what the base is given, by the host's own encoders."""
+"""A base model with the host's encoders: pictures to latents and back, and which weights these are."""
 
 from __future__ import annotations
 
@@ -17,16 +17,23 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..config import ConfigError
+from .families import TrainedFamily, family_of
 
 SAMPLED = 64
 """Numbers of each tensor that the identity of an encoder looks at."""
 
 ENCODERS = {"vae": "vae", "clip": "text", "vision": "vision"}
-"""Field of a Base -> what `identity` calls its weights."""
+"""Field of a BaseWithEncoders -> the name of its weights in `identity`."""
+MISSING = {
+    "vae": "vae: the checkpoint holds none. Connect a VAE, or set vae to a file that holds one.",
+    "clip": "clip: this base needs its text encoder. Connect CLIP of the same checkpoint.",
+    "vision": "clip_vision: SVD needs its image encoder. Connect CLIP_VISION of the same checkpoint.",
+}
+"""Field -> the error where a family needs that encoder and a run has none."""
 
 
 @dataclass
-class Base:
+class BaseWithEncoders:
     """A base model in the host's hands, with what encodes for it."""
 
     model: ModelPatcher
@@ -41,14 +48,16 @@ class Base:
     _released: set[str] = field(default_factory=set)
     _lock: Any = field(default_factory=threading.RLock, repr=False)
 
-    def check(self, video: bool) -> None:
-        """Raise ConfigError where an encoder that this base needs is missing."""
-        if not self._has("vae"):
-            raise ConfigError("vae: the checkpoint holds none. Connect a VAE, or set vae to a file that holds one.")
-        if video and not self._has("vision"):
-            raise ConfigError("clip_vision: SVD needs its image encoder. Connect CLIP_VISION of the same checkpoint.")
-        if not video and not self._has("clip"):
-            raise ConfigError("clip: this base needs its text encoder. Connect CLIP of the same checkpoint.")
+    @property
+    def family(self) -> TrainedFamily:
+        """How bases of this family are trained. Raises ValueError for a family that cannot be."""
+        return family_of(self.model)
+
+    def check(self) -> None:
+        """Raise ConfigError where an encoder that this family needs is missing."""
+        for name in self.family.encoders:
+            if not self._has(name):
+                raise ConfigError(MISSING[name])
 
     def _has(self, name: str) -> bool:
         return getattr(self, name) is not None or name in self._released
@@ -62,7 +71,7 @@ class Base:
                     setattr(self, name, None)
                     self._released.add(name)
 
-    def _encoder(self, name: str) -> Any:
+    def encoder(self, name: str) -> Any:
         """The encoder of that field, read again where it was released."""
         with self._lock:  # samples are read ahead in a thread
             if self.read_again is not None and name in self._released:
@@ -73,33 +82,15 @@ class Base:
     def latent(self, frames: Tensor) -> Tensor:
         """frames (F, H, W, 3) in [0, 1] -> latents (F, C, H/8, W/8) as the UNet sees them, fp32, on the CPU."""
         with torch.inference_mode():
-            latent = self._encoder("vae").encode(frames)
+            latent = self.encoder("vae").encode(frames)
             latent = self.model.model.process_latent_in(latent.float())
         return latent.cpu().clone()
 
     def picture(self, latent: Tensor) -> Tensor:
         """The other way: latents as the UNet sees them -> (F, H, W, 3) in [0, 1], on the CPU."""
         with torch.inference_mode():
-            pixels = self._encoder("vae").decode(self.model.model.process_latent_out(latent))
+            pixels = self.encoder("vae").decode(self.model.model.process_latent_out(latent))
         return pixels.float().cpu().clone()
-
-    def text(self, caption: str) -> dict[str, Tensor]:
-        """`context` (1, T, D) and, where there is one, `pooled` (1, P), on the CPU."""
-        clip = self._encoder("clip")
-        with torch.inference_mode():
-            context, pooled = clip.encode_from_tokens(clip.tokenize(caption), return_pooled=True)
-        found = {"context": context.float().cpu().clone()}
-        return found if pooled is None else {**found, "pooled": pooled.float().cpu().clone()}
-
-    def reference(self, frame: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """SVD's reference frame (1, H, W, 3): `context` (1, 1, D) and `concat` (1, C, H/8, W/8), not scaled.
-
-        noise: as frame, what is added before it is encoded. Source: the host's SVD_img2vid_Conditioning.
-        """
-        with torch.inference_mode():
-            embeds = self._encoder("vision").encode_image(frame).image_embeds.unsqueeze(0)
-            concat = self._encoder("vae").encode(frame + noise)
-        return {"context": embeds.float().cpu().clone(), "concat": concat.float().cpu().clone()}
 
     def identity(self, what: str) -> str:
         """Identity of the `model`, `vae`, `text` or `vision` weights: names, shapes and a sample of the numbers."""
@@ -111,9 +102,9 @@ class Base:
         if what == "model":
             return {name: patches[0][0] for name, patches in self.model.get_key_patches("diffusion_model.").items()}
         module = {
-            "vae": lambda: self._encoder("vae").first_stage_model,
-            "text": lambda: self._encoder("clip").cond_stage_model,
-            "vision": lambda: self._encoder("vision").model,
+            "vae": lambda: self.encoder("vae").first_stage_model,
+            "text": lambda: self.encoder("clip").cond_stage_model,
+            "vision": lambda: self.encoder("vision").model,
         }[what]()
         return module.state_dict()
 

@@ -9,8 +9,8 @@ from typing import Any
 import comfy.lora
 import comfy.ops
 import torch
-from comfy.ldm.modules.attention import BasicTransformerBlock, attention_pytorch
-from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
+from comfy.ldm.modules.attention import attention_pytorch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -78,11 +78,11 @@ def _put(root: nn.Module, name: str, tensor: Tensor, is_parameter: bool) -> None
         module.register_buffer(leaf, tensor)
 
 
-def checkpoint_blocks(unet: nn.Module) -> int:
-    """Have the UNet's residual and transformer blocks compute their insides again in the backward pass; how many."""
+def checkpoint_blocks(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> int:
+    """Have the blocks of these kinds compute their insides again in the backward pass; returns how many there are."""
 
     def wrap(module: nn.Module) -> int:
-        if not isinstance(module, (ResBlock, BasicTransformerBlock)):
+        if not isinstance(module, kinds):
             return sum(wrap(child) for child in module.children())
         forward = module.forward
 
@@ -92,7 +92,7 @@ def checkpoint_blocks(unet: nn.Module) -> int:
         module.forward = again
         return 1
 
-    return wrap(unet)
+    return wrap(network)
 
 
 def plain_attention(_chosen: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from .index import Facts, content_hash
+from .index import content_hash
 from .pictures import Picture, PictureError, decode
-from .samples import Broken, BrokenSample, first_line
+from .samples import Broken, BrokenSample, Facts, first_line
 from .sources import HINT, MASK, VIDEO_SUFFIXES, Entry, read_caption
 from .tree import Blob
-from .video import natural, read_video
+from .video_frames import natural, read_video
 
 LENGTHS_DIFFER = 1
 """Frames that a video's hints may have more or fewer than the video: encoders drop or repeat the last one."""

@@ -15,12 +15,12 @@ from torch import Tensor
 from ...controlnext_core.hints import HINTS
 from .buckets import Fit, bucket_sizes, choose, fit
 from .clips import Clip, Frames, clips
-from .index import Facts, Index, Progress
+from .index import Index, Progress
 from .pictures import BLACK, WHITE, Picture, cut, luminance
-from .samples import PAIRED, Broken, BrokenSample, ControlDataset, DatasetError, Sample, digest
+from .samples import PAIRED, Broken, BrokenSample, ControlDataset, DatasetError, Facts, Sample, digest
 from .sources import VIDEO_SUFFIXES, Entry, entries, open_tree
 from .tree import Blob
-from .video import REFERENCES, chosen_frames, region, windows
+from .video_frames import REFERENCES, chosen_frames, region, windows
 
 logger = logging.getLogger(__name__)
 

@@ -14,15 +14,15 @@ import logging
 import os
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .pictures import PictureError, decode
-from .samples import first_line
+from .samples import Facts, first_line
 from .sources import VIDEO_SUFFIXES
 from .tree import Blob
-from .video import examine_video
+from .video_frames import examine_video
 
 logger = logging.getLogger(__name__)
 
@@ -33,24 +33,6 @@ AT_ONCE = 1024
 
 Progress = Callable[[int, int], None]
 """(files read, files in all); may raise to stop."""
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """Of one readable picture or video."""
-
-    content: str
-    """Hash of its bytes."""
-    height: int
-    width: int
-    frames: int = 1
-    times: tuple[int, ...] = ()
-    """Video: when each frame shows, in the stream's own unit; empty where frames must be counted from the start."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(H, W), as it is seen: turned where the file says so."""
-        return self.height, self.width
 
 
 def examine(blob: Blob) -> Facts | str:

@@ -37,6 +37,24 @@ class Broken(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Facts:
+    """Content, size and length of one readable picture or video."""
+
+    content: str
+    """Hash of its bytes."""
+    height: int
+    width: int
+    frames: int = 1
+    times: tuple[int, ...] = ()
+    """Video: when each frame shows, in the stream's own unit; empty where frames must be counted from the start."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W), as it is seen: turned where the file says so."""
+        return self.height, self.width
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One picture or clip as the trainer takes it; RGB float32 in [0, 1]."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .buckets import LATENT_STEP, Fit
 from .pictures import cut
 from .samples import DatasetError, Sample, digest
-from .video import chosen_frames, region, windows
+from .video_frames import chosen_frames, region, windows
 
 
 class TensorDataset:

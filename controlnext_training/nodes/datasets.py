@@ -15,7 +15,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ...controlnext_core.comfy_adapter.feedback import tell
-from ..base_model.loading import runs_folder
+from ..base_model.base_files import runs_folder
 from ..choices import CHOICES
 from ..command import INDEX, open_data
 from ..config import ConfigError, TrainConfig, field_docs
@@ -38,8 +38,9 @@ class Files:
     """Keys of TrainConfig."""
     roots: tuple[Path, ...]
 
-    def open(self, config: TrainConfig) -> ControlDataset:
-        return open_data(config.data, config, runs_folder() / INDEX, self.roots, _stop_if_cancelled)
+    def open(self, config: TrainConfig, frames: int = 1) -> ControlDataset:
+        """The dataset with samples of so many frames."""
+        return open_data(config.data, config, frames, runs_folder() / INDEX, self.roots, _stop_if_cancelled)
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,13 @@ class Images:
     captions: tuple[str, ...]
     settings: Mapping[str, Any]
 
-    def open(self, config: TrainConfig) -> ControlDataset:
+    def open(self, config: TrainConfig, frames: int = 1) -> ControlDataset:
+        """The dataset with samples of so many frames."""
         return TensorDataset(
             self.images,
             self.hints,
             self.captions,
-            clip_frames=config.clip_frames if config.video else 1,
+            clip_frames=frames,
             clip_stride=config.clip_stride,
         )
 

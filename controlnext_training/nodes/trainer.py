@@ -14,15 +14,14 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
 from ...controlnext_core.comfy_adapter.feedback import tell
-from ...controlnext_core.comfy_adapter.loading import load_controlnext
-from ...controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
 from .. import state
-from ..base_model.encode import Base
-from ..choices import CHOICES, XS
+from ..base_model.controls import load_trained
+from ..base_model.encode import BaseWithEncoders
+from ..choices import CHOICES
 from ..command import run_of
 from ..config import ConfigError, TrainConfig, field_docs
 from ..config_files import make_config, parse_recipe
-from ..results import Run, show_curve
+from ..results import RunFiles, show_curve
 from ..train import Stopped, train
 from .datasets import Dataset, Files, Images, as_image
 
@@ -184,34 +183,28 @@ class ControlNeXtTrain(io.ComfyNode):
             "resume": resume,
         }
         settings = make_config(recipe_of_node(config), widgets, dataset.settings)
-        base = Base(model, vae, clip, clip_vision)
+        base = BaseWithEncoders(model, vae, clip, clip_vision)
         watch = NodeWatch(cls.hidden.unique_id)
-        run = run_of(settings, base)
+        run, frames = run_of(settings, base), base.family.frames(settings)
         with torch.inference_mode(False), torch.enable_grad():
             try:
-                path = train(base, dataset.open(settings), None, settings, run, watch)
+                path = train(base, dataset.open(settings, frames), None, settings, run, watch)
             except Stopped as stopped:
                 watch.say(str(stopped))
                 comfy.model_management.interrupt_current_processing(False)
                 raise comfy.model_management.InterruptProcessingException from stopped
-        return io.NodeOutput(*_loaded(model, path, settings), _losses(run), str(path), ui=_results(run, watch, cls))
+        return io.NodeOutput(
+            *load_trained(model, path, settings), _losses(run), str(path), ui=_results(run, watch, cls)
+        )
 
 
-def _loaded(model: Any, path: Path, config: TrainConfig) -> tuple[Any, Any]:
-    """(MODEL, CONTROL_NET) of the saved file."""
-    if config.variant == XS:
-        return model, load_controlnet_xs(path).control
-    loaded = load_controlnext(model, path, variant=config.variant)
-    return loaded.model, loaded.control
-
-
-def _losses(run: Run) -> dict[str, list[float]]:
+def _losses(run: RunFiles) -> dict[str, list[float]]:
     """Of every step, as the host's own trainer gives them."""
     found = state.latest(run.folder)
     return {"loss": [] if found is None else found.tensors("losses")["loss"].tolist()}
 
 
-def _results(run: Run, watch: NodeWatch, cls: type[io.ComfyNode]) -> Any:
+def _results(run: RunFiles, watch: NodeWatch, cls: type[io.ComfyNode]) -> Any:
     """The loss curve and the last grid, on the node."""
     from PIL import Image as Pictures
 

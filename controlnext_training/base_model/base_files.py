@@ -12,7 +12,7 @@ import torch
 
 from ...controlnext_core import checkpoint
 from ..config import ConfigError, TrainConfig
-from .encode import Base, device_of_host
+from .encode import BaseWithEncoders, device_of_host
 
 PARTS = ("model", "clip", "vae", "vision")
 """In this order the host's loader returns them."""
@@ -20,7 +20,7 @@ UNET_PREFIX = "model.diffusion_model."
 HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def load_base(config: TrainConfig, folder: Path) -> Base:
+def load_base(config: TrainConfig, folder: Path) -> BaseWithEncoders:
     """The checkpoint that `config.base` names: a path (from `folder` on), or a name in the host's folders.
 
     Of a safetensors file the encoders can be released and read again. Raises ConfigError naming the key and what was
@@ -54,8 +54,10 @@ def load_base(config: TrainConfig, folder: Path) -> Base:
             return comfy.sd.VAE(sd=state, metadata=metadata)
         return read(name)[PARTS.index(name)]
 
-    model, clip, vae, vision = read("model", "vision" if config.video else "clip", *([] if own_vae else ["vae"]))
-    return Base(model, encoder("vae") if own_vae else vae, clip, vision, encoder if header is not None else None)
+    model, clip, vae, vision = read(*PARTS if own_vae is None else ("model", "clip", "vision"))
+    if own_vae is not None:
+        vae = encoder("vae")
+    return BaseWithEncoders(model, vae, clip, vision, encoder if header is not None else None)
 
 
 def half_dtype(header: checkpoint.Header) -> torch.dtype | None:

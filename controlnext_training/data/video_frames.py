@@ -9,18 +9,15 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ..seeding import uniform
 from .pictures import Picture, PictureError
-from .samples import first_line
+from .samples import Facts, first_line
 from .tree import Blob, fold
-
-if TYPE_CHECKING:
-    from .index import Facts
 
 REFERENCES = ("random", "first")
 """What a clip's first frame is: a random frame of its source, as the authors train; or its own first frame."""

@@ -1,0 +1,137 @@
+"""Conditions of a sample: how an encoder makes them from its caption or its reference frame, and how they drop out.
+
+Encoded conditions are tensors by name, on the CPU: `context` (1, T, D), the tokens that cross attention reads;
+`pooled` (1, P), one vector for the whole caption; `concat` (1, C, H/8, W/8), latents beside the noisy ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..data.samples import Sample, digest
+from ..seeding import generator
+
+Tensors = dict[str, Tensor]
+Cached = Callable[[str, Callable[[], Tensors]], Tensors]
+"""(key, encode) -> the tensors cached under the key; `encode` is called and its result cached where there are none."""
+
+HOST_NAMES = {"context": "cross_attn", "pooled": "pooled_output", "concat": "concat_latent_image"}
+"""Name of an encoded condition -> the argument of the host's `extra_conds` that takes it."""
+AUGMENTATION = 0.02
+"""Standard deviation of the noise on SVD's reference frame. Source: the released trainer."""
+
+
+class Encoders(Protocol):
+    """The part of a base model that conditions need."""
+
+    def encoder(self, name: str) -> Any:
+        """The host's encoder: `vae`, `clip` or `vision`."""
+
+    def identity(self, part: str) -> str:
+        """Identity of the weights of `vae`, `text` or `vision`."""
+
+
+class Conditioning(Protocol):
+    """One kind of conditions. `cached` keeps encoded tensors; `rate` is the drop-out probability of the recipe."""
+
+    @property
+    def encoded_while_training(self) -> bool:
+        """True: some conditions are first met at a step, so the encoders stay. False: `prepare` encodes all of them."""
+
+    def prepare(self, base: Encoders, cached: Cached, caption: str) -> None:
+        """Encode everything that is known of a sample before the first step; '' prepares for dropped captions."""
+
+    def encode(self, base: Encoders, cached: Cached, sample: Sample, drop: float, rate: float) -> Tensors:
+        """Conditions of a sample; drop: uniform in [0, 1), decides with `rate` which of them drop out."""
+
+    def empty(self, base: Encoders, cached: Cached, like: Tensors) -> Tensors:
+        """The unconditional side of classifier-free guidance; like: the sample's own conditions."""
+
+
+class Caption:
+    """Text conditions: `context` and, where the text encoder has one, `pooled`. A dropped caption is the empty one."""
+
+    encoded_while_training = False
+
+    def prepare(self, base: Encoders, cached: Cached, caption: str) -> None:
+        """Encode the caption."""
+        self.text(base, cached, caption)
+
+    def encode(self, base: Encoders, cached: Cached, sample: Sample, drop: float, rate: float) -> Tensors:
+        """The caption's tensors, or those of the empty caption where `drop` is below `rate`."""
+        return self.text(base, cached, "" if drop < rate else sample.caption)
+
+    def empty(self, base: Encoders, cached: Cached, like: Tensors) -> Tensors:
+        """The tensors of the empty caption."""
+        return self.text(base, cached, "")
+
+    def text(self, base: Encoders, cached: Cached, caption: str) -> Tensors:
+        """The tensors of any caption."""
+        key = f"text-{base.identity('text')}-{digest(caption)}"
+        return cached(key, lambda: encode_text(base.encoder("clip"), caption))
+
+
+class ReferenceFrame:
+    """SVD's conditions: the first frame of a clip as CLIP sees it (`context`) and as a latent (`concat`).
+
+    A clip draws its reference frame anew at each position of the run, so frames are encoded while training.
+    """
+
+    encoded_while_training = True
+
+    def prepare(self, base: Encoders, cached: Cached, caption: str) -> None:
+        """Nothing is known before the frame is drawn."""
+
+    def encode(self, base: Encoders, cached: Cached, sample: Sample, drop: float, rate: float) -> Tensors:
+        """The frame's tensors; zeros replace `context` below 2 rate, and `concat` from rate to 3 rate.
+
+        Source of these intervals: the released SVD trainer.
+        """
+        found = self.reference(base, cached, sample)
+        if drop < 2 * rate:
+            found = {**found, "context": torch.zeros_like(found["context"])}
+        if rate <= drop < 3 * rate:
+            found = {**found, "concat": torch.zeros_like(found["concat"])}
+        return found
+
+    def empty(self, base: Encoders, cached: Cached, like: Tensors) -> Tensors:
+        """Zeros in place of the frame."""
+        return {name: torch.zeros_like(tensor) for name, tensor in like.items()}
+
+    def reference(self, base: Encoders, cached: Cached, sample: Sample) -> Tensors:
+        """The tensors of a clip's first frame. Its noise depends on the frame's key alone."""
+        frame = sample.frames[:1]
+
+        def encode() -> Tensors:
+            noise = torch.randn(frame.shape, generator=generator(0, f"augmentation {sample.frame_keys[0]}", 0))
+            return encode_reference(base.encoder("vision"), base.encoder("vae"), frame, AUGMENTATION * noise)
+
+        return cached(f"reference-{base.identity('vision')}-{base.identity('vae')}-{sample.frame_keys[0]}", encode)
+
+
+def encode_text(clip: Any, caption: str) -> Tensors:
+    """`context` and `pooled` of a caption by the host's text encoder, fp32."""
+    with torch.inference_mode():
+        context, pooled = clip.encode_from_tokens(clip.tokenize(caption), return_pooled=True)
+    found = {"context": context.float().cpu().clone()}
+    return found if pooled is None else {**found, "pooled": pooled.float().cpu().clone()}
+
+
+def encode_reference(vision: Any, vae: Any, frame: Tensor, noise: Tensor) -> Tensors:
+    """`context` and unscaled `concat` of a frame (1, H, W, 3) in [0, 1], fp32; noise is added before `vae` encodes.
+
+    Source: the host's SVD_img2vid_Conditioning.
+    """
+    with torch.inference_mode():
+        embeds = vision.encode_image(frame).image_embeds.unsqueeze(0)
+        concat = vae.encode(frame + noise)
+    return {"context": embeds.float().cpu().clone(), "concat": concat.float().cpu().clone()}
+
+
+def host_arguments(encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Encoded conditions under the names of the host's `extra_conds`."""
+    return {HOST_NAMES[name]: tensor for name, tensor in encoded.items()}
