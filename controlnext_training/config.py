@@ -6,191 +6,241 @@ all read from `TrainConfig`. A recipe may group keys under table headings; the h
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import functools
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
-from typing import Any
 
-from .choices import BOUNDS, CHOICES, LAYOUTS, SUBSETS
-from .schedules import Schedule
+from ..controlnext_core.hints import HINTS
+from .choices import AUTO, FUSIONS, LAYOUTS, SUBSETS, VARIANTS
+from .data.samples import PAIRED
+from .objective import OBJECTIVES, TIMESTEP_LAWS
+from .optimizers import OPTIMIZERS
+from .schedules import SCHEDULES, Schedule
+from .settings import ConfigError as ConfigError
+from .settings import last_names, setting, settings_of
 
 BLOCK_SIDES = ("input", "middle", "output")
-PLACES = ("base", "vae", "init_control", "data", "validation_data", "cache_folder", "output_folder", "runs_folder")
-"""Settings that name files and folders."""
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used. The message names the key, the value and what is allowed."""
+MANY = 10_000_000
+"""Largest number of steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """One training run."""
+    """One training run. Raises ConfigError for a value that cannot be used."""
 
     # what is trained
-    variant: str = "sd15"
-    """Row of the table of variants to train (sd15, sdxl, svd_v2, ...), or xs for a ControlNet-XS."""
-    base: str = ""
-    """Checkpoint of the base model: a path, or a name in ComfyUI's checkpoints folder. The node takes it from MODEL."""
-    vae: str = ""
-    """File with another autoencoder than the checkpoint's own; empty = the checkpoint's."""
-    trainable: str = "to_out"
-    """Which UNet weights train beside the encoder: none, to_out, attn2_to_out, up_to_out, all, or re:EXPRESSION over
-    published names."""
-    blocks: str = ""
-    """Keep of these only the weights in some blocks of the host's UNet: input, middle, output, or input.0-5, ... with
-    commas; two controls trained on disjoint blocks can be combined. Empty = all blocks."""
-    fusion: str = "released"
-    """How the control joins the features: released (Cross Normalization as released), paper (equation 10),
-    zero_conv (a last convolution that starts at zero) or add (plain addition)."""
-    gain: float = 0.0
-    """Gain of the control while training, saved in the file; 0 = the variant's own. The authors took 0.35 for sparse
-    and 1.0 for dense hints."""
-    init_control: str = ""
-    """Control file to start from; empty = fresh weights."""
-    xs_ratio: float = 0.1
-    """ControlNet-XS: its widths as a part of the base's."""
-    xs_own_time: bool = False
-    """ControlNet-XS: a time embedding of its own, as some releases have; it learns more slowly."""
+    variant: str = setting(
+        "sd15",
+        "Row of the table of variants to train (sd15, sdxl, svd_v2, ...), or xs for a ControlNet-XS.",
+        choices=VARIANTS,
+        fixed_on_resume=True,
+    )
+    base: str = setting(
+        "",
+        "Checkpoint of the base model: a path, or a name in ComfyUI's checkpoints folder. The node has MODEL instead.",
+        is_path=True,
+    )
+    vae: str = setting(
+        "", "File of an autoencoder to use in place of the checkpoint's own; empty = the checkpoint's.", is_path=True
+    )
+    trainable: str = setting(
+        "to_out",
+        "UNet weights that train beside the encoder: none, to_out, attn2_to_out, up_to_out, all, or re:EXPRESSION over "
+        "published names.",
+        fixed_on_resume=True,
+    )
+    blocks: str = setting(
+        "",
+        "Blocks of the host's UNet to which trainable is limited: input, middle, output, or input.0-5, ... with "
+        "commas; two controls trained on disjoint blocks can be combined. Empty = all blocks.",
+        fixed_on_resume=True,
+    )
+    fusion: str = setting(
+        "released",
+        "How the control joins the features: released (Cross Normalization as released), paper (equation 10), "
+        "zero_conv (a last convolution that starts at zero) or add (plain addition).",
+        choices=tuple(FUSIONS),
+        fixed_on_resume=True,
+    )
+    gain: float = setting(
+        0.0,
+        "Gain of the control while training, saved in the file; 0 = the variant's own. The authors took 0.35 for "
+        "sparse and 1.0 for dense hints.",
+        low=0,
+        high=1e3,
+        fixed_on_resume=True,
+    )
+    init_control: str = setting("", "Control file to start from; empty = fresh weights.", is_path=True)
+    xs_ratio: float = setting(
+        0.1, "ControlNet-XS: its widths as a fraction of the base's.", low=1e-3, high=1, fixed_on_resume=True
+    )
+    xs_own_time: bool = setting(
+        False,
+        "ControlNet-XS: a time embedding of its own, as some releases have; it learns more slowly.",
+        fixed_on_resume=True,
+    )
 
     # data
-    data: tuple[str, ...] = ()
-    """Folders, metadata.jsonl files or tar shards, relative to the recipe's folder; or synthetic:edges:200."""
-    validation_data: tuple[str, ...] = ()
-    """The same for validation; empty = the first of the data, which then do not train, if there are enough."""
-    hint: str = "paired"
-    """Where the hint comes from: paired (a picture of its own), or canny, soft_edge, lines, blur, mask, gray."""
-    resolution: int = 512
-    """Side of the square whose area every picture gets, in pixels; a multiple of 64 (8 for small bases)."""
-    buckets: bool = True
-    """Keep aspect ratios by sorting pictures into sizes of the same area; off = square centre crops."""
-    bucket_step: int = 64
-    """Sides are multiples of this many pixels."""
-    caption_extension: str = ".txt"
-    """Suffix of the caption beside a picture."""
-    clip_frames: int = 14
-    """SVD: frames of a clip."""
-    clip_stride: int = 3
-    """SVD: every n-th frame of the source."""
-    max_samples: int = 0
-    """Use no more than this many pictures; 0 = all."""
+    data: tuple[str, ...] = setting(
+        (),
+        "Folders, metadata.jsonl files or tar shards, relative to the recipe's folder; or synthetic:edges:200.",
+        is_path=True,
+    )
+    validation_data: tuple[str, ...] = setting(
+        (),
+        "The same for validation; empty = the first of the data, which then do not train, if there are enough.",
+        is_path=True,
+    )
+    hint: str = setting(
+        PAIRED,
+        "Source of the hint: paired (a picture of its own), or canny, soft_edge, lines, blur, mask, gray.",
+        choices=(PAIRED, *HINTS),
+    )
+    resolution: int = setting(
+        512,
+        "Side in pixels of the square whose area every picture gets; a multiple of 64 (8 for small bases).",
+        low=64,
+        high=4096,
+    )
+    buckets: bool = setting(
+        True, "Keep aspect ratios by sorting pictures into sizes of the same area; off = square centre crops."
+    )
+    bucket_step: int = setting(64, "Sides are multiples of this many pixels.", low=8, high=512)
+    caption_extension: str = setting(".txt", "Suffix of the caption beside a picture.")
+    clip_frames: int = setting(14, "SVD: frames of a clip.", low=1, high=1024)
+    clip_stride: int = setting(3, "SVD: every n-th frame of the source.", low=1, high=1024)
+    max_samples: int = setting(0, "Largest number of pictures to use; 0 = all.", low=0, high=1e12)
 
     # optimisation
-    steps: int = 1000
-    """Steps of the optimizer."""
-    batch_size: int = 1
-    """Pictures in one forward pass of one process."""
-    accumulation: int = 1
-    """Forward passes whose gradients are averaged to one step."""
-    optimizer: str = "adamw"
-    """adamw, or adamw8bit, prodigy, schedulefree where their packages are installed."""
-    learning_rate: float = 1e-5
-    """Of the UNet's weights."""
-    control_learning_rate: float = 1e-4
-    """Of the encoder or the control stream."""
-    beta1: float = 0.9
-    """Decay of the first moment."""
-    beta2: float = 0.999
-    """Decay of the second moment."""
-    weight_decay: float = 1e-2
-    """Decoupled weight decay; of the UNet it pulls the difference to zero, that is to the base model."""
-    adam_eps: float = 1e-8
-    """Added to the root of the second moment."""
-    max_grad_norm: float = 1.0
-    """Gradients longer than this, over all that trains, are shortened to it; 0 = off."""
-    schedule: str = "constant"
-    """Learning rate over the steps: constant, linear, cosine, cosine_restarts, polynomial or piecewise."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises from zero."""
-    schedule_cycles: int = 1
-    """cosine_restarts: cycles; piecewise: equal parts, each at a tenth of the one before."""
-    schedule_power: float = 1.0
-    """polynomial: the power."""
-    ema_decay: float = 0.0
-    """Exponential moving average of what trains, saved instead of the last weights; 0 = off."""
-    ema_on_cpu: bool = True
-    """Keep the moving average in host memory."""
+    steps: int = setting(1000, "Steps of the optimizer.", low=1, high=MANY)
+    batch_size: int = setting(1, "Pictures in one forward pass of one process.", low=1, high=4096)
+    accumulation: int = setting(1, "Forward passes whose gradients are averaged to one step.", low=1, high=4096)
+    optimizer: str = setting(
+        "adamw",
+        "Optimizer: adamw, or adamw8bit, prodigy, schedulefree where their packages are installed.",
+        choices=tuple(OPTIMIZERS),
+        fixed_on_resume=True,
+    )
+    learning_rate: float = setting(1e-5, "Learning rate of the UNet's weights.", low=0, high=10)
+    control_learning_rate: float = setting(1e-4, "Learning rate of the encoder or the control stream.", low=0, high=10)
+    beta1: float = setting(0.9, "Decay of the first moment.", low=0, high=0.9999999)
+    beta2: float = setting(0.999, "Decay of the second moment.", low=0, high=0.9999999)
+    weight_decay: float = setting(
+        1e-2,
+        "Decoupled weight decay; it pulls the UNet's difference to zero, which is the base model.",
+        low=0,
+        high=10,
+    )
+    adam_eps: float = setting(1e-8, "Added to the root of the second moment.", low=1e-30, high=1)
+    max_grad_norm: float = setting(
+        1.0,
+        "Largest norm of the gradient over everything that trains; longer ones are scaled down. 0 = off.",
+        low=0,
+        high=1e9,
+    )
+    schedule: str = setting(
+        "constant",
+        "Learning rate over the steps: constant, linear, cosine, cosine_restarts, polynomial or piecewise.",
+        choices=tuple(SCHEDULES),
+    )
+    warmup_steps: int = setting(0, "Steps over which the learning rate rises from zero.", low=0, high=MANY)
+    schedule_cycles: int = setting(
+        1, "cosine_restarts: cycles; piecewise: equal parts, each at a tenth of the one before.", low=1, high=1000
+    )
+    schedule_power: float = setting(1.0, "polynomial: the power.", low=0, high=100)
+    ema_decay: float = setting(
+        0.0,
+        "Exponential moving average of the trained weights, saved instead of the last ones; 0 = off.",
+        low=0,
+        high=0.9999999,
+    )
+    ema_on_cpu: bool = setting(True, "Keep the moving average in host memory.")
 
     # objective
-    objective: str = "auto"
-    """What the UNet predicts: auto (as the base model says), epsilon, v, edm or flow."""
-    timesteps: str = "auto"
-    """Law of the timesteps: auto (uniform; svd_cosine for SVD), uniform, logit_normal or svd_cosine."""
-    min_snr_gamma: float = 0.0
-    """Loss weight min(SNR, gamma) / SNR; 0 = off. 5 is common."""
-    noise_offset: float = 0.0
-    """Standard deviation of an offset per channel added to the noise."""
-    caption_dropout: float = 0.0
-    """Part of the samples, drawn anew each time, that train without their caption."""
-    hint_dropout: float = 0.0
-    """Part of the samples, drawn anew each time, that train with a black hint."""
-    mask_weight: float = 0.0
-    """Loss weight 1 + this inside a sample's mask; SVD's authors took 3.2 on sure hands."""
-    seed: int = 0
-    """Of every random number of the run."""
+    objective: str = setting(
+        AUTO,
+        "Output that the UNet learns to predict: auto (as the base model says), epsilon, v, edm or flow.",
+        choices=(AUTO, *OBJECTIVES),
+    )
+    timesteps: str = setting(
+        AUTO,
+        "Distribution of the timesteps: auto (uniform; svd_cosine for SVD), uniform, logit_normal or svd_cosine.",
+        choices=(AUTO, *TIMESTEP_LAWS),
+    )
+    min_snr_gamma: float = setting(0.0, "Loss weight min(SNR, gamma) / SNR; 0 = off. 5 is common.", low=0, high=1e6)
+    noise_offset: float = setting(
+        0.0, "Standard deviation of an offset per channel added to the noise.", low=0, high=10
+    )
+    caption_dropout: float = setting(
+        0.0, "Probability that a sample trains without its caption, drawn at each use.", low=0, high=1
+    )
+    hint_dropout: float = setting(
+        0.0, "Probability that a sample trains with a black hint, drawn at each use.", low=0, high=1
+    )
+    mask_weight: float = setting(
+        0.0,
+        "Extra loss weight inside a sample's mask: 1 + this; SVD's authors took 3.2 on sure hands.",
+        low=0,
+        high=1e6,
+    )
+    seed: int = setting(0, "Seed of every random number of the run.", low=0, high=2**64 - 1, fixed_on_resume=True)
 
     # memory and speed
-    precision: str = "auto"
-    """Compute in auto (bf16 where the device is quick at it, else fp32), fp32, bf16 or fp16. What trains is fp32."""
-    checkpointing: bool = False
-    """Compute block by block again in the backward pass: less memory, about a third more time."""
-    offload: bool = False
-    """Keep the frozen weights in host memory and bring each in when it is needed; with checkpointing."""
-    cache: bool = True
-    """Keep encoded pictures and captions on disk, so that each is encoded once."""
-    cache_folder: str = ""
-    """Where; empty = beside the runs."""
-    zero: bool = False
-    """Split the state of adamw over the processes of a distributed run: less memory, a little more time."""
+    precision: str = setting(
+        AUTO,
+        "Number format of the computation: auto (bf16 where the device is fast at it, else fp32), fp32, bf16 or fp16. "
+        "Trained weights are fp32.",
+        choices=(AUTO, "fp32", "bf16", "fp16"),
+    )
+    checkpointing: bool = setting(
+        False, "Recompute each block in the backward pass: less memory, about a third more time."
+    )
+    offload: bool = setting(
+        False, "Keep the frozen weights in host memory and copy each to the device when used; with checkpointing."
+    )
+    cache: bool = setting(True, "Keep encoded pictures and captions on disk, so that each is encoded once.")
+    cache_folder: str = setting("", "Folder of that cache; empty = beside the runs.", is_path=True)
+    zero: bool = setting(
+        False, "Split the state of adamw over the processes of a distributed run: less memory, a little more time."
+    )
 
     # saving
-    output_name: str = "control"
-    """Name of the run and of its files."""
-    output_folder: str = ""
-    """Where the trained file goes; empty = ComfyUI's models/controlnext."""
-    runs_folder: str = ""
-    """Where states, logs and pictures go; empty = controlnext_training in ComfyUI's output folder."""
-    save_every: int = 250
-    """Steps between saved states, from which a run is resumed."""
-    keep_states: int = 2
-    """Older saved states are deleted."""
-    layout: str = "single"
-    """Of the trained file: single, or published (names as the authors' scripts read them); xs: xs_official or
-    xs_diffusers."""
-    save_dtype: str = "fp16"
-    """Of the trained file: fp16, bf16 or fp32."""
-    resume: bool = True
-    """Go on where the last saved state of this name ends."""
+    output_name: str = setting("control", "Name of the run and of its files.")
+    output_folder: str = setting("", "Folder of the trained file; empty = ComfyUI's models/controlnext.", is_path=True)
+    runs_folder: str = setting(
+        "",
+        "Folder of states, logs and pictures; empty = controlnext_training in ComfyUI's output folder.",
+        is_path=True,
+    )
+    save_every: int = setting(250, "Steps between saved states, from which a run is resumed.", low=1, high=MANY)
+    keep_states: int = setting(2, "Newest saved states to keep; older ones are deleted.", low=1, high=1000)
+    layout: str = setting(
+        "single",
+        "Layout of the trained file: single, or published (names as the authors' scripts read them); xs: xs_official "
+        "or xs_diffusers.",
+        choices=tuple(dict.fromkeys(layout for layouts in LAYOUTS.values() for layout in layouts)),
+    )
+    save_dtype: str = setting(
+        "fp16", "Number format of the trained file: fp16, bf16 or fp32.", choices=("fp16", "bf16", "fp32")
+    )
+    resume: bool = setting(True, "Continue from the last saved state of this name.")
 
     # seeing it
-    log_every: int = 10
-    """Steps between lines of the log."""
-    validate_every: int = 250
-    """Steps between validations; 0 = none."""
-    validation_samples: int = 4
-    """Pictures of a validation grid."""
-    validation_steps: int = 20
-    """Sampler steps of a validation picture."""
-    validation_cfg: float = 5.0
-    """Guidance of a validation picture."""
-    tensorboard: bool = False
-    """Write TensorBoard events, where it is installed. JSON lines are always written."""
+    log_every: int = setting(10, "Steps between lines of the log.", low=1, high=MANY)
+    validate_every: int = setting(250, "Steps between validations; 0 = none.", low=0, high=MANY)
+    validation_samples: int = setting(4, "Pictures of a validation grid.", low=1, high=64)
+    validation_steps: int = setting(20, "Sampler steps of a validation picture.", low=1, high=1000)
+    validation_cfg: float = setting(5.0, "Guidance scale of a validation picture.", low=0, high=100)
+    tensorboard: bool = setting(
+        False, "Write TensorBoard events, where it is installed. JSON lines are always written."
+    )
 
     def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}: {getattr(self, name)!r} is unknown. Choose one of {', '.join(allowed)}.")
-        for name, (low, high, what) in BOUNDS.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ConfigError(f"{name}: {value} is out of range. It is {what}: {low:g} to {high:g}.")
-        for name in ("offload",):
-            if getattr(self, name) and not self.checkpointing:
-                raise ConfigError(f"{name}: saves nothing without checkpointing. Set checkpointing = true as well.")
+        for key, facts in SETTINGS.items():
+            facts.check(key, getattr(self, key))
+        if self.offload and not self.checkpointing:
+            raise ConfigError("offload: saves nothing without checkpointing. Set checkpointing = true as well.")
         if self.zero and self.optimizer != "adamw":
             raise ConfigError(f"zero: is for adamw, and optimizer is {self.optimizer}. Change one of them.")
         self._check_names()
@@ -231,15 +281,14 @@ class TrainConfig:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
 
     def to_shared_json(self) -> str:
-        """The same for files that are given to others: of PLACES the last names, not where they lie on this machine."""
-        settings = dataclasses.asdict(self)
-        settings |= {key: _last_names(settings[key]) for key in PLACES}
-        return json.dumps(settings, ensure_ascii=False)
+        """The same for files that are given to others: paths are reduced to their last names."""
+        values = dataclasses.asdict(self)
+        values |= {key: last_names(values[key]) for key, facts in SETTINGS.items() if facts.is_path}
+        return json.dumps(values, ensure_ascii=False)
 
 
-def _last_names(value: str | tuple[str, ...]) -> Any:
-    """Of a path of any system, or of each of several."""
-    return PureWindowsPath(value).name if isinstance(value, str) else tuple(map(_last_names, value))
+SETTINGS = settings_of(TrainConfig)
+"""Key -> its description, bounds and choices."""
 
 
 def parse_blocks(text: str) -> dict[str, range | None]:
@@ -258,16 +307,3 @@ def parse_blocks(text: str) -> dict[str, range | None]:
         first = match[2]
         found[match[1]] = None if first is None else range(int(first), int(match[3] or first) + 1)
     return found
-
-
-@functools.cache
-def field_docs() -> dict[str, str]:
-    """Key -> its description, from the strings under the fields."""
-    tree = ast.parse(Path(__file__).read_text("utf-8"))
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainConfig")
-    docs = {}
-    for line, after in zip(body, body[1:], strict=False):
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(after, ast.Expr):
-            assert isinstance(after.value, ast.Constant)
-            docs[line.target.id] = " ".join(str(after.value.value).split())
-    return docs

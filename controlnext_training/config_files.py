@@ -10,8 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
 
-from .choices import CHOICES
-from .config import ConfigError, TrainConfig, field_docs
+from .config import SETTINGS, ConfigError, TrainConfig
 
 KINDS: dict[str, type] = get_type_hints(TrainConfig)
 """Key -> its type."""
@@ -83,16 +82,16 @@ def make_config(*sources: Mapping[str, Any]) -> TrainConfig:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """One flag per setting: --steps 1000, --no-resume, --data A B."""
-    docs, defaults = field_docs(), {f.name: f.default for f in dataclasses.fields(TrainConfig)}
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     for key, kind in KINDS.items():
         flag = f"--{key.replace('_', '-')}"
-        text = docs[key].replace("%", "%%") + f" (default {defaults[key]!r})".replace("%", "%%")
+        text = SETTINGS[key].doc.replace("%", "%%") + f" (default {defaults[key]!r})".replace("%", "%%")
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         elif kind == tuple[str, ...]:
             parser.add_argument(flag, nargs="+", metavar="PATH", help=text)
         else:
-            parser.add_argument(flag, type=kind, choices=CHOICES.get(key), metavar=key.upper(), help=text)
+            parser.add_argument(flag, type=kind, choices=SETTINGS[key].choices or None, metavar=key.upper(), help=text)
 
 
 def flags_given(options: argparse.Namespace) -> dict[str, Any]:
@@ -103,10 +102,9 @@ def flags_given(options: argparse.Namespace) -> dict[str, Any]:
 
 def as_toml(config: TrainConfig) -> str:
     """The whole configuration as a recipe, each key under its description."""
-    docs = field_docs()
     lines: list[str] = []
     for key, value in dataclasses.asdict(config).items():
-        lines += [f"# {docs[key]}", f"{key} = {_toml_value(value)}", ""]
+        lines += [f"# {SETTINGS[key].doc}", f"{key} = {_toml_value(value)}", ""]
     return "\n".join(lines)
 
 

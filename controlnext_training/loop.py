@@ -17,7 +17,7 @@ from .averaging import Ema
 from .base_model.controlled import Controlled
 from .base_model.controls import MakeControl, new_control
 from .base_model.encode import BaseWithEncoders, compute_dtype
-from .config import ConfigError, TrainConfig
+from .config import SETTINGS, ConfigError, TrainConfig
 from .config_files import as_toml
 from .data.order import Order, order
 from .distributed import World
@@ -127,13 +127,10 @@ def open_run(
     return found
 
 
-FIXED = ("variant", "trainable", "blocks", "fusion", "gain", "xs_ratio", "xs_own_time", "optimizer", "seed")
-"""Settings without which a state is another run's. The others may change on the way; that is said."""
-
-
 def _check_same_run(found: state.State, config: TrainConfig, base: BaseWithEncoders) -> None:
     old, new = found.facts["config"], json.loads(config.to_json())
-    changed = [f"{key} was {old[key]!r} and is {new[key]!r}" for key in FIXED if old[key] != new[key]]
+    fixed = [key for key, facts in SETTINGS.items() if facts.fixed_on_resume]
+    changed = [f"{key} was {old[key]!r} and is {new[key]!r}" for key in fixed if old[key] != new[key]]
     if found.facts["base"] != base.identity("model"):
         changed.append("the base model is another")
     if found.step > config.steps:

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from ...controlnext_core.comfy_adapter.feedback import tell
 from ..base_model.base_files import runs_folder
-from ..choices import CHOICES
 from ..command import INDEX, open_data
-from ..config import ConfigError, TrainConfig, field_docs
+from ..config import SETTINGS, ConfigError, TrainConfig
 from ..config_files import make_config
 from ..data.report import contact_sheet, report
 from ..data.samples import PAIRED, ControlDataset
@@ -92,7 +91,6 @@ class ControlDatasetFolder(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        docs = field_docs()
         return io.Schema(
             node_id="ControlDatasetFolder",
             display_name="Control Dataset (folder)",
@@ -105,10 +103,14 @@ class ControlDatasetFolder(io.ComfyNode):
                     tooltip="Below ComfyUI's input folder, or below a folder listed in the environment variable "
                     f"{ROOTS_VARIABLE}. images/ and hints/ side by side, or 1.png beside 1_hint.png.",
                 ),
-                io.Combo.Input("hint", options=list(CHOICES["hint"]), default=PAIRED, tooltip=docs["hint"]),
-                io.Int.Input("resolution", default=512, min=64, max=4096, step=8, tooltip=docs["resolution"]),
-                io.Boolean.Input("buckets", default=True, optional=True, tooltip=docs["buckets"]),
-                io.String.Input("caption_extension", default=".txt", optional=True, tooltip=docs["caption_extension"]),
+                io.Combo.Input(
+                    "hint", options=list(SETTINGS["hint"].choices), default=PAIRED, tooltip=SETTINGS["hint"].doc
+                ),
+                io.Int.Input("resolution", default=512, min=64, max=4096, step=8, tooltip=SETTINGS["resolution"].doc),
+                io.Boolean.Input("buckets", default=True, optional=True, tooltip=SETTINGS["buckets"].doc),
+                io.String.Input(
+                    "caption_extension", default=".txt", optional=True, tooltip=SETTINGS["caption_extension"].doc
+                ),
             ],
             outputs=[Dataset.Output(display_name="dataset", tooltip="For Train Control.")],
             hidden=[io.Hidden.unique_id],
@@ -116,8 +118,8 @@ class ControlDatasetFolder(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, hint: str | None = None) -> bool | str:
-        if hint is not None and hint not in CHOICES["hint"]:
-            return f"hint: {hint!r} is not one of {', '.join(CHOICES['hint'])}."
+        if hint is not None and hint not in SETTINGS["hint"].choices:
+            return f"hint: {hint!r} is not one of {', '.join(SETTINGS['hint'].choices)}."
         return True
 
     @classmethod

@@ -17,9 +17,8 @@ from ...controlnext_core.comfy_adapter.feedback import tell
 from .. import state
 from ..base_model.controls import load_trained
 from ..base_model.encode import BaseWithEncoders
-from ..choices import CHOICES
 from ..command import run_of
-from ..config import ConfigError, TrainConfig, field_docs
+from ..config import SETTINGS, ConfigError, TrainConfig
 from ..config_files import make_config, parse_recipe
 from ..results import RunFiles, show_curve
 from ..train import Stopped, train
@@ -96,7 +95,7 @@ class ControlNeXtTrain(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        docs, defaults = field_docs(), TrainConfig()
+        defaults = TrainConfig()
         rate = {"min": 0.0, "max": 1.0, "step": 1e-7, "round": 1e-10}
         return io.Schema(
             node_id="ControlNeXtTrain",
@@ -111,20 +110,29 @@ class ControlNeXtTrain(io.ComfyNode):
                 ),
                 io.Vae.Input("vae", tooltip="The base's VAE."),
                 Dataset.Input("dataset", tooltip="From a Control Dataset node."),
-                io.Combo.Input("variant", options=list(CHOICES["variant"]), tooltip=docs["variant"]),
-                io.Int.Input("steps", default=defaults.steps, min=1, max=10_000_000, tooltip=docs["steps"]),
-                io.Int.Input("batch_size", default=defaults.batch_size, min=1, max=4096, tooltip=docs["batch_size"]),
-                io.Float.Input("learning_rate", default=defaults.learning_rate, **rate, tooltip=docs["learning_rate"]),
+                io.Combo.Input("variant", options=list(SETTINGS["variant"].choices), tooltip=SETTINGS["variant"].doc),
+                io.Int.Input("steps", default=defaults.steps, min=1, max=10_000_000, tooltip=SETTINGS["steps"].doc),
+                io.Int.Input(
+                    "batch_size", default=defaults.batch_size, min=1, max=4096, tooltip=SETTINGS["batch_size"].doc
+                ),
+                io.Float.Input(
+                    "learning_rate", default=defaults.learning_rate, **rate, tooltip=SETTINGS["learning_rate"].doc
+                ),
                 io.Float.Input(
                     "control_learning_rate",
                     default=defaults.control_learning_rate,
                     **rate,
-                    tooltip=docs["control_learning_rate"],
+                    tooltip=SETTINGS["control_learning_rate"].doc,
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False, tooltip=docs["seed"]
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip=SETTINGS["seed"].doc,
                 ),
-                io.String.Input("output_name", default=defaults.output_name, tooltip=docs["output_name"]),
+                io.String.Input("output_name", default=defaults.output_name, tooltip=SETTINGS["output_name"].doc),
                 io.Clip.Input("clip", optional=True, tooltip="The base's text encoder (SD1.5, SD2.1, SDXL)."),
                 io.ClipVision.Input("clip_vision", optional=True, tooltip="The base's image encoder (SVD)."),
                 io.String.Input(
@@ -135,7 +143,7 @@ class ControlNeXtTrain(io.ComfyNode):
                     tooltip='Further settings as a recipe (TOML), such as trainable = "to_out". They win over the '
                     "widgets; the recipes of the pack are in controlnext_training/recipes.",
                 ),
-                io.Boolean.Input("resume", default=True, optional=True, tooltip=docs["resume"]),
+                io.Boolean.Input("resume", default=True, optional=True, tooltip=SETTINGS["resume"].doc),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with the trained UNet weights, read from the saved file."),
