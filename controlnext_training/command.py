@@ -19,7 +19,7 @@ from .config import ConfigError, TrainConfig
 from .data.dataset import open_dataset
 from .data.index import Progress
 from .data.samples import ControlDataset
-from .distributed import World, joined
+from .distributed import ProcessGroup, join_group
 from .drawn import is_synthetic, open_drawn
 from .results import RunFiles
 from .train import train
@@ -160,13 +160,13 @@ def run_config(config: TrainConfig, folder: Path) -> Path:
 
     Raises what `train` raises; Stopped after a Ctrl-C, when the state is saved.
     """
-    with joined() as world:
-        console = Console(quiet=not world.first)
+    with join_group() as group:
+        console = Console(quiet=not group.is_main)
         with console.listening():
-            return _run(seen_from(folder, config), folder, console, world)
+            return _run(seen_from(folder, config), folder, console, group)
 
 
-def _run(config: TrainConfig, folder: Path, console: Console, world: World) -> Path:
+def _run(config: TrainConfig, folder: Path, console: Console, group: ProcessGroup) -> Path:
     base = load_base(config, folder)
     run = run_of(config, base, folder)
     frames, index = base.family.frames(config), run.folder.parent / INDEX
@@ -175,4 +175,4 @@ def _run(config: TrainConfig, folder: Path, console: Console, world: World) -> P
     console.say(f"{len(data)} samples; the run is kept in {run.folder}")
     for path, why in getattr(data, "broken", ()):
         console.say(f"left out: {path}: {why}")
-    return train(base, data, held_out, config, run, console, world)
+    return train(base, data, held_out, config, run, console, group)

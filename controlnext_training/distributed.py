@@ -22,15 +22,15 @@ PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
-class World:
+class ProcessGroup:
     """This process among all of a run."""
 
     rank: int = 0
     size: int = 1
 
     @property
-    def first(self) -> bool:
-        """Whether this is the process that writes."""
+    def is_main(self) -> bool:
+        """True: this is rank 0, the process that writes files."""
         return self.rank == 0
 
     def wait(self) -> None:
@@ -45,6 +45,10 @@ class World:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, mine)
         return found
+
+    def any(self, mine: bool) -> bool:
+        """True: at least one process says True."""
+        return any(self.gather(mine)) if self.size > 1 else mine
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over the processes of a tensor of one shape."""
@@ -78,7 +82,7 @@ class World:
         """The optimizer's `state_dict`, for the first process; the others help and get {}. All have to ask."""
         if hasattr(optimizer, "consolidate_state_dict"):  # `split`
             optimizer.consolidate_state_dict(to=0)
-        return optimizer.state_dict() if self.first else {}
+        return optimizer.state_dict() if self.is_main else {}
 
     def without_exchange(self, module: nn.Module, off: bool) -> AbstractContextManager[None]:
         """Inside, gradients pile up here and are not averaged: for all but the last part of a step."""
@@ -88,17 +92,17 @@ class World:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[World]:
-    """The world that `torchrun` describes in the environment; a world of one without it."""
+def join_group() -> Iterator[ProcessGroup]:
+    """The group that `torchrun` describes in the environment; a group of one without it."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield World()
+        yield ProcessGroup()
         return
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     try:
-        yield World(dist.get_rank(), dist.get_world_size())
+        yield ProcessGroup(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()

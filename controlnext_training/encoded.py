@@ -13,12 +13,12 @@ from torch import Tensor
 from .base_model.encode import BaseWithEncoders
 from .config import TrainConfig
 from .data.samples import Broken, BrokenSample, ControlDataset, DatasetError, Sample
-from .distributed import World
-from .journal import Watch
+from .distributed import ProcessGroup
+from .journal import Observer
 from .seeding import uniform
 
 
-class Kept(Protocol):
+class TensorCache(Protocol):
     """Where encoded tensors are kept by key: `data.cache.Cache`, or memory."""
 
     def __contains__(self, key: str) -> bool: ...
@@ -26,8 +26,8 @@ class Kept(Protocol):
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> bool: ...
 
 
-class Memory:
-    """Kept in this process."""
+class MemoryCache:
+    """TensorCache in this process."""
 
     def __init__(self) -> None:
         self.held: dict[str, dict[str, Tensor]] = {}
@@ -68,40 +68,42 @@ class Encoded:
 class Store:
     """A dataset seen through a base's encoders."""
 
-    def __init__(self, base: BaseWithEncoders, data: ControlDataset, config: TrainConfig, kept: Kept) -> None:
-        self.base, self.data, self.config, self.kept = base, data, config, kept
+    def __init__(self, base: BaseWithEncoders, data: ControlDataset, config: TrainConfig, cache: TensorCache) -> None:
+        self.base, self.data, self.config, self.cache = base, data, config, cache
 
-    def prepare(self, indices: Sequence[int], world: World, watch: Watch) -> tuple[list[int], list[Broken]]:
+    def prepare(
+        self, indices: Sequence[int], group: ProcessGroup, observer: Observer
+    ) -> tuple[list[int], list[Broken]]:
         """Encode what is not kept yet, each process its share; (samples that can be read, those that cannot).
 
         Raises DatasetError where none can.
         """
-        mine = list(indices[world.rank :: world.size])
+        mine = list(indices[group.rank :: group.size])
         broken: list[Broken] = []
         bad: list[int] = []
         conditioning = self.base.family.conditioning
         conditioning.prepare(self.base, self.cached, "")  # for dropped captions and for guidance
         for done, index in enumerate(mine):
-            if watch.stopping():
+            if observer.stopping():
                 break
             try:
                 self._encode(index)
             except BrokenSample as error:
                 broken.append(Broken(error.path, error.why))
                 bad.append(index)
-            watch.progress(done + 1, len(mine), f"encoding {done + 1} of {len(mine)}")
-        out = {index for part in world.gather(bad) for index in part}
+            observer.progress(done + 1, len(mine), f"encoding {done + 1} of {len(mine)}")
+        out = {index for part in group.gather(bad) for index in part}
         usable = [index for index in indices if index not in out]
         if not usable:
             first = f" The first: {broken[0].path}: {broken[0].why}." if broken else ""
             raise DatasetError(f"None of the {len(indices)} samples can be read.{first} Check the files.")
-        return usable, [item for part in world.gather(broken) for item in part]
+        return usable, [item for part in group.gather(broken) for item in part]
 
     def _encode(self, index: int) -> None:
         """Have everything of a sample kept that is known before its step."""
         self.base.family.conditioning.prepare(self.base, self.cached, self.data.captions[index])
         keys = [self._latent_key(key) for key in self.data.frame_keys(index, self.config.seed, index)]
-        if not all(key in self.kept for key in keys):
+        if not all(key in self.cache for key in keys):
             self.latent(self.data.load(index, self.config.seed, index))
 
     def _latent_key(self, frame_key: str) -> str:
@@ -110,19 +112,19 @@ class Store:
     def latent(self, sample: Sample) -> Tensor:
         """Latents (F, C, H/8, W/8) of a sample; frames that are kept are not encoded again."""
         keys = [self._latent_key(key) for key in sample.frame_keys]
-        found = {key: kept["latent"] for key in keys if (kept := self.kept.get(key)) is not None}
+        found = {key: kept["latent"] for key in keys if (kept := self.cache.get(key)) is not None}
         for place, key in enumerate(keys):
             if key not in found:
                 found[key] = self.base.latent(sample.frames[place : place + 1])
-                self.kept.put(key, {"latent": found[key]})
+                self.cache.put(key, {"latent": found[key]})
         return torch.cat([found[key] for key in keys])
 
     def cached(self, key: str, encode: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors kept under a key; `encode` makes them where there are none."""
-        found = self.kept.get(key)
+        found = self.cache.get(key)
         if found is None:
             found = encode()
-            self.kept.put(key, found)
+            self.cache.put(key, found)
         return found
 
     def sample(self, index: int, position: int, dropout: bool = True) -> Encoded:
@@ -149,11 +151,11 @@ class Store:
         return self.base.family.conditioning.empty(self.base, self.cached, like.given)
 
 
-Wanted = tuple[tuple[int, int], ...]
+SampleRequests = tuple[tuple[int, int], ...]
 """(index, position) of each sample."""
 
 
-class Ahead:
+class Prefetcher:
     """Reads the samples of the next step while this one computes. Clips, which may have to be encoded, wait."""
 
     def __init__(self, store: Store, usable: Sequence[int], say: Callable[[str], None]) -> None:
@@ -161,10 +163,10 @@ class Ahead:
         is told of it."""
         self.store, self.usable, self.say = store, usable, say
         self.pool = ThreadPoolExecutor(1, "samples")
-        self.coming: tuple[Wanted, Future[list[Encoded]]] | None = None
+        self.coming: tuple[SampleRequests, Future[list[Encoded]]] | None = None
         self.gone: set[int] = set()
 
-    def get(self, wanted: Wanted, upcoming: Wanted) -> list[Encoded]:
+    def get(self, wanted: SampleRequests, upcoming: SampleRequests) -> list[Encoded]:
         """The samples of this step; starts on those of the next."""
         ready = self.coming is not None and self.coming[0] == wanted
         found = self.coming[1].result() if ready and self.coming else self._read(wanted)
@@ -172,7 +174,7 @@ class Ahead:
         self.coming = (upcoming, self.pool.submit(self._read, upcoming)) if threaded else None
         return found
 
-    def _read(self, wanted: Wanted) -> list[Encoded]:
+    def _read(self, wanted: SampleRequests) -> list[Encoded]:
         return [self._sample(index, position) for index, position in wanted]
 
     def _sample(self, index: int, position: int) -> Encoded:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Watch(Protocol):
+class Observer(Protocol):
     """Who looks at a run."""
 
     def say(self, text: str) -> None:

@@ -21,7 +21,7 @@ from ..controlnext_core.injection import pool_to
 
 
 @dataclass(frozen=True, slots=True)
-class Objective:
+class Parameterisation:
     """One parameterisation. The functions take (R, C, H, W) tensors and sigma as (R, 1, 1, 1)."""
 
     noisy: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -50,7 +50,7 @@ def _from_velocity(out: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
     return x / power - out * sigma / power.sqrt()
 
 
-_V = Objective(
+_V = Parameterisation(
     noisy=_add,
     target=_velocity,
     denoised=_from_velocity,
@@ -58,8 +58,8 @@ _V = Objective(
     clean_weight=lambda sigma: 1 + sigma.pow(-2),
 )
 
-OBJECTIVES: dict[str, Objective] = {
-    "epsilon": Objective(
+OBJECTIVES: dict[str, Parameterisation] = {
+    "epsilon": Parameterisation(
         noisy=_add,
         target=lambda z, n, sigma: n,
         denoised=lambda out, x, sigma: x - sigma * out,
@@ -70,7 +70,7 @@ OBJECTIVES: dict[str, Objective] = {
     # SVD: x^ = x / (1 + sigma^2) - out sigma / sqrt(1 + sigma^2), loss (1 + sigma^2) / sigma^2 (x^ - z)^2. Both are
     # those of v, whose weight this is, so the loss is (out - v)^2; written that way nothing cancels at sigma = 0.002.
     "edm": _V,
-    "flow": Objective(
+    "flow": Parameterisation(
         noisy=lambda z, n, sigma: (1 - sigma) * z + sigma * n,
         target=lambda z, n, sigma: n - z,
         denoised=lambda out, x, sigma: x - sigma * out,
@@ -91,19 +91,19 @@ def per_row(sigma: Tensor, x: Tensor) -> Tensor:
     return sigma.to(x.device, dtype).repeat_interleave(rows // samples).view(-1, *[1] * (x.ndim - 1))
 
 
-def noisy(z: Tensor, n: Tensor, sigma: Tensor, objective: Objective) -> Tensor:
+def noisy(z: Tensor, n: Tensor, sigma: Tensor, objective: Parameterisation) -> Tensor:
     """The noised latents x (R, C, H, W), in the host's convention, before its scaling of the network's input."""
     level = per_row(sigma, z)
     return objective.noisy(z.to(level.dtype), n.to(level.dtype), level)
 
 
-def denoised(out: Tensor, x: Tensor, sigma: Tensor, objective: Objective) -> Tensor:
+def denoised(out: Tensor, x: Tensor, sigma: Tensor, objective: Parameterisation) -> Tensor:
     """The clean latents (R, C, H, W) that the network's output means."""
     level = per_row(sigma, x)
     return objective.denoised(out.to(level.dtype), x.to(level.dtype), level)
 
 
-def weight(sigma: Tensor, objective: Objective, min_snr_gamma: float) -> Tensor:
+def weight(sigma: Tensor, objective: Parameterisation, min_snr_gamma: float) -> Tensor:
     """Weight of each sample's error (B,): 1, or with gamma > 0 min(SNR, gamma) per error of the clean latents.
 
     That is min(SNR, gamma) / SNR for epsilon and / (SNR + 1) for v. Source: Hang et al. 2023, Efficient Diffusion
@@ -127,7 +127,7 @@ def loss(
     z: Tensor,
     n: Tensor,
     sigma: Tensor,
-    objective: Objective,
+    objective: Parameterisation,
     *,
     min_snr_gamma: float = 0.0,
     region: Tensor | None = None,

@@ -16,8 +16,8 @@ from ..controlnext_core.metadata import PREFIX
 from . import journal as journals
 from .base_model.controlled import Controlled
 from .config import TrainConfig
-from .distributed import World
-from .journal import Journal, Watch
+from .distributed import ProcessGroup
+from .journal import Journal, Observer
 from .plots import loss_curve
 from .state import where_it_ends
 from .validation import NO_EFFECT, Validation
@@ -45,42 +45,42 @@ class RunFiles:
 
 
 def finished_file(
-    controlled: Controlled, config: TrainConfig, run: RunFiles, losses: list[float], world: World
+    controlled: Controlled, config: TrainConfig, files: RunFiles, losses: list[float], group: ProcessGroup
 ) -> Path:
     """Write the trained file, read it again, and return its path. A file of another run is never replaced."""
     path = None
-    if world.first:
-        facts = _facts(config, run, losses)
-        stem = free_target(run, config)
+    if group.is_main:
+        facts = _facts(config, files, losses)
+        stem = free_target(files, config)
         weights = controlled.published_differences()
         try:
             path = controlled.control.save(stem, weights, config.layout, DTYPES[config.save_dtype], facts)
             controlled.control.check(checkpoint.peek(path))
         except checkpoint.CheckpointError as error:
             raise checkpoint.CheckpointError(
-                f"{error} The training itself is done and kept: {where_it_ends(run.folder)} Run again with resume on "
+                f"{error} The training itself is done and kept: {where_it_ends(files.folder)} Run again with resume on "
                 "to write the file."
             ) from error
-    (path, *_) = world.gather(path)
+    (path, *_) = group.gather(path)
     assert path is not None
     return path
 
 
-def free_target(run: RunFiles, config: TrainConfig) -> Path:
+def free_target(files: RunFiles, config: TrainConfig) -> Path:
     """`target`, or target_2, ... where a file of that name is not this run's own."""
-    stem, number = run.target, 1
-    while not _is_free(stem, run):
+    stem, number = files.target, 1
+    while not _is_free(stem, files):
         number += 1
-        stem = run.target.with_name(f"{run.target.name}_{number}")
+        stem = files.target.with_name(f"{files.target.name}_{number}")
     return stem
 
 
-def _is_free(stem: Path, run: RunFiles) -> bool:
+def _is_free(stem: Path, files: RunFiles) -> bool:
     path = stem.with_name(f"{stem.name}.safetensors")
     held = [path] if path.exists() else sorted(stem.glob("*.safetensors")) if stem.is_dir() else []
     if not held:
         return not stem.exists()
-    return any(_made_by(path) == _run_name(run) for path in held)
+    return any(_made_by(path) == _run_name(files) for path in held)
 
 
 def _made_by(path: Path) -> str | None:
@@ -90,31 +90,31 @@ def _made_by(path: Path) -> str | None:
         return None
 
 
-def _run_name(run: RunFiles) -> str:
+def _run_name(files: RunFiles) -> str:
     """Which run this is, as its files say it."""
-    return (run.folder / NAME_FILE).read_text("utf-8").strip()
+    return (files.folder / NAME_FILE).read_text("utf-8").strip()
 
 
-def name_run(run: RunFiles) -> None:
+def name_run(files: RunFiles) -> None:
     """Give a new run a name that no other has."""
-    path = run.folder / NAME_FILE
+    path = files.folder / NAME_FILE
     if not path.exists() or not path.read_text("utf-8").strip():
         path.write_text(secrets.token_hex(8), "utf-8")
 
 
-def _facts(config: TrainConfig, run: RunFiles, losses: list[float]) -> dict[str, str]:
+def _facts(config: TrainConfig, files: RunFiles, losses: list[float]) -> dict[str, str]:
     last = losses[-100:]
     return {
-        RUN_KEY: _run_name(run),
+        RUN_KEY: _run_name(files),
         f"{PREFIX}steps": str(config.steps),
         f"{PREFIX}loss": f"{sum(last) / max(1, len(last)):.6f}",
-        f"{PREFIX}base": f"{run.base_name} {run.base}".strip(),
+        f"{PREFIX}base": f"{files.base_name} {files.base}".strip(),
         f"{PREFIX}recipe": config.to_shared_json(),
         "modelspec.date": time.strftime("%Y-%m-%d"),
     }
 
 
-def show_validation(found: Validation, step: int, run: RunFiles, journal: Journal, watch: Watch) -> None:
+def show_validation(found: Validation, step: int, files: RunFiles, journal: Journal, observer: Observer) -> None:
     """Write the figures and pictures of a validation and hand them on."""
     figures = {
         "loss": found.loss,
@@ -129,26 +129,26 @@ def show_validation(found: Validation, step: int, run: RunFiles, journal: Journa
     text = f"validation after {step} steps: loss {found.loss:.4f} (without control {found.loss_without:.4f})"
     if found.fidelity is not None and found.fidelity_without is not None:
         text += f", follows the hint {found.fidelity:.2f} (without {found.fidelity_without:.2f})"
-    watch.say(text)
+    observer.say(text)
     if found.effect < NO_EFFECT:
-        watch.say(
+        observer.say(
             "warning: the control has no effect yet: with and without it the loss is the same. If that stays so, "
             "raise control_learning_rate or gain, and look whether the hints are empty."
         )
     if found.grid is not None:
-        path = run.folder / f"validation-{step:08d}.png"
+        path = files.folder / f"validation-{step:08d}.png"
         with journals.lenient(path):
             found.grid.save(path)
-        watch.picture(found.grid)
-    with journals.lenient(run.folder / CURVE):
-        show_curve(run)
+        observer.picture(found.grid)
+    with journals.lenient(files.folder / CURVE):
+        show_curve(files)
 
 
-def show_curve(run: RunFiles) -> Path:
+def show_curve(files: RunFiles) -> Path:
     """Draw loss.png from the log."""
-    steps = journals.read(run.folder, "step", "loss")
-    validated = journals.read(run.folder, "validation", "loss")
-    path = run.folder / CURVE
+    steps = journals.read(files.folder, "step", "loss")
+    validated = journals.read(files.folder, "validation", "loss")
+    path = files.folder / CURVE
     loss_curve(list(steps), list(steps.values()), list(validated.items())).save(path)
     return path
 
@@ -159,6 +159,23 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class StepClock:
+    """Seconds per step since the last reading."""
+
+    def __init__(self, step: int) -> None:
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Count from here, after `step` steps."""
+        self.step, self.started = step, time.monotonic()
+
+    def read(self, step: int) -> float:
+        """Mean seconds of each step since the last reading or restart."""
+        seconds = (time.monotonic() - self.started) / (step - self.step)
+        self.restart(step)
+        return seconds
 
 
 STATUS = Path("/proc/self/status")

@@ -14,21 +14,21 @@ from .base_model.controlled import Controlled, Sizes
 from .choices import AUTO
 from .config import TrainConfig
 from .encoded import Encoded
-from .objective import OBJECTIVES, TIMESTEP_LAWS, Objective
+from .objective import OBJECTIVES, TIMESTEP_LAWS, Parameterisation
 from .seeding import generator
 
 
 @dataclass(frozen=True)
-class Law:
-    """What is learned and at which noise levels, as the configuration and the base decide."""
+class DiffusionObjective:
+    """The network's target and the distribution of its noise levels."""
 
-    objective: Objective
+    parameterisation: Parameterisation
     sigmas: Tensor
     """The base's table, ascending."""
     timesteps: str
 
     @classmethod
-    def of(cls, config: TrainConfig, controlled: Controlled) -> Law:
+    def of(cls, config: TrainConfig, controlled: Controlled) -> DiffusionObjective:
         name = controlled.predicts if config.objective == AUTO else config.objective
         timesteps = controlled.family.timesteps if config.timesteps == AUTO else config.timesteps
         return cls(OBJECTIVES[name], controlled.base.model_sampling.sigmas.float().cpu(), timesteps)
@@ -58,7 +58,7 @@ class Batch:
 def draw(
     samples: Sequence[Encoded],
     positions: Sequence[int],
-    law: Law,
+    objective: DiffusionObjective,
     config: TrainConfig,
     controlled: Controlled,
     levels: Sequence[float] | None = None,
@@ -75,7 +75,7 @@ def draw(
         noises.append(torch.randn(sample.latent.shape, generator=source))
         offsets.append(torch.randn(sample.latent.shape[1], generator=source))
         drawn.append(float(torch.rand((), generator=source, dtype=torch.float64)))
-    sigma = law.sigma(drawn if levels is None else levels)
+    sigma = objective.sigma(drawn if levels is None else levels)
     noise = objectives.offset_noise(torch.cat(noises), torch.stack(offsets), config.noise_offset)
     latent = torch.cat([sample.latent for sample in samples]).to(device)
     return Batch(
@@ -104,10 +104,12 @@ def _region(samples: Sequence[Encoded], config: TrainConfig, latent: Tensor) -> 
     return objectives.region_weight(torch.cat(masks).to(latent.device), size, config.mask_weight)
 
 
-def losses(model: nn.Module, batch: Batch, law: Law, config: TrainConfig, strength: float = 1.0) -> Tensor:
+def losses(
+    model: nn.Module, batch: Batch, objective: DiffusionObjective, config: TrainConfig, strength: float = 1.0
+) -> Tensor:
     """Each sample's loss (B,) in fp32. model: the Controlled, or what distributes it."""
     frames = len(batch.latent) // len(batch.sigma)
-    x = objectives.noisy(batch.latent, batch.noise, batch.sigma, law.objective)
+    x = objectives.noisy(batch.latent, batch.noise, batch.sigma, objective.parameterisation)
     rows = batch.sigma.repeat_interleave(frames)
     out = model(x, rows, batch.conditions, batch.hint, strength)
     return objectives.loss(
@@ -115,7 +117,7 @@ def losses(model: nn.Module, batch: Batch, law: Law, config: TrainConfig, streng
         batch.latent,
         batch.noise,
         batch.sigma,
-        law.objective,
+        objective.parameterisation,
         min_snr_gamma=config.min_snr_gamma,
         region=batch.region,
     )

@@ -1,14 +1,15 @@
-"""The training loop, top to bottom: data, model, optimizer, resume, steps, the trained file.
+"""The training loop, top to bottom: samples, run, steps, the trained file.
 
-What is trained is what is run: the encoder, the place where it acts and the way it is added are those of inference,
-and the base is the host's. Source of the method: ControlNeXt (arXiv 2408.06070) and ControlNet-XS (arXiv 2312.06573).
+Training runs inference's own code: the encoder, its place in the base and the way it is added, inside the host's model.
+Source of the method: ControlNeXt (arXiv 2408.06070) and ControlNet-XS (arXiv 2312.06573).
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,13 +22,14 @@ from .base_model.encode import BaseWithEncoders, device_of_host, is_interruption
 from .config import TrainConfig
 from .data.cache import Cache
 from .data.samples import ControlDataset
-from .distributed import World
-from .encoded import Memory, Store, Wanted
-from .journal import Journal, Watch
-from .lock import held
-from .loop import Loop, averaged, make_loop, open_run, resume, save
-from .results import Meter, RunFiles, duration, finished_file, show_validation
+from .distributed import ProcessGroup
+from .encoded import MemoryCache
+from .journal import Journal, Observer
+from .results import Meter, RunFiles, StepClock, duration, finished_file, show_validation
+from .run_lock import run_lock
+from .run_samples import encode_samples
 from .step import draw, losses
+from .training_run import TrainingRun, make_run, open_run, resume, save
 from .undisturbed import undisturbed
 from .validation import Validator
 
@@ -44,245 +46,196 @@ class Stopped(Exception):  # noqa: N818  # not an error: somebody asked for it
         self.step, self.where = step, where
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """Everything that a run writes to or shows itself on."""
+
+    files: RunFiles
+    observer: Observer
+    journal: Journal
+    validator: Validator | None
+    """None: this process does not validate."""
+
+
 def train(
     base: BaseWithEncoders,
     data: ControlDataset,
     held_out: ControlDataset | None,
     config: TrainConfig,
-    run: RunFiles,
-    watch: Watch,
-    world: World | None = None,
+    files: RunFiles,
+    observer: Observer,
+    group: ProcessGroup | None = None,
     make: MakeControl = new_control,
 ) -> Path:
-    """Train, or go on training, and return the path of the trained file, which has been read again.
+    """Train, or continue a saved run, and return the path of the trained file, which has been read back.
 
-    base: the host's models, only read; held_out: for validation, None to hold out some of `data`; run: where things
-    go; make: makes the control that trains. Raises Stopped where `watch` asks for it, TrainingError, ConfigError,
+    base: the host's models, which are only read; held_out: validation data, None to hold out some of `data`; make:
+    makes the control that trains. Raises Stopped where `observer` asks for it, TrainingError, ConfigError,
     DatasetError, CheckpointError.
     """
-    world = world or World()
-    with held(run.folder) if world.first else contextlib.nullcontext():
-        return _train(base, data, held_out, config, run, watch, world, make)
+    group = group or ProcessGroup()
+    with run_lock(files.folder) if group.is_main else contextlib.nullcontext():
+        torch.manual_seed(config.seed)  # for code that uses torch's global random state, such as the host's layers
+        check_fits(base.model, config)
+        base.check()
+        saved = open_run(files, config, base, group, observer)
+        cache = Cache(files.cache) if config.cache else MemoryCache()
+        samples = encode_samples(base, data, held_out, config, cache, group, observer)
+        if group.any(observer.stopping()):  # encoded samples are in the cache; there is nothing else to save yet
+            raise Stopped(saved.step if saved else 0, files.folder)
+        base.release_unused()
+        make_room(device_of_host())
+        run = make_run(base, samples.store, samples.training, config, device_of_host(), group, observer, make)
+        journal = Journal(files.folder, group.is_main, config.tensorboard)
+        try:
+            if saved is not None:
+                resume(run, saved, observer)
+            event = "resume" if run.step else "start"
+            journal.write(event, run.step, samples=len(samples.training), left_out=samples.left_out)
+            validator = None
+            if config.validate_every and group.is_main:
+                validator = Validator(samples.validation_store, samples.validation, config, run.objective, observer)
+            outputs = Outputs(files, observer, journal, validator)
+            with _errors_explained(run, outputs):
+                _take_steps(run, outputs)
+            return _finish(run, outputs)
+        finally:
+            journal.close()
+            run.samples.close()
 
 
-def _train(
-    base: BaseWithEncoders,
-    data: ControlDataset,
-    held_out: ControlDataset | None,
-    config: TrainConfig,
-    run: RunFiles,
-    watch: Watch,
-    world: World,
-    make: MakeControl,
-) -> Path:
-    torch.manual_seed(config.seed)  # for what asks nobody, such as a stock layer; ours are functions of the position
-    check_fits(base.model, config)
-    base.check()
-    found = open_run(run, config, base, world, watch)
-    device = device_of_host()
-    store = Store(base, data, config, Cache(run.cache) if config.cache else Memory())
-    count = min(len(data), config.max_samples or len(data))
-    readable, broken = store.prepare(range(count), world, watch)
-    if _any(watch.stopping(), world):  # what is encoded is kept; there is nothing else to save yet
-        raise Stopped(found.step if found else 0, run.folder)
-    training, validating = _split(readable, config, held_out is not None)
-    looked_at = store
-    if held_out is not None and config.validate_every:
-        looked_at = Store(base, held_out, config, store.kept)
-        first = range(min(len(held_out), config.validation_samples))
-        validating, unseen = looked_at.prepare(first, world, watch)
-        broken += unseen
-    for name, why in broken:
-        watch.say(f"left out: {name}: {why}")
-    _release(base)
-    make_room(device)
-    loop = make_loop(base, store, training, config, device, world, watch, make)
-    validator = None
-    if config.validate_every and world.first:
-        validator = Validator(looked_at, validating, config, loop.law, watch)
-    journal = Journal(run.folder, world.first, config.tensorboard)
-    try:
-        start = resume(loop, found, watch)
-        journal.write("start" if start == 0 else "resume", start, samples=len(training), left_out=len(broken))
-        _steps(loop, start, run, watch, journal, validator)
-        with averaged(loop):
-            path = finished_file(loop.controlled, config, run, loop.losses, world)
-        watch.say(f"finished after {config.steps} steps: {path}")
-        journal.write("finished", config.steps, path=str(path))
-        return path
-    finally:
-        journal.close()
-        loop.samples.close()
+@contextlib.contextmanager
+def _errors_explained(run: TrainingRun, outputs: Outputs) -> Iterator[None]:
+    """Inside, a lack of memory becomes a TrainingError, and the host's own Cancel becomes Stopped.
 
-
-def _steps(loop: Loop, start: int, run: RunFiles, watch: Watch, journal: Journal, validator: Validator | None) -> None:
-    """From `start` to the last step.
-
-    Raises Stopped with the state saved where the run was asked to end, or the host's layers threw in a forward; Ctrl-C
-    and an exit of the process go on after the state is saved.
+    Ctrl-C and an exit of the process save the complete steps and go on.
     """
     try:
-        _steps_until_stopped(loop, start, run, watch, journal, validator)
+        yield
     except BaseException as error:
         if is_out_of_memory(error):
             raise TrainingError(
-                f"a step does not fit into the device's memory. {state.where_it_ends(run.folder)} Set checkpointing = "
-                "true, then offload = true; or take a smaller batch_size with more accumulation, a smaller "
-                "resolution, or optimizer = adamw8bit. Run again then: it goes on from there."
+                f"a step does not fit into the device's memory. {state.where_it_ends(outputs.files.folder)} Set "
+                "checkpointing = true, then offload = true; or take a smaller batch_size with more accumulation, a "
+                "smaller resolution, or optimizer = adamw8bit. Run again then: it goes on from there."
             ) from error
         if is_interruption(error):
-            raise _stopped(loop, run) from error
-        if not isinstance(error, Exception) and loop.world.size == 1:  # several processes would wait for each other
-            watch.say(str(_stopped(loop, run)))
+            raise _stopped(run, outputs) from error
+        if not isinstance(error, Exception) and run.group.size == 1:  # several processes would wait for each other
+            outputs.observer.say(str(_stopped(run, outputs)))
         raise
 
 
-def _stopped(loop: Loop, run: RunFiles) -> Stopped:
-    """Save what the complete steps have made, unless the next has begun to change it; where the run goes on from."""
-    if loop.complete:
-        step = len(loop.losses)
-        return Stopped(step, save(loop, step, run))
-    last = state.latest(run.folder)
-    return Stopped(last.step, last.folder) if last is not None else Stopped(0, run.folder)
+def _stopped(run: TrainingRun, outputs: Outputs) -> Stopped:
+    """Save the complete steps, unless the next one has begun to change the weights: then the last state stands."""
+    if run.complete:
+        return Stopped(run.step, save(run, outputs.files))
+    last = state.latest(outputs.files.folder)
+    return Stopped(last.step, last.folder) if last is not None else Stopped(0, outputs.files.folder)
 
 
-def _steps_until_stopped(
-    loop: Loop, start: int, run: RunFiles, watch: Watch, journal: Journal, validator: Validator | None
-) -> None:
-    config, clock, since = loop.config, time.monotonic(), start
+def _take_steps(run: TrainingRun, outputs: Outputs) -> None:
+    """The remaining steps, with logs, saved states and validations between them. Raises Stopped."""
+    config, start = run.config, run.step
+    clock = StepClock(start)
     for step in range(start, config.steps):
-        if _any(watch.stopping(), loop.world):
-            raise Stopped(step, save(loop, step, run))
+        if run.group.any(outputs.observer.stopping()):
+            raise Stopped(step, save(run, outputs.files))
         if step == start:
-            _try_one_step(loop, start, watch, journal)
-            clock = time.monotonic()
-        loss, norm = _step(loop, step)
-        _check(loss, norm, step, loop, run)
-        done = step + 1
-        if done % config.log_every == 0 or done == config.steps:
-            seconds = (time.monotonic() - clock) / (done - since)
-            clock, since = time.monotonic(), done
-            _tell(loop, done, loss, norm, seconds, journal, watch)
-        if done % config.save_every == 0 or done == config.steps:
-            save(loop, done, run)
-        if validator is not None and (done % config.validate_every == 0 or done == config.steps):
-            with averaged(loop):
-                show_validation(validator.run(loop.controlled), done, run, journal, watch)
-            _release(validator.store.base)
-            clock, since = time.monotonic(), done
+            _measure_a_step(run, outputs)
+            clock.restart(step)
+        loss = gradients(run, step)
+        norm = update(run, step, loss)
+        _check(run, norm, outputs)
+        if _is_due(config.log_every, run):
+            _tell(run, norm, clock.read(run.step), outputs)
+        if _is_due(config.save_every, run):
+            save(run, outputs.files)
+        if outputs.validator is not None and _is_due(config.validate_every, run):
+            _validate(run, outputs.validator, outputs)
+            clock.restart(run.step)
 
 
-def _release(base: BaseWithEncoders) -> None:
-    """Let go of the encoders, unless conditions are still encoded while training."""
-    if not base.family.conditioning.encoded_while_training:
-        base.release()
+def _is_due(every: int, run: TrainingRun) -> bool:
+    return run.step % every == 0 or run.step == run.config.steps
 
 
-def _check(loss: float, norm: float, step: int, loop: Loop, run: RunFiles) -> None:
-    """Raise TrainingError where a step has spoilt the weights, before they are saved."""
-    if loop.complete:
-        return
-    what = f"loss of step {step + 1} is {loss}" if not math.isfinite(loss) else f"gradient of step {step + 1} is {norm}"
-    raise TrainingError(
-        f"the {what}. {state.where_it_ends(run.folder)} Lower the learning rates, or set precision = bf16 or fp32, "
-        "and run again: it goes on from there."
-    )
-
-
-def _step(loop: Loop, step: int) -> tuple[float, float]:
-    """One step of the optimizer: (mean loss over all processes, length of the gradient). Its effect is all or none."""
-    config, world = loop.config, loop.world
-    rate = loop.schedule.factor(step)
-    for group in loop.optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * rate
-    total = _gradients(loop, step)
-    loop.scaler.unscale_(loop.optimizer)
-    limit = config.max_grad_norm or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(loop.parameters.values(), limit)
-    loss = world.mean(total)
-    with undisturbed():
-        loop.complete = False
-        loop.scaler.step(loop.optimizer)
-        loop.scaler.update()
-        loop.optimizer.zero_grad(set_to_none=True)
-        if loop.ema is not None:
-            loop.ema.update(loop.parameters)
-        loop.losses.append(float(loss))
-        loop.complete = _is_sound(loop, loop.losses[-1], float(norm))
-    return loop.losses[-1], float(norm)
-
-
-def _is_sound(loop: Loop, loss: float, norm: float) -> bool:
-    """Whether a step has left the weights fit to be saved."""
-    skipped = loop.scaler.is_enabled()  # a step whose gradient is not finite has no effect then
-    return math.isfinite(loss) and (skipped or math.isfinite(norm))
-
-
-def _gradients(loop: Loop, step: int) -> Tensor:
-    """Forward and backward of one step's samples; the mean loss of this process."""
-    config = loop.config
-    samples = loop.samples.get(_wanted(loop, step), _wanted(loop, step + 1) if step + 1 < config.steps else ())
-    places = _places(loop, step)
-    total = torch.zeros((), device=loop.controlled.device)
+def gradients(run: TrainingRun, step: int) -> Tensor:
+    """Forward and backward passes of one step's samples; returns the mean loss of this process."""
+    config = run.config
+    samples = run.samples.get(run.requests(step), run.requests(step + 1))
+    positions = run.positions(step)
+    total = torch.zeros((), device=run.controlled.device)
     for part in range(config.accumulation):
         cut = slice(part * config.batch_size, (part + 1) * config.batch_size)
-        batch = draw(samples[cut], places[cut], loop.law, config, loop.controlled)
-        with loop.world.without_exchange(loop.model, off=part + 1 < config.accumulation):
-            loss = losses(loop.model, batch, loop.law, config).mean() / config.accumulation
-            loop.scaler.scale(loss).backward()
+        batch = draw(samples[cut], positions[cut], run.objective, config, run.controlled)
+        with run.group.without_exchange(run.model, off=part + 1 < config.accumulation):
+            loss = losses(run.model, batch, run.objective, config).mean() / config.accumulation
+            run.scaler.scale(loss).backward()
         total += loss.detach()
     return total
 
 
-def _places(loop: Loop, step: int) -> list[int]:
-    """Positions in the run of this process's samples of a step. One part over all processes comes after the other."""
-    config, world = loop.config, loop.world
-    first = step * config.effective_batch * world.size
-    return [
-        first + (part * world.size + world.rank) * config.batch_size + place
-        for part in range(config.accumulation)
-        for place in range(config.batch_size)
-    ]
+def update(run: TrainingRun, step: int, loss: Tensor) -> float:
+    """One step of the optimizer on the gradients, all of it or nothing; returns their norm before it is clipped.
+
+    loss: of this process; the mean over all of them is added to the run's losses.
+    """
+    rate = run.schedule.factor(step)
+    for parameter_group in run.optimizer.param_groups:
+        parameter_group["lr"] = parameter_group["initial_lr"] * rate
+    run.scaler.unscale_(run.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(run.parameters.values(), run.config.max_grad_norm or math.inf)
+    mean = run.group.mean(loss)
+    with undisturbed():
+        run.complete = False
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.optimizer.zero_grad(set_to_none=True)
+        if run.ema is not None:
+            run.ema.update(run.parameters)
+        run.losses.append(float(mean))
+        skipped = run.scaler.is_enabled()  # GradScaler skips a step whose gradient is not finite
+        run.complete = math.isfinite(run.losses[-1]) and (skipped or math.isfinite(float(norm)))
+    return float(norm)
 
 
-def _wanted(loop: Loop, step: int) -> Wanted:
-    """(index, position) of this process's samples of a step."""
-    batch = loop.plan.batch(step)
-    places = _places(loop, step)
-    return tuple((loop.indices[batch[place % len(batch)]], place) for place in places)
+def _check(run: TrainingRun, norm: float, outputs: Outputs) -> None:
+    """Raise TrainingError where a step has spoilt the weights, before they are saved."""
+    if run.complete:
+        return
+    step, loss = run.step, run.losses[-1]
+    found = f"loss of step {step} is {loss}" if not math.isfinite(loss) else f"gradient of step {step} is {norm}"
+    raise TrainingError(
+        f"the {found}. {state.where_it_ends(outputs.files.folder)} Lower the learning rates, or set precision = bf16 "
+        "or fp32, and run again: it goes on from there."
+    )
 
 
-def _split(indices: list[int], config: TrainConfig, held_out: bool) -> tuple[list[int], list[int]]:
-    """(samples that train, samples to look at). Of few samples none is held out: they are looked at as well."""
-    if held_out or not config.validate_every:
-        return indices, []
-    spare = min(config.validation_samples, len(indices) // 10)
-    return indices[spare:], indices[: spare or config.validation_samples]
-
-
-def _try_one_step(loop: Loop, step: int, watch: Watch, journal: Journal) -> None:
-    """Run the first step without its effect, and say what a step costs before the run begins."""
-    meter = Meter(loop.controlled.device)
-    _gradients(loop, step)
-    loop.optimizer.zero_grad(set_to_none=True)
+def _measure_a_step(run: TrainingRun, outputs: Outputs) -> None:
+    """Compute the next step's gradients, drop them, and say how much time and memory a step takes."""
+    meter = Meter(run.controlled.device)
+    gradients(run, run.step)
+    run.optimizer.zero_grad(set_to_none=True)
     seconds, peak = meter.read()
-    left = loop.config.steps - step
-    trained = sum(parameter.numel() for parameter in loop.parameters.values())
-    watch.say(
+    left = run.config.steps - run.step
+    trained = sum(parameter.numel() for parameter in run.parameters.values())
+    outputs.observer.say(
         f"{trained:,} numbers train; one step takes {seconds:.2f} s, {left} steps about {duration(seconds * left)}; "
         f"peak memory {peak / 2**30:.2f} GiB"
     )
-    journal.write("dry_run", step, seconds_per_step=seconds, peak_bytes=peak, trained=trained)
+    outputs.journal.write("dry_run", run.step, seconds_per_step=seconds, peak_bytes=peak, trained=trained)
 
 
-def _tell(loop: Loop, step: int, loss: float, norm: float, seconds: float, journal: Journal, watch: Watch) -> None:
-    config = loop.config
+def _tell(run: TrainingRun, norm: float, seconds: float, outputs: Outputs) -> None:
+    """Show and log the last step. norm: of its gradient; seconds: per step since the last line."""
+    config, step, loss = run.config, run.step, run.losses[-1]
     left = duration(seconds * (config.steps - step))
-    rate = loop.schedule.factor(step - 1)
-    watch.progress(
+    rate = run.schedule.factor(step - 1)
+    outputs.observer.progress(
         step, config.steps, f"step {step}/{config.steps}  loss {loss:.4f}  {1 / seconds:.2f} it/s  {left} left"
     )
-    journal.write(
+    outputs.journal.write(
         "step",
         step,
         loss=loss,
@@ -293,5 +246,18 @@ def _tell(loop: Loop, step: int, loss: float, norm: float, seconds: float, journ
     )
 
 
-def _any(mine: bool, world: World) -> bool:
-    return any(world.gather(mine)) if world.size > 1 else mine
+def _validate(run: TrainingRun, validator: Validator, outputs: Outputs) -> None:
+    """Measure and draw with the weights that would be saved."""
+    with run.averaged():
+        show_validation(validator.run(run.controlled), run.step, outputs.files, outputs.journal, outputs.observer)
+    validator.store.base.release_unused()
+
+
+def _finish(run: TrainingRun, outputs: Outputs) -> Path:
+    """Write the trained file; returns its path."""
+    steps = run.config.steps
+    with run.averaged():
+        path = finished_file(run.controlled, run.config, outputs.files, run.losses, run.group)
+    outputs.observer.say(f"finished after {steps} steps: {path}")
+    outputs.journal.write("finished", steps, path=str(path))
+    return path

@@ -17,10 +17,10 @@ from .base_model.preview import sample as sample_pictures
 from .config import TrainConfig
 from .data.samples import BrokenSample, DatasetError
 from .encoded import Encoded, Store
-from .journal import Watch
+from .journal import Observer
 from .plots import Cell, picture_grid
 from .seeding import generator
-from .step import Law, conditions_of, draw, losses
+from .step import DiffusionObjective, conditions_of, draw, losses
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,8 +64,15 @@ class Pictures:
 class Validator:
     """Fixed samples of a run, looked at again and again."""
 
-    def __init__(self, store: Store, indices: Sequence[int], config: TrainConfig, law: Law, watch: Watch) -> None:
-        self.store, self.config, self.law, self.watch = store, config, law, watch
+    def __init__(
+        self,
+        store: Store,
+        indices: Sequence[int],
+        config: TrainConfig,
+        objective: DiffusionObjective,
+        observer: Observer,
+    ) -> None:
+        self.store, self.config, self.objective, self.observer = store, config, objective, observer
         self.indices = list(indices)[: config.validation_samples]
         self.pictures = len(self.indices)
         """How many pictures are made; fewer after a lack of memory."""
@@ -94,7 +101,7 @@ class Validator:
             try:
                 found[index] = self.store.sample(index, index, dropout=False)
             except BrokenSample as error:
-                self.watch.say(f"from now on left out of the validation: {error}")
+                self.observer.say(f"from now on left out of the validation: {error}")
         self.indices = list(found)
         if not found:
             raise DatasetError("None of the validation's samples can be read any more. Check the files.")
@@ -105,8 +112,8 @@ class Validator:
         for index, sample in zip(self.indices, samples, strict=True):
             for place, level in enumerate(LEVELS):
                 position = index * len(LEVELS) + place
-                batch = draw([sample], [position], self.law, self.config, controlled, [level], " of validation")
-                found.append(losses(controlled, batch, self.law, self.config, strength))
+                batch = draw([sample], [position], self.objective, self.config, controlled, [level], " of validation")
+                found.append(losses(controlled, batch, self.objective, self.config, strength))
         return float(torch.cat(found).mean())
 
     def _pictures_that_fit(self, controlled: Controlled, samples: Sequence[Encoded]) -> Pictures | None:
@@ -119,7 +126,7 @@ class Validator:
                     raise
             self.pictures //= 2
             what = f"{self.pictures} pictures" if self.pictures else "no more pictures, only the loss"
-            self.watch.say(f"validation: not enough memory; from now on {what}. Training goes on.")
+            self.observer.say(f"validation: not enough memory; from now on {what}. Training goes on.")
             if controlled.device.type == "cuda":
                 torch.cuda.empty_cache()
         return None

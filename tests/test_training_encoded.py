@@ -14,7 +14,7 @@ from comfyui_controlnext.controlnext_core.specs import Family
 from comfyui_controlnext.controlnext_training.data.cache import Cache
 from comfyui_controlnext.controlnext_training.data.samples import BrokenSample, DatasetError, Sample
 from comfyui_controlnext.controlnext_training.data.tensors import TensorDataset
-from comfyui_controlnext.controlnext_training.distributed import World
+from comfyui_controlnext.controlnext_training.distributed import ProcessGroup
 from comfyui_controlnext.controlnext_training.drawn import DrawnDataset
 from comfyui_controlnext.tests.sampling_fixtures import CELLS, Studio, picture
 from comfyui_controlnext.tests.training_fixtures import SIDE, Watcher, base_of, drawn, same, small, train_in
@@ -68,9 +68,9 @@ class Encoders:
 
 def store_of(data: Any, kept: Any = None, family: Family = Family.SD15, **settings: Any) -> Any:
     from comfyui_controlnext.controlnext_training.base_model.families import FAMILIES
-    from comfyui_controlnext.controlnext_training.encoded import Memory, Store
+    from comfyui_controlnext.controlnext_training.encoded import MemoryCache, Store
 
-    return Store(Encoders(FAMILIES[family]), data, small(**settings), kept or Memory())  # type: ignore[arg-type]
+    return Store(Encoders(FAMILIES[family]), data, small(**settings), kept or MemoryCache())  # type: ignore[arg-type]
 
 
 def clips(count: int = 6) -> TensorDataset:
@@ -155,30 +155,30 @@ def test_the_noise_on_a_reference_frame_is_the_frames_own() -> None:
 def test_everything_is_encoded_once_and_nothing_between_steps(tmp_path: Path) -> None:
     data = drawn(3)
     store = store_of(data, Cache(tmp_path), caption_dropout=0.5)
-    usable, broken = store.prepare(range(3), World(), Watcher())
+    usable, broken = store.prepare(range(3), ProcessGroup(), Watcher())
     calls = list(store.base.calls)
     assert usable == [0, 1, 2] and not broken
     assert sorted(calls) == sorted(["text ", *[f"text {c}" for c in set(data.captions)], "latent", "latent", "latent"])
     first = [store.sample(index, position) for position in range(10) for index in range(3)]
     assert store.base.calls == calls, "not even for samples that lose their caption"
     later = store_of(drawn(3), Cache(tmp_path), caption_dropout=0.5)
-    later.prepare(range(3), World(), Watcher())
+    later.prepare(range(3), ProcessGroup(), Watcher())
     assert later.base.calls == [], "another run finds it on disk"
     again = [later.sample(index, position) for position in range(10) for index in range(3)]
     assert all(torch.equal(a.latent, b.latent) and same(a.given, b.given) for a, b in zip(first, again, strict=True))
 
 
 def test_encoders_of_another_base_find_nothing_of_the_first(tmp_path: Path) -> None:
-    store_of(drawn(2), Cache(tmp_path)).prepare(range(2), World(), Watcher())
+    store_of(drawn(2), Cache(tmp_path)).prepare(range(2), ProcessGroup(), Watcher())
     other = store_of(drawn(2), Cache(tmp_path))
     other.base.identity = lambda what: f"another {what}"
-    other.prepare(range(2), World(), Watcher())
+    other.prepare(range(2), ProcessGroup(), Watcher())
     assert other.base.calls.count("latent") == 2
 
 
 def test_clips_share_the_frames_they_have_in_common() -> None:
     store = store_of(clips(6), family=Family.SVD)
-    store.prepare(range(len(store.data)), World(), Watcher())
+    store.prepare(range(len(store.data)), ProcessGroup(), Watcher())
     assert store.base.calls.count("latent") <= 6
     sample = store.sample(0, 0)
     assert sample.latent.shape == (3, 4, CELLS, CELLS) and sample.hint.shape == (3, 3, SIDE, SIDE)
@@ -208,10 +208,10 @@ def test_a_set_of_which_nothing_can_be_read_is_refused(loaded_studio: Studio, tm
 
 
 def test_a_sample_that_breaks_on_the_way_is_replaced_by_another_of_its_size() -> None:
-    from comfyui_controlnext.controlnext_training.encoded import Ahead
+    from comfyui_controlnext.controlnext_training.encoded import Prefetcher
 
     data, watch = Torn(4, []), Watcher()
-    ahead = Ahead(store_of(data), [0, 2, 3], watch.say)
+    ahead = Prefetcher(store_of(data), [0, 2, 3], watch.say)
     data.torn = {2}
     first = ahead.get(((0, 0), (2, 1)), ((2, 2),))
     second = ahead.get(((2, 2),), ())
@@ -224,10 +224,10 @@ def test_a_sample_that_breaks_on_the_way_is_replaced_by_another_of_its_size() ->
 
 
 def test_what_is_read_ahead_is_what_was_asked_for() -> None:
-    from comfyui_controlnext.controlnext_training.encoded import Ahead
+    from comfyui_controlnext.controlnext_training.encoded import Prefetcher
 
     store = store_of(drawn(4), hint_dropout=0.5)
-    ahead = Ahead(store, range(4), Watcher().say)
+    ahead = Prefetcher(store, range(4), Watcher().say)
     asked = [((0, 0), (1, 1)), ((2, 2), (3, 3)), ((1, 4), (0, 5))]
     for number, wanted in enumerate(asked):
         upcoming = asked[number + 1] if number + 1 < len(asked) else ()
@@ -240,5 +240,5 @@ def test_what_is_read_ahead_is_what_was_asked_for() -> None:
 def test_stopping_while_samples_are_encoded_does_not_lose_any() -> None:
     watch = Watcher(stop_at=0)
     store = store_of(drawn(5))
-    usable, broken = store.prepare(range(5), World(), watch)
+    usable, broken = store.prepare(range(5), ProcessGroup(), watch)
     assert usable == list(range(5)) and not broken and watch.lines == []

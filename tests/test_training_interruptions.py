@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from comfyui_controlnext.controlnext_training import optimizers, state
+from comfyui_controlnext.controlnext_training import state
+from comfyui_controlnext.controlnext_training.averaging import Ema
+from comfyui_controlnext.controlnext_training.base_model import conditioning
 from comfyui_controlnext.controlnext_training.base_model.controlled import Controlled
-from comfyui_controlnext.controlnext_training.base_model.encode import Base
+from comfyui_controlnext.controlnext_training.base_model.encode import BaseWithEncoders
 from comfyui_controlnext.controlnext_training.data import cache as caches
 from comfyui_controlnext.controlnext_training.data.cache import Cache
 from comfyui_controlnext.controlnext_training.data.index import Index
@@ -114,7 +116,7 @@ def test_cut_off_in_the_middle_of_a_change_it_goes_on_from_the_last_whole_state(
 ) -> None:
     """The weights have moved and their average has not: that is the state of no step."""
     with pytest.MonkeyPatch.context() as patch:
-        lay_in_class(patch, optimizers.Ema, "update", ERRORS[name](), 3)
+        lay_in_class(patch, Ema, "update", ERRORS[name](), 3)
         watch = cut(tmp_path, loaded_studio, name, save_every=1)
     assert last(tmp_path).step == 2 and watch.told("stopped after 2 steps; saved in ")
     assert_ends_as(tmp_path, whole, loaded_studio)
@@ -133,14 +135,18 @@ def test_cut_off_while_a_state_is_written_it_is_written_again(
 
 
 @pytest.mark.parametrize(
-    ("name", "place"), [("cancel", "latent"), ("ctrl_c", "text"), ("exit", "latent"), ("other", "text")]
+    ("name", "place"), [("cancel", "latent"), ("ctrl_c", "encode_text"), ("exit", "latent"), ("other", "encode_text")]
 )
 def test_cut_off_in_an_encoders_pass_it_keeps_what_is_encoded(
     loaded_studio: Studio, tmp_path: Path, name: str, place: str
 ) -> None:
     base, config = base_of(loaded_studio), small(steps=1, cache=True)
+    owner: Any = BaseWithEncoders if place == "latent" else conditioning
     with pytest.MonkeyPatch.context() as patch:
-        lay_in_class(patch, Base, place, ERRORS[name](), 2)
+        if place == "latent":
+            lay_in_class(patch, owner, place, ERRORS[name](), 2)
+        else:
+            lay(patch, owner, place, ERRORS[name](), 2)
         with pytest.raises(type(ERRORS[name]())):
             train_in(tmp_path, base, config)
     kept = sorted(path.name for path in (tmp_path / "cache").rglob("*.safetensors"))
@@ -148,19 +154,19 @@ def test_cut_off_in_an_encoders_pass_it_keeps_what_is_encoded(
     assert state.latest(tmp_path / "runs" / "control") is None and not torch.is_inference_mode_enabled()
     seen: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        inner = getattr(Base, place)
-        patch.setattr(Base, place, lambda self, what: seen.append(what) or inner(self, what))
+        inner = getattr(owner, place)
+        patch.setattr(owner, place, lambda self, what: seen.append(what) or inner(self, what))
         store_again(base, config, tmp_path)
     assert len(seen) == (3 if place == "latent" else 4), "the first is not encoded again"
 
 
 def store_again(base: Any, config: Any, folder: Path) -> None:
     """Encode what a run would."""
-    from comfyui_controlnext.controlnext_training.distributed import World
+    from comfyui_controlnext.controlnext_training.distributed import ProcessGroup
     from comfyui_controlnext.controlnext_training.encoded import Store
     from comfyui_controlnext.tests.training_fixtures import drawn
 
-    Store(base, drawn(), config, Cache(folder / "cache")).prepare(range(4), World(), Watcher())
+    Store(base, drawn(), config, Cache(folder / "cache")).prepare(range(4), ProcessGroup(), Watcher())
 
 
 @pytest.mark.parametrize("name", list(ERRORS))
@@ -214,7 +220,7 @@ def test_a_ctrl_c_in_the_optimizer_is_of_the_next_moment(
     loaded_studio: Studio, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real signal amid the change of the second step: the step is done, saved, and the run ends."""
-    update, calls = optimizers.Ema.update, [0]
+    update, calls = Ema.update, [0]
 
     def interrupted(self: Any, parameters: Any) -> None:
         calls[0] += 1
@@ -222,7 +228,7 @@ def test_a_ctrl_c_in_the_optimizer_is_of_the_next_moment(
             signal.raise_signal(signal.SIGINT)
         update(self, parameters)
 
-    monkeypatch.setattr(optimizers.Ema, "update", interrupted)
+    monkeypatch.setattr(Ema, "update", interrupted)
     watch = cut(tmp_path, loaded_studio, "ctrl_c")
     assert last(tmp_path).step == 2 and watch.told("stopped after 2 steps; saved in ")
     assert_ends_as(tmp_path, whole, loaded_studio)

@@ -169,7 +169,7 @@ def test_four_parts_of_one_sample_are_a_batch_of_four(loaded_studio: Studio) -> 
     settings = {"caption_dropout": 0.3, "hint_dropout": 0.3, "noise_offset": 0.1, "max_grad_norm": 0.0}
     whole = loop_on(base, small(batch_size=4, **settings), data)
     parts = loop_on(base, small(batch_size=1, accumulation=4, **settings), data)
-    assert [whole.plan.batch(step) for step in range(3)] == [parts.plan.batch(step) for step in range(3)]
+    assert [whole.order.batch(step) for step in range(3)] == [parts.order.batch(step) for step in range(3)]
     one, other = gradients_of(whole), gradients_of(parts)
     assert one.keys() == other.keys()
     together = [torch.cat([gradient.flatten() for gradient in found.values()]) for found in (one, other)]

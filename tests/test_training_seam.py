@@ -16,7 +16,7 @@ from comfyui_controlnext.controlnext_core.specs import Family
 from comfyui_controlnext.controlnext_training.base_model.controlled import Controlled, Sizes
 from comfyui_controlnext.controlnext_training.base_model.families import FAMILIES
 from comfyui_controlnext.controlnext_training.base_model.unet import plain_attention
-from comfyui_controlnext.controlnext_training.distributed import World
+from comfyui_controlnext.controlnext_training.distributed import ProcessGroup
 from comfyui_controlnext.controlnext_training.results import finished_file, name_run
 from comfyui_controlnext.tests.sampling_fixtures import CELLS, picture, relative
 from comfyui_controlnext.tests.training_fixtures import CPU, SIDE, host_weights, run_in, same, shaken, small
@@ -101,7 +101,7 @@ def saved(controlled: Controlled, model: Any, folder: Path, variant: str, **sett
     run = run_in(folder, BaseWithEncoders(model, None))
     run.folder.mkdir(parents=True)
     name_run(run)
-    return finished_file(controlled, small(variant=variant, **settings), run, [1.0, 0.5], World())
+    return finished_file(controlled, small(variant=variant, **settings), run, [1.0, 0.5], ProcessGroup())
 
 
 def first_step(model: Any, case: Case) -> dict[str, Tensor]:

@@ -13,10 +13,11 @@ import pytest
 import torch
 from comfyui_controlnext.controlnext_core import checkpoint
 from comfyui_controlnext.controlnext_core.checkpoint import CheckpointError
-from comfyui_controlnext.controlnext_training import lock, results, state
+from comfyui_controlnext.controlnext_training import results, state
 from comfyui_controlnext.controlnext_training.config import ConfigError, TrainConfig
 from comfyui_controlnext.controlnext_training.journal import Journal, read
 from comfyui_controlnext.controlnext_training.results import RunFiles, free_target, name_run
+from comfyui_controlnext.controlnext_training.run_lock import run_lock
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -164,7 +165,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_run(tmp_path: Path)
     (tmp_path / "file").write_text("in the way", "utf-8")
     with (
         pytest.raises(ConfigError, match=r"runs_folder: .*file.* cannot be written"),
-        lock.held(tmp_path / "file" / "r"),
+        run_lock(tmp_path / "file" / "r"),
     ):
         pass
 
@@ -214,12 +215,12 @@ def test_the_folder_of_a_run_that_came_to_nothing_is_used_again(tmp_path: Path, 
 
 
 def test_one_process_trains_a_run_at_a_time(tmp_path: Path) -> None:
-    with lock.held(tmp_path / "a"):
-        with pytest.raises(ConfigError, match="going on in another process.*output_name"), lock.held(tmp_path / "a"):
+    with run_lock(tmp_path / "a"):
+        with pytest.raises(ConfigError, match="going on in another process.*output_name"), run_lock(tmp_path / "a"):
             pass
-        with lock.held(tmp_path / "b"):
+        with run_lock(tmp_path / "b"):
             pass
-    with lock.held(tmp_path / "a"):
+    with run_lock(tmp_path / "a"):
         pass
 
 

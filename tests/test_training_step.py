@@ -11,7 +11,7 @@ import torch
 from comfyui_controlnext.controlnext_core.specs import Family
 from comfyui_controlnext.controlnext_training.encoded import Encoded
 from comfyui_controlnext.controlnext_training.objective import OBJECTIVES
-from comfyui_controlnext.controlnext_training.step import Law, draw, losses
+from comfyui_controlnext.controlnext_training.step import DiffusionObjective, draw, losses
 from comfyui_controlnext.tests.sampling_fixtures import CELLS, Studio, picture
 from comfyui_controlnext.tests.test_training_base import controlled_on
 from comfyui_controlnext.tests.training_fixtures import SIDE, small
@@ -49,13 +49,13 @@ def left_half() -> Tensor:
 
 def drawn_batch(controlled: Any, samples: list[Encoded], positions: list[int], **settings: Any) -> Any:
     config = small(**settings)
-    return draw(samples, positions, Law.of(config, controlled), config, controlled)
+    return draw(samples, positions, DiffusionObjective.of(config, controlled), config, controlled)
 
 
 def loss_of(controlled: Any, batch: Any, **settings: Any) -> Tensor:
     config = small(**settings)
     with torch.no_grad():
-        return losses(controlled, batch, Law.of(config, controlled), config)
+        return losses(controlled, batch, DiffusionObjective.of(config, controlled), config)
 
 
 def test_noise_and_level_depend_on_seed_and_position_alone(controlled: Any) -> None:
@@ -73,7 +73,7 @@ def test_noise_and_level_depend_on_seed_and_position_alone(controlled: Any) -> N
 
 def test_the_noise_of_validation_is_not_that_of_training(controlled: Any) -> None:
     config = small()
-    law = Law.of(config, controlled)
+    law = DiffusionObjective.of(config, controlled)
     looked_at = draw([encoded(1)], [3], law, config, controlled, [0.5], " of validation")
     trained = draw([encoded(1)], [3], law, config, controlled)
     assert not torch.equal(looked_at.noise, trained.noise)
@@ -82,7 +82,7 @@ def test_the_noise_of_validation_is_not_that_of_training(controlled: Any) -> Non
 
 def test_levels_are_spread_over_the_whole_table(controlled: Any) -> None:
     config = small()
-    law = Law.of(config, controlled)
+    law = DiffusionObjective.of(config, controlled)
     sample = encoded(1)
     levels = torch.cat([draw([sample], [n], law, config, controlled).sigma for n in range(300)])
     steps = torch.searchsorted(law.sigmas, levels)
@@ -139,12 +139,12 @@ def test_the_base_decides_what_is_learned_unless_told(controlled: Any) -> None:
     from comfyui_controlnext.controlnext_training.base_model.families import FAMILIES
 
     assert controlled.predicts == "epsilon"
-    law = Law.of(small(), controlled)
+    law = DiffusionObjective.of(small(), controlled)
     assert law.objective is OBJECTIVES["epsilon"] and law.timesteps == "uniform"
-    other = Law.of(small(objective="v", timesteps="logit_normal"), controlled)
+    other = DiffusionObjective.of(small(objective="v", timesteps="logit_normal"), controlled)
     assert other.objective is OBJECTIVES["v"] and other.timesteps == "logit_normal"
     video = SimpleNamespace(base=controlled.base, predicts="edm", family=FAMILIES[Family.SVD])
-    assert Law.of(small(), video).timesteps == "svd_cosine"  # type: ignore[arg-type]
+    assert DiffusionObjective.of(small(), video).timesteps == "svd_cosine"  # type: ignore[arg-type]
     sigmas = controlled.base.model_sampling.sigmas
     assert torch.equal(law.sigma([0.0, 0.9999]), sigmas[[0, -1]].float())
 

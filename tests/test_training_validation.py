@@ -111,27 +111,25 @@ def test_the_distance_of_a_picture_is_that_of_its_latent_from_the_originals(
 
 
 def test_an_average_is_what_is_looked_at(loaded_studio: Studio) -> None:
-    from comfyui_controlnext.controlnext_training.loop import averaged
-
     loop = loop_on(base_of(loaded_studio), small(**LEARNING, ema_decay=0.999))
     take_steps(loop, 3)
     looked_at = validator_on(loop, count=1)
     looked_at.pictures = 0
     own, weights = looked_at.run(loop.controlled).loss, hashes(loop.parameters)
-    with averaged(loop):
+    with loop.averaged():
         assert looked_at.run(loop.controlled).loss != own
     assert hashes(loop.parameters) == weights and looked_at.run(loop.controlled).loss == own
 
 
 def test_of_few_samples_none_is_held_out_and_of_many_the_first_do_not_train() -> None:
-    from comfyui_controlnext.controlnext_training.train import _split
+    from comfyui_controlnext.controlnext_training.run_samples import split
 
     config = small(validate_every=1, validation_samples=4)
-    assert _split(list(range(9)), config, False) == (list(range(9)), [0, 1, 2, 3])
-    assert _split(list(range(20)), config, False) == (list(range(2, 20)), [0, 1])
-    assert _split(list(range(100)), config, False) == (list(range(4, 100)), [0, 1, 2, 3])
-    assert _split(list(range(100)), config, True) == (list(range(100)), [])
-    assert _split(list(range(100)), small(), False) == (list(range(100)), [])
+    assert split(list(range(9)), config, False) == (list(range(9)), [0, 1, 2, 3])
+    assert split(list(range(20)), config, False) == (list(range(2, 20)), [0, 1])
+    assert split(list(range(100)), config, False) == (list(range(4, 100)), [0, 1, 2, 3])
+    assert split(list(range(100)), config, True) == (list(range(100)), [])
+    assert split(list(range(100)), small(), False) == (list(range(100)), [])
 
 
 def test_a_control_without_effect_is_warned_of(loaded_studio: Studio, tmp_path: Path) -> None:

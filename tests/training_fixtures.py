@@ -97,35 +97,40 @@ def train_in(
 @functools.cache
 def _kept() -> Any:
     """Encoded samples of all tests: keyed by content, so that each is encoded once."""
-    from comfyui_controlnext.controlnext_training.encoded import Memory
+    from comfyui_controlnext.controlnext_training.encoded import MemoryCache
 
-    return Memory()
+    return MemoryCache()
 
 
 def loop_on(base: Any, config: TrainConfig, data: Any = None, make: Any = None) -> Any:
     """What the steps of a run need, without a run around it. make: makes the control; None for the configuration's."""
     from comfyui_controlnext.controlnext_training.base_model.controls import new_control
-    from comfyui_controlnext.controlnext_training.distributed import World
+    from comfyui_controlnext.controlnext_training.distributed import ProcessGroup
     from comfyui_controlnext.controlnext_training.encoded import Store
-    from comfyui_controlnext.controlnext_training.loop import make_loop
+    from comfyui_controlnext.controlnext_training.training_run import make_run
 
     data = data or drawn()
     store, control = Store(base, data, config, _kept()), make or new_control
-    return make_loop(base, store, list(range(len(data))), config, CPU, World(), Watcher(), control)
+    return make_run(base, store, list(range(len(data))), config, CPU, ProcessGroup(), Watcher(), control)
 
 
 def take_steps(loop: Any, count: int, first: int = 0) -> list[float]:
     """Steps of the optimizer; their losses."""
-    from comfyui_controlnext.controlnext_training.train import _step
+    from comfyui_controlnext.controlnext_training.train import gradients, update
 
-    return [_step(loop, step)[0] for step in range(first, first + count)]
+    losses = []
+    for step in range(first, first + count):
+        loss = gradients(loop, step)
+        update(loop, step, loss)
+        losses.append(float(loss))
+    return losses
 
 
 def gradients_of(loop: Any, step: int = 0) -> dict[str, Tensor]:
     """The gradients of one step, by name; they are gone from the loop afterwards."""
-    from comfyui_controlnext.controlnext_training.train import _gradients
+    from comfyui_controlnext.controlnext_training.train import gradients
 
-    _gradients(loop, step)
+    gradients(loop, step)
     found = {name: p.grad.clone() for name, p in loop.parameters.items() if p.grad is not None}
     loop.optimizer.zero_grad(set_to_none=True)
     return found

@@ -71,6 +71,11 @@ class BaseWithEncoders:
                     setattr(self, name, None)
                     self._released.add(name)
 
+    def release_unused(self) -> None:
+        """Release the encoders, unless conditions are still encoded while training."""
+        if not self.family.conditioning.encoded_while_training:
+            self.release()
+
     def encoder(self, name: str) -> Any:
         """The encoder of that field, read again where it was released."""
         with self._lock:  # samples are read ahead in a thread

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 PREVIEW_SIDE = 1024
 
 
-class NodeWatch:
+class NodeObserver:
     """Shows a run on its node; Cancel asks it to save and end."""
 
     def __init__(self, node_id: str | None) -> None:
@@ -192,17 +192,17 @@ class ControlNeXtTrain(io.ComfyNode):
         }
         settings = make_config(recipe_of_node(config), widgets, dataset.settings)
         base = BaseWithEncoders(model, vae, clip, clip_vision)
-        watch = NodeWatch(cls.hidden.unique_id)
+        observer = NodeObserver(cls.hidden.unique_id)
         run, frames = run_of(settings, base), base.family.frames(settings)
         with torch.inference_mode(False), torch.enable_grad():
             try:
-                path = train(base, dataset.open(settings, frames), None, settings, run, watch)
+                path = train(base, dataset.open(settings, frames), None, settings, run, observer)
             except Stopped as stopped:
-                watch.say(str(stopped))
+                observer.say(str(stopped))
                 comfy.model_management.interrupt_current_processing(False)
                 raise comfy.model_management.InterruptProcessingException from stopped
         return io.NodeOutput(
-            *load_trained(model, path, settings), _losses(run), str(path), ui=_results(run, watch, cls)
+            *load_trained(model, path, settings), _losses(run), str(path), ui=_results(run, observer, cls)
         )
 
 
@@ -212,11 +212,11 @@ def _losses(run: RunFiles) -> dict[str, list[float]]:
     return {"loss": [] if found is None else found.tensors("losses")["loss"].tolist()}
 
 
-def _results(run: RunFiles, watch: NodeWatch, cls: type[io.ComfyNode]) -> Any:
+def _results(run: RunFiles, observer: NodeObserver, cls: type[io.ComfyNode]) -> Any:
     """The loss curve and the last grid, on the node."""
     from PIL import Image as Pictures
 
-    shown: Sequence[Any] = [Pictures.open(show_curve(run)), *([watch.shown] if watch.shown else [])]
+    shown: Sequence[Any] = [Pictures.open(show_curve(run)), *([observer.shown] if observer.shown else [])]
     side = max(max(picture.size) for picture in shown)
     sheets = [as_image(_padded(picture, side)) for picture in shown]
     return ui.PreviewImage(torch.cat(sheets), cls=cls)

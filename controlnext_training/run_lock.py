@@ -12,7 +12,7 @@ from .config import ConfigError
 
 
 @contextlib.contextmanager
-def held(run: Path) -> Iterator[None]:
+def run_lock(run: Path) -> Iterator[None]:
     """Inside, the run in this folder belongs to this process; the system lets go of it if the process dies.
 
     Raises ConfigError where another process holds it, or where the folder above cannot be written.

@@ -1,0 +1,248 @@
+"""A training run in memory: made, opened, resumed and saved here; its steps are in `train`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import optimizers, state
+from .averaging import Ema
+from .base_model.controlled import Controlled
+from .base_model.controls import MakeControl, new_control
+from .base_model.encode import BaseWithEncoders, compute_dtype
+from .config import SETTINGS, ConfigError, TrainConfig
+from .config_files import as_toml
+from .data.order import Order, order
+from .distributed import ProcessGroup
+from .encoded import Prefetcher, SampleRequests, Store
+from .journal import Observer
+from .results import RunFiles, name_run
+from .schedules import Schedule
+from .step import DiffusionObjective
+
+
+@dataclass
+class TrainingRun:
+    """The parts of a run that its steps need, made once and saved and resumed together."""
+
+    config: TrainConfig
+    controlled: Controlled
+    model: nn.Module
+    """The Controlled, wrapped where several processes train."""
+    parameters: dict[str, nn.Parameter]
+    """Everything that trains, by its name in saved states."""
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: Ema | None
+    objective: DiffusionObjective
+    schedule: Schedule
+    order: Order
+    samples: Prefetcher
+    indices: list[int]
+    """Indices of the dataset that train; `order` counts in these."""
+    group: ProcessGroup
+    losses: list[float] = field(default_factory=list)
+    """Loss of every step so far."""
+    complete: bool = True
+    """False while a step changes the weights, and after one that spoilt them: such weights are not saved."""
+
+    @property
+    def step(self) -> int:
+        """Number of steps so far."""
+        return len(self.losses)
+
+    def positions(self, step: int) -> list[int]:
+        """Positions in the run of this process's samples of a step, one forward pass after the other."""
+        config, group = self.config, self.group
+        first = step * config.effective_batch * group.size
+        return [
+            first + (part * group.size + group.rank) * config.batch_size + number
+            for part in range(config.accumulation)
+            for number in range(config.batch_size)
+        ]
+
+    def requests(self, step: int) -> SampleRequests:
+        """This process's samples of a step; () after the last step."""
+        if step >= self.config.steps:
+            return ()
+        batch = self.order.batch(step)
+        return tuple((self.indices[batch[position % len(batch)]], position) for position in self.positions(step))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the parameters hold the weights to validate and to save: their moving average, where there is one."""
+        with optimizers.weights_to_read(self.optimizer):
+            if self.ema is None:
+                yield
+                return
+            with self.ema.swapped(self.parameters):
+                yield
+
+
+def make_run(
+    base: BaseWithEncoders,
+    store: Store,
+    usable: list[int],
+    config: TrainConfig,
+    device: torch.device,
+    group: ProcessGroup,
+    observer: Observer,
+    make: MakeControl = new_control,
+) -> TrainingRun:
+    """A run before its first step. usable: indices of the store's dataset that train; make: makes the control."""
+    dtype = compute_dtype(config.precision, device)
+    controlled = Controlled(base.model, config, dtype, device, make)
+    encoder = {f"control.{name}": p for name, p in controlled.net.named_parameters()}
+    unet = {f"unet.{name}": p for name, p in controlled.differences.parameters.items()}
+    parameters = {**encoder, **unet}
+    rates = ((encoder, config.control_learning_rate), (unet, config.learning_rate))
+    sizes = [store.data.sizes[index] for index in usable]
+    return TrainingRun(
+        config=config,
+        controlled=controlled,
+        model=group.wrap(controlled),
+        parameters=parameters,
+        optimizer=_make_optimizer(config, [(list(named.values()), rate) for named, rate in rates if named], group),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype is torch.float16),
+        ema=Ema(parameters, config.ema_decay, config.ema_on_cpu) if config.ema_decay else None,
+        objective=DiffusionObjective.of(config, controlled),
+        schedule=config.learning_rate_schedule,
+        order=order(sizes, config.effective_batch * group.size, config.seed),
+        samples=Prefetcher(store, usable, observer.say),
+        indices=usable,
+        group=group,
+    )
+
+
+def _make_optimizer(
+    config: TrainConfig, parameters: list[tuple[list[nn.Parameter], float]], group: ProcessGroup
+) -> torch.optim.Optimizer:
+    """parameters: (parameters, learning rate) of each parameter group."""
+    optimizer = optimizers.build(
+        config.optimizer,
+        [{"params": tensors, "lr": rate} for tensors, rate in parameters],
+        betas=(config.beta1, config.beta2),
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+    )
+    for parameter_group in optimizer.param_groups:
+        parameter_group["initial_lr"] = parameter_group["lr"]
+    return group.split(optimizer) if config.zero else optimizer
+
+
+def open_run(
+    files: RunFiles, config: TrainConfig, base: BaseWithEncoders, group: ProcessGroup, observer: Observer
+) -> state.State | None:
+    """The state to go on from, or None for a new run, whose folder is then there and empty.
+
+    Raises ConfigError where the state is of another run, or is not the same for all processes.
+    """
+    found = state.latest(files.folder) if config.resume else None
+    seen = set(group.gather(-1 if found is None else found.step))
+    if len(seen) > 1:
+        raise ConfigError(
+            f"runs_folder: the processes do not see the same states in {files.folder}. Set runs_folder to a folder on "
+            "a drive that all machines share."
+        )
+    if found is not None:
+        _check_same_run(found, config, base)
+    elif group.is_main:
+        aside = state.set_aside(files.folder)
+        if aside is not None:
+            observer.say(f"an earlier run of this name is now {aside}")
+    group.wait()
+    if group.is_main:
+        files.folder.mkdir(parents=True, exist_ok=True)
+        state.clear_unfinished(files.folder)
+        (files.folder / "config.toml").write_text(as_toml(config), "utf-8")
+        name_run(files)
+    return found
+
+
+def _check_same_run(found: state.State, config: TrainConfig, base: BaseWithEncoders) -> None:
+    old, new = found.facts["config"], json.loads(config.to_json())
+    fixed = [key for key, facts in SETTINGS.items() if facts.fixed_on_resume]
+    changed = [f"{key} was {old[key]!r} and is {new[key]!r}" for key in fixed if old[key] != new[key]]
+    if found.facts["base"] != base.identity("model"):
+        changed.append("the base model is another")
+    if found.step > config.steps:
+        raise ConfigError(
+            f"steps: {found.folder} has {found.step} steps behind it, and steps is {config.steps}. Set steps to "
+            f"{found.step} or more, or set resume = false or another output_name to start anew."
+        )
+    if changed:
+        raise ConfigError(
+            f"resume: {found.folder} is of another run: {'; '.join(changed)}. Set these back, or set resume = false "
+            "or another output_name to start anew."
+        )
+
+
+def resume(run: TrainingRun, found: state.State, observer: Observer) -> None:
+    """Continue from a saved state, and say which settings have changed since."""
+    weights = found.tensors("weights")
+    with torch.no_grad():
+        for name, parameter in run.parameters.items():
+            parameter.copy_(weights[name])
+    _load_optimizer(run, optimizers.unpack(found.tensors("optimizer"), found.facts["optimizer"]))
+    run.scaler.load_state_dict(found.facts["scaler"])
+    if run.ema is not None:
+        average = found.tensors("ema")
+        if not average:  # switched on just now
+            run.ema = Ema(run.parameters, run.config.ema_decay, run.config.ema_on_cpu)
+        else:
+            run.ema.load_state_dict(average)
+    run.losses = found.tensors("losses")["loss"].tolist()
+    changed = [
+        f"{key} {found.facts['config'].get(key)!r} -> {value!r}"
+        for key, value in json.loads(run.config.to_json()).items()
+        if found.facts["config"].get(key) != value
+    ]
+    if (before := found.facts.get("processes", 1)) != run.group.size:
+        changed.append(f"processes {before} -> {run.group.size}")
+    observer.say(
+        f"resumed at step {found.step} from {found.folder}" + (f"; changed: {', '.join(changed)}" if changed else "")
+    )
+
+
+CONFIGURED = ("initial_lr", "betas", "eps", "weight_decay")
+"""Hyper-parameters taken from the current configuration, not from the saved optimizer state, on resume."""
+
+
+def _load_optimizer(run: TrainingRun, saved: dict[str, Any]) -> None:
+    """Go on with the optimizer's saved moments at the rates that are configured now."""
+    now = [{key: group[key] for key in CONFIGURED if key in group} for group in run.optimizer.param_groups]
+    run.optimizer.load_state_dict(saved)
+    for group, values in zip(run.optimizer.param_groups, now, strict=True):
+        group.update(values)
+
+
+def save(run: TrainingRun, files: RunFiles) -> Path:
+    """The state so far, written by the main process; returns its folder."""
+    rest: object = None
+    folder = files.folder
+    whole = run.group.whole_state(run.optimizer)
+    if run.group.is_main:
+        tensors, rest = optimizers.pack(whole)
+        parts = {
+            "weights": {name: p.detach() for name, p in run.parameters.items()},
+            "optimizer": tensors,
+            "ema": run.ema.state_dict() if run.ema is not None else {},
+            "losses": {"loss": torch.tensor(run.losses, dtype=torch.float64)},
+        }
+        facts = {
+            "config": json.loads(run.config.to_json()),
+            "optimizer": rest,
+            "scaler": run.scaler.state_dict(),
+            "base": files.base,
+            "processes": run.group.size,
+        }
+        folder = state.save(files.folder, run.step, parts, facts, run.config.keep_states)
+    run.group.wait()
+    return folder
