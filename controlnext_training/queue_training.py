@@ -3,14 +3,14 @@
     python queue_training.py GRAPH.json --set train.steps=500 --set data.folder=faces
 
 GRAPH.json is a graph in the API's format (*Workflow > Export (API)*, or example_workflows/api/train_sd15.json). Ctrl-C
-cancels: the run saves first, and the same command goes on. Exit status: 0 trained, 1 failed, 130 cancelled. Standard
-library only, so that this file alone can be copied to wherever it is needed.
+cancels: the run saves first, and the same command goes on. Exit status: 0 trained, 1 failed, 130 cancelled. This file
+can be copied to wherever it is needed; besides Python it takes aiohttp, which ComfyUI brings.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
+import asyncio
 import json
 import os
 import signal
@@ -20,14 +20,16 @@ import sys
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+
 Graph = dict[str, dict[str, Any]]
 
-TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10  # kinds of websocket frames, RFC 6455
-NODE_TEXT = 3  # ComfyUI's kind of binary message that holds what a node says
+NODE_TEXT = 3
+"""ComfyUI's kind of binary message that holds a text of a node."""
 
 
 class QueueError(RuntimeError):
@@ -59,71 +61,6 @@ class Server:
                 f"no ComfyUI answers at {self.address} ({error}). Start it, or name it: --server"
             ) from None
         return json.loads(content) if content.strip() else None
-
-    def listen(self) -> Socket:
-        """What the server tells this client from now on."""
-        host, _, port = self.address.rpartition(":")
-        try:
-            return Socket(socket.create_connection((host, int(port)), timeout=60), self.address, self.client)
-        except (OSError, ValueError) as error:
-            raise QueueError(
-                f"no ComfyUI answers at {self.address} ({error}). Start it, or name it: --server"
-            ) from None
-
-
-class Socket:
-    """A websocket, as far as listening to ComfyUI needs one."""
-
-    def __init__(self, connection: socket.socket, address: str, client: str) -> None:
-        self.connection = connection
-        key = base64.b64encode(os.urandom(16)).decode()
-        lines = (
-            f"GET /ws?clientId={client} HTTP/1.1",
-            f"Host: {address}",
-            "Upgrade: websocket",
-            "Connection: Upgrade",
-            f"Sec-WebSocket-Key: {key}",
-            "Sec-WebSocket-Version: 13",
-        )
-        connection.sendall("\r\n".join([*lines, "", ""]).encode())
-        self.stream = connection.makefile("rb")
-        if b" 101 " not in self.stream.readline():
-            raise OSError("it does not speak websocket")
-        while self.stream.readline().strip():
-            pass
-        connection.settimeout(None)  # a step may take its time; whether the other end is there, the system asks
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-
-    def messages(self) -> Iterator[tuple[int, bytes]]:
-        """(TEXT or BINARY, content) until the server closes the connection."""
-        first, content = 0, b""
-        while True:
-            head = self._read(2)
-            kind, length = head[0] & 0x0F, head[1] & 0x7F
-            if length >= 126:
-                size = 2 if length == 126 else 8
-                length = int.from_bytes(self._read(size), "big")
-            payload = self._read(length)
-            if kind == CLOSE:
-                return
-            if kind == PING:
-                self._pong(payload)
-            elif kind != PONG:
-                first, content = kind or first, content + payload
-                if head[0] & 0x80:  # the last part
-                    yield first, content
-                    content = b""
-
-    def _read(self, count: int) -> bytes:
-        content = self.stream.read(count)
-        if len(content) < count:
-            raise OSError("it closed the connection")
-        return content
-
-    def _pong(self, payload: bytes) -> None:
-        mask = os.urandom(4)
-        masked = bytes(byte ^ mask[place % 4] for place, byte in enumerate(payload))
-        self.connection.sendall(bytes([0x80 | PONG, 0x80 | len(payload)]) + mask + masked)
 
 
 def refusal(answer: str) -> str:
@@ -159,23 +96,28 @@ def changed(graph: Graph, settings: list[str]) -> Graph:
     return graph
 
 
-def follow(server: Server, graph: Graph) -> int:
-    """Queue the graph and show what its nodes say; the exit status."""
-    listening = server.listen()
-    prompt = server.ask("/prompt", {"prompt": graph, "client_id": server.client})["prompt_id"]
-    say(f"queued as {prompt}")
-    cancel_on_ctrl_c(server, prompt)
+async def follow(server: Server, graph: Graph) -> int:
+    """Queue the graph and show what its nodes say; returns the exit status. Raises QueueError."""
+    url = f"ws://{server.address}/ws?clientId={server.client}"
     try:
-        for kind, content in listening.messages():
-            status = tell(kind, content, prompt, graph)
-            if status is not None:
-                return status
-        raise OSError("it closed the connection")
-    except OSError as error:
-        raise QueueError(
-            f"the connection to {server.address} is lost ({error}). If ComfyUI still runs, so does the training; "
-            "if not, start it and run the same command: the run goes on from its last state."
-        ) from None
+        async with aiohttp.ClientSession() as session, session.ws_connect(url, max_msg_size=0) as messages:
+            connection = messages.get_extra_info("socket")  # a step may take long: the system finds a lost connection
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            prompt = server.ask("/prompt", {"prompt": graph, "client_id": server.client})["prompt_id"]
+            say(f"queued as {prompt}")
+            cancel_on_ctrl_c(server, prompt)
+            async for message in messages:
+                if message.type is aiohttp.WSMsgType.ERROR:
+                    break
+                status = tell(message.data, prompt, graph)
+                if status is not None:
+                    return status
+    except aiohttp.ClientError as error:
+        raise QueueError(f"no ComfyUI answers at {server.address} ({error}). Start it, or name it: --server") from None
+    raise QueueError(
+        f"the connection to {server.address} is lost. If ComfyUI still runs, so does the training; if not, start it "
+        "and run the same command: the run goes on from its last state."
+    )
 
 
 def cancel_on_ctrl_c(server: Server, prompt: str) -> None:
@@ -197,9 +139,9 @@ def cancel_on_ctrl_c(server: Server, prompt: str) -> None:
             signal.signal(getattr(signal, name), cancel)
 
 
-def tell(kind: int, content: bytes, prompt: str, graph: Graph) -> int | None:
-    """Show one message of the server; the exit status if it is the last one."""
-    if kind == BINARY:
+def tell(content: str | bytes, prompt: str, graph: Graph) -> int | None:
+    """Show one message of the server; returns the exit status if it is the last one."""
+    if isinstance(content, bytes):
         number, length = struct.unpack(">II", content[:8].ljust(8, b"\0"))
         if number == NODE_TEXT:
             say(content[8 + length :].decode("utf-8", "replace"))
@@ -228,7 +170,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         graph = changed(json.loads(options.graph.read_text("utf-8")), options.set)
-        return follow(Server(options.server), graph)
+        return asyncio.run(follow(Server(options.server), graph))
     except KeyboardInterrupt:
         return 130
     except (QueueError, OSError, ValueError) as error:

@@ -1,57 +1,44 @@
-"""One process trains a run at a time: two of one name would replace each other's states."""
+"""The lock of a run's folder: two processes that train one run would replace each other's states."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from .config import ConfigError
+
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+"""Answers of file systems that have no locks, such as some network drives."""
 
 
 @contextlib.contextmanager
-def run_lock(run: Path) -> Iterator[None]:
-    """Inside, the run in this folder belongs to this process; the system lets go of it if the process dies.
+def run_lock(folder: Path) -> Iterator[None]:
+    """Inside, the run in this folder belongs to this process; the system releases the lock if the process dies.
 
-    Raises ConfigError where another process holds it, or where the folder above cannot be written.
+    Where the file system has no locks there is none. Raises ConfigError where another process has the lock, or where
+    the folder above cannot be written.
     """
-    path = run.with_name(f".{run.name}.lock")  # beside the folder, which may be renamed
+    path = folder.with_name(f".{folder.name}.lock")  # beside the folder, which may be renamed
+    lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+b")  # noqa: SIM115
-    except OSError as error:
+        lock.acquire(timeout=0)
+    except Timeout as error:
         raise ConfigError(
-            f"runs_folder: {path.parent} cannot be written ({error.strerror}). Set runs_folder to another folder, or "
-            "mend its permissions."
+            f"output_name: the run in {folder} is going on in another process. Wait for its end, stop it, or choose "
+            "another output_name."
         ) from error
-    with file:
-        if not _lock(file.fileno()):
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
             raise ConfigError(
-                f"output_name: the run in {run} is going on in another process. Wait for its end, stop it, or choose "
-                "another output_name."
-            )
-        yield
-
-
-def _lock(descriptor: int) -> bool:
-    """Whether the lock is ours now, or the file system has no locks."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        try:
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-    import fcntl
-
+                f"runs_folder: {path.parent} cannot be written ({error.strerror}). Set runs_folder to another folder, "
+                "or change its permissions."
+            ) from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # some network drives
-        return True
-    return True
+        yield
+    finally:
+        lock.release()

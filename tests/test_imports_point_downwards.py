@@ -35,7 +35,7 @@ class Layer:
 MATHS = frozenset({"torch", "einops"})
 PICTURES = frozenset({"cv2", "PIL"})
 CORE = ("controlnext_core", "models")
-TRAINING = frozenset({"numpy", "safetensors"}) | MATHS
+TRAINING = frozenset({"filelock", "numpy", "safetensors"}) | MATHS
 LAYERS = (
     Layer("_alias.py"),
     Layer("run.py", ours=("_alias", "tools")),
@@ -49,6 +49,7 @@ LAYERS = (
     Layer("nodes", HOST | {"torch"}, ("controlnext_core", "nodes")),  # torch: types of what goes through
     Layer("controlnext_training", TRAINING, (*CORE, "controlnext_training"), PICTURES | {"av", "psutil", "tomli"}),
     Layer("controlnext_training/base_model", TRAINING | HOST, (*CORE, "controlnext_training"), PICTURES),
+    Layer("controlnext_training/queue_training.py", frozenset({"aiohttp"})),
     Layer("controlnext_training/nodes", TRAINING | HOST, (*CORE, "controlnext_training"), PICTURES),
 )
 ADAPTER = "controlnext_core.comfy_adapter"

@@ -277,11 +277,11 @@ def test_clips_train_a_video_control(server: ComfyServer, tiny: TinyModels) -> N
 
 
 def follow(server: ComfyServer, workflow: Workflow, folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """The example client on a graph, in a process of its own, with no more than the standard library."""
+    """The example client on a graph, in a process of its own."""
     path = folder / "gr\u00e4ph.json"
     path.write_text(json.dumps(workflow), "utf-8")
     return subprocess.Popen(
-        [sys.executable, "-S", str(CLIENT), str(path), "--server", server.address, *arguments],
+        [sys.executable, str(CLIENT), str(path), "--server", server.address, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
