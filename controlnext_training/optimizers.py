@@ -1,19 +1,14 @@
-"""Optimizers by their names in a recipe, and their states as tensors and JSON."""
+"""Optimizers by their names in a recipe."""
 
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-
-# what the values of a packed state are, where JSON has no such thing
-TENSOR, FLOAT, TUPLE, ITEMS = "tensor", "float", "tuple", "dict"
 
 
 class MissingOptimizerError(ImportError):
@@ -100,54 +95,3 @@ def weights_to_read(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         switch.train()
         for parameter, value in zip(parameters, own, strict=True):
             parameter.detach().copy_(value)
-
-
-def pack(state: Any) -> tuple[dict[str, Tensor], Any]:
-    """Split an optimizer's `state_dict` into tensors, as safetensors takes them, and the rest, as JSON takes it.
-
-    The tensors are the optimizer's own, not copies; one that stands at several places is stored once.
-    Raises TypeError for what neither can hold.
-    """
-    tensors: dict[str, Tensor] = {}
-    seen: dict[tuple[Any, ...], str] = {}
-
-    def store(tensor: Tensor) -> str:
-        identity = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
-        if not tensor.numel() or identity not in seen:
-            seen[identity] = f"t{len(tensors)}"
-            owns_all = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-            tensors[seen[identity]] = tensor.detach() if owns_all else tensor.detach().clone().contiguous()
-        return seen[identity]
-
-    def walk(value: Any, where: str) -> Any:
-        if isinstance(value, Tensor):
-            return {TENSOR: store(value)}
-        if value is None or isinstance(value, (bool, int, str)):
-            return value
-        if isinstance(value, float):
-            return value if math.isfinite(value) else {FLOAT: repr(value)}
-        if isinstance(value, list):
-            return [walk(item, f"{where}[{i}]") for i, item in enumerate(value)]
-        if isinstance(value, tuple):
-            return {TUPLE: [walk(item, f"{where}[{i}]") for i, item in enumerate(value)]}
-        if isinstance(value, dict):
-            return {ITEMS: [[walk(key, where), walk(item, f"{where}[{key!r}]")] for key, item in value.items()]}
-        raise TypeError(f"{where or 'state'}: a {type(value).__name__} cannot be saved with the optimizer's state.")
-
-    return tensors, walk(state, "")
-
-
-def unpack(tensors: Mapping[str, Tensor], rest: Any) -> Any:
-    """The state that `pack` was given."""
-    if isinstance(rest, list):
-        return [unpack(tensors, item) for item in rest]
-    if not isinstance(rest, dict):
-        return rest
-    ((kind, value),) = rest.items()
-    if kind == TENSOR:
-        return tensors[value]
-    if kind == FLOAT:
-        return float(value)
-    if kind == TUPLE:
-        return tuple(unpack(tensors, item) for item in value)
-    return {unpack(tensors, key): unpack(tensors, item) for key, item in value}

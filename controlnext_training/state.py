@@ -9,18 +9,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import torch
 from torch import Tensor
 
 from ..controlnext_core import checkpoint
 
 PREFIX = "state-"
 FACTS = "state.json"
+OPTIMIZER = "optimizer.pt"
+"""The optimizer's `state_dict`, as torch.save writes it."""
 UNFINISHED = ".unfinished-"
 LOG = "log.jsonl"
 BEGINNINGS = ("config.toml", "run.txt")
@@ -44,12 +48,48 @@ class State:
         path = self.folder / f"{part}.safetensors"
         return checkpoint.load(path) if part in self.facts["parts"] else {}
 
+    def optimizer(self) -> dict[str, Any]:
+        """The optimizer's `state_dict`, on the CPU. Raises CheckpointError."""
+        path = self.folder / OPTIMIZER
+        if not path.exists():  # a state of version 0.1.0: tensors here, and the rest as JSON
+            return dict(_unpacked(self.tensors("optimizer"), self.facts["optimizer"]))
+        try:
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            raise checkpoint.CheckpointError(
+                f"{path}: cannot be read ({error}). Delete {self.folder} and run again: it goes on from the state "
+                "before."
+            ) from error
 
-def save(run: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any], keep: int) -> Path:
+
+def _unpacked(tensors: Mapping[str, Tensor], packed: Any) -> Any:
+    """A value of an optimizer's state as version 0.1.0 saved it: {kind: content} where JSON has no such kind."""
+    if isinstance(packed, list):
+        return [_unpacked(tensors, item) for item in packed]
+    if not isinstance(packed, dict):
+        return packed
+    ((kind, value),) = packed.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "float":
+        return float(value)
+    if kind == "tuple":
+        return tuple(_unpacked(tensors, item) for item in value)
+    return {_unpacked(tensors, key): _unpacked(tensors, item) for key, item in value}
+
+
+def save(
+    run: Path,
+    step: int,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    optimizer: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    keep: int,
+) -> Path:
     """Write the state after `step` steps into the run's folder, then delete all but the newest `keep` whole ones.
 
-    parts: name -> tensors; facts: what JSON holds. Raises CheckpointError where the disk is full or the folder cannot
-    be written; earlier states are then untouched.
+    parts: name -> tensors; optimizer: its `state_dict`; facts: values for JSON. Raises CheckpointError where the disk
+    is full or the folder cannot be written; earlier states are then untouched.
     """
     final = run / f"{PREFIX}{step:08d}"
     if _read(final) is not None:
@@ -62,12 +102,16 @@ def save(run: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], facts:
         for name, tensors in held.items():
             checkpoint.save(temporary / f"{name}.safetensors", tensors, {})
         sizes = {name: (temporary / f"{name}.safetensors").stat().st_size for name in held}
+        with open(temporary / OPTIMIZER, "wb") as file:
+            torch.save(dict(optimizer), file)
+            _to_disk(file)
+        facts = {**facts, "optimizer_bytes": (temporary / OPTIMIZER).stat().st_size}
         _write(temporary / FACTS, json.dumps({**facts, "step": step, "parts": sizes}, ensure_ascii=False, indent=1))
         _sync_folder(temporary)
         shutil.rmtree(final, ignore_errors=True)  # a damaged one, or none
         os.replace(temporary, final)
         _sync_folder(run)
-    except (OSError, checkpoint.CheckpointError) as error:
+    except (OSError, RuntimeError, checkpoint.CheckpointError) as error:  # RuntimeError: of torch.save
         reason = error.__cause__ or error  # of a part that could not be written: the system's own words
         raise checkpoint.CheckpointError(
             f"{final}: could not be saved ({reason}). {where_it_ends(run)} Free some disk space or set another "
@@ -145,6 +189,8 @@ def _read(folder: Path) -> dict[str, Any] | None:
             if path.stat().st_size != size:
                 return None
             checkpoint.peek(path)
+        if (size := facts.get("optimizer_bytes")) is not None and (folder / OPTIMIZER).stat().st_size != size:
+            return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # CheckpointError is a ValueError
         return None
     return dict(facts)
@@ -162,8 +208,12 @@ def _delete(folder: Path) -> None:
 def _write(path: Path, text: str) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        _to_disk(file)
+
+
+def _to_disk(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

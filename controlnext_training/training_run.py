@@ -190,7 +190,7 @@ def resume(run: TrainingRun, found: state.State, observer: Observer) -> None:
     with torch.no_grad():
         for name, parameter in run.parameters.items():
             parameter.copy_(weights[name])
-    _load_optimizer(run, optimizers.unpack(found.tensors("optimizer"), found.facts["optimizer"]))
+    _load_optimizer(run, found.optimizer())
     run.scaler.load_state_dict(found.facts["scaler"])
     if run.ema is not None:
         average = found.tensors("ema")
@@ -225,24 +225,20 @@ def _load_optimizer(run: TrainingRun, saved: dict[str, Any]) -> None:
 
 def save(run: TrainingRun, files: RunFiles) -> Path:
     """The state so far, written by the main process; returns its folder."""
-    rest: object = None
     folder = files.folder
     whole = run.group.whole_state(run.optimizer)
     if run.group.is_main:
-        tensors, rest = optimizers.pack(whole)
         parts = {
             "weights": {name: p.detach() for name, p in run.parameters.items()},
-            "optimizer": tensors,
             "ema": run.ema.state_dict() if run.ema is not None else {},
             "losses": {"loss": torch.tensor(run.losses, dtype=torch.float64)},
         }
         facts = {
             "config": json.loads(run.config.to_json()),
-            "optimizer": rest,
             "scaler": run.scaler.state_dict(),
             "base": files.base,
             "processes": run.group.size,
         }
-        folder = state.save(files.folder, run.step, parts, facts, run.config.keep_states)
+        folder = state.save(files.folder, run.step, parts, whole, facts, run.config.keep_states)
     run.group.wait()
     return folder

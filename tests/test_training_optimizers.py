@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from comfyui_controlnext.controlnext_core import checkpoint
+from comfyui_controlnext.controlnext_training import state
 from comfyui_controlnext.controlnext_training.averaging import Ema
 from comfyui_controlnext.controlnext_training.config import TrainConfig
 from comfyui_controlnext.controlnext_training.optimizers import (
     OPTIMIZERS,
     MissingOptimizerError,
     build,
-    pack,
-    unpack,
     weights_to_read,
 )
 from comfyui_controlnext.controlnext_training.schedules import SCHEDULES, Schedule
@@ -81,9 +83,7 @@ def test_every_optimizer_lowers_a_loss(name: str) -> None:
         assert float(p.detach().square().mean()) < 0.4, "it started at 1.33"
 
 
-def test_a_state_that_was_packed_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
+def test_a_state_that_was_saved_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
     rates = (1.0, 1.0) if OPTIMIZERS[name].own_rate else (1e-3, 1e-2)
     straight, first = parameters(), parameters()
     optimizer = build(name, groups(straight, rates), **NUMBERS)
@@ -91,18 +91,15 @@ def test_a_state_that_was_packed_goes_on_bit_for_bit(name: str, tmp_path: Path) 
 
     stopped = build(name, groups(first, rates), **NUMBERS)
     run(stopped, first, range(4))
-    tensors, rest = pack(stopped.state_dict())
-    save_file(tensors, tmp_path / "optimizer.safetensors")
-    text = json.dumps(rest, allow_nan=False)
-
+    state.save(tmp_path, 4, {}, stopped.state_dict(), {}, 1)
     second = [nn.Parameter(p.detach().clone()) for p in first]
     resumed = build(name, groups(second, rates), **NUMBERS)
-    resumed.load_state_dict(unpack(load_file(tmp_path / "optimizer.safetensors"), json.loads(text)))
+    saved = state.latest(tmp_path)
+    assert saved is not None
+    resumed.load_state_dict(saved.optimizer())
     run(resumed, second, range(4, 8))
     assert all(torch.equal(a, b) for a, b in zip(straight, second, strict=True))
-    ours, theirs = pack(resumed.state_dict()), pack(optimizer.state_dict())
-    assert ours[1] == theirs[1]
-    assert ours[0].keys() == theirs[0].keys() and all(torch.equal(ours[0][k], theirs[0][k]) for k in ours[0])
+    assert same(resumed.state_dict(), optimizer.state_dict())
 
 
 def test_reading_the_weights_leaves_the_training_as_it_was(name: str) -> None:
@@ -178,30 +175,53 @@ def same(a: Any, b: Any) -> bool:
     return a == b and repr(a) == repr(b)
 
 
-def test_any_nested_state_comes_back_as_it_was(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    tensors, rest = pack(NESTED)
-    save_file(tensors, tmp_path / "x.safetensors")
-    assert same(unpack(load_file(tmp_path / "x.safetensors"), json.loads(json.dumps(rest, allow_nan=False))), NESTED)
-    assert math.isnan(unpack({}, json.loads(json.dumps(pack(math.nan)[1], allow_nan=False))))
-
-
-def test_shared_and_partial_tensors_are_stored_once_and_whole(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    table, base = torch.arange(5.0), torch.arange(12.0).view(3, 4)
-    state = {"a": table, "b": table, "columns": base.t(), "row": base[1], "all": base}
-    tensors, rest = pack(state)
-    assert len(tensors) == 4
-    save_file(tensors, tmp_path / "x.safetensors")
-    back = unpack(load_file(tmp_path / "x.safetensors"), rest)
-    assert back["a"] is back["b"] and same(back, state)
+@pytest.mark.parametrize("old", [False, True], ids=["as it is saved now", "as version 0.1.0 saved it"])
+def test_any_nested_state_comes_back_as_it_was(tmp_path: Path, old: bool) -> None:
+    folder = state.save(tmp_path, 1, {}, NESTED, {}, 1)
+    if old:
+        tensors, rest = packed(NESTED)
+        checkpoint.save(folder / "optimizer.safetensors", tensors, {})
+        (folder / state.OPTIMIZER).unlink()
+        size = (folder / "optimizer.safetensors").stat().st_size
+        facts = {"step": 1, "parts": {"optimizer": size}, "optimizer": rest}
+        (folder / state.FACTS).write_text(json.dumps(facts, allow_nan=False), "utf-8")
+    saved = state.latest(tmp_path)
+    assert saved is not None and same(saved.optimizer(), NESTED)
 
 
-def test_what_cannot_be_saved_is_named() -> None:
-    with pytest.raises(TypeError, match=r"\['state'\]\[0\]\[1\]: a set cannot be saved"):
-        pack({"state": {0: [1, {2}]}})
+def test_a_state_whose_optimizer_was_damaged_is_not_taken_and_weights_are_never_executed(tmp_path: Path) -> None:
+    first = state.save(tmp_path, 1, {}, NESTED, {}, 2)
+    second = state.save(tmp_path, 2, {}, NESTED, {}, 2)
+    whole = (second / state.OPTIMIZER).read_bytes()
+    (second / state.OPTIMIZER).write_bytes(whole[:-1])
+    assert state.latest(tmp_path).folder == first  # type: ignore[union-attr]
+    executing = io.BytesIO()
+    torch.save({"state": Path("x")}, executing)
+    for content in (b"x" * len(whole), pickle.dumps(print, 2), executing.getvalue()):
+        (second / state.OPTIMIZER).write_bytes(content)
+        with pytest.raises(checkpoint.CheckpointError, match="optimizer.pt: cannot be read"):
+            state.State(second, {"parts": {}}).optimizer()
+
+
+def packed(value: Any) -> tuple[dict[str, Tensor], Any]:
+    """(tensors, JSON) of an optimizer's state, in the form of version 0.1.0."""
+    tensors: dict[str, Tensor] = {}
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tensors[f"t{len(tensors)}"] = value.contiguous()
+            return {"tensor": f"t{len(tensors) - 1}"}
+        if isinstance(value, float):
+            return value if math.isfinite(value) else {"float": repr(value)}
+        if isinstance(value, tuple):
+            return {"tuple": [walk(item) for item in value]}
+        if isinstance(value, list):
+            return [walk(item) for item in value]
+        if isinstance(value, dict):
+            return {"dict": [[walk(key), walk(item)] for key, item in value.items()]}
+        return value
+
+    return tensors, walk(value)
 
 
 def learning_rates(scheduler_of: Callable[[torch.optim.Optimizer], Any], steps: int) -> list[float]:
@@ -315,9 +335,9 @@ def test_an_average_goes_on_bit_for_bit_from_its_state(tmp_path: Path) -> None:
 def test_an_average_of_other_weights_is_refused() -> None:
     ema = Ema(named(), 0.9)
     before = copy.deepcopy(ema.average)
-    for state in ({}, {**ema.state_dict(), "more": torch.zeros(1)}, {**ema.state_dict(), "p0": torch.zeros(2)}):
+    for wrong in ({}, {**ema.state_dict(), "more": torch.zeros(1)}, {**ema.state_dict(), "p0": torch.zeros(2)}):
         with pytest.raises(ValueError, match="of other weights than those that train now"):
-            ema.load_state_dict(state)
+            ema.load_state_dict(wrong)
     assert all(torch.equal(before[name], ema.average[name]) for name in before)
 
 

@@ -34,7 +34,7 @@ def parts(step: int) -> dict[str, dict[str, Tensor]]:
 def save(run: Path, *steps: int, keep: int = 10) -> None:
     run.mkdir(exist_ok=True)
     for step in steps:
-        state.save(run, step, {**parts(step), "ema": {}}, {"seed": 5}, keep)
+        state.save(run, step, {**parts(step), "ema": {}}, {}, {"seed": 5}, keep)
 
 
 def states(run: Path) -> list[str]:
@@ -152,7 +152,7 @@ def test_a_full_disk_leaves_the_last_state_and_the_message_names_it(
     with monkeypatch.context() as patch:
         patch.setattr(where, how)
         with pytest.raises(CheckpointError) as raised:
-            state.save(tmp_path, 20, parts(20), {}, 1)
+            state.save(tmp_path, 20, parts(20), {}, {}, 1)
     message = str(raised.value)
     assert "state-00000020: could not be saved" in message and "no space left" in message.lower()
     assert f"The last saved state is {tmp_path / 'state-00000010'}." in message and "resume" in message

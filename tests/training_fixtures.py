@@ -167,3 +167,14 @@ def shaken(parameters: Mapping[str, nn.Parameter], size: float = 0.02, seed: int
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def same_nested(one: Any, other: Any) -> bool:
+    """True: two values of dicts, lists, tensors and numbers are equal, tensors in every bit."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.dtype is other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_nested(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same_nested, one, other))
+    return bool(one == other)
