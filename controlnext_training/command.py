@@ -1,4 +1,4 @@
-"""A run from a configuration alone, as `python run.py train` starts it; the host is importable by then."""
+"""A run from a configuration alone, as `python run.py train` starts it once the host can be imported."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from .base_model.encode import BaseWithEncoders
 
 INDEX = "cache/index.json"
-"""Below the folder of runs: what is known of the files of datasets."""
+"""File below the folder of runs that remembers what was read from datasets."""
 
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-"""What asks a run to save and end: Ctrl-C, a request of the system, a closed terminal, Ctrl-Break."""
+"""Signals that ask a run to save and end: Ctrl-C, a request of the system, a closed terminal, Ctrl-Break."""
 
 TOGETHER = 2.0
-"""Seconds within which a second signal is the same wish: `torchrun` sends its processes one beside the terminal's."""
+"""Seconds within which a second signal counts as the first: `torchrun` adds one to the terminal's."""
 
 
 class Console:
@@ -60,7 +60,7 @@ class Console:
             self.say(text)
 
     def picture(self, image: Image) -> None:
-        """Its file is enough."""
+        """Ignored: the picture is also written to a file."""
 
     def stopping(self) -> bool:
         return self.asked.is_set()
@@ -127,7 +127,7 @@ def open_data(
 
 
 def seen_from(folder: Path, config: TrainConfig) -> TrainConfig:
-    """The same with the relative paths of what is read seen from `folder`."""
+    """The configuration with relative paths of its inputs resolved from `folder`."""
 
     def absolute(sources: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(source if is_synthetic(source) else str(folder / source) for source in sources)
@@ -142,7 +142,7 @@ def seen_from(folder: Path, config: TrainConfig) -> TrainConfig:
 
 
 def run_of(config: TrainConfig, base: BaseWithEncoders, folder: Path | None = None) -> RunFiles:
-    """Where a run of this configuration keeps its things. folder: what relative paths are seen from."""
+    """The paths of a run. folder: where relative paths start."""
     start = folder or Path()
     runs = start / config.runs_folder if config.runs_folder else runs_folder()
     target = start / config.output_folder if config.output_folder else control_folder()

@@ -281,7 +281,7 @@ class TrainConfig:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
 
     def to_shared_json(self) -> str:
-        """The same for files that are given to others: paths are reduced to their last names."""
+        """The whole configuration for files that are passed on: paths are reduced to their last names."""
         values = dataclasses.asdict(self)
         values |= {key: last_names(values[key]) for key, facts in SETTINGS.items() if facts.is_path}
         return json.dumps(values, ensure_ascii=False)

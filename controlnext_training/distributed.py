@@ -1,4 +1,4 @@
-"""One process or many: `torchrun` starts them, torch.distributed joins them, and only the first one writes files."""
+"""Processes of a distributed run: `torchrun` starts them, torch.distributed joins them, rank 0 writes files."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=12)
-"""How long processes wait for each other: while the first validates, or one encodes larger pictures than others."""
+"""Longest wait of processes for each other: rank 0 validates, and some encode larger pictures than others."""
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process among all of a run."""
+    """The processes of a run, seen from one of them."""
 
     rank: int = 0
     size: int = 1
@@ -34,12 +34,12 @@ class ProcessGroup:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Go on when all have come here."""
+        """Wait until every process has called this."""
         if self.size > 1:
             dist.barrier()
 
     def gather(self, mine: T) -> list[T]:
-        """What every process gives, by rank."""
+        """Values of all processes, by rank."""
         if self.size == 1:
             return [mine]
         found: list[Any] = [None] * self.size
@@ -59,9 +59,9 @@ class ProcessGroup:
         return total / self.size
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module whose backward averages gradients over the processes.
+        """A module whose backward pass averages gradients over the processes.
 
-        What is frozen is the same everywhere and stays out of it, on whatever device it lies.
+        Frozen tensors are equal in every process and are ignored, whatever their device.
         """
         if self.size == 1:
             return module
@@ -71,7 +71,7 @@ class ProcessGroup:
         return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
     def split(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Its like with a state that is split over the processes; each steps its part and tells the others."""
+        """The optimizer under ZeroRedundancyOptimizer: each process updates its shard and broadcasts the result."""
         if self.size == 1:
             return optimizer
         from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second to import
@@ -79,13 +79,13 @@ class ProcessGroup:
         return ZeroRedundancyOptimizer(optimizer.param_groups, type(optimizer))
 
     def whole_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The optimizer's `state_dict`, for the first process; the others help and get {}. All have to ask."""
+        """The optimizer's whole `state_dict` on rank 0, {} elsewhere. Every process must call this."""
         if hasattr(optimizer, "consolidate_state_dict"):  # `split`
             optimizer.consolidate_state_dict(to=0)
         return optimizer.state_dict() if self.is_main else {}
 
     def without_exchange(self, module: nn.Module, off: bool) -> AbstractContextManager[None]:
-        """Inside, gradients pile up here and are not averaged: for all but the last part of a step."""
+        """Inside, gradients are not averaged over the processes if `off`: for all but the last pass of a step."""
         if off and isinstance(module, DistributedDataParallel):
             return module.no_sync()
         return contextlib.nullcontext()

@@ -62,7 +62,7 @@ def _floats(picture: np.ndarray) -> Tensor:
 
 
 def is_synthetic(source: str) -> bool:
-    """Whether a data source is drawn and not read."""
+    """True: the data source is drawn by the project. False: it is read from files."""
     return source.partition(":")[0] == SCHEME
 
 

@@ -1,4 +1,4 @@
-"""Samples as the base takes them: latents, conditions and hints, each encoded once and kept."""
+"""Encoded samples: latents, conditions and hints as the base takes them, each encoded once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .seeding import uniform
 
 
 class TensorCache(Protocol):
-    """Where encoded tensors are kept by key: `data.cache.Cache`, or memory."""
+    """Encoded tensors by key: `data.cache.Cache` on disk, or MemoryCache."""
 
     def __contains__(self, key: str) -> bool: ...
     def get(self, key: str) -> dict[str, Tensor] | None: ...
@@ -48,9 +48,9 @@ class Encoded:
     """One sample, on the CPU. F frames, 1 for a picture."""
 
     latent: Tensor
-    """(F, C, H/8, W/8), as the UNet sees latents."""
+    """(F, C, H/8, W/8), as the UNet takes latents."""
     given: dict[str, Tensor]
-    """What its conditions are made of: `context`, `pooled`, `concat`."""
+    """Encoded conditions by name; see `base_model.conditioning`."""
     hint: Tensor
     """(F, 3, H, W) in [0, 1]."""
     mask: Tensor | None
@@ -66,7 +66,7 @@ class Encoded:
 
 
 class Store:
-    """A dataset seen through a base's encoders."""
+    """A dataset with the encoders of a base, and a cache of what they gave."""
 
     def __init__(self, base: BaseWithEncoders, data: ControlDataset, config: TrainConfig, cache: TensorCache) -> None:
         self.base, self.data, self.config, self.cache = base, data, config, cache
@@ -74,7 +74,7 @@ class Store:
     def prepare(
         self, indices: Sequence[int], group: ProcessGroup, observer: Observer
     ) -> tuple[list[int], list[Broken]]:
-        """Encode what is not kept yet, each process its share; (samples that can be read, those that cannot).
+        """Encode the samples that the cache lacks, each process its share; returns (readable samples, broken samples).
 
         Raises DatasetError where none can.
         """
@@ -100,7 +100,7 @@ class Store:
         return usable, [item for part in group.gather(broken) for item in part]
 
     def _encode(self, index: int) -> None:
-        """Have everything of a sample kept that is known before its step."""
+        """Encode everything of a sample that is known before its step."""
         self.base.family.conditioning.prepare(self.base, self.cached, self.data.captions[index])
         keys = [self._latent_key(key) for key in self.data.frame_keys(index, self.config.seed, index)]
         if not all(key in self.cache for key in keys):
@@ -128,7 +128,7 @@ class Store:
         return found
 
     def sample(self, index: int, position: int, dropout: bool = True) -> Encoded:
-        """The sample as it is at one position of the run. Raises BrokenSample."""
+        """The sample at one position of the run; dropout: let caption and hint drop out. Raises BrokenSample."""
         sample = self.data.load(index, self.config.seed, position)
         hint = sample.hints.movedim(-1, 1).contiguous()
         if dropout and uniform(self.config.seed, "hint dropout", position) < self.config.hint_dropout:
@@ -156,11 +156,10 @@ SampleRequests = tuple[tuple[int, int], ...]
 
 
 class Prefetcher:
-    """Reads the samples of the next step while this one computes. Clips, which may have to be encoded, wait."""
+    """Reads the samples of the next step in a thread while this one computes; not where reading also encodes."""
 
     def __init__(self, store: Store, usable: Sequence[int], say: Callable[[str], None]) -> None:
-        """usable: indices that train, of which one takes the place of a sample that cannot be read any more; say: who
-        is told of it."""
+        """usable: indices that train, from which an unreadable sample is replaced; say: is told of each replacement."""
         self.store, self.usable, self.say = store, usable, say
         self.pool = ThreadPoolExecutor(1, "samples")
         self.coming: tuple[SampleRequests, Future[list[Encoded]]] | None = None

@@ -1,4 +1,4 @@
-"""What a run tells: JSON lines always, TensorBoard where it is wanted, and a watcher (console or node) in between."""
+"""Log of a run as JSON lines and TensorBoard events, and the protocol of its observer (console or node)."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ logger = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
-    """Who looks at a run."""
+    """Receives the progress of a run and decides when it stops."""
 
     def say(self, text: str) -> None:
-        """A line for a person."""
+        """Show a line to a person."""
 
     def progress(self, step: int, steps: int, text: str) -> None:
-        """How far the run is."""
+        """Progress of a phase: step of steps, and a line for a person."""
 
     def picture(self, image: Image) -> None:
-        """A picture of the run, to be shown live."""
+        """Show a picture of the run."""
 
     def stopping(self) -> bool:
-        """Whether the run shall save and end."""
+        """True: the run has to save and end."""
 
 
 class Journal:
-    """The run's log file. Only the first process writes."""
+    """The run's log file, written by rank 0 alone."""
 
     def __init__(self, folder: Path, writes: bool, tensorboard: bool) -> None:
         self.path = folder / LOG
@@ -68,7 +68,7 @@ class Journal:
 
 @contextlib.contextmanager
 def lenient(path: Path) -> Iterator[None]:
-    """Inside, what cannot be written (a full disk) is said in the log and does not end the run."""
+    """Inside, an OSError (a full disk) is logged and does not end the run."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a run learns: how latents are noised, what the network's output should be, how its error is weighted.
+"""Objectives: the noising of latents, the target of the network's output, the weight of its error.
 
 Shapes: B samples, R rows as the host lays samples out (pictures: R = B; clips of SVD: R = B x frames), C H W of the
 latent; latents may also be (R, C, T, H, W), with T frames in one row. `sigma` is (B,); every row of a sample has the
@@ -25,11 +25,11 @@ class Parameterisation:
     """One parameterisation. The functions take (R, C, H, W) tensors and sigma as (R, 1, 1, 1)."""
 
     noisy: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """(z, n, sigma) -> x, what the sampler would have at sigma."""
+    """(z, n, sigma) -> x, the noisy latents of the sampler at sigma."""
     target: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """(z, n, sigma) -> what the network should answer to x."""
+    """(z, n, sigma) -> target of the network's output at x."""
     denoised: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """(output, x, sigma) -> the network's idea of z."""
+    """(output, x, sigma) -> the network's estimate of z."""
     snr: Callable[[Tensor], Tensor]
     """sigma -> signal-to-noise ratio of x, in power."""
     clean_weight: Callable[[Tensor], Tensor]
@@ -78,7 +78,7 @@ OBJECTIVES: dict[str, Parameterisation] = {
         clean_weight=lambda sigma: sigma.pow(-2),
     ),
 }
-"""Name in a recipe -> what the network predicts."""
+"""Name in a recipe -> parameterisation of the network's output."""
 
 
 def per_row(sigma: Tensor, x: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def _uniform(u: Tensor, sigmas: Tensor) -> Tensor:
 
 
 def _logit_normal(u: Tensor, sigmas: Tensor) -> Tensor:
-    """The part of the table is the logistic function of a standard normal. Source: Esser et al. 2024 (SD3), 3.1."""
+    """Positions in the table are the logistic function of a standard normal. Source: Esser et al. 2024 (SD3), 3.1."""
     return _uniform(torch.special.ndtri(u).sigmoid(), sigmas)
 
 
@@ -172,10 +172,10 @@ SVD_SIGMA_DATA = 0.5
 
 
 def _svd_cosine(u: Tensor, sigmas: Tensor) -> Tensor:
-    """The cosine law at two noise resolutions, interpolated in log sigma; falls from the table's end to its start.
+    """The shifted cosine schedule at two noise resolutions, interpolated in log sigma; falls over the table.
 
     tan(a + u (b - a)) of the angles whose tangents are the range's ends, shifted by the ratio of the sides.
-    Source: the SVD trainer's numbers; the law is Hoogeboom et al. 2023 (simple diffusion), section 3.
+    Source: the SVD trainer's numbers; the schedule is Hoogeboom et al. 2023 (simple diffusion), section 3.
     """
     low, high = sigmas[0].double().cpu(), sigmas[-1].double().cpu()
     log_sigma = torch.zeros_like(u)

@@ -64,7 +64,7 @@ class Server:
 
 
 def refusal(answer: str) -> str:
-    """What is wrong with a graph, from the server's answer."""
+    """Reasons why the server refuses a graph, from its answer."""
     try:
         found = json.loads(answer)
         lines = [str(found["error"]["message"])]

@@ -1,4 +1,4 @@
-"""What a run leaves: the trained file, pictures, and figures in words."""
+"""Results of a run: the trained file, pictures, and figures in words."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from .validation import NO_EFFECT, Validation
 NAME_FILE = "run.txt"
 CURVE = "loss.png"
 RUN_KEY = f"{PREFIX}run"
-"""Metadata of a trained file: which run made it."""
+"""Metadata key of a trained file: identity of the run that made it."""
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Where one run keeps its things."""
+    """Paths and identity of one run."""
 
     folder: Path
     """States, log and pictures."""
@@ -41,7 +41,7 @@ class RunFiles:
     base: str
     """Identity of the base model."""
     base_name: str = ""
-    """What to call it."""
+    """Name of the base model for people."""
 
 
 def finished_file(
@@ -91,7 +91,7 @@ def _made_by(path: Path) -> str | None:
 
 
 def _run_name(files: RunFiles) -> str:
-    """Which run this is, as its files say it."""
+    """Identity of the run, from its folder."""
     return (files.folder / NAME_FILE).read_text("utf-8").strip()
 
 
@@ -179,11 +179,11 @@ class StepClock:
 
 
 STATUS = Path("/proc/self/status")
-"""Where Linux says the highest memory of this process as VmHWM; 5 in clear_refs beside it starts that anew."""
+"""Linux file with the peak memory of this process (VmHWM); writing 5 to clear_refs beside it resets the peak."""
 
 
 def _highest() -> int:
-    """Bytes; 0 where nobody says."""
+    """Peak memory of this process in bytes; 0 where the system does not say."""
     with contextlib.suppress(OSError):
         for line in STATUS.read_text("utf-8").splitlines():
             if line.startswith("VmHWM:"):
@@ -192,7 +192,7 @@ def _highest() -> int:
 
 
 class Meter:
-    """Time and memory from here on."""
+    """Time and peak memory since it was made."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -208,8 +208,8 @@ class Meter:
     def read(self) -> tuple[float, int]:
         """(seconds, peak bytes): of the device's memory, or of this process where that is the host's.
 
-        Of a process the peak is known on Linux; elsewhere it is what is held now. Some containers never start it anew:
-        there it is that of this time only when it rose.
+        The peak of a process is known on Linux; elsewhere the current memory stands for it. Some containers cannot
+        reset the peak: there the reading counts only if it exceeds the value at the start.
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

@@ -1,4 +1,4 @@
-"""Randomness as a function of (seed, purpose, position): nothing random is carried from step to step.
+"""Random numbers as a function of (seed, purpose, position): no generator carries state from step to step.
 
 A run that is stopped and resumed, split over processes or accumulated in parts draws the same numbers, because each
 sample's numbers depend on its place in the run alone.
@@ -12,7 +12,7 @@ import torch
 
 
 def generator(seed: int, purpose: str, position: int) -> torch.Generator:
-    """A CPU generator of its own for one purpose ("noise", "timestep", ...) at one position of the run."""
+    """CPU generator for one purpose ("noise", "timestep", ...) at one position of the run."""
     digest = hashlib.blake2b(f"{seed}/{purpose}/{position}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 

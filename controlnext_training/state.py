@@ -1,4 +1,4 @@
-"""Saved states of a run: folders that are there whole or not at all.
+"""Saved states of a run: folders that are complete or absent.
 
 A state is written under another name and renamed when everything is on the disk, so a run that is killed at any
 moment leaves its last state as it was.
@@ -37,7 +37,7 @@ class State:
 
     folder: Path
     facts: dict[str, Any]
-    """What `save` was given, with `step`."""
+    """Values that `save` was given, and `step`."""
 
     @property
     def step(self) -> int:
@@ -133,13 +133,13 @@ def latest(run: Path) -> State | None:
 
 
 def where_it_ends(run: Path) -> str:
-    """The last saved state, in words."""
+    """A sentence that names the last saved state."""
     state = latest(run)
     return f"The last saved state is {state.folder}." if state else "No state was saved yet."
 
 
 def clear_unfinished(run: Path) -> None:
-    """Remove what an earlier process left half written. Only for the process that owns the run."""
+    """Remove unfinished states of an earlier process. Only for the process that has the run's lock."""
     for folder in run.glob(f"{UNFINISHED}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -159,7 +159,7 @@ def set_aside(run: Path) -> Path | None:
 
 
 def _is_bare(run: Path) -> bool:
-    """Whether a folder holds the beginnings of a run and no work: no state, no picture, no end in its log."""
+    """True: a folder holds the beginnings of a run and no work: no state, no picture, no end in its log."""
     names = {path.name for path in run.iterdir() if not path.name.startswith(UNFINISHED)}
     log = run / LOG
     return names <= {LOG, *BEGINNINGS} and not (log.is_file() and '"finished"' in log.read_text("utf-8", "replace"))

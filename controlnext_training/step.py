@@ -1,4 +1,4 @@
-"""One step of a run: a batch drawn, noised, predicted, weighed. Pure of saving and showing."""
+"""Batches and losses: samples are noised, predicted and weighted. Nothing here saves or shows."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def draw(
     levels: Sequence[float] | None = None,
     purpose: str = "",
 ) -> Batch:
-    """A batch with the noise and the noise levels that belong to these positions of the run.
+    """A batch with the noise and the noise levels of these positions of the run.
 
     levels: numbers in (0, 1) in place of random ones; purpose: tells validation's noise from training's.
     """

@@ -1,4 +1,4 @@
-"""Pictures that the project draws itself: coloured shapes, with a caption and exact hints, for trying a training run.
+"""Synthetic pictures: coloured shapes with a caption and exact hints, for trying a training run.
 
 A scene is a function of (seed, index, size) and the same on every system: its numbers come from a hash, and the
 drawing uses only operations that IEEE 754 rounds in one way. Positions are in pixels, x to the right, y down.

@@ -1,4 +1,4 @@
-"""Which weights of the base train, and how: as differences, since a difference is what gets saved and loaded.
+"""Trainable weights of the base, as differences, because a difference is saved and loaded.
 
 The base's weight stays frozen in its own dtype; the layer computes with base + difference, formed in fp32, exactly
 as the host does when the saved file is put on a model.
@@ -19,7 +19,7 @@ from .choices import SUBSETS
 from .config import ConfigError, parse_blocks
 
 SIDES = {"input": "input_blocks.", "middle": "middle_block.", "output": "output_blocks."}
-"""Side of the UNet as a setting names it -> start of the host's names."""
+"""Side of the UNet in a setting -> start of the host's names."""
 
 
 class AddBase(nn.Module):
@@ -43,11 +43,11 @@ class Differences:
     parameters: dict[str, nn.Parameter]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Values by host name, without gradients."""
+        """Differences by host name, without gradients."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over values by host name. Raises ValueError where names or shapes are others."""
+        """Copy values by host name into the parameters. Raises ValueError where the names differ."""
         if tensors.keys() != self.parameters.keys():
             wrong = sorted(tensors.keys() ^ self.parameters.keys())
             raise ValueError(

@@ -140,7 +140,7 @@ def _make_optimizer(
 def open_run(
     files: RunFiles, config: TrainConfig, base: BaseWithEncoders, group: ProcessGroup, observer: Observer
 ) -> state.State | None:
-    """The state to go on from, or None for a new run, whose folder is then there and empty.
+    """The saved state to resume, or None for a new run, whose folder then exists and is empty.
 
     Raises ConfigError where the state is of another run, or is not the same for all processes.
     """
@@ -175,12 +175,12 @@ def _check_same_run(found: state.State, config: TrainConfig, base: BaseWithEncod
     if found.step > config.steps:
         raise ConfigError(
             f"steps: {found.folder} has {found.step} steps behind it, and steps is {config.steps}. Set steps to "
-            f"{found.step} or more, or set resume = false or another output_name to start anew."
+            f"{found.step} or more, or set resume = false or another output_name to start a new run."
         )
     if changed:
         raise ConfigError(
             f"resume: {found.folder} is of another run: {'; '.join(changed)}. Set these back, or set resume = false "
-            "or another output_name to start anew."
+            "or another output_name to start a new run."
         )
 
 
@@ -216,7 +216,7 @@ CONFIGURED = ("initial_lr", "betas", "eps", "weight_decay")
 
 
 def _load_optimizer(run: TrainingRun, saved: dict[str, Any]) -> None:
-    """Go on with the optimizer's saved moments at the rates that are configured now."""
+    """Continue with the optimizer's saved moments at the configured rates."""
     now = [{key: group[key] for key in CONFIGURED if key in group} for group in run.optimizer.param_groups]
     run.optimizer.load_state_dict(saved)
     for group, values in zip(run.optimizer.param_groups, now, strict=True):

@@ -1,4 +1,4 @@
-"""How a run does: loss at fixed noise, pictures at control strength 0 and 1, and how well they follow their hints."""
+"""Validation: loss at fixed noise, pictures at control strength 0 and 1, and how well they follow their hints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LEVELS = (0.125, 0.375, 0.625, 0.875)
-"""Numbers in (0, 1) whose noise levels are looked at."""
+"""Quantiles in (0, 1) of the noise levels at which the loss is measured."""
 
 NO_EFFECT = 1e-4
 """A control whose noise prediction differs by less, relative to the one without, does nothing."""
@@ -39,7 +39,7 @@ class Validation:
     loss: float
     """At strength 1, over fixed samples, noise and noise levels."""
     loss_without: float
-    """The same at strength 0."""
+    """Loss at strength 0, over the same samples, noise and noise levels."""
     effect: float
     """|loss - loss_without| / loss_without."""
     fidelity: float | None
@@ -54,7 +54,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a validation draws; the pairs are (at strength 0, at strength 1)."""
+    """Pictures of a validation; pairs are (at strength 0, at strength 1)."""
 
     grid: Image
     fidelity: tuple[float, float]
@@ -62,7 +62,7 @@ class Pictures:
 
 
 class Validator:
-    """Fixed samples of a run, looked at again and again."""
+    """Validates a run on fixed samples."""
 
     def __init__(
         self,
@@ -75,10 +75,10 @@ class Validator:
         self.store, self.config, self.objective, self.observer = store, config, objective, observer
         self.indices = list(indices)[: config.validation_samples]
         self.pictures = len(self.indices)
-        """How many pictures are made; fewer after a lack of memory."""
+        """Number of pictures to make; halved after a lack of memory."""
 
     def run(self, controlled: Controlled) -> Validation:
-        """Look at the weights as they are; nothing of the training is changed, no random number is used up."""
+        """Measure and draw with the current weights; training state and random numbers are not touched."""
         samples = self._readable()
         with torch.no_grad(), _training_off(controlled):
             loss, without = (self._loss(controlled, samples, strength) for strength in (1.0, 0.0))
@@ -117,7 +117,7 @@ class Validator:
         return float(torch.cat(found).mean())
 
     def _pictures_that_fit(self, controlled: Controlled, samples: Sequence[Encoded]) -> Pictures | None:
-        """As many pictures as memory allows; less the next time, and never an error."""
+        """As many pictures as memory allows; None where there is room for none."""
         while self.pictures:
             try:
                 return self._pictures(controlled, samples[: self.pictures])

@@ -1,4 +1,4 @@
-"""A base model from files, for runs without a graph."""
+"""Loading of a base model from files, for runs without a graph."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..config import ConfigError, TrainConfig
 from .encode import BaseWithEncoders, device_of_host
 
 PARTS = ("model", "clip", "vae", "vision")
-"""In this order the host's loader returns them."""
+"""Parts of a checkpoint, in the order in which the host's loader returns them."""
 UNET_PREFIX = "model.diffusion_model."
 HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -34,7 +34,7 @@ def load_base(config: TrainConfig, folder: Path) -> BaseWithEncoders:
 
     @torch.inference_mode()
     def read(*wanted: str) -> tuple[Any, ...]:
-        """(model, clip, vae, vision) of the checkpoint, as far as they are wanted."""
+        """(model, clip, vae, vision) of the checkpoint; None for a part that is not wanted."""
         try:
             return comfy.sd.load_checkpoint_guess_config(
                 str(path),
@@ -61,7 +61,7 @@ def load_base(config: TrainConfig, folder: Path) -> BaseWithEncoders:
 
 
 def half_dtype(header: checkpoint.Header) -> torch.dtype | None:
-    """The dtype of a file's UNet where all of it is in one of half size, which the host would widen on a CPU.
+    """fp16 or bf16 where all weights of a file's UNet have it, else None. The host would widen them on a CPU.
 
     The numbers are the same; with checkpointing the trainer widens each where it is used.
     """
@@ -83,10 +83,10 @@ def _find(key: str, name: str, kind: str, folder: Path) -> Path:
 
 
 def control_folder() -> Path:
-    """Where the loader nodes look first."""
+    """The first folder that the loader nodes search."""
     return Path(folder_paths.get_folder_paths("controlnext")[0])
 
 
 def runs_folder() -> Path:
-    """Where runs keep their states and logs unless they say otherwise."""
+    """The default folder of states and logs."""
     return Path(folder_paths.get_output_directory()) / "controlnext_training"

@@ -78,7 +78,7 @@ class Caption:
 class ReferenceFrame:
     """SVD's conditions: the first frame of a clip as CLIP sees it (`context`) and as a latent (`concat`).
 
-    A clip draws its reference frame anew at each position of the run, so frames are encoded while training.
+    A clip draws another reference frame at each position of the run, so frames are encoded while training.
     """
 
     encoded_while_training = True

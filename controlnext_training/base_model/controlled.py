@@ -1,5 +1,5 @@
-"""The base with its control as one module: what goes in is noisy latents and conditions, what comes out is the UNet's
-own output, from which the objective makes a loss."""
+"""The base with its control as one module: noisy latents and conditions in, the UNet's own output out, from which the
+objective makes a loss."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from .families import PREDICTS, TrainedFamily, family_of
 from .unet import checkpoint_blocks, plain_attention, training_unet
 
 Conditions = dict[str, Any]
-"""What the host's `extra_conds` gives for one sample: name -> its COND object."""
+"""Result of the host's `extra_conds` for one sample: name -> its COND object."""
 
 
 class _RawOutput:
-    """The model sampling of the base, except that the network's own output is what it gives back."""
+    """The base's model sampling, except that `calculate_denoised` returns the network's output."""
 
     def __init__(self, model_sampling: Any) -> None:
         self._inner = model_sampling
@@ -45,18 +45,18 @@ class _RawOutput:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a picture's conditions say of its size, in pixels."""
+    """Sizes in a picture's conditions, in pixels."""
 
     original: tuple[int, int]
     """(height, width) before it was resized."""
     crop: tuple[int, int]
     """(top, left)"""
     target: tuple[int, int]
-    """(height, width) of what trains."""
+    """(height, width) of the picture that trains."""
 
 
 def check_fits(model: ModelPatcher, config: TrainConfig) -> None:
-    """Raise ConfigError or ValueError where the control to train is not for this base: before anything is encoded."""
+    """Raise ConfigError or ValueError where the control is for another base; called before anything is encoded."""
     check_base(config, loaded_base(model.model))
 
 
@@ -101,7 +101,7 @@ class Controlled(nn.Module):
 
     @property
     def predicts(self) -> str:
-        """Key of OBJECTIVES for what this base's UNet answers."""
+        """Key of OBJECTIVES: the parameterisation of this base's UNet."""
         return PREDICTS[self.base.model_type]
 
     def forward(
@@ -117,7 +117,7 @@ class Controlled(nn.Module):
     def denoised(
         self, noisy: Tensor, sigma: Tensor, conditions: Sequence[Conditions], hint: Tensor, strength: float = 1.0
     ) -> Tensor:
-        """The same, as the host's samplers want it: an estimate of the clean latents."""
+        """Estimate of the clean latents, as the host's samplers take it; arguments as for `forward`."""
         return self._call(self._shells[1], noisy, sigma, conditions, hint, strength)
 
     def _call(
@@ -154,13 +154,13 @@ class Controlled(nn.Module):
         return self.base.extra_conds(**given, **host_arguments(encoded), **self.family.constants)
 
     def published_differences(self) -> dict[str, Tensor]:
-        """What the base's weights have learned, under published names, in fp32 on the CPU."""
+        """Learned differences of the base's weights under published names, in fp32 on the CPU."""
         host = {name: t.cpu() for name, t in self.differences.tensors().items()}
         return published_names(host, self.key_map) if host else {}
 
 
 def _shell(base: Any, unet: nn.Module, dtype: torch.dtype, device: torch.device, raw: bool = False) -> Any:
-    """The host's BaseModel around another UNet; what it shares with `base` is only read.
+    """The host's BaseModel around another UNet. Everything shared with `base` is only read.
 
     Relies on these attributes of the host: the sub-modules `diffusion_model` and `model_sampling` by their names in
     `_modules`, and `manual_cast_dtype`, `device` and `current_patcher`, which `apply_model` and `extra_conds` read.

@@ -1,4 +1,4 @@
-"""The control that trains: its network, fresh or from a file, and its part in a forward of the base."""
+"""Controls in training: a network, fresh or from a file, and its part in a forward pass of the base."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ XS_FAMILIES = tuple(CONTEXT_FAMILIES.values())
 
 
 class TrainedControl(Protocol):
-    """What the loop needs to know of a control."""
+    """A control in training: a network, its part in a forward pass, and its trained file."""
 
     @property
     def net(self) -> nn.Module:
@@ -62,9 +62,9 @@ class TrainedControl(Protocol):
         """True: weights of the base train as well, those that the recipe selects. False: the network alone trains."""
 
     def join(self, options: Options, latent: tuple[int, ...], hint: Tensor, timesteps: Tensor, strength: float) -> None:
-        """Take part in the coming forward.
+        """Add the control to the coming forward pass.
 
-        latent: shape of what the base is given; hint: (rows, 3, 8H, 8W) in [0, 1], one per row of the batch;
+        latent: shape of the base's input; hint: (rows, 3, 8H, 8W) in [0, 1], one per row of the batch;
         timesteps: (rows,), as the UNet is given them, or (1,) for all rows.
         """
 
@@ -78,7 +78,7 @@ class TrainedControl(Protocol):
 
 
 MakeControl = Callable[[TrainConfig, LoadedBase, torch.device], TrainedControl]
-"""`new_control`, or what makes another control to compare with."""
+"""`new_control`, or a function that makes another control for comparison."""
 
 
 def new_control(config: TrainConfig, facts: LoadedBase, device: torch.device) -> TrainedControl:
@@ -100,13 +100,13 @@ def load_trained(model: ModelPatcher, path: Path, config: TrainConfig) -> tuple[
 
 
 def _initialised(net: nn.Module, fresh: nn.Module, device: torch.device) -> None:
-    """Give `net`, whose host layers start with whatever is in memory, the weights of its plain twin."""
+    """Copy the weights of `fresh`, of plain torch layers, into `net`, whose host layers start uninitialised."""
     checkpoint.load_strict(net, {name: t.float() for name, t in fresh.state_dict().items()}, "fresh weights")
     net.to(device).train().requires_grad_(True)
 
 
 def _laid_out(hint: Tensor) -> Tensor:
-    """The hint in memory as inference has it: the layout chooses the kernels, and with them speed and bits."""
+    """The hint in inference's memory layout, which decides the kernels and so speed and rounding."""
     return hint.contiguous(memory_format=torch.channels_last) if hint.device.type == "cpu" else hint
 
 
@@ -273,7 +273,7 @@ def _encoder_of(path: Path, spec: Spec) -> dict[str, Tensor]:
 
 
 def start_from(differences: Differences, path: Path, key_map: KeyMap, base: BaseWeights) -> None:
-    """Begin with the UNet differences that the loader takes for a control file; those of other weights must be none.
+    """Start from the UNet differences of a control file, as the loader reads them.
 
     Raises ConfigError where the file changes weights that do not train here.
     """

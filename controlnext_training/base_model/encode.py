@@ -20,7 +20,7 @@ from ..config import ConfigError
 from .families import TrainedFamily, family_of
 
 SAMPLED = 64
-"""Numbers of each tensor that the identity of an encoder looks at."""
+"""Numbers of each tensor that enter an identity."""
 
 ENCODERS = {"vae": "vae", "clip": "text", "vision": "vision"}
 """Field of a BaseWithEncoders -> the name of its weights in `identity`."""
@@ -34,7 +34,7 @@ MISSING = {
 
 @dataclass
 class BaseWithEncoders:
-    """A base model in the host's hands, with what encodes for it."""
+    """A base model of the host, with its encoders."""
 
     model: ModelPatcher
     vae: Any
@@ -43,14 +43,15 @@ class BaseWithEncoders:
     vision: Any = None
     """Image encoder of SVD."""
     read_again: Callable[[str], Any] | None = None
-    """Reads an encoder by its field's name from the file it is of; None where the encoders are not only ours."""
+    """Reloads a released encoder (`vae`, `clip`, `vision`) from its file. None: the graph owns the encoders, which then
+    stay."""
     _identities: dict[str, str] = field(default_factory=dict)
     _released: set[str] = field(default_factory=set)
     _lock: Any = field(default_factory=threading.RLock, repr=False)
 
     @property
     def family(self) -> TrainedFamily:
-        """How bases of this family are trained. Raises ValueError for a family that cannot be."""
+        """The row of this base's family. Raises ValueError for a family that cannot be trained."""
         return family_of(self.model)
 
     def check(self) -> None:
@@ -63,7 +64,7 @@ class BaseWithEncoders:
         return getattr(self, name) is not None or name in self._released
 
     def release(self) -> None:
-        """Let go of the encoders until one is needed again; no effect where they cannot be read again."""
+        """Free the encoders until one is needed again; no effect where they cannot be reloaded."""
         with self._lock:
             for name, what in ENCODERS.items():
                 if self.read_again is not None and getattr(self, name) is not None:
@@ -77,7 +78,7 @@ class BaseWithEncoders:
             self.release()
 
     def encoder(self, name: str) -> Any:
-        """The encoder of that field, read again where it was released."""
+        """The encoder of that field, reloaded if it was released."""
         with self._lock:  # samples are read ahead in a thread
             if self.read_again is not None and name in self._released:
                 setattr(self, name, self.read_again(name))
@@ -85,14 +86,14 @@ class BaseWithEncoders:
             return getattr(self, name)
 
     def latent(self, frames: Tensor) -> Tensor:
-        """frames (F, H, W, 3) in [0, 1] -> latents (F, C, H/8, W/8) as the UNet sees them, fp32, on the CPU."""
+        """frames (F, H, W, 3) in [0, 1] -> latents (F, C, H/8, W/8) as the UNet takes them, fp32, on the CPU."""
         with torch.inference_mode():
             latent = self.encoder("vae").encode(frames)
             latent = self.model.model.process_latent_in(latent.float())
         return latent.cpu().clone()
 
     def picture(self, latent: Tensor) -> Tensor:
-        """The other way: latents as the UNet sees them -> (F, H, W, 3) in [0, 1], on the CPU."""
+        """Latents as the UNet takes them -> pictures (F, H, W, 3) in [0, 1], on the CPU."""
         with torch.inference_mode():
             pixels = self.encoder("vae").decode(self.model.model.process_latent_out(latent))
         return pixels.float().cpu().clone()
@@ -125,12 +126,12 @@ def _identity(weights: Mapping[str, Tensor]) -> str:
 
 
 def device_of_host() -> torch.device:
-    """Where the host computes."""
+    """The device on which the host computes."""
     return comfy.model_management.get_torch_device()
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of a run: as configured, or the one in which this device is quick."""
+    """The dtype of a run: as configured, or for `auto` bf16 on a device that is fast at it, else fp32."""
     named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if precision in named:
         return named[precision]
@@ -139,20 +140,22 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def make_room(device: torch.device) -> None:
-    """Have the host move other models off the device, and give back to the system what nobody holds any more."""
+    """Move the host's models off the device, and return freed memory to the system."""
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
     gc.collect()
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # glibc keeps it else
+    if sys.platform == "linux" and (
+        trim := getattr(ctypes.CDLL(None), "malloc_trim", None)
+    ):  # glibc keeps freed memory otherwise
         trim(0)
 
 
 def is_interruption(error: BaseException) -> bool:
-    """Whether the host threw this because somebody pressed Cancel; its layers do so in the middle of a forward."""
+    """True: the host raised this because the user pressed Cancel, possibly inside a forward pass."""
     return isinstance(error, comfy.model_management.InterruptProcessingException)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device had no room. Later hosts have a test of their own, as some drivers throw another error."""
+    """True: the device had no memory left. Later hosts have their own test, as some drivers raise another error."""
     hosts = getattr(comfy.model_management, "is_oom", None)
     return bool(hosts(error)) if hosts else isinstance(error, comfy.model_management.OOM_EXCEPTION)

@@ -1,4 +1,4 @@
-"""Families of base models as they are trained: one row per family, the only place where training tells them apart.
+"""Training of each family of base models: one row per family, the only place where training tells them apart.
 
 A new family is a row of FAMILIES, and new kinds of conditions are a class in `conditioning`. The network's places and
 names are the inference side's rows, and the maths of its objective is in `objective`.
@@ -24,12 +24,12 @@ from .conditioning import Caption, Conditioning, ReferenceFrame
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedFamily:
-    """How the base models of one family are trained."""
+    """The training of one family of base models."""
 
     encoders: tuple[str, ...]
     """Fields of `BaseWithEncoders` that a run needs: `vae`, and `clip` or `vision`."""
     conditioning: Conditioning
-    """How those encoders make a sample's conditions."""
+    """Makes a sample's conditions with those encoders."""
     constants: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the host's `extra_conds` that are the same for every sample."""
     clips: bool = False

@@ -1,4 +1,4 @@
-"""Pictures of a validation, from the weights in training where they lie: nothing is loaded for them."""
+"""Sampling of validation pictures with the weights in training, without loading a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sample(
     cfg: float,
     strength: float,
 ) -> Tensor:
-    """Latents (rows, C, H, W), as the UNet sees them, from noise of that shape: the host's Euler sampler with guidance.
+    """Latents (rows, C, H, W), as the UNet takes them, from noise of that shape: the host's Euler, with guidance.
 
     positive, negative: conditions per sample; hint: (rows, 3, 8H, 8W); both halves get the control.
     """

@@ -1,6 +1,8 @@
-"""Layers that compute in another dtype, or on another device, than their frozen weight is stored in. The copy that such
-a layer computes with is made again for the backward pass; kept until then, all copies together would be the UNet once
-more. The same numbers go into the same kernels, so that results are the same in every bit."""
+"""Layers whose frozen weight is stored in another dtype, or on another device, than they compute in.
+
+They copy the weight for the forward pass and again for the backward pass; kept in between, the copies together would be
+a second UNet. The same numbers go into the same kernels, so results are equal in every bit.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from ...controlnext_core.comfy_adapter.layers import WholeLayers
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """How the copy of a weight was looked at."""
+    """The view of a weight's copy that autograd saved."""
 
     size: torch.Size
     stride: tuple[int, ...]
@@ -31,7 +33,7 @@ class _Copy:
 def copies_not_kept(layer: nn.Module, x: Tensor) -> Iterator[None]:
     """Inside, the layer's one product with x does not keep its copy of the weight for the backward pass.
 
-    A weight that trains is base + difference: their sum is formed once inside, and not held longer than it is needed.
+    A trained weight is base + difference: the sum is formed once inside, and freed afterwards.
     """
     if parametrize.is_parametrized(layer):
         with parametrize.cached():
@@ -59,7 +61,7 @@ def copies_not_kept(layer: nn.Module, x: Tensor) -> Iterator[None]:
 
 
 class operations(WholeLayers):  # noqa: N801  # as the host names its own
-    """The host's layers that cast their weights, those with most of the weights as above."""
+    """The host's layers that cast their weights; the large ones with `copies_not_kept`."""
 
     class Linear(WholeLayers.Linear):
         def forward(self, x: Tensor) -> Any:

@@ -1,6 +1,8 @@
-"""The host's UNet once more, such that it can be trained: in the dtype of the run, with what the MODEL's loaders
-patched into it. The MODEL itself, which other workflows share, is only read; where it has the right dtype and device
-and no patch, both hold the same memory."""
+"""A trainable copy of the host's UNet in the dtype of the run, with the MODEL's patches applied.
+
+The MODEL itself, which other workflows share, is only read; where dtype and device are right and there is no patch,
+both share memory.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,9 @@ from .stored import operations
 def training_unet(model: ModelPatcher, dtype: torch.dtype, device: torch.device, narrow: bool = False) -> nn.Module:
     """The UNet of `model` as the host would sample with it, computing in `dtype`, frozen, on `device`.
 
-    narrow: weights that the model holds in fewer bits than `dtype` has stay so, and are widened, which is exact, where
-    they are used: less memory, more time, the same numbers. Weights are taken one at a time, and are not to be written
-    to. Raises ValueError for a model without the UNet of SD1.5, SDXL or SVD.
+    narrow: weights stored in fewer bits than `dtype` stay so and are widened, which is exact, at each use: less memory,
+    more time, the same numbers. Weights are copied one at a time and must not be written to.
+    Raises ValueError for a model without the UNet of SD1.5, SDXL or SVD.
     """
     source = model.model.diffusion_model
     if not isinstance(source, UNetModel):
@@ -57,7 +59,7 @@ def _patched(model: ModelPatcher, name: str, weight: Tensor) -> Tensor:
 
 
 def _ordinary(tensor: Tensor) -> Tensor:
-    """The same memory as a tensor that may take part in a gradient; what a node made in inference mode may not."""
+    """A tensor of the same memory that autograd accepts; tensors made in inference mode are not accepted."""
     if not tensor.is_inference():
         return tensor.detach()
     plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
@@ -65,7 +67,7 @@ def _ordinary(tensor: Tensor) -> Tensor:
 
 
 def _is_cast(unet: nn.Module, name: str) -> bool:
-    """Whether the layer of this weight casts it to what it computes in."""
+    """True: the layer of this weight casts it to the dtype of its input."""
     return isinstance(unet.get_submodule(name.rpartition(".")[0]), comfy.ops.CastWeightBiasOp)
 
 
@@ -79,7 +81,7 @@ def _put(root: nn.Module, name: str, tensor: Tensor, is_parameter: bool) -> None
 
 
 def checkpoint_blocks(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> int:
-    """Have the blocks of these kinds compute their insides again in the backward pass; returns how many there are."""
+    """Make blocks of these kinds recompute their activations in the backward pass; returns the number of blocks."""
 
     def wrap(module: nn.Module) -> int:
         if not isinstance(module, kinds):
@@ -96,5 +98,5 @@ def checkpoint_blocks(network: nn.Module, kinds: tuple[type[nn.Module], ...]) ->
 
 
 def plain_attention(_chosen: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """The host's override of the attention function: torch's own, which has a gradient on every device."""
+    """Override of the host's attention function: torch's own, which has a gradient on every device."""
     return attention_pytorch(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What a run is trained on: pictures and clips with their hints, captions and masks, from files or from the graph."""
+"""Training data: pictures and clips with their hints, captions and masks, from files or from the graph."""
 
 from __future__ import annotations
 

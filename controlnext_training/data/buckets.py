@@ -1,4 +1,4 @@
-"""Sizes to train at: aspect buckets of one area, and the one cut that picture, hint and mask share.
+"""Training sizes: aspect buckets of one area, and the crop that picture, hint and mask share.
 
 Sizes are (height, width) in pixels. All arithmetic is on whole numbers, so every system makes the same cut.
 """
@@ -18,7 +18,7 @@ MAX_ASPECT = 4
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How a picture comes to fill its bucket: resized to cover it, then cropped at the centre."""
+    """The resize and centre crop with which a picture fills its bucket."""
 
     original: tuple[int, int]
     resized: tuple[int, int]

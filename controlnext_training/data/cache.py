@@ -1,7 +1,7 @@
 """Encoded samples on disk, so that each picture and caption goes through the encoders once.
 
-One file per key, whole or not at all. What does not read back as it was written (a damaged disk, a power failure, a
-file renamed by hand) counts as missing and is written again.
+One file per key, whole or absent. A file whose content has changed since it was written (a damaged disk, a power
+failure, a file renamed by hand) counts as missing and is replaced.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ class Cache:
                     left.unlink()
 
     def path(self, key: str) -> Path:
-        """Where a key's file is; keys that are no plain file names are hashed."""
+        """Path of a key's file; keys that are no plain file names are hashed."""
         name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
         plain = re.fullmatch(r"[0-9a-z_-]{1,150}", key)
         return self.folder / name[:2] / f"{key if plain else name}{SUFFIX}"
 
     def __contains__(self, key: str) -> bool:
-        """Whether there is a file for it, read or not; a damaged one shows in `get`."""
+        """True: there is a file for the key, which may be damaged; `get` checks it."""
         return self.path(key).is_file()
 
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """What was put under the key, on the CPU; None if that is nothing, or damaged."""
+        """Tensors of the key, on the CPU; None if there are none, or their file is damaged."""
         path = self.path(key)
         if not path.is_file():
             return None
@@ -69,7 +69,7 @@ class Cache:
         return tensors
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> bool:
-        """Keep tensors under a key; whether that worked. A full disk costs speed, not the run: it is logged once."""
+        """Keep tensors under a key; True if that worked. A full disk costs speed, not the run: it is logged once."""
         held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         content = save(held, {"key": key, "content": fingerprint(held)})
         path = self.path(key)
@@ -82,7 +82,7 @@ class Cache:
         except OSError as error:
             if not self._told:
                 logger.warning(
-                    "%s: cannot be written (%s); pictures are encoded anew each time. Free some disk space or choose "
+                    "%s: cannot be written (%s); pictures are encoded again each time. Free some disk space or choose "
                     "another cache_folder",
                     self.folder,
                     error,

@@ -1,4 +1,4 @@
-"""What a sample is cut from: one picture, the frames of a folder, or a video, each with its hints and masks."""
+"""Sources of samples: one picture, the frames of a folder, or a video, each with its hints and masks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Frames(Protocol):
 
     @property
     def count(self) -> int:
-        """How many."""
+        """Number of frames."""
 
     def content(self, number: int) -> str:
         """Content identity of a frame."""
@@ -121,7 +121,7 @@ class Clip:
 def clips(
     entries: Iterable[Entry], facts: Mapping[Blob, Facts | str], moving: bool, paired: bool, broken: list[Broken]
 ) -> Iterator[Clip]:
-    """Put together what can be read; the rest goes to `broken`, every file once.
+    """Combine pictures with their hints and masks; unreadable files go to `broken`, each once.
 
     moving: the pictures of one folder are the frames of a clip; else each is a sample, and videos are left out.
     paired: what has no hint is left out.

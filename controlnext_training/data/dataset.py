@@ -25,7 +25,7 @@ from .video_frames import REFERENCES, chosen_frames, region, windows
 logger = logging.getLogger(__name__)
 
 MASKS = ("auto", "alpha", "none")
-"""Where loss regions come from: mask files where there are any; else the pictures' alpha too; nowhere."""
+"""Sources of loss regions. auto: mask files; alpha: mask files, else the pictures' alpha; none: no regions."""
 CUT_VERSION = 1
 """Part of every key: raise it when the same file comes to give other values."""
 FIRST = 3
@@ -43,7 +43,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How samples are made of files."""
+    """Rules by which samples are made of files."""
 
     hint: str = PAIRED
     mask: str = "auto"

@@ -1,4 +1,4 @@
-"""What reading a file once tells of it: content, size, whether it can be read. Remembered from run to run.
+"""Index of files: content, size and readability of each, remembered from run to run.
 
 Every file is read and decoded before a run, so that a broken one shows then and not after a night. What was read is
 written to an index; a file with the same place, length and time of change is not read again.
@@ -55,7 +55,7 @@ def content_hash(content: bytes) -> str:
 
 
 class Index:
-    """The memory of `examine`, in one JSON file, or in none."""
+    """Results of `examine`, remembered in one JSON file; without a path in memory."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
@@ -121,7 +121,7 @@ def _parsed(content: Any) -> dict[str, Facts]:
 
 
 def _places(blobs: Sequence[Blob]) -> dict[Blob, str]:
-    """Where a file's bytes are and which they are, as far as the file system tells."""
+    """Identity of each file's bytes as far as the file system knows it: path, length, time of change."""
 
     @functools.cache
     def state(path: Path) -> str:

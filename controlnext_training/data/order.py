@@ -1,4 +1,4 @@
-"""Which samples are in which step: a pure function of (sizes, batch, seed, step)."""
+"""Order of samples: the samples of a step are a pure function of (sizes, batch, seed, step)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .samples import DatasetError
 
 
 class Order:
-    """Batches of one bucket each. Every epoch is shuffled anew and holds every item once.
+    """Batches of one bucket each. Every epoch has its own shuffle and holds every item once.
 
     A bucket whose items do not fill its last batch completes it from the start of its own order in that epoch, so
     such items come twice.

@@ -1,4 +1,4 @@
-"""What a dataset holds, in words and as a picture, to look at before a run."""
+"""Report on a dataset, in words and as a picture, to look at before a run."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _area(size: tuple[int, int]) -> int:
 
 
 def _listed(what: str, names: Sequence[str]) -> list[str]:
-    """How many, then the first of them a line each."""
+    """A line with the count, then the first names a line each."""
     if not names:
         return []
     more = [f"  and {len(names) - LISTED} more"] if len(names) > LISTED else []

@@ -1,4 +1,4 @@
-"""What a dataset gives: the sample, the protocol that every dataset keeps to, and its errors.
+"""Samples, the protocol of every dataset, and its errors.
 
 # F frames (1 for a picture), H W height and width of the bucket in pixels
 """
@@ -50,7 +50,7 @@ class Facts:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W), as it is seen: turned where the file says so."""
+        """(H, W) after the rotation that the file asks for."""
         return self.height, self.width
 
 
@@ -79,7 +79,7 @@ class Sample:
 
 
 class ControlDataset(Protocol):
-    """Anything that can be trained on. Reading the same index, seed and position gives the same bits."""
+    """A dataset that can be trained on. Reading the same index, seed and position gives the same bits."""
 
     @property
     def sizes(self) -> Sequence[tuple[int, int]]:
@@ -96,10 +96,10 @@ class ControlDataset(Protocol):
     def __len__(self) -> int: ...
 
     def frame_keys(self, index: int, seed: int = 0, position: int = 0) -> tuple[str, ...]:
-        """`load(...).frame_keys` without reading a picture: whether a cache already holds what it would give."""
+        """`load(...).frame_keys` without reading a picture, to look up encoded frames in a cache."""
 
     def load(self, index: int, seed: int = 0, position: int = 0) -> Sample:
-        """The sample as it is at one position of the run, from which a clip draws its reference frame.
+        """The sample at one position of the run; a clip draws its reference frame from the position.
 
         Raises BrokenSample.
         """
@@ -111,5 +111,5 @@ def digest(*parts: object) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, on one line."""
+    """Message of an exception, on one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,4 +1,4 @@
-"""Which picture belongs to which hint, mask and caption. One rule for folders and tar shards alike:
+"""Matching of pictures with hints, masks and captions. One rule for folders and tar shards alike:
 
 - `images/a/1.png` pairs with `hints/a/1.jpg`, `masks/a/1.png` and `captions/a/1.txt`: the first folder whose name is
   in ROLES tells the role and drops out, the rest without its suffix must be equal. Folders of other names stay.
@@ -67,7 +67,7 @@ class Entry:
     """One picture or video and what belongs to it; nothing of it has been opened."""
 
     name: str
-    """Its name in the tree without role and suffix."""
+    """Name in the tree without role and suffix."""
     image: Blob
     hint: Blob | None = None
     mask: Blob | None = None
@@ -91,7 +91,7 @@ class _Files:
 
 
 def open_tree(source: Path, roots: Sequence[Path] | None = None) -> tuple[Tree, Blob | None]:
-    """What a source holds, and the table where the source is one. Raises DatasetError if there is no such source."""
+    """(files of a source, the table if the source is one). Raises DatasetError if there is no such source."""
     allowed = None if roots is None else tuple(roots)
     if source.is_dir():
         tree = Tree(source, allowed)

@@ -27,7 +27,7 @@ class Blob:
 
     path: Path
     name: str
-    """Where it stands in its tree, with slashes."""
+    """Path in its tree, with slashes."""
     offset: int = 0
     size: int = -1
     """Bytes from the offset on; -1 = all."""
@@ -58,7 +58,7 @@ class Blob:
 
 
 def fold(name: str) -> str:
-    """A name as it is compared: without case, letters with accents in one form (systems store them in two)."""
+    """Name for comparison: without case, letters with accents in one form (systems store them in two)."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
@@ -80,7 +80,7 @@ class Tree:
     _folded: dict[str, Blob] | None = None
 
     def find(self, folder: str, name: str) -> Blob | None:
-        """What a metadata file in `folder` of this tree calls `name`: exactly, in another case, or elsewhere on disk.
+        """File that a table in `folder` of this tree calls `name`: exactly, in another case, or elsewhere on disk.
 
         Raises DatasetError if it lies where files may not be read.
         """
@@ -136,7 +136,7 @@ class Tree:
 
 
 def read_shard(path: Path) -> tuple[list[Blob], list[Broken]]:
-    """Where the files of an uncompressed tar lie, in its own order; what is damaged is listed and passed over."""
+    """(files, damaged parts) of an uncompressed tar, in its own order. Files are offsets into the tar."""
     blobs: dict[str, Blob] = {}
     broken: list[Broken] = []
     used: list[tuple[int, int]] = []

@@ -20,7 +20,7 @@ from .samples import Facts, first_line
 from .tree import Blob, fold
 
 REFERENCES = ("random", "first")
-"""What a clip's first frame is: a random frame of its source, as the authors train; or its own first frame."""
+"""First frame of a clip. random: any frame of its source, as the authors train; first: its own first frame."""
 SEEK_GAP = 48
 """Frames to decode in passing before jumping to the next keyframe is quicker."""
 

@@ -1,4 +1,4 @@
-"""Datasets in the graph: pictures with hints, from a folder or from other nodes."""
+"""Dataset nodes: pictures with hints, from a folder or from other nodes."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ class ControlDatasetImages(io.ComfyNode):
             category="ControlNeXt/training",
             description="Images of the graph and the hints that belong to them, to train a control on.",
             inputs=[
-                io.Image.Input("images", tooltip="What the control shall lead to."),
+                io.Image.Input("images", tooltip="Pictures that the control has to lead to."),
                 io.Image.Input("hints", tooltip="One hint per image, in the same order."),
                 io.String.Input(
                     "captions",
@@ -192,5 +192,5 @@ def as_image(picture: Any) -> Tensor:
 
 
 def _step_for(resolution: int) -> int:
-    """64 pixels as everywhere, or as much as a small base's resolution allows."""
+    """Bucket step for a resolution: 64, or the largest power of two below that divides it."""
     return next(step for step in (64, 32, 16, 8) if resolution % step == 0)

@@ -1,4 +1,4 @@
-"""The trainer in the graph. Thin: the loop is `train.train`."""
+"""The trainer node; `train.train` does the work."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PREVIEW_SIDE = 1024
 
 
 class NodeObserver:
-    """Shows a run on its node; Cancel asks it to save and end."""
+    """Observer that shows a run on its node; Cancel makes the run save and end."""
 
     def __init__(self, node_id: str | None) -> None:
         self.node_id = node_id
@@ -57,12 +57,12 @@ class NodeObserver:
 
 
 FROM_INPUTS = ("base", "vae", "data", "validation_data")
-"""Keys of a recipe in whose place the node has inputs."""
+"""Keys of a recipe that are inputs of the node."""
 FOLDERS = ("output_folder", "runs_folder", "cache_folder")
 
 
 def recipe_of_node(text: str) -> dict[str, Any]:
-    """The settings of a recipe, as far as they are for a node; whoever can queue a graph shall not write everywhere.
+    """Settings of a recipe that a node accepts: a graph must not write outside of the host's folders.
 
     Folders are seen from the host's output folder and must be below it, or below models/controlnext; a file to start
     from is one of models/controlnext. Raises ConfigError.
