@@ -41,7 +41,7 @@ def make(name: str, folder: Path) -> Any:
 def rows_of(scene: Scene, names: tuple[str, ...], folder: Path) -> list[tuple[str, ...]]:
     bare = count(scene.forward())
     launches = sum(bare.launches.values())
-    rows = [("bare", f"{bare.macs / 1e9:,.0f}", "1", "1", "1", str(launches), "", "")]
+    rows: list[tuple[str, ...]] = [("bare", f"{bare.macs / 1e9:,.0f}", "1", "1", "1", str(launches), "", "")]
 
     def row(name: str, first: Count, once: float, second: Count) -> tuple[str, ...]:
         run = (first.macs - once * (STEPS - 1) / STEPS) / bare.macs

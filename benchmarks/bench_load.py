@@ -93,7 +93,7 @@ def main() -> None:
     files = make_files(options.scratch)
     model = make_unet("sdxl", options.dtype)
     chosen = loaders(options.scratch, files)
-    found: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in chosen}
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in chosen}
     with torch.inference_mode():
         for repeat in range(options.repeats + 1):
             for name, load in chosen.items():
@@ -101,13 +101,13 @@ def main() -> None:
                 keys = len(loaded.patches)
                 del loaded
                 if repeat:  # the first reads the files from the disk
-                    found[name].append(tuple(numbers))  # type: ignore[arg-type]
+                    found[name].append(tuple(numbers))
                 assert keys in (140, 70), f"{name}: {keys} keys"
     rows = [row(name, runs, found["stock LoRA, the same tensors"]) for name, runs in found.items()]
     write(rows, options)
 
 
-def row(name: str, runs: list[tuple[float, float, float, float]], stock: list[tuple[float, ...]]) -> tuple[str, ...]:
+def row(name: str, runs: list[tuple[float, ...]], stock: list[tuple[float, ...]]) -> tuple[str, ...]:
     ratios = [[run[column] / peer[column] for run, peer in zip(runs, stock, strict=True)] for column in range(3)]
     kept = f"{sorted(run[3] for run in runs)[len(runs) // 2]:.0f}"
     goal = "1.15" if name == "ControlNeXtLoader" else ""

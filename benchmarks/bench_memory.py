@@ -103,11 +103,11 @@ def measured(family: str, height: int, width: int, latents: int, names: tuple[st
 
 def main() -> None:
     options = begin(__doc__ or "")
-    for scene in SCENES:
-        if options.wants(scene[0]):
-            counted(*scene, options)
+    for family, height, width, latents, names in SCENES:
+        if options.wants(family):
+            counted(family, height, width, latents, names, options)
             if not options.cpu:
-                measured(*scene, options)
+                measured(family, height, width, latents, names, options)
 
 
 if __name__ == "__main__":

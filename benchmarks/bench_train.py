@@ -134,15 +134,16 @@ def plain(setting: Setting) -> dict[str, Any]:
     device, dtype, batch, side = setting.device, DTYPES[setting.dtype], setting.batch, setting.side
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, **blocks)
+    vae: Any = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, **blocks)
     clip = CLIPTextConfig(
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
     )
-    vae, text = (part.eval().requires_grad_(False).to(device, dtype) for part in (vae, CLIPTextModel(clip)))
-    unet = UNet2DConditionModel(
+    text: Any = CLIPTextModel(clip)
+    vae, text = (part.eval().requires_grad_(False).to(device, dtype) for part in (vae, text))
+    unet: Any = UNet2DConditionModel(
         sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8
-    ).to(device, dtype)
-    unet.requires_grad_(False)
+    )
+    unet.to(device, dtype).requires_grad_(False)
     subset = [parameter.requires_grad_(True) for name, parameter in unet.named_parameters() if "to_out" in name]
     if dtype is not torch.float32:
         for parameter in subset:
@@ -152,7 +153,7 @@ def plain(setting: Setting) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(
         [{"params": list(encoder.parameters()), "lr": CONTROL_RATE}, {"params": subset, "lr": RATE}], weight_decay=1e-2
     )
-    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler: Any = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     state: dict[str, Tensor] = {}
 
     def add_control(_module: Any, _inputs: Any, output: Any) -> Any:

@@ -9,7 +9,6 @@ keep for themselves while they run is not in it. The constants of the law are in
 from __future__ import annotations
 
 import runpy
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,7 +90,8 @@ def numbers_per_cell(
 
     sizes = [cells]
     for block in net.config.encoder[1:]:
-        sizes.append(tuple(-(-side // 2) for side in sizes[-1]) if block.kind == DOWN else sizes[-1])
+        height, width = sizes[-1]
+        sizes.append((-(-height // 2), -(-width // 2)) if block.kind == DOWN else (height, width))
     encoder = [of_base(block.base_ch, size) for block, size in zip(net.config.encoder, sizes, strict=True)]
     decoder = [of_base(channels, size) for channels, size in zip(net.config.decoder, reversed(sizes), strict=True)]
     x, hint, mask = of_base(4, cells), of_base(net.config.hint[-1], cells), of_base(1)
@@ -134,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

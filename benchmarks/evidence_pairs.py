@@ -208,8 +208,8 @@ def run(folder: Path, pictures_folder: Path | None, quick: bool = False) -> list
             cells.append(Cell(torch.from_numpy(picture), use.title))
     (folder / FILE).write_text(json.dumps({"rows": rows, "scenes": len(indices), "facts": facts()}, indent=1), "utf-8")
     if pictures_folder is not None:
-        for group, cells in drawn.items():
-            picture_grid(cells, side=112).quantize(96).save(pictures_folder / SHEETS[group], optimize=True)
+        for group, sheet in drawn.items():
+            picture_grid(sheet, side=112).quantize(96).save(pictures_folder / SHEETS[group], optimize=True)
     return rows
 
 

@@ -16,7 +16,7 @@ from ..controlnext_core.key_maps import unet_key_map
 from ..controlnext_core.specs import SPECS, config_of
 from ..controlnext_training.trainables import selected
 from ..models.controlnext import ControlNeXt
-from .evidence_tables import markdown, pasted
+from .evidence_tables import Table, markdown, pasted
 from .real_size import make_stock, make_unet, make_xs
 
 HEAD = ("base", "control", "learnable, M", "of the paper", "total, M", "of the paper", "learnable of a ControlNet's")
@@ -97,7 +97,7 @@ def table(folder: Path) -> list[tuple[str, ...]]:
 
 def write(folder: Path, page: Path, keep: bool) -> None:
     """Count, print, and put into the page."""
-    made = {"parameters": (HEAD, table(folder))}
+    made: dict[str, Table] = {"parameters": (HEAD, table(folder))}
     print(markdown(made["parameters"]), flush=True)
     if keep:
         page.write_text(pasted(page.read_text("utf-8"), made), "utf-8", newline="\n")

@@ -30,7 +30,7 @@ CHARTS = {"fidelity": "evidence_fidelity.png", "distance": "evidence_distance.pn
 PAIR_CHART = "evidence_pair.png"
 
 Result = Mapping[str, Any]
-Table = tuple[Sequence[str], list[Sequence[str]]]
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 ALIKE = ("base", "steps", "batch", "precision")
@@ -42,7 +42,7 @@ def results(plan: Plan) -> dict[str, list[Result]]:
 
     Raises SystemExit where they are not of one base or one length: those of an earlier base are still there.
     """
-    found = {
+    found: dict[str, list[Result]] = {
         name: [r for s in case.seeds if (r := result_of(plan, name, s)) is not None] for name, case in CASES.items()
     }
     kinds: dict[tuple[Any, ...], list[str]] = {}

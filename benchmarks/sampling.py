@@ -139,7 +139,7 @@ def watching() -> Iterator[None]:
     try:
         for owner, name, function in before:
             setattr(owner, name, WATCH.watched(function))
-        XSJob.__init__ = lambda self, order, start: make(self, order, WATCH.watched(start))  # type: ignore[method-assign, assignment, misc]
+        XSJob.__init__ = lambda self, order, start: make(self, order, WATCH.watched(start))  # type: ignore[method-assign]
         yield
     finally:
         for owner, name, function in before:

@@ -6,6 +6,7 @@ import errno
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from comfyui_controlnext.tools import checks, cli, environment
@@ -49,7 +50,7 @@ def test_the_clone_is_not_on_sys_path() -> None:
     assert done.stdout.strip() == "False", done.stderr
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["test", "--only", "everything"], ["comfy", "--port", "x"]])
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["test", "--fast", "yes"], ["comfy", "--port", "x"]])
 def test_a_wrong_command_line_ends_with_usage_and_status_2(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,37 +116,62 @@ def test_run_again_passes_arguments_and_status_on(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout.strip()) == (5, "['demo', 'two words']"), done.stderr
 
 
-def options(**changes: object) -> checks.Options:
-    return checks.Options(**{"host": lambda: Path("host"), "long": False, "expression": None, **changes})  # type: ignore
-
-
 def test_one_failed_check_fails_the_run_and_the_others_still_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     steps = [checks.Step("one", lambda options: 0), checks.Step("two", lambda options: 3)]
     monkeypatch.setattr(checks, "STEPS", (*steps, checks.Step("three", lambda options: 0)))
-    assert checks.run_checks(Path, None, False, None) == 1
+    assert checks.run_checks(checks.CheckOptions(Path), []) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[-3:]] == [["passed", "one"], ["FAILED", "two"], ["passed", "three"]]
-    assert checks.run_checks(Path, ["one", "three"], False, None) == 0
+    assert checks.run_checks(checks.CheckOptions(Path), ["one", "three"]) == 0
+
+
+def called_with(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[tuple[str, ...], str]:
+    """(arguments of the interpreter, the host it is told of) of the pytest step."""
+    calls: list[tuple[tuple[str, ...], str]] = []
+    monkeypatch.setattr(
+        checks, "call", lambda *given, **variables: calls.append((given, variables["CONTROLNEXT_COMFYUI"])) or 0
+    )
+    checks.run_pytest(checks.CheckOptions(lambda: Path("host"), **options))
+    return calls[0]
 
 
 def test_the_pytest_step_gets_the_host_and_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[tuple[str, ...], dict[str, str]]] = []
-    monkeypatch.setattr(checks, "call", lambda *arguments, **variables: calls.append((arguments, variables)) or 0)
-    checks.run_pytest(options(long=True, expression="mask and not long"))
-    arguments, variables = calls[0]
-    assert arguments == ("-m", "pytest", "-m", "not gpu", "--long", "-k", "mask and not long")
-    assert variables["CONTROLNEXT_COMFYUI"] == "host"
+    arguments, host = called_with(monkeypatch, long=True, expression="mask and not long", files=("tests/a.py",))
+    assert arguments == ("-m", "pytest", "-m", "not gpu", "tests/a.py", "--long", "-k", "mask and not long")
+    assert host == "host"
+
+
+def test_fast_tests_ask_for_no_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    def provide() -> Path:
+        raise AssertionError("a host was asked for")
+
+    monkeypatch.setattr(checks, "call", lambda *given, **variables: 7 if variables["CONTROLNEXT_COMFYUI"] == "" else 0)
+    assert checks.run_pytest(checks.CheckOptions(provide, fast=True)) == 7
+    assert called_with(monkeypatch, fast=True)[0] == ("-m", "pytest", "-m", "not gpu and not comfy")
+
+
+def test_only_takes_steps_and_patterns_of_test_files() -> None:
+    def chosen(*only: str) -> tuple[list[str], list[str]]:
+        steps, files = checks.choose(only)
+        return [step.name for step in steps], [Path(file).name for file in files]
+
+    assert chosen() == (["format", "lint", "types", "pytest"], [])
+    assert chosen("lint", "types") == (["lint", "types"], [])
+    assert chosen("run_cli") == (["pytest"], ["test_run_cli.py"])
+    assert chosen("lint", "*test_run_c?i.py", "run_cli") == (["lint", "pytest"], ["test_run_cli.py"])
+    with pytest.raises(environment.SetupError, match="--only nowhere: is no step .format, lint, .*no test file"):
+        chosen("lint", "nowhere")
 
 
 def test_an_expression_selects_the_pytest_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    monkeypatch.setattr(checks, "run_checks", lambda host, only, long, expression: asked.append(only) or 0)
+    monkeypatch.setattr(checks, "run_checks", lambda options, only: asked.append(list(only)) or 0)
     monkeypatch.setattr(environment, "choose", lambda level, own: None)
     for arguments in (["-k", "mask"], ["--only", "lint", "--only", "types"], []):
         cli.main(["test", *arguments])
-    assert asked == [["pytest"], ["lint", "types"], None]
+    assert asked == [["pytest"], ["lint", "types"], []]
 
 
 def test_the_type_checked_copy_mirrors_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,15 +29,17 @@ def test_every_variant_is_for_a_family_that_can_be_trained() -> None:
     assert frames == {"SD1.5": 1, "SD2.1": 1, "SDXL": 1, "SVD": 5}
 
 
-@pytest.mark.parametrize("family", [Family.SD15, Family.SVD])
+@pytest.mark.parametrize(
+    ("family", "needed"),
+    [(Family.SD15, {"vae", "clip"}), (Family.SDXL, {"vae", "clip"}), (Family.SVD, {"vae", "vision"})],
+)
 def test_each_encoder_of_a_family_is_asked_for_and_no_other(
-    loaded_studio: Studio, monkeypatch: pytest.MonkeyPatch, family: Family
+    loaded_studio: Studio, monkeypatch: pytest.MonkeyPatch, family: Family, needed: set[str]
 ) -> None:
     from comfyui_controlnext.controlnext_training.base_model.encode import BaseWithEncoders
     from comfyui_controlnext.controlnext_training.base_model.families import FAMILIES
 
     monkeypatch.setattr(BaseWithEncoders, "family", FAMILIES[family])
-    needed = FAMILIES[family].encoders
     for name in ("vae", "clip", "vision"):
         base = base_of(loaded_studio)
         base.vision = object()

@@ -140,9 +140,9 @@ def test_the_base_decides_what_is_learned_unless_told(controlled: Any) -> None:
 
     assert controlled.predicts == "epsilon"
     law = DiffusionObjective.of(small(), controlled)
-    assert law.objective is OBJECTIVES["epsilon"] and law.timesteps == "uniform"
+    assert law.parameterisation is OBJECTIVES["epsilon"] and law.timesteps == "uniform"
     other = DiffusionObjective.of(small(objective="v", timesteps="logit_normal"), controlled)
-    assert other.objective is OBJECTIVES["v"] and other.timesteps == "logit_normal"
+    assert other.parameterisation is OBJECTIVES["v"] and other.timesteps == "logit_normal"
     video = SimpleNamespace(base=controlled.base, predicts="edm", family=FAMILIES[Family.SVD])
     assert DiffusionObjective.of(small(), video).timesteps == "svd_cosine"  # type: ignore[arg-type]
     sigmas = controlled.base.model_sampling.sigmas

@@ -3,29 +3,38 @@
 Another step is another row of STEPS. A step is a command, run in the clone, and passes when that ends with 0.
 """
 
+import fnmatch
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .environment import PATIENT_THREADS, ROOT
+from .environment import PATIENT_THREADS, ROOT, SetupError
 
-TYPED = ("models", "controlnext_core", "controlnext_training")  # type-checked where they exist
-CODE = (*TYPED, "nodes", "tools")
+PACKAGES = ("models", "controlnext_core", "controlnext_training", "nodes", "tools", "benchmarks")
+"""Folders that mypy checks, where they exist."""
+TESTS = ROOT / "tests"
 STAGE = ROOT / ".cache" / "types"
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the command line says, for the steps. host: provides the ComfyUI, downloading it on first use."""
+class CheckOptions:
+    """Options of `run.py test`."""
 
     host: Callable[[], Path]
-    long: bool
-    expression: str | None
+    """Provides the ComfyUI, downloading it on first use."""
+    long: bool = False
+    """True: tests marked `long` run as well."""
+    fast: bool = False
+    """True: only tests that need no ComfyUI run."""
+    expression: str | None = None
+    """pytest's -k."""
+    files: tuple[str, ...] = ()
+    """Test files to run; () = all."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,7 @@ class Step:
     """One row: its name for --only, and a function that runs it and returns an exit status."""
 
     name: str
-    run: Callable[[Options], int]
+    run: Callable[[CheckOptions], int]
 
 
 def call(*arguments: str, folder: Path = ROOT, **variables: str) -> int:
@@ -51,27 +60,29 @@ def stage_for_types() -> list[str]:
     """
     package = STAGE / "comfyui_controlnext"
     shutil.rmtree(package, ignore_errors=True)
-    for name in CODE:
+    for name in PACKAGES:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, package / name, ignore=shutil.ignore_patterns("__pycache__", "*.md"))
-    return [f"comfyui_controlnext.{name}" for name in TYPED if (ROOT / name).is_dir()]
+    return [f"comfyui_controlnext.{name}" for name in PACKAGES if (ROOT / name).is_dir()]
 
 
-def check_types(options: Options) -> int:
-    """mypy over TYPED."""
+def check_types(options: CheckOptions) -> int:
+    """Type-check PACKAGES with mypy."""
     packages = [word for name in stage_for_types() for word in ("-p", name)]
     config, cache = str(ROOT / "pyproject.toml"), str(STAGE / "cache")
     return call("-m", "mypy", "--config-file", config, "--cache-dir", cache, *packages, folder=STAGE)
 
 
-def run_pytest(options: Options) -> int:
-    """All tests but those for a GPU; the ones marked `comfy` get their ComfyUI through the environment."""
-    arguments = ["-m", "pytest", "-m", "not gpu"]
+def run_pytest(options: CheckOptions) -> int:
+    """Run the tests except those for a GPU. Tests marked `comfy` find their ComfyUI through the environment."""
+    marks = "not gpu and not comfy" if options.fast else "not gpu"
+    arguments = ["-m", "pytest", "-m", marks, *options.files]
     if options.long:
         arguments.append("--long")
     if options.expression:
         arguments += ["-k", options.expression]
-    return call(*arguments, CONTROLNEXT_COMFYUI=str(options.host()), PYTHONSAFEPATH="1")
+    host = "" if options.fast else str(options.host())
+    return call(*arguments, CONTROLNEXT_COMFYUI=host, PYTHONSAFEPATH="1")
 
 
 STEPS = (
@@ -82,16 +93,37 @@ STEPS = (
 )
 
 
-def run_checks(host: Callable[[], Path], only: Sequence[str] | None, long: bool, expression: str | None) -> int:
-    """Run the steps (those named in `only`, or all), print a summary; 0 if all passed, else 1."""
-    options = Options(host, long, expression)
+def choose(only: Sequence[str]) -> tuple[tuple[Step, ...], tuple[str, ...]]:
+    """(steps to run, test files to run) of --only: names of steps, and patterns of test files.
+
+    A pattern is a part of a file's path below tests/, or has wildcards for all of it. Raises SetupError where one fits
+    nothing.
+    """
+    if not only:
+        return STEPS, ()
+    names = {step.name for step in STEPS}
+    paths = {path.relative_to(TESTS).as_posix(): str(path) for path in sorted(TESTS.rglob("test_*.py"))}
+    files: dict[str, None] = {}
+    for pattern in (pattern for pattern in only if pattern not in names):
+        found = [path for name, path in paths.items() if pattern in name or fnmatch.fnmatch(name, pattern)]
+        if not found:
+            raise SetupError(
+                f"--only {pattern}: is no step ({', '.join(sorted(names))}), and no test file has that name"
+            )
+        files |= dict.fromkeys(found)
+    return tuple(step for step in STEPS if step.name in only or (files and step.name == "pytest")), tuple(files)
+
+
+def run_checks(options: CheckOptions, only: Sequence[str]) -> int:
+    """Run the steps that `only` chooses, or all, and print a summary; returns 0 if all passed, else 1."""
+    steps, files = choose(only)
+    options = replace(options, files=files)
     results: list[tuple[str, int, float]] = []
-    for step in STEPS:
-        if only is None or step.name in only:
-            print(f"== {step.name}", flush=True)
-            started = time.monotonic()
-            status = step.run(options)
-            results.append((step.name, status, time.monotonic() - started))
+    for step in steps:
+        print(f"== {step.name}", flush=True)
+        started = time.monotonic()
+        status = step.run(options)
+        results.append((step.name, status, time.monotonic() - started))
     print("== summary")
     for name, status, seconds in results:
         print(f"{'passed' if status == 0 else 'FAILED'}  {name:<10} {seconds:7.1f} s")

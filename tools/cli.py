@@ -59,19 +59,26 @@ def _comfy(options: argparse.Namespace) -> int:
 
 
 def _add_test(parser: Parser) -> None:
-    from .checks import STEPS
-
+    parser.add_argument("--fast", action="store_true", help="only the tests that need no ComfyUI")
     parser.add_argument("--long", action="store_true", help="also the tests marked `long`")
-    parser.add_argument("--only", action="append", choices=[step.name for step in STEPS], help="this step; repeatable")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="a step (format, lint, types, pytest), or the test files whose path holds this; repeatable",
+    )
     parser.add_argument("-k", dest="expression", metavar="EXPR", help="only pytest, and there only these tests")
 
 
 def _test(options: argparse.Namespace) -> int:
-    from .checks import run_checks
+    from .checks import CheckOptions, run_checks
 
-    only = options.only or (["pytest"] if options.expression else None)
-    own = options.comfyui
-    return run_checks(lambda: host.provide(own, clone_folder()), only, options.long, options.expression)
+    def provide() -> Path:
+        return host.provide(options.comfyui, clone_folder())
+
+    only = options.only or (["pytest"] if options.expression else [])
+    return run_checks(CheckOptions(provide, options.long, options.fast, options.expression), only)
 
 
 def _add_convert(parser: Parser) -> None:

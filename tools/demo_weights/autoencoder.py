@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -68,13 +69,13 @@ def pictures(side: int, count: int, first: int = 0) -> Tensor:
     return torch.stack(images).permute(0, 3, 1, 2).contiguous()
 
 
-def encode(model: nn.Module, pixels: Tensor) -> Tensor:
-    """pixels (B, 3, H, W) in [0, 1] -> latents (B, 4, H/8, W/8) as the UNet sees them."""
+def encode(model: Any, pixels: Tensor) -> Tensor:
+    """pixels (B, 3, H, W) in [0, 1] -> latents (B, 4, H/8, W/8) as the UNet takes them."""
     return model.taesd_encoder(pixels)
 
 
-def decode(model: nn.Module, latent: Tensor) -> Tensor:
-    """The other way."""
+def decode(model: Any, latent: Tensor) -> Tensor:
+    """Latents (B, 4, H/8, W/8) as the UNet takes them -> pixels (B, 3, H, W) in [0, 1]."""
     return model.taesd_decoder(latent)
 
 
@@ -119,7 +120,7 @@ def trained(path: Path) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def _train(stage: Stage, model: nn.Module, steps: int, rate: float) -> Path:
+def _train(stage: Stage, model: Any, steps: int, rate: float) -> Path:
     parameters = [value for value in model.parameters() if value.requires_grad]
     encoder_trains = model.taesd_encoder[0].weight.requires_grad
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -168,7 +169,7 @@ def _batch(scenes: tuple[Tensor, ...], purpose: str, step: int) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def show(average: Average, model: nn.Module, path: Path) -> Path:
+def show(average: Average, model: Any, path: Path) -> Path:
     """Unseen scenes above what comes back."""
     pixels = pictures(2 * SIDE, 8, 10**6).float() / 255
     with torch.autocast("cpu", torch.bfloat16):

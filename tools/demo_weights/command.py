@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from ..comfy_server import COMFY_BASE
@@ -27,7 +28,15 @@ def run_stage(options: argparse.Namespace, host: Path) -> int:
     from .shipped import ship_base, ship_controls, train_controls
     from .style import train_style
 
-    work = (train_autoencoder, train_decoder, train_base, ship_base, train_style, train_controls, ship_controls)
+    work: tuple[Callable[[], Path], ...] = (
+        train_autoencoder,
+        train_decoder,
+        train_base,
+        ship_base,
+        train_style,
+        train_controls,
+        ship_controls,
+    )
     for name, stage in zip(STAGES, work, strict=True):
         if options.stage in (name, ALL):
             print(stage())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ def add_low_rank(unet: nn.Module) -> dict[str, LowRank]:
     found = {}
     for name in [name for name, _ in unet.named_parameters() if name.endswith(SUFFIXES)]:
         layer = unet.get_submodule(name.removesuffix(".weight"))
-        low_rank = LowRank(layer.weight.detach(), random)
+        low_rank = LowRank(cast(Tensor, layer.weight).detach(), random)
         parametrize.register_parametrization(layer, "weight", low_rank)
         found[name.removesuffix(".weight")] = low_rank
     return found

@@ -50,7 +50,8 @@ def xs_shapes(size: XSSize) -> Shapes:
     if size.own_time:
         plain = replace(unet, adm_channels=None)
         shapes |= {f"control_model.{name}": shape for name, shape in embedding_shapes(plain).items()}
-    kept, decoder, level = [], 0, 0
+    kept: list[int] = []
+    decoder, level = 0, 0
     for block in blocks(unet):
         if block.ldm.startswith("output_blocks"):
             shapes |= conv(f"dec_zero_convs_out.{decoder}.0", kept.pop(), base, 1, 1)
