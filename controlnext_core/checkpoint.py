@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .encodable import escaped
+
 TORCH_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
 SUFFIXES = (".safetensors", ".sft", *TORCH_SUFFIXES)
 MAX_LISTED = 5
@@ -124,12 +126,13 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     disk or an unwritable folder.
     """
     path = Path(path)
+    told = {escaped(key): escaped(value) for key, value in metadata.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode  # as of any new file; safetensors makes its own for the owner's eyes only
-        save_file({name: t.contiguous() for name, t in tensors.items()}, str(temporary), dict(metadata))
+        save_file({name: t.contiguous() for name, t in tensors.items()}, str(temporary), told)
         temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..controlnext_core.encodable import escaped
 from .base_model.base_files import control_folder, load_base, runs_folder
 from .config import ConfigError, TrainConfig
 from .data.dataset import open_dataset
@@ -52,7 +53,7 @@ class Console:
         if self.quiet:
             return
         with contextlib.suppress(OSError):  # the terminal or the pipe is gone: no reason to lose the run
-            sys.stdout.write(f"{text}\n")
+            sys.stdout.write(f"{escaped(text)}\n")
             sys.stdout.flush()
 
     def progress(self, step: int, steps: int, text: str) -> None:

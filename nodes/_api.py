@@ -6,7 +6,9 @@ from collections.abc import Collection
 
 from comfy_api.latest import io, ui
 
-__all__ = ["io", "ui", "wrong_choice"]
+from ..controlnext_core.comfy_adapter.control_node import ControlNode
+
+__all__ = ["ControlNode", "io", "ui", "wrong_choice"]
 
 
 def wrong_choice(**chosen: tuple[str | None, Collection[str]]) -> str:

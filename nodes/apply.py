@@ -8,7 +8,7 @@ from ..controlnext_core.comfy_adapter.attach import attach
 from ..controlnext_core.comfy_adapter.host_control import HostControl
 from ..controlnext_core.schedule import parse_schedule
 from ..controlnext_core.specs import Halves
-from ._api import io, wrong_choice
+from ._api import ControlNode, io, wrong_choice
 
 MASK_TOOLTIP = "Where the control acts: 1 fully, 0 not at all. Masks of Options and Apply multiply."
 
@@ -27,7 +27,7 @@ def our_control(control_net: Any) -> HostControl:
     return control_net
 
 
-class ControlNeXtApply(io.ComfyNode):
+class ControlNeXtApply(ControlNode):
     """The door for workflows without a positive and a negative to route."""
 
     @classmethod
@@ -107,7 +107,7 @@ def _part_input(part: str) -> io.Float.Input:
     )
 
 
-class ControlNeXtOptions(io.ComfyNode):
+class ControlNeXtOptions(ControlNode):
     """Who gets the control, where, and how strongly over the run."""
 
     @classmethod

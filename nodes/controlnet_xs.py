@@ -8,10 +8,10 @@ from ..controlnext_core.comfy_adapter import files
 from ..controlnext_core.comfy_adapter.feedback import tell
 from ..controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
 from ..controlnext_core.xs_specs import NORM_RULES, parse_heads
-from ._api import io, wrong_choice
+from ._api import ControlNode, io, wrong_choice
 
 
-class ControlNetXSLoader(io.ComfyNode):
+class ControlNetXSLoader(ControlNode):
     """A ControlNet-XS from a file."""
 
     @classmethod

@@ -9,7 +9,7 @@ import comfy.model_management
 import torch
 
 from ..controlnext_core.hints import HINTS, edges, tones
-from ._api import io, wrong_choice
+from ._api import ControlNode, io, wrong_choice
 
 
 def draw_batch(images: torch.Tensor, draw: Callable[[int, Any], Any]) -> io.NodeOutput:
@@ -36,7 +36,7 @@ def hint_schema(kind: str, name: str, description: str, inputs: list[Any], outpu
     )
 
 
-class ControlNeXtHintCanny(io.ComfyNode):
+class ControlNeXtHintCanny(ControlNode):
     """Thin edges."""
 
     @classmethod
@@ -69,7 +69,7 @@ class ControlNeXtHintCanny(io.ComfyNode):
         return draw_batch(image, lambda _, picture: HINTS["canny"](picture, low_threshold, high_threshold))
 
 
-class ControlNeXtHintSoftEdge(io.ComfyNode):
+class ControlNeXtHintSoftEdge(ControlNode):
     """Soft outlines without a network."""
 
     @classmethod
@@ -105,7 +105,7 @@ class ControlNeXtHintSoftEdge(io.ComfyNode):
         return draw_batch(image, lambda _, picture: HINTS["soft_edge"](picture, width, sensitivity))
 
 
-class ControlNeXtHintLines(io.ComfyNode):
+class ControlNeXtHintLines(ControlNode):
     """Straight lines."""
 
     @classmethod
@@ -139,7 +139,7 @@ class ControlNeXtHintLines(io.ComfyNode):
         return draw_batch(image, lambda _, picture: HINTS["lines"](picture, min_length, thickness))
 
 
-class ControlNeXtHintBlur(io.ComfyNode):
+class ControlNeXtHintBlur(ControlNode):
     """Without detail."""
 
     @classmethod
@@ -171,7 +171,7 @@ class ControlNeXtHintBlur(io.ComfyNode):
         return draw_batch(image, lambda _, picture: HINTS["blur"](picture, size, style))
 
 
-class ControlNeXtHintMask(io.ComfyNode):
+class ControlNeXtHintMask(ControlNode):
     """Foreground and background."""
 
     @classmethod
@@ -205,7 +205,7 @@ class ControlNeXtHintMask(io.ComfyNode):
         return draw_batch(image, draw)
 
 
-class ControlNeXtHintGray(io.ComfyNode):
+class ControlNeXtHintGray(ControlNode):
     """Light and shade."""
 
     @classmethod

@@ -8,12 +8,12 @@ import torch
 
 from ..controlnext_core.hints.pose import MIN_SIDE, SIDE_STEP, align_poses
 from ..controlnext_core.hints.pose_drawing import draw_poses
-from ._api import io
+from ._api import ControlNode, io
 
 PoseKeypoint = io.Custom("POSE_KEYPOINT")
 
 
-class ControlNeXtPoseAlign(io.ComfyNode):
+class ControlNeXtPoseAlign(ControlNode):
     """Pose frames for ControlNeXt on SVD: a clip's poses fitted to the person in the reference image."""
 
     @classmethod

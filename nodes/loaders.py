@@ -13,10 +13,10 @@ from ..controlnext_core.control_files import DTYPES, LAYOUTS
 from ..controlnext_core.metadata import WEIGHTS_KINDS
 from ..controlnext_core.specs import SPECS
 from ..controlnext_core.xs_convert import LAYOUTS as XS_LAYOUTS
-from ._api import io, ui, wrong_choice
+from ._api import ControlNode, io, ui, wrong_choice
 
 
-class ControlNeXtLoader(io.ComfyNode):
+class ControlNeXtLoader(ControlNode):
     """Encoder and UNet weights from files."""
 
     @classmethod
@@ -97,7 +97,7 @@ class ControlNeXtLoader(io.ComfyNode):
         return io.NodeOutput(loaded.model, loaded.control)
 
 
-class ControlNeXtInspect(io.ComfyNode):
+class ControlNeXtInspect(ControlNode):
     """What is this file?"""
 
     @classmethod
@@ -126,7 +126,7 @@ class ControlNeXtInspect(io.ComfyNode):
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 
-class ControlNeXtSave(io.ComfyNode):
+class ControlNeXtSave(ControlNode):
     """One file, or the authors' two."""
 
     @classmethod

@@ -6,10 +6,10 @@ from typing import Any
 
 from ..controlnext_core.comfy_adapter import unet_files, windows
 from ..controlnext_core.comfy_adapter.files import file_stamp
-from ._api import io, wrong_choice
+from ._api import ControlNode, io, wrong_choice
 
 
-class ControlNeXtUNetLoader(io.ComfyNode):
+class ControlNeXtUNetLoader(ControlNode):
     """The full UNets that some ControlNeXt releases come with."""
 
     @classmethod
@@ -52,7 +52,7 @@ class ControlNeXtUNetLoader(io.ComfyNode):
         return io.NodeOutput(unet_files.load_unet(unet_files.unet_path(weights_name), weight_dtype))
 
 
-class ControlNeXtVideoWindows(io.ComfyNode):
+class ControlNeXtVideoWindows(ControlNode):
     """Any number of frames, a window at a time."""
 
     @classmethod

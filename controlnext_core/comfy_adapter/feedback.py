@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
-import logging
 import sys
 from typing import Any
 
 from torch import Tensor
 
-log = logging.getLogger("controlnext")
+from .. import encodable
+
+log = encodable.logger("controlnext")
 
 
 def tell(text: str, node_id: str | None) -> None:
     """Log a report, and show it under its node where a page is connected."""
+    text = encodable.encodable(text)
     for line in text.splitlines():
         log.info("%s", line)
     server = sys.modules.get("server")

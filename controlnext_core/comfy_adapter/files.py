@@ -11,6 +11,8 @@ import folder_paths
 
 from ..checkpoint import SUFFIXES, CheckpointError, peek
 from ..detection import ControlFile, read_control_file
+from ..encodable import encodable, is_encodable
+from .feedback import log_once
 
 FOLDER = "controlnext"
 FOLDERS = (FOLDER, "controlnet")
@@ -33,14 +35,22 @@ def register_folder() -> None:
 def list_names(folders: Sequence[str]) -> list[str]:
     """Names of every weight file in these folders, as the widgets show them: with `/` on every system.
 
-    So a graph that was shared from another system finds its files.
+    So a graph that was shared from another system finds its files. Names that are not UTF-8 are left out, with a line
+    in the log.
     """
-    found = (name for folder in folders for name in folder_paths.get_filename_list(folder))
-    return list(dict.fromkeys(Path(name).as_posix() for name in found))
+    found = dict.fromkeys(
+        Path(name).as_posix() for folder in folders for name in folder_paths.get_filename_list(folder)
+    )
+    for name in found:
+        if not is_encodable(name):
+            log_once("%s: left out of the lists, as its name is not UTF-8. Rename the file.", encodable(name))
+    return [name for name in found if is_encodable(name)]
 
 
 def find(name: str, folders: Sequence[str]) -> Path:
-    """The file behind a widget's name. Raises CheckpointError where it is gone."""
+    """The file behind a widget's name. Raises CheckpointError where it is gone, or where its name is not UTF-8."""
+    if not is_encodable(name):
+        raise CheckpointError(f"{encodable(name)}: the file's name is not UTF-8. Rename the file and choose it again.")
     for folder in folders:
         path = folder_paths.get_full_path(folder, name)
         if path is not None:

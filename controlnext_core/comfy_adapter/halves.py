@@ -8,18 +8,18 @@ noted for each call.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import comfy.hooks
 from comfy.patcher_extension import WrappersMP
 
+from .. import encodable
 from ..injection import gain_of
 from ..specs import Gain, Halves
 
 CONDS_KEY = "controlnext_conds"
 PLAIN_CFG_PLACES = 2
-log = logging.getLogger(__name__)
+log = encodable.logger(__name__)
 
 
 def needs_halves(halves: Halves, gain: Gain) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +12,7 @@ from comfy.controlnet import ControlBase
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from .. import encodable
 from ..injection import pool_to
 from ..memory import rows_at_once
 from ..schedule import Schedule
@@ -26,7 +26,7 @@ from .halves import half_gains, is_plain, needs_halves, places_hook
 from .hint_inputs import clean_hint, clean_mask, content_id, frames_of, hint_rows
 from .run_state import Run, release_after_failure, sigma_of
 
-log = logging.getLogger(__name__)
+log = encodable.logger(__name__)
 
 NO_PARTS = (1.0, 1.0, 1.0)
 STEPS_TO_KEEP = 50

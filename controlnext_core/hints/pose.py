@@ -8,7 +8,6 @@ poses are in pixels of the output frame.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
-logger = logging.getLogger(__name__)
+from .. import encodable
+
+logger = encodable.logger(__name__)
 
 BODY_POINTS = 18
 FACE_POINTS = 68

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import os
 import re
 import threading
@@ -20,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ...controlnext_core import encodable
 from ...controlnext_core.checkpoint import fingerprint
 
-logger = logging.getLogger(__name__)
+logger = encodable.logger(__name__)
 
 SUFFIX = ".safetensors"
 STALE_SECONDS = 3600.0

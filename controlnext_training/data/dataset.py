@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...controlnext_core import encodable
 from ...controlnext_core.hints import HINTS
 from .buckets import Fit, bucket_sizes, choose, fit
 from .clips import Clip, Frames, clips
@@ -22,7 +22,7 @@ from .sources import VIDEO_SUFFIXES, Entry, entries, open_tree
 from .tree import Blob
 from .video_frames import REFERENCES, chosen_frames, region, windows
 
-logger = logging.getLogger(__name__)
+logger = encodable.logger(__name__)
 
 MASKS = ("auto", "alpha", "none")
 """Sources of loss regions. auto: mask files; alpha: mask files, else the pictures' alpha; none: no regions."""

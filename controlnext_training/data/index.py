@@ -10,7 +10,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,13 +17,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ...controlnext_core import encodable
 from .pictures import PictureError, decode
 from .samples import Facts, first_line
 from .sources import VIDEO_SUFFIXES
 from .tree import Blob
 from .video_frames import examine_video
 
-logger = logging.getLogger(__name__)
+logger = encodable.logger(__name__)
 
 VERSION = 1
 THREADS = 8

@@ -14,6 +14,7 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ...controlnext_core.comfy_adapter.control_node import ControlNode
 from ...controlnext_core.comfy_adapter.feedback import tell
 from ..base_model.base_files import runs_folder
 from ..command import INDEX, open_data
@@ -86,7 +87,7 @@ def find_folder(name: str) -> Path:
     )
 
 
-class ControlDatasetFolder(io.ComfyNode):
+class ControlDatasetFolder(ControlNode):
     """Pictures with hints from a folder."""
 
     @classmethod
@@ -150,7 +151,7 @@ class ControlDatasetFolder(io.ComfyNode):
         return io.NodeOutput(files, ui=ui.PreviewImage(as_image(contact_sheet(opened)), cls=cls))
 
 
-class ControlDatasetImages(io.ComfyNode):
+class ControlDatasetImages(ControlNode):
     """Pictures with hints from the graph."""
 
     @classmethod

@@ -13,6 +13,7 @@ import torch
 from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
+from ...controlnext_core.comfy_adapter.control_node import ControlNode
 from ...controlnext_core.comfy_adapter.feedback import tell
 from .. import state
 from ..base_model.controls import load_trained
@@ -90,7 +91,7 @@ def recipe_of_node(text: str) -> dict[str, Any]:
     return settings
 
 
-class ControlNeXtTrain(io.ComfyNode):
+class ControlNeXtTrain(ControlNode):
     """Train a ControlNeXt or a ControlNet-XS and load what was saved."""
 
     @classmethod

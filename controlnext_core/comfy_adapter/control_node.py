@@ -1,0 +1,53 @@
+"""The class of all nodes of the pack: every text that leaves a node goes through here."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..encodable import encodable_parts, make_encodable
+
+METHODS = ("execute", "validate_inputs", "fingerprint_inputs")
+"""Methods that the host calls, and whose results and errors it shows."""
+
+
+class ControlNode(io.ComfyNode):
+    """A node whose results and errors hold no text that the host cannot write."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in METHODS:
+            method = cls.__dict__.get(name)
+            if method is not None and not hasattr(method.__func__, "__wrapped__"):  # the host's copies have it
+                setattr(cls, name, classmethod(_speaking(method.__func__)))
+
+
+def _speaking(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, with its texts made encodable. The host reads its signature, so that stays."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **inputs: Any) -> Any:
+        try:
+            return _encodable_result(method(*args, **inputs))
+        except Exception as error:
+            said = make_encodable(error)
+            if said is error:
+                raise
+        raise said
+
+    call.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]  # `getfullargspec` follows no wrapper
+    return call
+
+
+def _encodable_result(result: Any) -> Any:
+    if not isinstance(result, io.NodeOutput):
+        return encodable_parts(result)
+    result.args = tuple(encodable_parts(part) for part in result.args)
+    if result.ui is not None:
+        shown = result.ui if isinstance(result.ui, dict) else result.ui.as_dict()
+        result.ui = encodable_parts(shown)
+    return result
