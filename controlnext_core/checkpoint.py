@@ -7,17 +7,18 @@ import hashlib
 import json
 import os
 import pickle
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from . import safetensors_file, torch_file
 from .encodable import escaped
+from .stored import KindError, StoredTensors, Table
 
 TORCH_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
 SUFFIXES = (".safetensors", ".sft", *TORCH_SUFFIXES)
@@ -43,42 +44,66 @@ def peek(path: str | Path) -> Header:
 
     Raises CheckpointError: not a file, empty, truncated, not a weight file, or a pickle with anything but tensors.
     """
-    path = _existing_file(Path(path))
-    if path.suffix.lower() in TORCH_SUFFIXES:
-        tensors = _load_torch(path)
-        return Header(
-            path,
-            {name: tuple(t.shape) for name, t in tensors.items()},
-            {name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items()},
-        )
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return Header(
-                path,
-                {name: tuple(s.get_shape()) for name, s in slices.items()},
-                {name: str(s.get_dtype()) for name, s in slices.items()},
-                dict(file.metadata() or {}),
-            )
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+    table = _table(Path(path))
+    shapes = {name: entry.shape for name, entry in table.entries.items()}
+    formats = {name: entry.format for name, entry in table.entries.items()}
+    return Header(table.path, shapes, formats, table.metadata)
 
 
 def load(path: str | Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Tensors of a file on the CPU; only `names` where given (safetensors reads no more than those).
+    """Tensors of a file on the CPU, in memory of their own; only `names` where given, and no more is read than those.
 
-    Raises CheckpointError as `peek`, and KeyError for a name that the file does not hold.
+    Raises CheckpointError as `peek`, for tensors that claim more than the file holds, and for a name that is not there.
     """
-    path = _existing_file(Path(path))
-    if path.suffix.lower() in TORCH_SUFFIXES:
-        tensors = _load_torch(path)
-        return tensors if names is None else {name: tensors[name] for name in names}
-    try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            wanted = file.keys() if names is None else names
-            return {name: file.get_tensor(name) for name in wanted}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+    table = _table(Path(path))
+    wanted = _known(table, table.entries if names is None else names)
+    with _readable(table.path):
+        return StoredTensors(table, wanted).read_all()
+
+
+def open_tensors(path: str | Path, names: Mapping[str, str] | None = None) -> Mapping[str, Tensor]:
+    """Tensors of a file as `load` gives them, each read when it is asked for: no more than one need be in memory.
+
+    names: the name that is asked for -> the name in the file. Raises as `load`, also where the file has changed since.
+    """
+    return _OpenTensors(_table(Path(path)), names)
+
+
+class _OpenTensors(Mapping[str, Tensor]):
+    def __init__(self, table: Table, names: Mapping[str, str] | None) -> None:
+        self._names = {name: name for name in table.entries} if names is None else dict(names)
+        self._path = table.path
+        wanted = _known(table, self._names.values())
+        with _readable(self._path):
+            self._stored = StoredTensors(table, wanted)
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored = self._names[name]
+        with _readable(self._path):
+            return self._stored[stored]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        return self._stored.shape(self._names[name])
+
+
+def _known(table: Table, names: Iterable[str]) -> list[str]:
+    """The names as a list. Raises CheckpointError for one that the file does not hold."""
+    wanted = list(names)
+    if lost := [name for name in wanted if name not in table.entries]:
+        raise CheckpointError(f"{table.path}: {listed('missing', lost)}. It was changed meanwhile: load it again.")
+    return wanted
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """The shape of a tensor among others, without reading it where they are on disk."""
+    return tensors.shape(name) if isinstance(tensors, _OpenTensors) else tuple(tensors[name].shape)
 
 
 def load_strict(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -173,23 +198,30 @@ def _existing_file(path: Path) -> Path:
     return path
 
 
-def _load_torch(path: Path) -> dict[str, Tensor]:
-    """The tensors of a torch file, through the unpickler that knows tensors only."""
+def _table(path: Path) -> Table:
+    """The tensors of a file by name. Raises CheckpointError."""
+    path = _existing_file(path)
+    with _readable(path):
+        return (torch_file if path.suffix.lower() in TORCH_SUFFIXES else safetensors_file).read_table(path)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Inside, whatever goes wrong with a file is a CheckpointError that names it."""
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
+        yield
+    except CheckpointError:
+        raise
+    except KindError as error:
+        raise CheckpointError(f"{path}: {error}. Choose another file.") from error
+    except (torch_file.CodeError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"{path}: holds more than tensors, or is no torch file, and was not opened ({_first_line(error)}). "
             "Files of this kind can run code on your machine: get the .safetensors version, or a file saved "
             "with plain tensors only."
         ) from error
-    except Exception as error:  # on damaged bytes the unpickler and the zip reader raise whatever comes
+    except Exception as error:  # on damaged bytes the readers of pickles and archives raise whatever comes
         raise _unreadable(path, error) from error
-    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, not named tensors. Choose another file.")
-    return {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:

@@ -17,6 +17,9 @@ from .families import CONTEXT_FAMILIES
 PUBLISHED_PREFIXES = ("controlnext.", "module.", "controlnet.", "unet.", "model.diffusion_model.", "diffusion_model.")
 """Outer names that a trainer, a bundle or a checkpoint puts before every name of a part."""
 
+MAX_NESTED = 8
+"""Prefixes one in another; with more, names are taken as they are."""
+
 HOST_ROOTS = ("input_blocks.", "middle_block.", "output_blocks.", "joint_blocks.")
 """Where any of these occurs, the whole file uses the host's names."""
 
@@ -284,7 +287,10 @@ def strip_prefix(
     Raises CheckpointError where only some of the names have a prefix: the file holds more than one part.
     """
     bare = {name: name for name in names}
-    while prefix := next((p for p in prefixes if any(b.startswith(p) for b in bare.values())), None):
+    for _ in range(MAX_NESTED):
+        prefix = next((p for p in prefixes if any(b.startswith(p) for b in bare.values())), None)
+        if prefix is None:
+            break
         without = [name for name, b in bare.items() if not b.startswith(prefix)]
         if without:
             raise CheckpointError(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from .checkpoint import CheckpointError
+from .counting import Numbered
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -21,14 +21,16 @@ def unet_config_of(shapes: Shapes, source: str) -> dict[str, Any]:
             f"{source}: does not hold a whole UNet ({len(shapes)} tensors, no conv_in or conv_out). Weights that go on "
             "a loaded model are chosen as weights_name in Load ControlNeXt."
         )
-    levels = _count(shapes, r"down_blocks\.(\d+)\.")
-    resnets = [_count(shapes, rf"down_blocks\.{i}\.resnets\.(\d+)\.") for i in range(levels)]
-    down = [_depth(shapes, f"down_blocks.{i}.attentions.{r}") for i in range(levels) for r in range(resnets[i])]
+    numbered = Numbered(shapes, source)
+    levels = numbered.count("down_blocks")
+    resnets = [numbered.count(f"down_blocks.{i}.resnets") for i in range(levels)]
+    down = [_depth(numbered, f"down_blocks.{i}.attentions.{r}") for i in range(levels) for r in range(resnets[i])]
     up = [
-        _depth(shapes, f"up_blocks.{i}.attentions.{r}")
-        for i in range(_count(shapes, r"up_blocks\.(\d+)\."))
-        for r in range(_count(shapes, rf"up_blocks\.{i}\.resnets\.(\d+)\."))
+        _depth(numbered, f"up_blocks.{i}.attentions.{r}")
+        for i in range(numbered.count("up_blocks"))
+        for r in range(numbered.count(f"up_blocks.{i}.resnets"))
     ]
+    numbered.check_layers(sum(1 + depth for depth in (*down, *up)))
     temporal = any("temporal_res_block" in name for name in shapes)
     labels = shapes.get("add_embedding.linear_1.weight")
     return {
@@ -36,7 +38,7 @@ def unet_config_of(shapes: Shapes, source: str) -> dict[str, Any]:
         "num_res_blocks": resnets,
         "transformer_depth": down,
         "transformer_depth_output": up[::-1],
-        "transformer_depth_middle": _middle_depth(shapes),
+        "transformer_depth_middle": _middle_depth(numbered),
         "adm_in_channels": labels[1] if labels else None,
         "use_temporal_resblock": temporal,
         "use_temporal_attention": temporal,
@@ -44,19 +46,13 @@ def unet_config_of(shapes: Shapes, source: str) -> dict[str, Any]:
     }
 
 
-def _count(names: Iterable[str], pattern: str) -> int:
-    """How many numbers the pattern's group takes, at the start of a name."""
-    matches = (re.match(pattern, name) for name in names)
-    return len({match.group(1) for match in matches if match})
+def _depth(numbered: Numbered, attention: str) -> int:
+    return numbered.count(f"{attention}.transformer_blocks")
 
 
-def _depth(shapes: Shapes, attention: str) -> int:
-    return _count(shapes, rf"{re.escape(attention)}\.transformer_blocks\.(\d+)\.")
-
-
-def _middle_depth(shapes: Shapes) -> int:
-    resnets = _count(shapes, r"mid_block\.resnets\.(\d+)\.")
-    return _depth(shapes, "mid_block.attentions.0") if resnets > 1 else resnets - 2
+def _middle_depth(numbered: Numbered) -> int:
+    resnets = numbered.count("mid_block.resnets")
+    return _depth(numbered, "mid_block.attentions.0") if resnets > 1 else resnets - 2
 
 
 def _width(shapes: Shapes, level: int, source: str) -> int:

@@ -14,7 +14,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, shape_of
 from .key_maps import KeyMap, Target, as_target, family_hint, resolve_names, strip_prefix
 
 HOST_PREFIX = "diffusion_model."
@@ -49,8 +49,9 @@ def decide_kind(file: Mapping[str, Tensor], base: Base, source: str = "the weigh
     Difference: r <= 0.3, or r < 0.5 and |c| < 0.3. Full: r >= 0.5 and r c >= 0.5 (nearer to base than to 0).
     Raises CheckpointError with r and c for anything else, and where there is no weight to compare.
     """
-    weights = [name for name, tensor in file.items() if name.endswith(".weight") and tensor.ndim >= 2]
-    weights.sort(key=lambda name: (-file[name].numel(), name))
+    shapes = {name: shape_of(file, name) for name in file if name.endswith(".weight")}
+    weights = [name for name, shape in shapes.items() if len(shape) >= 2]
+    weights.sort(key=lambda name: (-math.prod(shapes[name]), name))
     measured: list[tuple[float, float]] = []
     for name in weights:
         tensor = base(name)
@@ -241,8 +242,8 @@ def _peak(tensor: Tensor) -> float:
 
 def _shape_error(source: str, name: str, file: Mapping[str, Tensor], current: Tensor) -> CheckpointError:
     bare = strip_prefix(file)
-    hint = family_hint({bare[n]: tuple(t.shape) for n, t in file.items()})
+    hint = family_hint({bare[n]: shape_of(file, n) for n in file})
     return CheckpointError(
-        f"{source}: '{name}' has shape {list(file[name].shape)}, the connected model {list(current.shape)}. "
+        f"{source}: '{name}' has shape {list(shape_of(file, name))}, the connected model {list(current.shape)}. "
         f"{hint}Nothing was loaded."
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..models.controlnet_xs import HINT_CONVS, ControlNetXS, ControlNetXSConfig
 from .checkpoint import Header, compare_shapes
+from .counting import Numbered
 from .detection import DetectionError, read_control_file
 from .specs import Family
 from .xs_key_maps import DIFFUSERS, OFFICIAL, from_ours, reduce_fused, to_ours
@@ -138,15 +138,11 @@ def _what_else(header: Header) -> str:
     return f"It is a ControlNeXt ({file.candidates[0].title}): load it with Load ControlNeXt."
 
 
-def _count(names: Iterable[str], pattern: str) -> int:
-    """How many different numbers stand in the group of `pattern`."""
-    compiled = re.compile(pattern)
-    return len({found[1] for name in names if (found := compiled.match(name))})
-
-
 def _layout(shapes: Shapes, format: str, header: Header) -> XSLayout:
-    levels, middle = (_official_levels if format == OFFICIAL else _adapter_levels)(shapes)
-    depth = _count(shapes, rf"{re.escape(middle)}\.transformer_blocks\.(\d+)\.")
+    numbered = Numbered(shapes, str(header.path))
+    levels, middle = (_official_levels if format == OFFICIAL else _adapter_levels)(shapes, numbered)
+    depth = numbered.count(f"{middle}.transformer_blocks")
+    numbered.check_layers(depth + sum(1 + blocks for level in levels for blocks in level))
     time, out = (
         ("control_model.time_embed.", "enc_zero_convs_out.")
         if format == OFFICIAL
@@ -170,25 +166,25 @@ def _layout(shapes: Shapes, format: str, header: Header) -> XSLayout:
     )
 
 
-def _official_levels(shapes: Shapes) -> tuple[list[tuple[int, ...]], str]:
+def _official_levels(shapes: Shapes, numbered: Numbered) -> tuple[list[tuple[int, ...]], str]:
     levels: list[list[int]] = [[]]
-    for i in range(1, _count(shapes, r"control_model\.input_blocks\.(\d+)\.")):
+    for i in range(1, numbered.count("control_model.input_blocks")):
         block = f"control_model.input_blocks.{i}"
         if f"{block}.0.op.weight" in shapes:
             levels.append([])
         else:
-            levels[-1].append(_count(shapes, rf"{re.escape(block)}\.1\.transformer_blocks\.(\d+)\."))
+            levels[-1].append(numbered.count(f"{block}.1.transformer_blocks"))
     return [tuple(level) for level in levels], "control_model.middle_block.1"
 
 
-def _adapter_levels(shapes: Shapes) -> tuple[list[tuple[int, ...]], str]:
+def _adapter_levels(shapes: Shapes, numbered: Numbered) -> tuple[list[tuple[int, ...]], str]:
     levels = []
-    for level in range(_count(shapes, r"down_blocks\.(\d+)\.")):
+    for level in range(numbered.count("down_blocks")):
         down = f"down_blocks.{level}"
         levels.append(
             tuple(
-                _count(shapes, rf"{down}\.attentions\.{i}\.transformer_blocks\.(\d+)\.")
-                for i in range(_count(shapes, rf"{down}\.resnets\.(\d+)\."))
+                numbered.count(f"{down}.attentions.{i}.transformer_blocks")
+                for i in range(numbered.count(f"{down}.resnets"))
             )
         )
     return levels, "mid_block.midblock.attentions.0"

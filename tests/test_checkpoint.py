@@ -12,7 +12,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from comfyui_controlnext.controlnext_core import checkpoint
+from comfyui_controlnext.controlnext_core import checkpoint, safetensors_file
 from comfyui_controlnext.controlnext_core.checkpoint import CheckpointError, fingerprint, load, load_strict, peek, save
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
@@ -123,7 +123,7 @@ def test_files_that_are_none_say_so(folder: Path, suffix: str) -> None:
 @pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"), ValueError("odd")])
 def test_a_file_that_cannot_be_opened_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     path = save(folder / "x.safetensors", tensors(), {})
-    monkeypatch.setattr(checkpoint, "safe_open", raiser(error))
+    monkeypatch.setattr(safetensors_file, "stamp_of", raiser(error))
     assert str(error) in refusal(path)
 
 

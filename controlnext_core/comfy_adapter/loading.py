@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,8 +48,8 @@ def load_controlnext(
     """
     file = read_control_file(checkpoint.peek(path))
     base = loaded_base(model.model)
+    check_pair(base, choose_spec(file, base.family, variant), file.out_channels, str(path))
     control = load_control(file, base.family, variant)
-    check_pair(base, control.net.spec, file.out_channels, str(path))
     chosen = choose_weights(file, weights_name)
     report = [f"{file.header.path.name}: {control.net.spec.title} ({control.net.spec.name})"]
     if chosen.path is None or weights_strength == 0:
@@ -70,13 +71,10 @@ def load_controlnext(
     return Loaded(patched, control, "\n".join(report))
 
 
-def weights_of(file: ControlFile, chosen: ChosenWeights) -> dict[str, torch.Tensor]:
-    """The UNet tensors of the chosen file, by published name."""
+def weights_of(file: ControlFile, chosen: ChosenWeights) -> Mapping[str, torch.Tensor]:
+    """The UNet tensors of the chosen file, by published name; each is read when it is asked for."""
     assert chosen.path is not None
-    if not chosen.bundled:
-        return checkpoint.load(chosen.path)
-    found = checkpoint.load(chosen.path, file.weights.values())
-    return {name: found[stored] for name, stored in file.weights.items()}
+    return checkpoint.open_tensors(chosen.path, file.weights if chosen.bundled else None)
 
 
 def kind_of(file: ControlFile, chosen: ChosenWeights, weights_kind: str = "auto") -> WeightsKind | None:
