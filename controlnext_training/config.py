@@ -16,6 +16,7 @@ from .choices import AUTO, FUSIONS, LAYOUTS, SUBSETS, VARIANTS
 from .data.samples import PAIRED
 from .objective import OBJECTIVES, TIMESTEP_LAWS
 from .optimizers import OPTIMIZERS
+from .patterns import MAX_LETTERS, Pattern, PatternError
 from .schedules import SCHEDULES, Schedule
 from .settings import ConfigError as ConfigError
 from .settings import last_names, setting, settings_of
@@ -257,12 +258,15 @@ class TrainConfig:
             raise ConfigError(f"layout: {self.layout} is not for {self.variant}. Choose {' or '.join(layouts[:2])}.")
         if self.trainable.startswith("re:"):
             try:
-                re.compile(self.trainable[3:])
-            except re.error as error:
-                raise ConfigError(f"trainable: {self.trainable[3:]!r} is no regular expression ({error}).") from None
+                Pattern(self.trainable[3:])
+            except PatternError as error:
+                raise ConfigError(
+                    f"trainable: {self.trainable[3:][:MAX_LETTERS]!r} is no regular expression that is supported "
+                    f"({error}). Write one such as re:attn2.*to_(out|v)."
+                ) from None
         elif self.trainable not in SUBSETS:
             raise ConfigError(
-                f"trainable: {self.trainable!r} is unknown. Choose {', '.join(SUBSETS)} or re:EXPRESSION."
+                f"trainable: {self.trainable[:MAX_LETTERS]!r} is unknown. Choose {', '.join(SUBSETS)} or re:EXPRESSION."
             )
         parse_blocks(self.blocks)
 

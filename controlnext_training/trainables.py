@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from ..controlnext_core.key_maps import KeyMap, as_target
 from .choices import SUBSETS
 from .config import ConfigError, parse_blocks
+from .patterns import Pattern
 
 SIDES = {"input": "input_blocks.", "middle": "middle_block.", "output": "output_blocks."}
 """Side of the UNet in a setting -> start of the host's names."""
@@ -62,12 +63,12 @@ class Differences:
 def selected(key_map: KeyMap, trainable: str, blocks: str) -> list[str]:
     """Host names of the UNet's tensors that train, sorted.
 
-    trainable: a key of SUBSETS or `re:EXPRESSION`, over published names; blocks: as `parse_blocks` reads it.
-    Raises ConfigError where a choice other than `none` selects nothing.
+    trainable: a key of SUBSETS or `re:EXPRESSION` (a `Pattern`), over published names; blocks: as `parse_blocks` reads
+    it. Raises ConfigError where a choice other than `none` selects nothing.
     """
-    pattern = re.compile(trainable[3:] if trainable.startswith("re:") else SUBSETS[trainable])
+    search = Pattern(trainable[3:]).search if trainable.startswith("re:") else re.compile(SUBSETS[trainable]).search
     sides = parse_blocks(blocks)
-    names = {as_target(target).name for published, target in key_map.items() if pattern.search(published)}
+    names = {as_target(target).name for published, target in key_map.items() if search(published)}
     chosen = sorted(name for name in names if not sides or _inside(name, sides))
     if not chosen and trainable != "none":
         raise ConfigError(
