@@ -168,7 +168,7 @@ def effective_weights(model: Any) -> dict[str, Tensor]:
 
 def weights_in_training(controlled: Controlled) -> dict[str, Tensor]:
     unet, found = controlled.unet, {}
-    for name in unet_key_map(controlled.facts.unet_config).values():
+    for name in unet_key_map(controlled.facts.config).values():
         path, _, leaf = name.rpartition(".")
         found[name] = getattr(unet.get_submodule(path), leaf).detach()
     return found
@@ -264,7 +264,7 @@ def test_the_published_layout_is_what_the_authors_scripts_read(models: Any, tmp_
     reference = load_file(tiny_models.make_controlnext(tmp_path / "gen2.safetensors", "gen2"))
     assert {n: t.shape for n, t in encoder.items()} == {n: t.shape for n, t in reference.items()}
     assert {t.dtype for t in (*encoder.values(), *added.values())} == {torch.float16}
-    key_map = unet_key_map(controlled.facts.unet_config)
+    key_map = unet_key_map(controlled.facts.config)
     assert added.keys() == {name for name in key_map if "to_out" in name}
     assert all(name.startswith(("down_blocks.", "mid_block.", "up_blocks.")) for name in added)
     for name, tensor in added.items():
