@@ -20,7 +20,7 @@ from .key_maps import KeyMap, Target, as_target, family_hint, resolve_names, str
 HOST_PREFIX = "diffusion_model."
 """What the host puts before the names of a UNet's tensors in its patches."""
 
-Base = Callable[[str], "Tensor | None"]
+BaseWeights = Callable[[str], "Tensor | None"]
 """A name -> the base model's tensor without any patch, on the file's device; None = no such tensor."""
 
 MAX_SAMPLES = 16
@@ -41,7 +41,7 @@ class WeightsKind(str, Enum):
     FULL = "full"
 
 
-def decide_kind(file: Mapping[str, Tensor], base: Base, source: str = "the weights file") -> WeightsKind:
+def decide_kind(file: Mapping[str, Tensor], base: BaseWeights, source: str = "the weights file") -> WeightsKind:
     """Tell differences from full weights by their size and direction against the base model's.
 
     base: takes the names of `file`, gives the published layout (`published_base`). Medians over up to 16 of
@@ -89,7 +89,9 @@ def _ratio_and_cosine(tensor: Tensor, base: Tensor) -> tuple[float, float] | Non
     return size / base_size, cosine
 
 
-def published_base(file: Mapping[str, Tensor], key_map: KeyMap, base: Base, source: str = "the weights file") -> Base:
+def published_base(
+    file: Mapping[str, Tensor], key_map: KeyMap, base: BaseWeights, source: str = "the weights file"
+) -> BaseWeights:
     """The base model seen with the file's names and layout, as `decide_kind` wants it.
 
     base: takes host names with `diffusion_model.`. Raises CheckpointError where a name is not the model's.
@@ -106,7 +108,7 @@ def published_base(file: Mapping[str, Tensor], key_map: KeyMap, base: Base, sour
 def host_differences(
     file: Mapping[str, Tensor],
     key_map: KeyMap,
-    base: Base,
+    base: BaseWeights,
     kind: WeightsKind,
     source: str = "the weights file",
 ) -> dict[str, Tensor]:
@@ -148,7 +150,7 @@ def host_differences(
 
 
 def full_from_differences(
-    differences: Mapping[str, Tensor], base: Base, dtype: torch.dtype = torch.float16
+    differences: Mapping[str, Tensor], base: BaseWeights, dtype: torch.dtype = torch.float16
 ) -> dict[str, Tensor]:
     """Full weights (base + difference, formed in fp32) by host name, for a file that holds full weights.
 

@@ -34,7 +34,7 @@ FUSED_SHARED = ("controlnet_cond_embedding", "control_to_base_for_conv_in", "bas
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class LayerNames:
     """One layer, or one block whose inner names agree but for the leaves of residual blocks."""
 
     ours: str
@@ -46,7 +46,7 @@ class Row:
         return self.official if format == OFFICIAL else self.diffusers
 
 
-def rows(layout: XSLayout) -> Iterator[Row]:
+def rows(layout: XSLayout) -> Iterator[LayerNames]:
     """Every row of a network with these blocks."""
     yield from _ends(layout)
     starts = _level_starts(layout)
@@ -54,42 +54,42 @@ def rows(layout: XSLayout) -> Iterator[Row]:
         ours, official, place = f"encoder.{i}", f"control_model.input_blocks.{i}", i - starts[level]
         down = f"down_blocks.{level}"
         if kind == CONV:
-            yield Row(f"{ours}.conv", f"{official}.0", "conv_in")
+            yield LayerNames(f"{ours}.conv", f"{official}.0", "conv_in")
             continue
         if kind == DOWN:
-            yield Row(f"{ours}.down.conv", f"{official}.0.op", f"{down}.downsamplers.conv")
+            yield LayerNames(f"{ours}.down.conv", f"{official}.0.op", f"{down}.downsamplers.conv")
         else:
-            yield Row(f"{ours}.res", f"{official}.0", f"{down}.resnets.{place}", residual=True)
+            yield LayerNames(f"{ours}.res", f"{official}.0", f"{down}.resnets.{place}", residual=True)
         if depth:
-            yield Row(f"{ours}.transformer", f"{official}.1", f"{down}.attentions.{place}")
+            yield LayerNames(f"{ours}.transformer", f"{official}.1", f"{down}.attentions.{place}")
         # diffusers numbers what enters a block by the block that takes it in, the release by the one it comes from
-        yield Row(f"base_to_control.{i - 1}", f"enc_zero_convs_in.{i - 1}.0", f"{down}.base_to_ctrl.{place}")
+        yield LayerNames(f"base_to_control.{i - 1}", f"enc_zero_convs_in.{i - 1}.0", f"{down}.base_to_ctrl.{place}")
         if layout.adds_in_encoder:
-            yield Row(f"control_to_base.{i}", f"enc_zero_convs_out.{i}.0", f"{down}.ctrl_to_base.{place}")
+            yield LayerNames(f"control_to_base.{i}", f"enc_zero_convs_out.{i}.0", f"{down}.ctrl_to_base.{place}")
     decoder = 0
     for up, depths in enumerate(reversed(layout.levels)):
         for place in range(len(depths) + 1):
             released = f"dec_zero_convs_out.{decoder}.0"
-            yield Row(f"decoder_to_base.{decoder}", released, f"up_connections.{up}.ctrl_to_base.{place}")
+            yield LayerNames(f"decoder_to_base.{decoder}", released, f"up_connections.{up}.ctrl_to_base.{place}")
             decoder += 1
 
 
-def _ends(layout: XSLayout) -> Iterator[Row]:
+def _ends(layout: XSLayout) -> Iterator[LayerNames]:
     if layout.own_time:
-        yield Row("time_embedding.linear_1", "control_model.time_embed.0", "time_embedding.linear_1")
-        yield Row("time_embedding.linear_2", "control_model.time_embed.2", "time_embedding.linear_2")
+        yield LayerNames("time_embedding.linear_1", "control_model.time_embed.0", "time_embedding.linear_1")
+        yield LayerNames("time_embedding.linear_2", "control_model.time_embed.2", "time_embedding.linear_2")
     for k in range(HINT_CONVS):
         place = {0: "conv_in", HINT_CONVS - 1: "conv_out"}.get(k, f"blocks.{k - 1}")
-        yield Row(f"hint_encoder.{k}", f"input_hint_block.{2 * k}", f"controlnet_cond_embedding.{place}")
+        yield LayerNames(f"hint_encoder.{k}", f"input_hint_block.{2 * k}", f"controlnet_cond_embedding.{place}")
     if layout.adds_in_encoder:
-        yield Row("control_to_base.0", "enc_zero_convs_out.0.0", "control_to_base_for_conv_in")
+        yield LayerNames("control_to_base.0", "enc_zero_convs_out.0.0", "control_to_base_for_conv_in")
     last = len(layout.kinds) - 1
-    yield Row(f"base_to_control.{last}", f"enc_zero_convs_in.{last}.0", "mid_block.base_to_ctrl")
+    yield LayerNames(f"base_to_control.{last}", f"enc_zero_convs_in.{last}.0", "mid_block.base_to_ctrl")
     middle = "control_model.middle_block"
-    yield Row("middle.0.res", f"{middle}.0", "mid_block.midblock.resnets.0", residual=True)
-    yield Row("middle.0.transformer", f"{middle}.1", "mid_block.midblock.attentions.0")
-    yield Row("middle.1.res", f"{middle}.2", "mid_block.midblock.resnets.1", residual=True)
-    yield Row("middle_to_base", "middle_block_out.0", "mid_block.ctrl_to_base")
+    yield LayerNames("middle.0.res", f"{middle}.0", "mid_block.midblock.resnets.0", residual=True)
+    yield LayerNames("middle.0.transformer", f"{middle}.1", "mid_block.midblock.attentions.0")
+    yield LayerNames("middle.1.res", f"{middle}.2", "mid_block.midblock.resnets.1", residual=True)
+    yield LayerNames("middle_to_base", "middle_block_out.0", "mid_block.ctrl_to_base")
 
 
 def _level_starts(layout: XSLayout) -> list[int]:
@@ -107,7 +107,7 @@ def to_ours(names: Iterable[str], layout: XSLayout, format: str) -> dict[str, st
     return {ours: name for name in names if (ours := _ours(name, by_name, format)) is not None}
 
 
-def _ours(name: str, by_name: Mapping[str, Row], format: str) -> str | None:
+def _ours(name: str, by_name: Mapping[str, LayerNames], format: str) -> str | None:
     found = _split(name, by_name)
     if found is None:
         return None
@@ -136,7 +136,7 @@ def from_ours(names: Iterable[str], layout: XSLayout, format: str) -> dict[str, 
     return result
 
 
-def _split(name: str, by_name: Mapping[str, Row]) -> tuple[Row, str] | None:
+def _split(name: str, by_name: Mapping[str, LayerNames]) -> tuple[LayerNames, str] | None:
     """The row with the longest name that `name` begins with, and the rest of `name`."""
     head = name
     while "." in head:

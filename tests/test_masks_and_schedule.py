@@ -65,11 +65,11 @@ def test_a_mask_is_averaged_over_the_area_of_a_cell(studio: Studio) -> None:
 
 def test_a_mask_is_averaged_before_it_goes_to_the_device(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once, for all steps, and where every size can be: an Apple GPU pools to divisors of the size alone."""
-    from comfyui_controlnext.controlnext_core.comfy_adapter import host_control
+    from comfyui_controlnext.controlnext_core.comfy_adapter import run_state
 
     pooled: list[str] = []
-    pool = host_control.pool_to
-    monkeypatch.setattr(host_control, "pool_to", lambda m, size: pooled.append(m.device.type) or pool(m, size))
+    pool = run_state.pool_to
+    monkeypatch.setattr(run_state, "pool_to", lambda m, size: pooled.append(m.device.type) or pool(m, size))
     loaded = studio.load()
     control = studio.options(loaded.control, mask=LEFT)
     control.pre_run(loaded.model.model, lambda percent: percent)

@@ -219,7 +219,7 @@ def _quiet_list_indexing() -> Iterator[None]:
 @pytest.mark.parametrize("rows", [[0, 1, 2, 3], [7, 8, 0, 1], [5, 6]])
 def test_windows_announced_as_animatediff_does(rows: list[int]) -> None:
     """`ad_params["sub_idxs"]` in the options of the forward; None outside a window."""
-    from comfyui_controlnext.controlnext_core.comfy_adapter.host_control import hint_rows
+    from comfyui_controlnext.controlnext_core.comfy_adapter.hint_inputs import hint_rows
 
     options = {"ad_params": {"sub_idxs": rows, "full_length": 9}}
     assert hint_rows(len(rows), 9, options) == tuple(rows)
@@ -230,7 +230,7 @@ def test_windows_announced_as_animatediff_does(rows: list[int]) -> None:
 @pytest.mark.parametrize("options", [{"context_window": SimpleNamespace(index_list=[5, 6, 7])}, ANIMATEDIFF], ids=str)
 def test_a_window_of_another_length_than_the_latents_is_not_theirs(options: dict[str, Any]) -> None:
     """A pack may cut a window into smaller batches without saying so."""
-    from comfyui_controlnext.controlnext_core.comfy_adapter.host_control import hint_rows
+    from comfyui_controlnext.controlnext_core.comfy_adapter.hint_inputs import hint_rows
 
     assert hint_rows(3, 9, options) == (5, 6, 7)
     assert hint_rows(2, 9, options) == (0, 1)
@@ -344,7 +344,7 @@ def test_more_or_fewer_hints_than_frames_are_told_once_a_run(
 
 
 def test_the_count_of_windows_that_others_make_is_not_guessed(caplog: pytest.LogCaptureFixture) -> None:
-    from comfyui_controlnext.controlnext_core.comfy_adapter.host_control import frames_of
+    from comfyui_controlnext.controlnext_core.comfy_adapter.hint_inputs import frames_of
 
     class Other:
         index_list = (0, 1)

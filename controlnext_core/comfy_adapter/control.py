@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,13 +11,14 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ...models.controlnext import Begun
 from ..families import FAMILIES
 from ..injection import Term, prepare
 from ..memory import NUMBERS_PER_PIXEL, feature_bytes, rows_at_once
 from ..specs import Spec
 from .bases.base import LoadedBase, check_pair
 from .collector import Job, collect
-from .features import CACHE, Common, cached_rows, group_of
+from .features import cached_rows, group_of
 from .feedback import warn_if_tiled
 from .host_control import STEPS_TO_KEEP, HostControl
 
@@ -96,31 +97,12 @@ class ControlNeXtControl(HostControl):
     def features(self, rows: tuple[int, ...], h: Tensor, x: Tensor, sigma: float) -> Tensor:
         """Encoder output of each row's hint, normalised and pooled: (len(rows), C, H, W) in h's dtype; cached."""
         assert self.run is not None
-        size, fusion = (int(h.shape[-2]), int(h.shape[-1])), self.net.spec.fusion
-        how = (tuple(x.shape[-2:]), size, h.dtype, fusion.normalization, fusion.pool_first, fusion.eps)
-        group, first = group_of(self.net.uid, self.hint_id, self.network), self.run.timestep(sigma)
-
-        def common(timestep: float) -> Common:
-            return (round(timestep, 6), *how)
-
-        def encode(batch: tuple[int, ...]) -> Iterator[tuple[Common, Tensor]]:
-            network = self.net.patcher.model
-            begun = network.begin(self.sized_hint(batch, x, h.dtype))
-            for timestep in (first, *self.later_timesteps(sigma)):
-                if timestep != first and not needed(batch, timestep):
-                    continue
-                encoded = network.finish(begun, torch.full((1,), timestep, device=h.device))
-                prepared = prepare(encoded, size, fusion).to(h.dtype).contiguous()
-                yield common(timestep), prepared
-                if not CACHE.makes_room(prepared):
-                    return
-
-        def needed(batch: tuple[int, ...], timestep: float) -> bool:
-            return not all(CACHE.holds(group, (row, *common(timestep))) for row in batch)
-
+        group = group_of(self.net.uid, self.hint_id, self.network)
         pixels = x.shape[-2] * x.shape[-1] * self.compression_ratio**2
         at_once = rows_at_once(pixels * self.bytes_per_pixel(h.dtype))
-        return cached_rows(group, rows, common(first), h.device, encode, self.run.recent, at_once)
+        later = functools.partial(self.later_timesteps, sigma)
+        encoder = _Encoder(self, h, x)
+        return cached_rows(group, rows, encoder, self.run.timestep(sigma), later, h.device, self.run.recent, at_once)
 
     def later_timesteps(self, sigma: float) -> list[float]:
         """Those of the run's schedule after this sigma at which this control acts, each once."""
@@ -135,3 +117,26 @@ class ControlNeXtControl(HostControl):
         height, width = self.cond_hint_original.shape[-2:]
         out_channels = self.net.patcher.model.config.out_channels
         return STEPS_TO_KEEP * feature_bytes(self.net.spec, out_channels, height, width, dtype.itemsize)
+
+
+class _Encoder:
+    """`HintEncoder` of a ControlNeXt; what no timestep changes is computed once for the rows at hand."""
+
+    def __init__(self, control: ControlNeXtControl, h: Tensor, x: Tensor) -> None:
+        self.control, self.x, self.dtype = control, x, h.dtype
+        self.size, self.fusion = (int(h.shape[-2]), int(h.shape[-1])), control.net.spec.fusion
+        self.rows: tuple[int, ...] = ()
+        self.begun: Begun | None = None
+
+    def key(self, timestep: float) -> tuple[Hashable, ...]:
+        fusion = self.fusion
+        how = (self.dtype, fusion.normalization, fusion.pool_first, fusion.eps)
+        return (round(timestep, 6), tuple(self.x.shape[-2:]), self.size, *how)
+
+    def encode(self, rows: tuple[int, ...], timestep: float) -> Tensor:
+        network = self.control.network.model
+        if rows != self.rows or self.begun is None:
+            self.begun = None  # not beside the next: it is most of what a pass needs
+            self.rows, self.begun = rows, network.begin(self.control.sized_hint(rows, self.x, self.dtype))
+        encoded = network.finish(self.begun, torch.full((1,), timestep, device=self.x.device))
+        return prepare(encoded, self.size, self.fusion).to(self.dtype).contiguous()

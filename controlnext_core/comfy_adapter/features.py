@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
+from typing import Protocol
 
 import torch
 from comfy.cli_args import args
@@ -21,43 +22,65 @@ LIVE: Counter[str] = Counter()
 """Networks alive, by the identity of what they compute."""
 
 
-Common = tuple[Hashable, ...]
-"""What features depend on beside the encoder, the hint and the row: the timestep, sizes, the dtype, .."""
+class HintEncoder(Protocol):
+    """What turns hints into features, for features of one size, kind and dtype."""
+
+    def key(self, timestep: float) -> tuple[Hashable, ...]:
+        """All that the features depend on beside the encoder, the hint and its row: timestep, sizes, dtype."""
+
+    def encode(self, rows: tuple[int, ...], timestep: float) -> Tensor:
+        """The features of these rows of the hint, (len(rows), ...). Asked for several timesteps in succession."""
 
 
 def cached_rows(
     group: GroupKey,
     rows: tuple[int, ...],
-    common: Common,
+    encoder: HintEncoder,
+    timestep: float,
+    later: Callable[[], list[float]],
     device: torch.device,
-    encode: Callable[[tuple[int, ...]], Iterator[tuple[Common, Tensor]]],
     recent: dict[Hashable, Tensor],
     at_once: int = ROWS_AT_ONCE,
 ) -> Tensor:
     """The features of each row's hint, (len(rows), ...) on `device`: from the cache, or encoded and kept.
 
-    encode: rows, each once -> their features for `common`, and then any that will be needed later; it goes on after
-    what it gave is kept. recent: what the call before used and, afterwards, what this one did, so that neighbouring
-    windows share frames where the cache has no room. at_once: rows that `encode` is given at most.
-    Never write to the result.
+    later: timesteps that the run will need, encoded in the same pass as long as the cache has room; recent: what the
+    call before used and, afterwards, what this one did, so that neighbouring windows share frames where the cache has
+    no room; at_once: rows that are encoded in one pass at most. Never write to the result.
     """
+    common = encoder.key(timestep)
     keys = {row: (group, row, *common) for row in dict.fromkeys(rows)}
     found = {
         row: recent[key] if key in recent else CACHE.get(group, (row, *common), device) for row, key in keys.items()
     }
     missing = [row for row, value in found.items() if value is None]
+    timesteps = (timestep, *later()) if missing else ()
     for start in range(0, len(missing), at_once):
-        batch = tuple(missing[start : start + at_once])
-        for of_what, encoded in encode(batch):
-            for row, part in zip(batch, encoded.split(1), strict=True):
-                value = part.clone() if len(batch) > 1 else part
-                CACHE.put(group, (row, *of_what), value)
-                if of_what == common:
-                    found[row] = value
+        found.update(_encoded(group, tuple(missing[start : start + at_once]), encoder, timesteps))
     recent.clear()
     recent.update((keys[row], value) for row, value in found.items() if value is not None)
     values = [value for row in rows if (value := found[row]) is not None]
     return values[0] if len(values) == 1 else torch.cat(values)
+
+
+def _encoded(
+    group: GroupKey, rows: tuple[int, ...], encoder: HintEncoder, timesteps: tuple[float, ...]
+) -> dict[int, Tensor]:
+    """Row -> features at the first timestep; those, and as many of the others as there is room for, go to the cache."""
+    found: dict[int, Tensor] = {}
+    last: Tensor | None = None
+    for timestep in timesteps:
+        common = encoder.key(timestep)
+        if last is not None and not CACHE.makes_room(last):
+            break
+        if last is not None and all(CACHE.holds(group, (row, *common)) for row in rows):
+            continue
+        last = encoder.encode(rows, timestep)
+        for row, part in zip(rows, last.split(1), strict=True):
+            value = part.clone() if len(rows) > 1 else part
+            CACHE.put(group, (row, *common), value)
+            found.setdefault(row, value)
+    return found
 
 
 def group_of(uid: str, hint_id: str, patcher: ModelPatcher) -> GroupKey:

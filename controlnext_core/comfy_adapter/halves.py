@@ -13,13 +13,12 @@ from typing import Any
 import comfy.hooks
 from comfy.patcher_extension import WrappersMP
 
-from .. import encodable
 from ..injection import gain_of
 from ..specs import Gain, Halves
+from .feedback import log_once
 
 CONDS_KEY = "controlnext_conds"
 PLAIN_CFG_PLACES = 2
-log = encodable.logger(__name__)
 
 
 def needs_halves(halves: Halves, gain: Gain) -> bool:
@@ -43,6 +42,25 @@ def is_plain(transformer_options: dict[str, Any]) -> bool:
     numbers = transformer_options.get("cond_or_uncond") or [0]
     places = transformer_options.get(CONDS_KEY, PLAIN_CFG_PLACES)
     return places == PLAIN_CFG_PLACES and max(numbers) < PLAIN_CFG_PLACES
+
+
+def chunk_gains(
+    chunks: list[int], gains: tuple[float, float], transformer_options: dict[str, Any], name: str, apply_to: Halves
+) -> list[float]:
+    """One gain for each chunk of the guided batch; gains: (positive, negative).
+
+    Where the guider numbers its halves otherwise, both get the larger gain, and the log says so once.
+    """
+    positive, negative = gains
+    if positive != negative and not is_plain(transformer_options):
+        log_once(
+            "%s: this guider does not number its halves as plain guidance does, so apply_to=%s cannot be followed; "
+            "the control goes to both.",
+            name,
+            apply_to.value,
+        )
+        positive = negative = max(positive, negative)
+    return [negative if chunk else positive for chunk in chunks]
 
 
 def note_places(executor: Any, model: Any, conds: Any, x_in: Any, timestep: Any, model_options: dict[str, Any]) -> Any:

@@ -3,58 +3,29 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
 from typing import Any
 
-import comfy.utils
 import torch
 from comfy.controlnet import ControlBase
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from .. import encodable
-from ..injection import pool_to
 from ..memory import rows_at_once
-from ..schedule import Schedule
-from ..specs import Gain, Halves
+from ..specs import Gain
 from .bases.base import LoadedBase
 from .bases.table import loaded_base
+from .control_options import ControlOptions
 from .encoders import on_device
 from .features import CACHE
-from .feedback import log_once
-from .halves import half_gains, is_plain, needs_halves, places_hook
-from .hint_inputs import clean_hint, clean_mask, content_id, frames_of, hint_rows
-from .run_state import Run, release_after_failure, sigma_of
+from .halves import chunk_gains, half_gains, needs_halves, places_hook
+from .hint_inputs import clean_hint, content_id, frames_of, hint_rows
+from .run_state import SamplingRun, release_after_failure, sigma_of
 
 log = encodable.logger(__name__)
 
-NO_PARTS = (1.0, 1.0, 1.0)
 STEPS_TO_KEEP = 50
 """Steps of a run whose features the memory manager is asked to leave room for, as far as the cache goes."""
-
-
-@dataclass(frozen=True)
-class ControlOptions:
-    """What ControlNeXtOptions and ControlNeXtApply add to a control."""
-
-    apply_to: Halves = Halves.AUTO
-    masks: tuple[Tensor, ...] = ()
-    """Each (1 or latents, 1, h, w) in [0, 1]; they multiply."""
-    schedule: Schedule = Schedule(())
-    parts: tuple[float, float, float] = NO_PARTS
-    """Strengths of what the base's encoder, middle and decoder get, beside the strength; ControlNet-XS only."""
-    time_mix: float | None = None
-    """Takes the strength's place in the mix of an own time embedding; ControlNet-XS only."""
-
-    @functools.cached_property
-    def mask_id(self) -> str:
-        """Content hash of the masks."""
-        return content_id(self.masks)
-
-    @functools.cached_property
-    def masked_out(self) -> bool:
-        """Whether a mask is zero everywhere: no control at all."""
-        return not all(bool(mask.any()) for mask in self.masks)
 
 
 class HostControl(ControlBase):
@@ -66,12 +37,12 @@ class HostControl(ControlBase):
     """The gain of each half at strength 1, with the learned `scale` of the file where it has one."""
     scale: float | None = None
     has_parts = False
-    """Whether `ControlOptions.parts` and `time_mix` mean something."""
+    """True: `parts` and `time_mix` of the options mean something."""
 
     def __init__(self) -> None:
         super().__init__()
         self.options = ControlOptions()
-        self.run: Run | None = None
+        self.run: SamplingRun | None = None
         self.multigpu_clones: dict[torch.device, HostControl] = {}
         """Copies on further devices that sample at the same time; the host looks them up by this name."""
 
@@ -104,16 +75,14 @@ class HostControl(ControlBase):
 
         Raises ValueError for options that this kind of control does not have.
         """
-        parts = changes.pop("parts", NO_PARTS)
-        if not self.has_parts and (parts != NO_PARTS or changes.get("time_mix") is not None):
+        options = self.options.changed(**changes)
+        if options.for_xs and not self.has_parts:
             raise ValueError(
                 f"{self.name}: encoder_strength, middle_strength, decoder_strength and time_mix are for ControlNet-XS. "
                 "Leave them as they are (1, 1, 1, -1) for this control."
             )
-        changes["parts"] = tuple(new * old for new, old in zip(parts, self.options.parts, strict=True))
         c = self.copy()
-        masks = tuple(m for m in (clean_mask(mask) for mask in changes.pop("masks", ())) if m is not None)
-        c.options = replace(self.options, masks=self.options.masks + masks, **changes)
+        c.options = options
         c.previous_controlnet = self.previous_controlnet
         c.set_hooks()
         return c
@@ -143,7 +112,7 @@ class HostControl(ControlBase):
         super().pre_run(model, percent_to_timestep_function)
         base = loaded_base(model)
         self.check(base)
-        self.run = Run(base, model.model_sampling)
+        self.run = SamplingRun(base, model.model_sampling)
         release_after_failure(self, model)
         CACHE.begin_run()
 
@@ -176,7 +145,7 @@ class HostControl(ControlBase):
             control.run = None
         super().cleanup()
 
-    def _warn_without_effect(self, runs: list[Run]) -> None:
+    def _warn_without_effect(self, runs: list[SamplingRun]) -> None:
         """Say where no device had a use for the control; with several, each may have seen one half alone."""
         if not any(run.in_range for run in runs):
             return
@@ -243,59 +212,29 @@ class HostControl(ControlBase):
         return self.strength * (schedule.at(self.run.percent(sigma)) if schedule.points else 1.0)
 
     def sized_hint(self, rows: tuple[int, ...], x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows of the hint at 8x the latent's size, on its device: (len(rows), 3, 8H, 8W). As the stock nodes size."""
+        """Rows of the hint at the picture's size, on the latent's device: (len(rows), 3, 8H, 8W)."""
         assert self.run is not None
         height, width = (side * self.compression_ratio for side in x.shape[-2:])
-        key = (rows, height, width, x.device, dtype)
-        if key not in self.run.hints:
-            hint = self.cond_hint_original[list(rows)]
-            sized = comfy.utils.common_upscale(hint, width, height, self.upscale_algorithm, "center")
-            sized = sized.to(x.device, dtype).expand(-1, 3, -1, -1)
-            if x.device.type == "cpu":  # whose convolutions are a fifth faster so
-                sized = sized.contiguous(memory_format=torch.channels_last)
-            self.run.hints = {key: sized}
-        return self.run.hints[key]
+        return self.run.sized_hint(
+            self.cond_hint_original, rows, (height, width), self.upscale_algorithm, x.device, dtype
+        )
 
     def hint_rows(self, latents: int, transformer_options: dict[str, Any]) -> tuple[int, ...]:
-        """`hint_rows` of this control's hint; where there are not as many as frames, the log says so, once a run."""
+        """The row of the hint that each latent of a chunk gets."""
         assert self.run is not None
         hints = self.cond_hint_original.shape[0]
-        frames = frames_of(latents, transformer_options)
-        if not self.run.counted and frames is not None:
-            self.run.counted = True
-            if hints not in (1, frames):
-                what = f"the last {hints - frames} are not used" if hints > frames else "they repeat from the start"
-                log.warning("%s: %d hints for %d frames or images: %s.", self.name, hints, frames, what)
+        self.run.count_hints(self.name, hints, frames_of(latents, transformer_options))
         return hint_rows(latents, hints, transformer_options)
 
     def chunk_gains(self, chunks: list[int], transformer_options: dict[str, Any]) -> list[float]:
         """One gain per chunk of the guided batch, at strength 1."""
-        apply_to = self.options.apply_to
-        positive, negative = half_gains(apply_to, self.gain, self.scale)
-        if positive != negative and not is_plain(transformer_options):
-            log_once(
-                "%s: this guider does not number its halves as plain guidance does, so apply_to=%s cannot be followed; "
-                "the control goes to both.",
-                self.name,
-                apply_to.value,
-            )
-            positive = negative = max(positive, negative)
-        return [negative if chunk else positive for chunk in chunks]
+        gains = half_gains(self.options.apply_to, self.gain, self.scale)
+        return chunk_gains(chunks, gains, transformer_options, self.name, self.options.apply_to)
 
     def mask(self, latents: int, h: Tensor, transformer_options: dict[str, Any]) -> Tensor | None:
-        """The product of all masks at the size of h, by area: (1 or latents, 1, H, W), or None."""
+        """The product of all masks at the size of h: (1 or latents, 1, H, W), or None."""
         assert self.run is not None
-        if not self.options.masks:
-            return None
-        rows = tuple(hint_rows(latents, mask.shape[0], transformer_options) for mask in self.options.masks)
-        key = (rows, h.shape[-2:], h.device)
-        if key not in self.run.masks:
-            sized = (
-                pool_to(mask[list(of_mask)], (h.shape[-2], h.shape[-1])).to(h.device)
-                for of_mask, mask in zip(rows, self.options.masks, strict=True)
-            )
-            self.run.masks[key] = functools.reduce(torch.mul, sized)
-        return self.run.masks[key]
+        return self.run.mask(self.options.masks, latents, h, transformer_options)
 
     def inference_memory_requirements(self, dtype: torch.dtype) -> int:
         """Peak of an encoder's pass or of a forward, and room for the features that a run keeps on the device.

@@ -12,9 +12,10 @@ from comfy.model_patcher import ModelPatcher
 from ...models.controlnext import ControlNeXt
 from .. import checkpoint
 from ..detection import ControlFile, choose_spec, read_control_file
+from ..key_maps import KeyMap
 from ..metadata import read_metadata
 from ..specs import Family, Spec, config_of, with_normalization, with_trained_gain
-from ..unet_weights import WeightsKind, decide_kind, host_differences, published_base
+from ..unet_weights import BaseWeights, WeightsKind, decide_kind, host_differences, published_base
 from .bases.base import check_pair
 from .bases.table import loaded_base
 from .control import ControlNeXtControl, LoadedControlNeXt
@@ -55,29 +56,44 @@ def load_controlnext(
     if chosen.path is None or weights_strength == 0:
         report.append(f"UNet weights: {chosen.why if chosen.path is None else 'off (strength 0)'}")
         return Loaded(model.clone(), control, "\n".join(report))
-    source = str(chosen.path)
-    tensors = weights_of(file, chosen)
-    key_map = base.key_map()
-    weights = base_weights(model)
-    kind = kind_of(file, chosen, weights_kind) or decide_kind(
-        tensors, published_base(tensors, key_map, weights, source), source
-    )
-    differences = host_differences(tensors, key_map, weights, kind, source)
+    found = differences_of(file, chosen, base.key_map(), base_weights(model), weights_kind)
     report.append(
-        f"UNet weights: {chosen.why}; {kind.value}, {len(differences)} of {len(tensors)} tensors, "
+        f"UNet weights: {chosen.why}; {found.kind.value}, {len(found.tensors)} of {found.in_file} tensors, "
         f"strength {weights_strength:g}"
     )
-    patched = add_differences(model, differences, weights_strength, source)
+    patched = add_differences(model, found.tensors, weights_strength, str(chosen.path))
     return Loaded(patched, control, "\n".join(report))
 
 
-def weights_of(file: ControlFile, chosen: ChosenWeights) -> Mapping[str, torch.Tensor]:
+@dataclass(frozen=True)
+class FoundDifferences:
+    """Differences of the base's weights that a file holds or amounts to."""
+
+    tensors: dict[str, torch.Tensor]
+    """By host name, with `diffusion_model.`; those that are zero are left out."""
+    kind: WeightsKind
+    in_file: int
+    """Number of tensors in the file."""
+
+
+def differences_of(
+    file: ControlFile, chosen: ChosenWeights, key_map: KeyMap, base: BaseWeights, weights_kind: str = "auto"
+) -> FoundDifferences:
+    """What the chosen file changes in a base model. Raises CheckpointError as `unet_weights.host_differences`."""
+    source, tensors = str(chosen.path), _weights_of(file, chosen)
+    kind = _kind_of(file, chosen, weights_kind)
+    if kind is None:
+        kind = decide_kind(tensors, published_base(tensors, key_map, base, source), source)
+    return FoundDifferences(host_differences(tensors, key_map, base, kind, source), kind, len(tensors))
+
+
+def _weights_of(file: ControlFile, chosen: ChosenWeights) -> Mapping[str, torch.Tensor]:
     """The UNet tensors of the chosen file, by published name; each is read when it is asked for."""
     assert chosen.path is not None
     return checkpoint.open_tensors(chosen.path, file.weights if chosen.bundled else None)
 
 
-def kind_of(file: ControlFile, chosen: ChosenWeights, weights_kind: str = "auto") -> WeightsKind | None:
+def _kind_of(file: ControlFile, chosen: ChosenWeights, weights_kind: str) -> WeightsKind | None:
     """The kind that the user or the metadata states; None to measure it."""
     if weights_kind != "auto":
         return WeightsKind(weights_kind)

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
+import comfy.utils
 import torch
 from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
+from .. import encodable
+from ..injection import pool_to
 from ..schedule import percent_of
 from .bases.base import LoadedBase
+from .hint_inputs import hint_rows
+
+log = encodable.logger(__name__)
 
 SIGMA_KEY = "controlnext_sigma"
 
 
 @dataclass
-class Run:
+class SamplingRun:
     """What one sampling run needs; made in `pre_run`, gone after `cleanup`."""
 
     base: LoadedBase
@@ -32,7 +39,7 @@ class Run:
     recent: dict[Hashable, Tensor] = field(default_factory=dict)
     """Features that the last forward used."""
     counted: bool = False
-    """Whether the hints have been counted against the frames."""
+    """True: the hints have been counted against the frames."""
     in_range: int = 0
     reached: int = 0
     added: int = 0
@@ -59,6 +66,49 @@ class Run:
         """The rest of the schedule; nothing at a sigma that is not in it."""
         sigmas = self.sigmas or ()
         return sigmas[sigmas.index(sigma) + 1 :] if sigma in sigmas else ()
+
+    def sized_hint(
+        self,
+        hint: Tensor,
+        rows: tuple[int, ...],
+        size: tuple[int, int],
+        method: str,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Rows of a hint (n, C, H, W), scaled and cropped as the stock nodes do: (len(rows), 3, *size)."""
+        height, width = size
+        key = (rows, height, width, device, dtype)
+        if key not in self.hints:
+            sized = comfy.utils.common_upscale(hint[list(rows)], width, height, method, "center")
+            sized = sized.to(device, dtype).expand(-1, 3, -1, -1)
+            if device.type == "cpu":  # whose convolutions are a fifth faster so
+                sized = sized.contiguous(memory_format=torch.channels_last)
+            self.hints = {key: sized}
+        return self.hints[key]
+
+    def count_hints(self, name: str, hints: int, frames: int | None) -> None:
+        """Say in the log, once a run, that there are not as many hints as frames; frames: None where not known."""
+        if self.counted or frames is None:
+            return
+        self.counted = True
+        if hints not in (1, frames):
+            what = f"the last {hints - frames} are not used" if hints > frames else "they repeat from the start"
+            log.warning("%s: %d hints for %d frames or images: %s.", name, hints, frames, what)
+
+    def mask(self, masks: tuple[Tensor, ...], latents: int, h: Tensor, options: dict[str, Any]) -> Tensor | None:
+        """The product of all masks at the size of h, by area: (1 or latents, 1, H, W), or None."""
+        if not masks:
+            return None
+        rows = tuple(hint_rows(latents, mask.shape[0], options) for mask in masks)
+        key = (rows, h.shape[-2:], h.device)
+        if key not in self.masks:
+            sized = (
+                pool_to(mask[list(of_mask)], (h.shape[-2], h.shape[-1])).to(h.device)
+                for of_mask, mask in zip(rows, masks, strict=True)
+            )
+            self.masks[key] = functools.reduce(torch.mul, sized)
+        return self.masks[key]
 
     def _work_out(self, sigmas: tuple[float, ...]) -> None:
         numbers = self.base.row.encoder_time(self.model_sampling, torch.tensor(sigmas)).float().tolist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +16,12 @@ from ..memory import XS_ROWS_PER_HINT, rows_at_once, xs_numbers_per_cell, xs_num
 from ..xs_detection import XSFile
 from ..xs_specs import XSShape, base_widths_of
 from .bases.base import LoadedBase
-from .features import CACHE, Common, cached_rows, group_of
+from .features import CACHE, cached_rows, group_of
 from .feedback import warn_if_tiled
 from .host_control import HostControl
 from .xs_forward import Companion, XSJob, join_forward
 
+ANY_TIME = 0.0
 TIME_EXPONENT = 0.3
 """An own time embedding counts strength^0.3. Source: the released samplers; diffusers has a constant^0.3."""
 
@@ -128,14 +129,9 @@ class ControlNetXSControl(HostControl):
         """The hint encoder's output for each row's hint: (len(rows), C, H, W) in x's dtype; cached."""
         assert self.run is not None
         group = group_of(self.loaded.uid, self.hint_id, self.network)
-        common = (tuple(x.shape[-2:]), x.dtype)
-
-        def encode(batch: tuple[int, ...]) -> Iterator[tuple[Common, Tensor]]:
-            yield common, self.loaded.net.encode_hint(self.sized_hint(batch, x, x.dtype)).contiguous()
-
         pixels = x.shape[-2] * x.shape[-1] * self.compression_ratio**2
         at_once = rows_at_once(pixels * self.bytes_per_pixel(x.dtype))
-        return cached_rows(group, rows, common, x.device, encode, self.run.recent, at_once)
+        return cached_rows(group, rows, _Encoder(self, x), ANY_TIME, list, x.device, self.run.recent, at_once)
 
     def own_time(self, sigma: float, x: Tensor) -> Tensor:
         """The own time embedding at this sigma, (1, D) in x's dtype; cached."""
@@ -163,6 +159,20 @@ class ControlNetXSControl(HostControl):
         """Of the latent that a hint of this size is for."""
         height, width = (-(-side // self.compression_ratio) for side in self.cond_hint_original.shape[-2:])
         return height * width
+
+
+class _Encoder:
+    """`HintEncoder` of a ControlNet-XS: no timestep changes what it gives."""
+
+    def __init__(self, control: ControlNetXSControl, x: Tensor) -> None:
+        self.control, self.x = control, x
+
+    def key(self, timestep: float) -> tuple[Hashable, ...]:
+        return (tuple(self.x.shape[-2:]), self.x.dtype)
+
+    def encode(self, rows: tuple[int, ...], timestep: float) -> Tensor:
+        hint = self.control.sized_hint(rows, self.x, self.x.dtype)
+        return self.control.loaded.net.encode_hint(hint).contiguous()
 
 
 def time_mix(strength: float) -> float:

@@ -17,7 +17,7 @@ from ...controlnext_core.comfy_adapter.bases.base import LoadedBase, check_pair
 from ...controlnext_core.comfy_adapter.collector import Job, collect
 from ...controlnext_core.comfy_adapter.files import choose_weights
 from ...controlnext_core.comfy_adapter.layers import Fp32Norms, WholeLayers
-from ...controlnext_core.comfy_adapter.loading import kind_of, load_controlnext, weights_of
+from ...controlnext_core.comfy_adapter.loading import differences_of, load_controlnext
 from ...controlnext_core.comfy_adapter.xs_control import time_mix
 from ...controlnext_core.comfy_adapter.xs_forward import Companion, XSJob, join_forward
 from ...controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
@@ -28,13 +28,7 @@ from ...controlnext_core.families import CONTEXT_FAMILIES
 from ...controlnext_core.injection import Term, prepare
 from ...controlnext_core.key_maps import KeyMap
 from ...controlnext_core.specs import SPECS, GainLaw, Spec, config_of, with_normalization, with_trained_gain
-from ...controlnext_core.unet_weights import (
-    HOST_PREFIX,
-    decide_kind,
-    host_differences,
-    published_base,
-)
-from ...controlnext_core.unet_weights import Base as BaseWeights
+from ...controlnext_core.unet_weights import HOST_PREFIX, BaseWeights
 from ...controlnext_core.xs_convert import write as write_xs
 from ...controlnext_core.xs_detection import read_xs_file
 from ...controlnext_core.xs_specs import NORM_RULES, XSShape, build_config, design, heads_of
@@ -281,14 +275,12 @@ def start_from(differences: Differences, path: Path, key_map: KeyMap, base: Base
     chosen = choose_weights(file, "auto")
     if chosen.path is None:
         return
-    tensors, source = weights_of(file, chosen), str(chosen.path)
-    kind = kind_of(file, chosen) or decide_kind(tensors, published_base(tensors, key_map, base, source), source)
-    found = host_differences(tensors, key_map, base, kind, source)
+    found = differences_of(file, chosen, key_map, base).tensors
     bare = {name.removeprefix(HOST_PREFIX): tensor.float() for name, tensor in found.items()}
     others = sorted(bare.keys() - differences.parameters.keys())
     if others:
         raise ConfigError(
-            f"init_control: {source} changes {len(others)} weights that do not train here, first {others[0]}. Set "
+            f"init_control: {chosen.path} changes {len(others)} weights that do not train here, first {others[0]}. Set "
             "trainable and blocks as they were for that file."
         )
     differences.load({name: bare.get(name, torch.zeros(p.shape)) for name, p in differences.parameters.items()})
