@@ -13,7 +13,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {}
 # without the host (pytest imports this file) there is nothing to register
 if importlib.util.find_spec("comfy"):
     from comfyui_controlnext import nodes
-    from comfyui_controlnext.controlnext_core.comfy_adapter.files import register_folder
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.folders import register_folder
 
     register_folder()
     NODE_CLASS_MAPPINGS.update(nodes.NODE_CLASS_MAPPINGS)

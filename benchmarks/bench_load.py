@@ -54,7 +54,7 @@ def loaders(folder: Path, files: dict[str, Path]) -> dict[str, Load]:
     """What each node's `execute` does, from a path to a MODEL."""
     import comfy.sd
     import comfy.utils
-    from comfyui_controlnext.controlnext_core.comfy_adapter.loading import load_controlnext
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.loading import load_controlnext
 
     def lora(path: Path) -> Load:
         def load(model: Any) -> Any:

@@ -42,7 +42,7 @@ def weights_of(*networks: torch.nn.Module) -> str:
 
 def counted(family: str, height: int, width: int, latents: int, names: tuple[str, ...], options: Options) -> None:
     """A table of shapes alone, for fp16."""
-    from comfyui_controlnext.controlnext_core.comfy_adapter.features import CACHE
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.features import CACHE
 
     scene = Scene(family, torch.float16, height, width, latents)
     unet = list(scene.model.model.diffusion_model.parameters())

@@ -98,7 +98,7 @@ class Scene:
 
     def start(self, controls: Sequence[Any]) -> None:
         """Give controls their hints and begin a run."""
-        from ..controlnext_core.comfy_adapter.features import CACHE
+        from ..controlnext_core.comfy_adapter.sampling.features import CACHE
 
         model = self.model.model
         for control in controls:

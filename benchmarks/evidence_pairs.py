@@ -82,7 +82,7 @@ class Studio:
     def __init__(self, models: Path) -> None:
         import comfy.utils
 
-        from ..controlnext_core.comfy_adapter.files import register_folder
+        from ..controlnext_core.comfy_adapter.files.folders import register_folder
 
         register_folder()
         comfy.utils.PROGRESS_BAR_ENABLED = False
@@ -121,8 +121,8 @@ class Studio:
 
     def _load(self, name: str, model: Any) -> tuple[Any, Any]:
         """(model, control)"""
-        from ..controlnext_core.comfy_adapter.loading import load_controlnext
-        from ..controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
+        from ..controlnext_core.comfy_adapter.files.loading import load_controlnext
+        from ..controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
 
         if name == XS:
             return model, load_controlnet_xs(self.file(name)).control

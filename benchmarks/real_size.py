@@ -97,7 +97,7 @@ def save_sd15(path: Path, dtype: torch.dtype) -> Path:
 
 def make_control(variant: str, folder: Path, seed: int = 0) -> Any:
     """A ControlNeXt of that row of SPECS, through a file and the loader's own code."""
-    from ..controlnext_core.comfy_adapter.loading import load_control
+    from ..controlnext_core.comfy_adapter.files.loading import load_control
 
     spec = SPECS[variant]
     path = folder / f"{variant}_{seed}.safetensors"
@@ -107,7 +107,7 @@ def make_control(variant: str, folder: Path, seed: int = 0) -> Any:
 
 def make_xs(release: str, folder: Path) -> Any:
     """A ControlNet-XS of a released size (a key of RELEASED_XS), through a file and the loader."""
-    from ..controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
+    from ..controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
 
     path = folder / f"{release}.safetensors"
     tensors = {}

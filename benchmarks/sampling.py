@@ -128,9 +128,9 @@ WATCH = Stopwatch()
 @contextmanager
 def watching() -> Iterator[None]:
     """Put the stopwatch around every door by which the host enters this pack in a step."""
-    from ..controlnext_core.comfy_adapter.collector import Collector
-    from ..controlnext_core.comfy_adapter.host_control import HostControl
-    from ..controlnext_core.comfy_adapter.xs_forward import Lockstep, XSJob
+    from ..controlnext_core.comfy_adapter.sampling.host_control import HostControl
+    from ..controlnext_core.comfy_adapter.sampling.next_forward import Collector
+    from ..controlnext_core.comfy_adapter.sampling.xs_forward import Lockstep, XSJob
 
     doors: list[tuple[Any, str]] = [(HostControl, "add_to"), (Collector, "_add"), (Lockstep, "__init__")]
     doors += [(Lockstep, name) for name in ("mix_time", "take_time", "encode", "listen", "decode")]
@@ -192,7 +192,7 @@ def queue(setup: Setup, steps: int, seed: int = 0) -> Run:
 
 def forget(setup: Setup) -> None:
     """As if its controls had never run: nothing is kept of their hints."""
-    from ..controlnext_core.comfy_adapter.features import CACHE
+    from ..controlnext_core.comfy_adapter.sampling.features import CACHE
 
     for control in setup.controls:
         CACHE.drop(control.net.uid if hasattr(control, "net") else control.loaded.uid)

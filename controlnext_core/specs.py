@@ -64,7 +64,7 @@ class Fusion:
 
     site: Site
     pool_first: bool
-    """Pool the control to the site's size before its statistics are taken, or after."""
+    """True: pool to the site's size, then normalise. False: normalise, then pool."""
     eps: float
     """Added to the standard deviation of the control, not to its variance."""
     gain: Gain = Gain()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..controlnext_core.comfy_adapter.attach import attach
-from ..controlnext_core.comfy_adapter.host_control import HostControl
+from ..controlnext_core.comfy_adapter.sampling.attach import attach
+from ..controlnext_core.comfy_adapter.sampling.host_control import HostControl
 from ..controlnext_core.schedule import parse_schedule
 from ..controlnext_core.specs import Halves
 from ._api import ControlNode, io, wrong_choice

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..controlnext_core.comfy_adapter import files
 from ..controlnext_core.comfy_adapter.feedback import tell
-from ..controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
+from ..controlnext_core.comfy_adapter.files import folders
+from ..controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
 from ..controlnext_core.xs_specs import NORM_RULES, parse_heads
 from ._api import ControlNode, io, wrong_choice
 
@@ -24,7 +24,7 @@ class ControlNetXSLoader(ControlNode):
             inputs=[
                 io.Combo.Input(
                     "control_name",
-                    options=files.control_names(),
+                    options=folders.control_names(),
                     tooltip="A ControlNet-XS file of models/controlnext or models/controlnet.",
                 ),
                 io.Combo.Input(
@@ -57,10 +57,10 @@ class ControlNetXSLoader(ControlNode):
 
     @classmethod
     def fingerprint_inputs(cls, control_name: str, **_: Any) -> str:
-        return files.fingerprint_alone(control_name)
+        return folders.fingerprint_alone(control_name)
 
     @classmethod
     def execute(cls, control_name: str, norm_rule: str = "auto", num_heads: str = "") -> io.NodeOutput:
-        loaded = load_controlnet_xs(files.control_path(control_name), norm_rule, num_heads)
+        loaded = load_controlnet_xs(folders.control_path(control_name), norm_rule, num_heads)
         tell(loaded.report, cls.hidden.unique_id)
         return io.NodeOutput(loaded.control)

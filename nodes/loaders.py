@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..controlnext_core.comfy_adapter import files, inspecting, loading, saving
-from ..controlnext_core.comfy_adapter.control import ControlNeXtControl
 from ..controlnext_core.comfy_adapter.feedback import tell
-from ..controlnext_core.comfy_adapter.xs_control import ControlNetXSControl
-from ..controlnext_core.comfy_adapter.xs_saving import save_xs
+from ..controlnext_core.comfy_adapter.files import folders, inspecting, loading, saving
+from ..controlnext_core.comfy_adapter.files.saving import save_xs
+from ..controlnext_core.comfy_adapter.sampling.next_control import ControlNeXtControl
+from ..controlnext_core.comfy_adapter.sampling.xs_control import ControlNetXSControl
 from ..controlnext_core.control_files import DTYPES, LAYOUTS
 from ..controlnext_core.metadata import WEIGHTS_KINDS
 from ..controlnext_core.specs import SPECS
@@ -21,7 +21,7 @@ class ControlNeXtLoader(ControlNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        names = files.control_names()
+        names = folders.control_names()
         return io.Schema(
             node_id="ControlNeXtLoader",
             display_name="Load ControlNeXt",
@@ -36,8 +36,8 @@ class ControlNeXtLoader(ControlNode):
                 ),
                 io.Combo.Input(
                     "weights_name",
-                    options=[files.AUTO, files.NONE, *names],
-                    default=files.AUTO,
+                    options=[folders.AUTO, folders.NONE, *names],
+                    default=folders.AUTO,
                     tooltip="UNet weights of the control. auto: bundled in the encoder's file, or named by it, or the "
                     "only unet*.safetensors beside it. none: the encoder alone.",
                 ),
@@ -78,8 +78,8 @@ class ControlNeXtLoader(ControlNode):
         return wrong_choice(variant=(variant, ["auto", *SPECS]), weights_kind=(weights_kind, kinds)) or True
 
     @classmethod
-    def fingerprint_inputs(cls, control_name: str, weights_name: str = files.AUTO, **_: Any) -> str:
-        return files.fingerprint(control_name, weights_name)
+    def fingerprint_inputs(cls, control_name: str, weights_name: str = folders.AUTO, **_: Any) -> str:
+        return folders.fingerprint(control_name, weights_name)
 
     @classmethod
     def execute(
@@ -91,7 +91,7 @@ class ControlNeXtLoader(ControlNode):
         variant: str = "auto",
         weights_kind: str = "auto",
     ) -> io.NodeOutput:
-        path = files.control_path(control_name)
+        path = folders.control_path(control_name)
         loaded = loading.load_controlnext(model, path, weights_name, weights_strength, variant, weights_kind)
         tell(loaded.report, cls.hidden.unique_id)
         return io.NodeOutput(loaded.model, loaded.control)
@@ -108,7 +108,9 @@ class ControlNeXtInspect(ControlNode):
             category="ControlNeXt",
             description="Says what a control file is: variant, base model, size, gain, UNet weights, metadata.",
             inputs=[
-                io.Combo.Input("control_name", options=files.control_names(), tooltip="A file of the control folders.")
+                io.Combo.Input(
+                    "control_name", options=folders.control_names(), tooltip="A file of the control folders."
+                )
             ],
             outputs=[io.String.Output(tooltip="The description, also shown on the node.")],
             hidden=[io.Hidden.unique_id],
@@ -117,11 +119,11 @@ class ControlNeXtInspect(ControlNode):
 
     @classmethod
     def fingerprint_inputs(cls, control_name: str) -> str:
-        return files.fingerprint(control_name, files.AUTO)
+        return folders.fingerprint(control_name, folders.AUTO)
 
     @classmethod
     def execute(cls, control_name: str) -> io.NodeOutput:
-        text = inspecting.inspect_file(files.control_path(control_name))
+        text = inspecting.inspect_file(folders.control_path(control_name))
         tell(text, cls.hidden.unique_id)
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
@@ -145,7 +147,7 @@ class ControlNeXtSave(ControlNode):
                 ),
                 io.String.Input(
                     "filename_prefix",
-                    default=f"{files.FOLDER}/ControlNeXt",
+                    default=f"{folders.FOLDER}/ControlNeXt",
                     tooltip="Below the output folder; files in its sub-folder controlnext appear in the loaders.",
                 ),
                 io.Combo.Input(

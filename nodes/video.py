@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..controlnext_core.comfy_adapter import unet_files, windows
-from ..controlnext_core.comfy_adapter.files import file_stamp
+from ..controlnext_core.comfy_adapter.files import whole_unets
+from ..controlnext_core.comfy_adapter.files.folders import file_stamp
+from ..controlnext_core.comfy_adapter.sampling import windows
 from ._api import ControlNode, io, wrong_choice
 
 
@@ -23,12 +24,12 @@ class ControlNeXtUNetLoader(ControlNode):
             inputs=[
                 io.Combo.Input(
                     "weights_name",
-                    options=unet_files.unet_names(),
+                    options=whole_unets.unet_names(),
                     tooltip="A whole UNet from models/controlnext or models/diffusion_models.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
-                    options=list(unet_files.WEIGHT_DTYPES),
+                    options=list(whole_unets.WEIGHT_DTYPES),
                     default="default",
                     tooltip="Number format in memory, as in the stock Load Diffusion Model node.",
                 ),
@@ -38,18 +39,18 @@ class ControlNeXtUNetLoader(ControlNode):
 
     @classmethod
     def validate_inputs(cls, weight_dtype: str | None = None) -> bool | str:
-        return wrong_choice(weight_dtype=(weight_dtype, unet_files.WEIGHT_DTYPES)) or True
+        return wrong_choice(weight_dtype=(weight_dtype, whole_unets.WEIGHT_DTYPES)) or True
 
     @classmethod
     def fingerprint_inputs(cls, weights_name: str, weight_dtype: str = "default") -> str:
         try:
-            return f"{file_stamp(unet_files.unet_path(weights_name))}:{weight_dtype}"
+            return f"{file_stamp(whole_unets.unet_path(weights_name))}:{weight_dtype}"
         except ValueError as error:  # the node itself raises it, where the user sees it
             return str(error)
 
     @classmethod
     def execute(cls, weights_name: str, weight_dtype: str = "default") -> io.NodeOutput:
-        return io.NodeOutput(unet_files.load_unet(unet_files.unet_path(weights_name), weight_dtype))
+        return io.NodeOutput(whole_unets.load_unet(whole_unets.unet_path(weights_name), weight_dtype))
 
 
 class ControlNeXtVideoWindows(ControlNode):

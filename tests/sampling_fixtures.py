@@ -54,7 +54,7 @@ class Studio:
 
     def load(self, control: str = "gen2.safetensors", weights: str = "none", model: Any = None, **options: Any) -> Any:
         """Load ControlNeXt on the checkpoint, without UNet weights unless told."""
-        from comfyui_controlnext.controlnext_core.comfy_adapter.loading import load_controlnext
+        from comfyui_controlnext.controlnext_core.comfy_adapter.files.loading import load_controlnext
 
         return load_controlnext(model or self.model, self.files / control, weights, **options)
 
@@ -156,7 +156,7 @@ def demo_pair(studio: Studio, model: Any = None) -> Any:
 def loaded_studio(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Studio:
     """The checkpoint, loaded once per session."""
     import comfy.sd
-    from comfyui_controlnext.controlnext_core.comfy_adapter.features import CACHE
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.features import CACHE
 
     import nodes as host_nodes
 

@@ -58,7 +58,7 @@ def memory() -> dict[str, int]:
 async def probe(request: web.Request) -> web.Response:
     """{calls: rows of each forward of an encoder, kept: entries in the feature cache, complaints: log lines,
     and with ?memory also memory: resident bytes, tensors: bytes of those that live}"""
-    from comfyui_controlnext.controlnext_core.comfy_adapter.features import CACHE
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.features import CACHE
     from comfyui_controlnext.models.controlnext import ControlNeXt
 
     count_calls(ControlNeXt)

@@ -135,7 +135,7 @@ def token_place(first: int, seen: list[Any]) -> Any:
 
 def test_a_place_of_tokens_takes_controls_as_a_map_does() -> None:
     """The rule over tokens: statistics over (N, C) of the picture's tokens alone, the others as they were."""
-    from comfyui_controlnext.controlnext_core.comfy_adapter.collector import Job, collect
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.next_forward import Job, collect
 
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(2, 3 + 24 + 5, 6, generator=generator)
@@ -170,7 +170,7 @@ def test_a_place_of_tokens_takes_controls_as_a_map_does() -> None:
 def test_a_door_keeps_the_patches_of_others_and_replaces_its_own() -> None:
     from comfyui_controlnext.controlnext_core.comfy_adapter.bases.base import Place
     from comfyui_controlnext.controlnext_core.comfy_adapter.bases.unet import AFTER_SKIP, after_input_block
-    from comfyui_controlnext.controlnext_core.comfy_adapter.collector import KEY, Job, collect
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.next_forward import KEY, Job, collect
 
     def other(h: Tensor, options: Any) -> Tensor:
         return h

@@ -164,11 +164,11 @@ def test_a_constant_hint_gives_finite_latents_in_half_precision(
 ) -> None:
     """Black and white: the statistics of features in fp16 are taken in fp32."""
     from comfy_extras.nodes_model_advanced import ModelComputeDtype
-    from comfyui_controlnext.controlnext_core.comfy_adapter import collector
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling import next_forward
 
     seen: set[torch.dtype] = set()
-    fuse = collector.fuse
-    monkeypatch.setattr(collector, "fuse", lambda h, terms: (seen.add(h.dtype), fuse(h, terms))[1])
+    fuse = next_forward.fuse
+    monkeypatch.setattr(next_forward, "fuse", lambda h, terms: (seen.add(h.dtype), fuse(h, terms))[1])
     loaded = studio.load()
     (half,) = ModelComputeDtype().patch(loaded.model, "fp16")
     for value in (0.0, 1.0):

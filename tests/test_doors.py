@@ -179,7 +179,7 @@ def test_other_samplers_take_the_control_through_both_doors(studio: Studio, samp
 
 def test_the_sigma_of_a_forward_is_of_its_own_timesteps() -> None:
     """A wrapper between the two doors may change the timesteps under the same options."""
-    from comfyui_controlnext.controlnext_core.comfy_adapter.run_state import sigma_of
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.run_state import sigma_of
 
     options: dict[str, Any] = {}
     assert sigma_of(torch.full((2,), 3.5), options) == 3.5

@@ -39,14 +39,14 @@ def whole_unet(studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_one_controlled_step_of_the_whole_sd15_unet(
     studio: Studio, whole_unet: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from comfyui_controlnext.controlnext_core.comfy_adapter import collector
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling import next_forward
 
     unet = whole_unet.model.diffusion_model
     assert sum(p.numel() for p in unet.parameters()) == PARAMETERS
     loaded = studio.load(model=whole_unet)
     added: list[Tensor] = []
-    fuse = collector.fuse
-    monkeypatch.setattr(collector, "fuse", lambda h, terms: (added.append(fuse(h, terms)), added[-1])[1])
+    fuse = next_forward.fuse
+    monkeypatch.setattr(next_forward, "fuse", lambda h, terms: (added.append(fuse(h, terms)), added[-1])[1])
     received: list[Tensor] = []
     after_the_downsampler = unet.input_blocks[4][0]
     handle = after_the_downsampler.register_forward_pre_hook(lambda _, inputs: received.append(inputs[0]))

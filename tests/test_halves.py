@@ -128,7 +128,7 @@ def test_guiders_that_number_halves_otherwise_give_both_and_one_log_line(
 
 def test_a_third_number_is_no_half_even_where_nobody_has_counted_the_places() -> None:
     """A sampler that calls the model past the host's batching leaves no count of conditionings."""
-    from comfyui_controlnext.controlnext_core.comfy_adapter.halves import CONDS_KEY, is_plain
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.halves import CONDS_KEY, is_plain
 
     assert is_plain({"cond_or_uncond": [1, 0]}) and is_plain({})
     assert not is_plain({"cond_or_uncond": [0, 1, 2]})

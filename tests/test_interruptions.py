@@ -83,7 +83,7 @@ def xs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["controlnext", "xs"])
 def control(request: pytest.FixtureRequest, studio: Studio, xs_file: Path) -> Iterator[Any]:
-    from comfyui_controlnext.controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
 
     yield studio.load().control if request.param == "controlnext" else load_controlnet_xs(xs_file).control
 

@@ -53,7 +53,7 @@ def test_the_hosts_own_layers_have_no_weights_until_they_are_loaded(lazy: None) 
 
 
 def test_our_layers_are_whole_from_the_start(lazy: None) -> None:
-    from comfyui_controlnext.controlnext_core.comfy_adapter.layers import Fp32Norms, WholeLayers
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.layers import Fp32Norms, WholeLayers
     from comfyui_controlnext.controlnext_training.base_model.stored import operations
 
     for kind in (WholeLayers, Fp32Norms, operations):
@@ -69,7 +69,7 @@ def test_the_base_is_the_same_under_lazy_layers(lazy_base: Studio, loaded_studio
 
 def control_of(studio: Studio, folder: Path, kind: str) -> Any:
     """A control of that kind, loaded for this base."""
-    from comfyui_controlnext.controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
 
     if not kind.startswith("xs"):
         return studio.load(kind_file(folder, kind)).control
@@ -129,8 +129,8 @@ def test_the_trainers_unet_has_every_weight(lazy_base: Studio, lazy: None) -> No
 def test_steps_of_the_tiny_recipe_end_and_their_file_loads(
     lazy_base: Studio, lazy: None, tmp_path: Path, variant: str, steps: int
 ) -> None:
-    from comfyui_controlnext.controlnext_core.comfy_adapter.loading import load_controlnext
-    from comfyui_controlnext.controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.loading import load_controlnext
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
     from comfyui_controlnext.controlnext_training.config_files import read_recipe
 
     keys = ("trainable", "gain", "optimizer", "learning_rate", "beta2", "schedule", "min_snr_gamma", "caption_dropout")

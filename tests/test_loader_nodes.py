@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.comfy, EITHER_WAY]
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Path]]:
     """The two control folders of a models directory, registered as the pack does."""
     import folder_paths
-    from comfyui_controlnext.controlnext_core.comfy_adapter.files import register_folder
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.folders import register_folder
 
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
@@ -42,7 +42,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[st
 
 def load(studio: Studio, name: str, weights: str = "auto", **options: Any) -> Any:
     """What the loader node does with the names of its widgets."""
-    from comfyui_controlnext.controlnext_core.comfy_adapter.files import control_path
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.folders import control_path
 
     return studio.load(control_path(name), weights, **options)
 
@@ -59,7 +59,7 @@ def patched(loaded: Any) -> int:
 
 
 def test_both_folders_are_listed_ours_first_weight_files_only(folders: dict[str, Path]) -> None:
-    from comfyui_controlnext.controlnext_core.comfy_adapter.files import control_names, control_path
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.folders import control_names, control_path
 
     for folder, name in (("controlnext", "b.safetensors"), ("controlnet", "b.safetensors"), ("controlnet", "c.pth")):
         make_controlnext(folders[folder] / name, "gen2")
@@ -75,7 +75,7 @@ def test_both_folders_are_listed_ours_first_weight_files_only(folders: dict[str,
 
 def test_registering_again_changes_nothing(folders: dict[str, Path]) -> None:
     import folder_paths
-    from comfyui_controlnext.controlnext_core.comfy_adapter.files import register_folder
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.folders import register_folder
 
     before = repr(folder_paths.folder_names_and_paths["controlnext"][0])
     register_folder()
@@ -193,7 +193,7 @@ def test_a_fingerprint_of_a_bad_file_leaves_the_error_to_the_node(
 
 
 def test_inspect_says_what_a_file_is(folders: dict[str, Path]) -> None:
-    from comfyui_controlnext.controlnext_core.comfy_adapter.inspecting import inspect_file
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.inspecting import inspect_file
 
     folder = folders["controlnext"]
     path = make_controlnext(folder / "controlnet.safetensors", "gen2", dtype=torch.float16)

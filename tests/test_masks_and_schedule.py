@@ -65,7 +65,7 @@ def test_a_mask_is_averaged_over_the_area_of_a_cell(studio: Studio) -> None:
 
 def test_a_mask_is_averaged_before_it_goes_to_the_device(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once, for all steps, and where every size can be: an Apple GPU pools to divisors of the size alone."""
-    from comfyui_controlnext.controlnext_core.comfy_adapter import run_state
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling import run_state
 
     pooled: list[str] = []
     pool = run_state.pool_to
@@ -147,16 +147,16 @@ def test_strength_is_interpolated_linearly_in_the_hosts_percent(
 ) -> None:
     """Percent is 1 - timestep / 999 on this model, with the timestep interpolated in log sigma."""
     import comfy.samplers
-    from comfyui_controlnext.controlnext_core.comfy_adapter import collector
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling import next_forward
 
     gains: list[float] = []
-    fuse = collector.fuse
+    fuse = next_forward.fuse
 
     def recording(h: Tensor, terms: Any) -> Tensor:
         gains.append(terms[0].gains)
         return fuse(h, terms)
 
-    monkeypatch.setattr(collector, "fuse", recording)
+    monkeypatch.setattr(next_forward, "fuse", recording)
     loaded = studio.load()
     points = [(0.1, 0.4), (0.4, 1.5), (0.9, 0.2)]
     control = studio.options(loaded.control, schedule=", ".join(f"{p}:{s}" for p, s in points))

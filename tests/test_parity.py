@@ -226,7 +226,7 @@ def ours(family: str, size: tuple[int, int], batch: int, control: Any = None) ->
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     """The control of a variant, from a file."""
     from comfyui_controlnext.controlnext_core import checkpoint
-    from comfyui_controlnext.controlnext_core.comfy_adapter.loading import load_control
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.loading import load_control
     from comfyui_controlnext.controlnext_core.detection import read_control_file
     from comfyui_controlnext.controlnext_core.specs import Family
 

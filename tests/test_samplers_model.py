@@ -62,7 +62,7 @@ def load(studio: Studio, kind: str) -> Any:
     """A CONTROL_NET of a kind."""
     if kind == "controlnext":
         return studio.load().control
-    from comfyui_controlnext.controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
 
     path = studio.files / "xs.safetensors"
     return load_controlnet_xs(path if path.exists() else tiny_models.make_controlnet_xs(path)).control

@@ -32,7 +32,7 @@ def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def save(control: Any, model: Any = None, layout: str = "single", dtype: str = "fp32", prefix: str = "cn/mine") -> Path:
-    from comfyui_controlnext.controlnext_core.comfy_adapter.saving import save_control
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.saving import save_control
 
     return save_control(control, model, prefix, layout, dtype)
 

@@ -39,7 +39,7 @@ def load(studio: Studio, kind: str) -> Any:
     if kind == "controlnext":
         control = studio.load().control
     else:
-        from comfyui_controlnext.controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
+        from comfyui_controlnext.controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
 
         path = studio.files / "xs_own_time.safetensors"
         file = path if path.exists() else tiny_models.make_controlnet_xs(path, own_time=True)
@@ -52,7 +52,7 @@ def load(studio: Studio, kind: str) -> Any:
 @contextmanager
 def seen_devices(studio: Studio) -> Any:
     """Per forward of a control: the device that its thread works for, and the network that it runs."""
-    from comfyui_controlnext.controlnext_core.comfy_adapter.host_control import HostControl
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.host_control import HostControl
 
     seen: list[tuple[Any, Any]] = []
     add_to = HostControl.add_to
@@ -183,7 +183,7 @@ def test_a_network_is_handed_over_as_the_host_hands_over_its_own(
 
 def test_what_one_device_made_is_not_given_to_another(studio: Studio) -> None:
     """Its copy to host memory may still be under way there; and taking a network off drops what it made alone."""
-    from comfyui_controlnext.controlnext_core.comfy_adapter.features import drop_features, group_of
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.features import drop_features, group_of
 
     control = load(studio, "controlnext")
     clone = control.deepclone_multigpu(SECOND)

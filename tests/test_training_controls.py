@@ -57,11 +57,11 @@ def test_the_other_ways_of_joining_are_heard_from_the_start_and_differ(loaded_st
 def test_cross_normalisation_gives_the_control_the_moments_of_the_features(
     loaded_studio: Studio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from comfyui_controlnext.controlnext_core.comfy_adapter import collector
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling import next_forward
 
     seen: list[tuple[Any, Any]] = []
-    fuse = collector.fuse
-    monkeypatch.setattr(collector, "fuse", lambda h, terms: (seen.append((h, fuse(h, terms))), seen[-1][1])[1])
+    fuse = next_forward.fuse
+    monkeypatch.setattr(next_forward, "fuse", lambda h, terms: (seen.append((h, fuse(h, terms))), seen[-1][1])[1])
     controlled = controlled_on(loaded_studio.model, gain=0.35)
     given = Forward.on(controlled)
     with torch.no_grad():

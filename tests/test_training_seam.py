@@ -144,7 +144,7 @@ def applied(model: Any, control: Any, hint: Tensor) -> Any:
 
 
 def loaded_from(path: Path, model: Any, **options: Any) -> Any:
-    from comfyui_controlnext.controlnext_core.comfy_adapter.loading import load_controlnext
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.loading import load_controlnext
 
     with torch.inference_mode():
         return load_controlnext(model, path, **options)
@@ -206,7 +206,7 @@ def test_the_file_of_a_control_net_xs_is_what_was_trained(
     models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_time: bool
 ) -> None:
     import comfy.ldm.modules.attention as host_attention
-    from comfyui_controlnext.controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
 
     monkeypatch.setattr(host_attention, "optimized_attention", host_attention.attention_pytorch)
     model, case = models("sd15"), Case.of("sd15")

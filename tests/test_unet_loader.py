@@ -246,7 +246,7 @@ def test_a_unet_of_another_kind_is_sent_to_the_stock_loader(load: Callable[..., 
 
 def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
     """Every kind of wrong file ends in an error of ours that names the file, and says what to do."""
-    from comfyui_controlnext.controlnext_core.comfy_adapter.unet_files import load_unet
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.whole_unets import load_unet
 
     for kind, path in make_wrong_files(tmp_path).items():
         with pytest.raises(CheckpointError, match=path.name.replace(".", r"\.")) as error:
@@ -292,7 +292,7 @@ def trained() -> Tensors:
 def loaded_with(folder: Path, tensors: Tensors, name: str = "unet.safetensors", **settings: Any) -> Any:
     """`ControlNeXtLoader` on the toy, with an encoder and these weights beside it."""
     from comfyui_controlnext.controlnext_core import checkpoint
-    from comfyui_controlnext.controlnext_core.comfy_adapter.loading import load_controlnext
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.loading import load_controlnext
 
     path = checkpoint.save(folder / "controlnet.safetensors", video.encoder_weights("svd_v2"), {})
     checkpoint.save(folder / name, tensors, {})

@@ -32,7 +32,7 @@ def _one_run() -> Iterator[None]:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_and_fuse_covers_every_frame_with_weight(schedule: str, fuse: str) -> None:
     """All lengths, overlaps and steps of short videos: no frame is left out, and equal results stay what they are."""
-    from comfyui_controlnext.controlnext_core.comfy_adapter.windows import VideoWindows
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.windows import VideoWindows
 
     for length, frames, step in itertools.product(range(1, 6), range(2, 13), (0, 1, 2, 5)):
         for overlap, repeat in itertools.product(range(min(length, 4)), (False, True)):
@@ -66,7 +66,7 @@ def test_every_schedule_and_fuse_samples_to_finite_latents(schedule: str, fuse: 
 @pytest.mark.parametrize("fuse", FUSES)
 def test_weights_are_the_hosts_where_the_hosts_work(fuse: str) -> None:
     import comfy.context_windows as host
-    from comfyui_controlnext.controlnext_core.comfy_adapter.windows import VideoWindows
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.windows import VideoWindows
 
     x = torch.zeros(10, 1, 1, 1)
     stock = host.IndexListContextHandler(
@@ -86,7 +86,7 @@ def test_weights_are_the_hosts_where_the_hosts_work(fuse: str) -> None:
 
 def test_relative_weighs_by_place_also_around_the_end() -> None:
     """The host's own would weigh the ends of a window around the end of the loop most."""
-    from comfyui_controlnext.controlnext_core.comfy_adapter.windows import FUSES as OURS
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.windows import FUSES as OURS
 
     around = OURS["relative"](4, idxs=[8, 9, 0, 1], full_length=10)
     assert around == pytest.approx(OURS["relative"](4, idxs=[3, 4, 5, 6], full_length=10))
@@ -143,7 +143,7 @@ def test_overlapping_results_beyond_the_first_are_averaged() -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES[:3])
 @pytest.mark.parametrize("step", range(5))
 def test_a_first_place_is_given_away_only_where_its_frame_stands_elsewhere(schedule: str, step: int) -> None:
-    from comfyui_controlnext.controlnext_core.comfy_adapter.windows import VideoWindows
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.windows import VideoWindows
 
     for frames, length, overlap in itertools.product(range(5, 14), (3, 4), (1, 2)):
         handler = VideoWindows(length, overlap, schedule, "flat", True)

@@ -124,7 +124,7 @@ def test_encoding_many_frames_needs_what_the_host_is_told(
 @pytest.mark.parametrize("name", video.VARIANTS)
 def test_a_frame_is_kept_at_the_sites_size(name: str, one_run: None) -> None:
     """Channels x height x width there, not the encoder's output."""
-    from comfyui_controlnext.controlnext_core.comfy_adapter.features import CACHE
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.features import CACHE
 
     frames, steps = 3, 2
     video.sample(video.controlled(video.toy_patcher(), name, video.hints(frames, (8, 8))), frames, steps, cells=(8, 8))
@@ -136,7 +136,7 @@ def test_a_frame_is_kept_at_the_sites_size(name: str, one_run: None) -> None:
 @pytest.mark.comfy
 @pytest.mark.filterwarnings("ignore:::diffusers")
 def test_a_long_video_stays_within_the_budgets(one_run: None) -> None:
-    from comfyui_controlnext.controlnext_core.comfy_adapter.features import CACHE
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.features import CACHE
 
     budgets = dict(CACHE.budgets)
     entry = video.WIDTH * 2 * 2 * 4
@@ -154,8 +154,8 @@ def test_a_long_video_stays_within_the_budgets(one_run: None) -> None:
 def test_room_for_features_is_asked_for_on_a_device_as_far_as_the_cache_goes(
     hinted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from comfyui_controlnext.controlnext_core.comfy_adapter import host_control
-    from comfyui_controlnext.controlnext_core.comfy_adapter.features import CACHE
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling import host_control
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.features import CACHE
 
     passes = hinted.inference_memory_requirements(HALF)
     assert passes == rows_at_once(64 * 64 * 139 * 2) * 64 * 64 * 139 * 2, "nothing more on the CPU"

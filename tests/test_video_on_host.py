@@ -48,7 +48,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     """ImageOnlyCheckpointLoader, SVD_img2vid_Conditioning, and the loader of a control."""
     import folder_paths
     from comfy_extras.nodes_video_model import ImageOnlyCheckpointLoader, SVD_img2vid_Conditioning
-    from comfyui_controlnext.controlnext_core.comfy_adapter.loading import load_controlnext
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.loading import load_controlnext
 
     folder = tmp_path_factory.mktemp("models")
     make_svd(folder / "svd.ckpt")

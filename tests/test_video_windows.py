@@ -56,12 +56,12 @@ def test_every_frame_of_every_window_gets_its_own_hint(schedule: str, steps: int
 
 def test_features_follow_the_frame_not_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """An encoder whose features are the hint's number: the value that every frame of every window is given."""
-    from comfyui_controlnext.controlnext_core.comfy_adapter import collector, control
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling import next_control, next_forward
 
     frames = 9
     given: list[tuple[list[int], list[int]]] = []
-    fuse, window = collector.fuse, {}
-    term = control.ControlNeXtControl.term
+    fuse, window = next_forward.fuse, {}
+    term = next_control.ControlNeXtControl.term
 
     def note_window(self: Any, h: Tensor, transformer_options: dict[str, Any], **more: Any) -> Any:
         window["frames"] = list(transformer_options["context_window"].index_list)
@@ -79,13 +79,13 @@ def test_features_follow_the_frame_not_the_place(monkeypatch: pytest.MonkeyPatch
         def finish(self, hint: Tensor, timestep: Tensor) -> Tensor:
             return (hint[:, :1, :1, :1] * 100).expand(-1, video.WIDTH, video.CELLS // 2, video.CELLS // 2)
 
-    monkeypatch.setattr(control, "prepare", lambda encoded, size, fusion: encoded)
-    monkeypatch.setattr(control.ControlNeXtControl, "term", note_window)
-    monkeypatch.setattr(collector, "fuse", note_values)
+    monkeypatch.setattr(next_control, "prepare", lambda encoded, size, fusion: encoded)
+    monkeypatch.setattr(next_control.ControlNeXtControl, "term", note_window)
+    monkeypatch.setattr(next_forward, "fuse", note_values)
     real = video.control(NAME).net
     patcher = video.patcher_of(NumberOfTheHint())
     patcher.model.config = real.patcher.model.config
-    numbered = control.ControlNeXtControl(dataclasses.replace(real, patcher=patcher, uid="numbers"))
+    numbered = next_control.ControlNeXtControl(dataclasses.replace(real, patcher=patcher, uid="numbers"))
     side = 8 * video.CELLS
     images = torch.arange(frames).view(-1, 1, 1, 1).expand(-1, side, side, 3) / 100
     model = video.windowed(video.toy_patcher(), 4, 1, "looped_uniform")
@@ -186,7 +186,7 @@ def test_the_hosts_own_windows_are_respected_where_they_work() -> None:
 def test_what_later_hosts_want_to_know_of_windows_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their windows divide by the length of the video, and their handler prepends a frame unless it is told not to."""
     import comfy.context_windows as host
-    from comfyui_controlnext.controlnext_core.comfy_adapter.windows import VideoWindows
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.windows import VideoWindows
 
     def window(self: Any, index_list: list[int], dim: int = 0, total_frames: int = 0) -> None:
         self.index_list, self.context_length, self.dim = index_list, len(index_list), dim
@@ -219,7 +219,7 @@ def _quiet_list_indexing() -> Iterator[None]:
 @pytest.mark.parametrize("rows", [[0, 1, 2, 3], [7, 8, 0, 1], [5, 6]])
 def test_windows_announced_as_animatediff_does(rows: list[int]) -> None:
     """`ad_params["sub_idxs"]` in the options of the forward; None outside a window."""
-    from comfyui_controlnext.controlnext_core.comfy_adapter.hint_inputs import hint_rows
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.hint_inputs import hint_rows
 
     options = {"ad_params": {"sub_idxs": rows, "full_length": 9}}
     assert hint_rows(len(rows), 9, options) == tuple(rows)
@@ -230,7 +230,7 @@ def test_windows_announced_as_animatediff_does(rows: list[int]) -> None:
 @pytest.mark.parametrize("options", [{"context_window": SimpleNamespace(index_list=[5, 6, 7])}, ANIMATEDIFF], ids=str)
 def test_a_window_of_another_length_than_the_latents_is_not_theirs(options: dict[str, Any]) -> None:
     """A pack may cut a window into smaller batches without saying so."""
-    from comfyui_controlnext.controlnext_core.comfy_adapter.hint_inputs import hint_rows
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.hint_inputs import hint_rows
 
     assert hint_rows(3, 9, options) == (5, 6, 7)
     assert hint_rows(2, 9, options) == (0, 1)
@@ -281,7 +281,7 @@ def test_the_control_does_not_pass_for_one_of_advanced_controlnets() -> None:
 @pytest.mark.parametrize("budget", [None, 0])
 def test_a_frame_in_two_neighbouring_windows_is_encoded_once_per_step(budget: int | None) -> None:
     """Also where the cache has no room: what the window before used is still at hand."""
-    from comfyui_controlnext.controlnext_core.comfy_adapter.features import CACHE
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.features import CACHE
 
     frames, steps = 10, 2
     model = video.controlled(video.windowed(video.toy_patcher(), 4, 2), NAME, video.hints(frames))
@@ -344,7 +344,7 @@ def test_more_or_fewer_hints_than_frames_are_told_once_a_run(
 
 
 def test_the_count_of_windows_that_others_make_is_not_guessed(caplog: pytest.LogCaptureFixture) -> None:
-    from comfyui_controlnext.controlnext_core.comfy_adapter.hint_inputs import frames_of
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.hint_inputs import frames_of
 
     class Other:
         index_list = (0, 1)
@@ -356,7 +356,7 @@ def test_the_count_of_windows_that_others_make_is_not_guessed(caplog: pytest.Log
 
 def test_a_control_of_another_family_is_refused_by_both_doors() -> None:
     from comfyui_controlnext.controlnext_core import checkpoint
-    from comfyui_controlnext.controlnext_core.comfy_adapter.loading import load_control
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.loading import load_control
     from comfyui_controlnext.controlnext_core.detection import read_control_file
     from comfyui_controlnext.controlnext_core.specs import Family
 

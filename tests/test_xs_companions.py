@@ -42,7 +42,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def load(path: Path, hint: Tensor, strength: float = 1.0, **options: Any) -> Any:
-    from comfyui_controlnext.controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
 
     control = load_controlnet_xs(path).control.with_options(**options)
     return control.set_cond_hint(hint, strength, (0.0, 1.0))

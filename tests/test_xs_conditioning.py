@@ -24,7 +24,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def control(studio: Studio, file: Path) -> Any:
-    from comfyui_controlnext.controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
 
     return load_controlnet_xs(file).control
 

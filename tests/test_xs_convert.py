@@ -107,7 +107,7 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.comfy
 @torch.inference_mode()
 def test_the_save_node_writes_both_layouts_and_the_loader_reads_them(official: Path, saved: Any) -> None:
-    from comfyui_controlnext.controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
 
     control = load_controlnet_xs(official).control
     before = control.loaded.net.state_dict()
@@ -127,7 +127,7 @@ def test_the_save_node_writes_both_layouts_and_the_loader_reads_them(official: P
 @pytest.mark.comfy
 @torch.inference_mode()
 def test_an_adapters_own_configuration_gives_its_heads(official: Path, tmp_path: Path) -> None:
-    from comfyui_controlnext.controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
 
     adapter = xs_convert.convert(official, tmp_path / "a" / "adapter.safetensors", "xs_diffusers")
     bare = checkpoint.save(tmp_path / "b" / "adapter.safetensors", checkpoint.load(adapter), {})
@@ -141,7 +141,7 @@ def test_an_adapters_own_configuration_gives_its_heads(official: Path, tmp_path:
 @EITHER_WAY
 @pytest.mark.comfy
 def test_inspect_tells_size_base_type_time_and_heads(official: Path, tmp_path: Path) -> None:
-    from comfyui_controlnext.controlnext_core.comfy_adapter.inspecting import inspect_file
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.inspecting import inspect_file
 
     words = inspect_file(official)
     for part in (

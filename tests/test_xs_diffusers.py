@@ -74,7 +74,7 @@ def worst(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.comfy
 @torch.inference_mode()
 def test_the_stored_output_of_diffusers_is_met(stored: dict[str, Tensor], adapter: Path) -> None:
-    from comfyui_controlnext.controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
 
     forward = forward_of(stored)
     hint = stored["hint"].float() / 255

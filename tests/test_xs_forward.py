@@ -33,7 +33,7 @@ def inference() -> Any:
 
 
 def load(path: Path, hint: Tensor, strength: float = 1.0, **options: Any) -> Any:
-    from comfyui_controlnext.controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
 
     control = load_controlnet_xs(path).control
     return control.with_options(**options).set_cond_hint(hint, strength, (0.0, 1.0))
@@ -129,7 +129,7 @@ def test_weights_stored_in_half_precision_stay_close(widths: tuple[int, ...], dt
     full, plain = forward.run(load(path, hint)), forward.run()
     stored = load(path, hint)
     stored.loaded.net.to(dtype)
-    from comfyui_controlnext.controlnext_core.comfy_adapter.features import CACHE
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.features import CACHE
 
     CACHE.clear()  # of features with the weights as they are in the file
     relative = float((forward.run(stored) - full).norm() / (full - plain).norm())

@@ -79,8 +79,8 @@ def control(forward: Forward, tmp_path: Path) -> Any:
 
 
 def load(path: Path) -> Any:
-    from comfyui_controlnext.controlnext_core.comfy_adapter.features import CACHE
-    from comfyui_controlnext.controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.features import CACHE
 
     CACHE.clear()
     return load_controlnet_xs(path).control

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.comfy
 
 
 def load(path: Path) -> Any:
-    from comfyui_controlnext.controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
 
     return load_controlnet_xs(path)
 

@@ -137,7 +137,7 @@ def control_file(name: str) -> Path:
 def control(name: str) -> Any:
     """The variant as a CONTROL_NET: file, detection, loader."""
     from comfyui_controlnext.controlnext_core import checkpoint
-    from comfyui_controlnext.controlnext_core.comfy_adapter.loading import load_control
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.loading import load_control
     from comfyui_controlnext.controlnext_core.detection import read_control_file
     from comfyui_controlnext.controlnext_core.specs import Family
 
@@ -230,7 +230,7 @@ def recorded_outputs(model: Any, run: Callable[[], Tensor]) -> tuple[Tensor, lis
 @contextmanager
 def seen_hints() -> Iterator[list[dict[str, Any]]]:
     """One entry per forward: the frames of its window, and the hint that each of them gets."""
-    from comfyui_controlnext.controlnext_core.comfy_adapter.control import ControlNeXtControl
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.next_control import ControlNeXtControl
 
     seen: list[dict[str, Any]] = []
     term = ControlNeXtControl.term
@@ -275,7 +275,7 @@ def seen_windows(model: Any) -> Iterator[list[list[int]]]:
 
 def one_run() -> Iterator[None]:
     """What an autouse fixture of these tests does: one run of the host, in inference mode, with nothing cached."""
-    from comfyui_controlnext.controlnext_core.comfy_adapter.features import CACHE
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.features import CACHE
 
     CACHE.clear()
     with torch.inference_mode():

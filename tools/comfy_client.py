@@ -206,3 +206,20 @@ def _refusal(path: str, code: int, body: bytes) -> ComfyError:
     }
     lines = [f"node {node} {text}" for node, text in node_errors.items()]
     return PromptError("ComfyUI refused the workflow: " + "\n  ".join([" ".join(summary).strip(), *lines]), node_errors)
+
+
+class Progress:
+    """Prints one line when a node starts and one per sampling step. workflow: to name the nodes."""
+
+    def __init__(self, workflow: Workflow) -> None:
+        self.workflow = workflow
+        self.started = time.monotonic()
+
+    def __call__(self, kind: str, data: dict[str, Any]) -> None:
+        """As `on_event` of ComfyClient.run."""
+        node = data.get("node")
+        if node is None or kind not in ("executing", "progress"):
+            return
+        name = self.workflow[node]["class_type"]
+        step = f"  {data['value']}/{data['max']}" if kind == "progress" else ""
+        print(f"  {time.monotonic() - self.started:6.1f} s  {name}{step}", flush=True)

@@ -177,3 +177,12 @@ def fresh_base(base: Path, keep: Sequence[str] = ("models",)) -> Path:
                 shutil.rmtree(item) if item.is_dir() else item.unlink()
     base.mkdir(parents=True, exist_ok=True)
     return base
+
+
+def device_arguments(cpu: bool) -> list[str]:
+    """main.py's options for the device: the CPU if asked for or if torch sees nothing better."""
+    import torch
+
+    mps = torch.backends.mps.is_available()
+    xpu = hasattr(torch, "xpu") and torch.xpu.is_available()
+    return [] if not cpu and (torch.cuda.is_available() or mps or xpu) else ["--cpu"]

@@ -4,25 +4,15 @@ import contextlib
 import json
 import shutil
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 from .comfy_client import Workflow
-from .comfy_server import COMFY_BASE, ComfyServer, prepare_base, require_free_port
+from .comfy_server import COMFY_BASE, ComfyServer, device_arguments, prepare_base, require_free_port
 from .environment import ROOT
 from .tiny_models import make_demo_models
 
 PHOTOGRAPH = ROOT / "demo" / "astronaut.jpg"
-
-
-def device_arguments(cpu: bool) -> list[str]:
-    """main.py's options for the device: the CPU if asked for or if torch sees nothing better."""
-    import torch
-
-    mps = torch.backends.mps.is_available()
-    xpu = hasattr(torch, "xpu") and torch.xpu.is_available()
-    return [] if not cpu and (torch.cuda.is_available() or mps or xpu) else ["--cpu"]
 
 
 def for_this_system(workflow: Any) -> Workflow:
@@ -35,23 +25,6 @@ def for_this_system(workflow: Any) -> Workflow:
             if name.endswith("_name") and isinstance(value, str):
                 node["inputs"][name] = value.replace("/", os.sep)
     return adapted
-
-
-class Progress:
-    """Prints one line when a node starts and one per sampling step. workflow: to name the nodes."""
-
-    def __init__(self, workflow: Workflow) -> None:
-        self.workflow = workflow
-        self.started = time.monotonic()
-
-    def __call__(self, kind: str, data: dict[str, Any]) -> None:
-        """As `on_event` of ComfyClient.run."""
-        node = data.get("node")
-        if node is None or kind not in ("executing", "progress"):
-            return
-        name = self.workflow[node]["class_type"]
-        step = f"  {data['value']}/{data['max']}" if kind == "progress" else ""
-        print(f"  {time.monotonic() - self.started:6.1f} s  {name}{step}", flush=True)
 
 
 def serve(host: Path, port: int, models: Path | None, cpu: bool) -> int:

@@ -263,7 +263,7 @@ def draw_cells(
     server: ComfyServer, hints: Mapping[int, Hint], columns: tuple[Column, ...]
 ) -> dict[tuple[int, int], bytes]:
     """PNG of every cell (row, column), drawn by a running server that has the demo's models."""
-    from .demo import Progress
+    from .comfy_client import Progress
 
     for name, content in uploads(hints).items():
         server.upload_image(content, name)
@@ -274,8 +274,7 @@ def draw_cells(
 
 def run_demo(host: Path, cpu: bool, output: Path = OUTPUT) -> Path:
     """Queue the sheet in `host`; save its pictures, its graph and the sheet in `output`; return the sheet's path."""
-    from .comfy_server import DEMO_BASE, ComfyServer, fresh_base
-    from .demo import device_arguments
+    from .comfy_server import DEMO_BASE, ComfyServer, device_arguments, fresh_base
 
     started = time.monotonic()
     base = fresh_base(DEMO_BASE)

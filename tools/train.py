@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from .comfy_server import COMFY_BASE
+from .comfy_server import COMFY_BASE, device_arguments
 from .environment import PATIENT_THREADS, SetupError
 from .launcher import declare_missing_torchvision_ops
 
@@ -52,8 +52,6 @@ def bring_in_host(host: Path, base: Path, cpu: bool) -> None:
     sys.path.insert(0, str(host))
     from comfy.cli_args import args
 
-    from .demo import device_arguments
-
     args.cpu = "--cpu" in device_arguments(cpu)
     args.base_directory = str(base)
     more = host / "extra_model_paths.yaml"
@@ -61,7 +59,7 @@ def bring_in_host(host: Path, base: Path, cpu: bool) -> None:
         from utils.extra_config import load_extra_path_config
 
         load_extra_path_config(str(more))
-    from ..controlnext_core.comfy_adapter.files import register_folder
+    from ..controlnext_core.comfy_adapter.files.folders import register_folder
 
     register_folder()
 

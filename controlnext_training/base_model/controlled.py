@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...controlnext_core.comfy_adapter.bases.base import LoadedBase
 from ...controlnext_core.comfy_adapter.bases.table import loaded_base
-from ...controlnext_core.comfy_adapter.weights import base_weights
+from ...controlnext_core.comfy_adapter.files.weights import base_weights
 from ...controlnext_core.key_maps import KeyMap
 from ...controlnext_core.unet_weights import published_names
 from ..config import TrainConfig

@@ -14,14 +14,14 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from ...controlnext_core import checkpoint
 from ...controlnext_core.comfy_adapter.bases.base import LoadedBase, check_pair
-from ...controlnext_core.comfy_adapter.collector import Job, collect
-from ...controlnext_core.comfy_adapter.files import choose_weights
-from ...controlnext_core.comfy_adapter.layers import Fp32Norms, WholeLayers
-from ...controlnext_core.comfy_adapter.loading import differences_of, load_controlnext
-from ...controlnext_core.comfy_adapter.xs_control import time_mix
-from ...controlnext_core.comfy_adapter.xs_forward import Companion, XSJob, join_forward
-from ...controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
-from ...controlnext_core.comfy_adapter.xs_saving import ADAPTER_FILE
+from ...controlnext_core.comfy_adapter.files.folders import choose_weights
+from ...controlnext_core.comfy_adapter.files.loading import differences_of, load_controlnext
+from ...controlnext_core.comfy_adapter.files.saving import ADAPTER_FILE
+from ...controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
+from ...controlnext_core.comfy_adapter.sampling.layers import Fp32Norms, WholeLayers
+from ...controlnext_core.comfy_adapter.sampling.next_forward import Job, collect
+from ...controlnext_core.comfy_adapter.sampling.xs_control import time_mix
+from ...controlnext_core.comfy_adapter.sampling.xs_forward import Companion, XSJob, join_forward
 from ...controlnext_core.control_files import write_control
 from ...controlnext_core.detection import choose_spec, read_control_file
 from ...controlnext_core.families import CONTEXT_FAMILIES

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrize
 
-from ...controlnext_core.comfy_adapter.layers import WholeLayers
+from ...controlnext_core.comfy_adapter.sampling.layers import WholeLayers
 
 
 @dataclass(frozen=True, slots=True)

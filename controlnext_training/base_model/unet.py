@@ -17,7 +17,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...controlnext_core.comfy_adapter.weights import base_weights
+from ...controlnext_core.comfy_adapter.files.weights import base_weights
 from ...controlnext_core.unet_weights import HOST_PREFIX
 from .stored import operations
 

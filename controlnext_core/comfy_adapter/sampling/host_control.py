@@ -10,16 +10,16 @@ from comfy.controlnet import ControlBase
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from .. import encodable
-from ..memory import rows_at_once
-from ..specs import Gain
-from .bases.base import LoadedBase
-from .bases.table import loaded_base
+from ... import encodable
+from ...memory import rows_at_once
+from ...specs import Gain
+from ..bases.base import LoadedBase
+from ..bases.table import loaded_base
 from .control_options import ControlOptions
-from .encoders import on_device
 from .features import CACHE
 from .halves import chunk_gains, half_gains, needs_halves, places_hook
 from .hint_inputs import clean_hint, content_id, frames_of, hint_rows
+from .networks import on_device
 from .run_state import SamplingRun, release_after_failure, sigma_of
 
 log = encodable.logger(__name__)

@@ -1,4 +1,5 @@
-"""Save a control, with the UNet weights that our loaders put on a MODEL, as a file that our loader reads."""
+"""Save a control under the host's output folder: with the UNet weights that our loaders put on a MODEL, or a
+ControlNet-XS with either set of names."""
 
 from __future__ import annotations
 
@@ -8,12 +9,17 @@ import folder_paths
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..control_files import DTYPES, check_layout, write_control
-from ..metadata import PREFIX
-from ..unet_weights import published_names
-from .bases.table import loaded_base
-from .control import ControlNeXtControl
+from ...control_files import DTYPES, check_layout, write_control
+from ...metadata import PREFIX
+from ...unet_weights import published_names
+from ...xs_convert import LAYOUTS, write
+from ..bases.table import loaded_base
+from ..sampling.next_control import ControlNeXtControl
+from ..sampling.xs_control import ControlNetXSControl
 from .weights import applied_weights
+
+ADAPTER_FILE = "diffusion_pytorch_model.safetensors"
+"""What diffusers looks for in an adapter's folder."""
 
 
 def save_control(control: ControlNeXtControl, model: ModelPatcher | None, prefix: str, layout: str, dtype: str) -> Path:
@@ -27,6 +33,22 @@ def save_control(control: ControlNeXtControl, model: ModelPatcher | None, prefix
     facts = {f"{PREFIX}sources": f"encoder: {control.name}"}
     encoder = control.net.patcher.model.state_dict()
     return write_control(free_stem(prefix), encoder, weights, control.net.spec, layout, DTYPES[dtype], facts)
+
+
+def save_xs(control: ControlNetXSControl, prefix: str, layout: str, dtype: str) -> Path:
+    """Write a ControlNet-XS and re-open it. Returns the path of its weights.
+
+    layout: `single` or `xs_official` (one file, released names), or `xs_diffusers` (a folder that diffusers'
+    `ControlNetXSAdapter.from_pretrained` takes). Raises CheckpointError, ValueError for another layout.
+    """
+    if layout == "single":
+        layout = "xs_official"
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: {layout} is for ControlNeXt. Choose {' or '.join(LAYOUTS)} for a ControlNet-XS.")
+    loaded, stem = control.loaded, free_stem(prefix)
+    tensors = {name: tensor.to("cpu", DTYPES[dtype]) for name, tensor in loaded.net.state_dict().items()}
+    path = stem.with_name(f"{stem.name}.safetensors") if layout == "xs_official" else stem / ADAPTER_FILE
+    return write(path, tensors, loaded.file.shape, loaded.heads, loaded.norm_rule, layout)
 
 
 def free_stem(prefix: str) -> Path:

@@ -9,10 +9,10 @@ from comfy.controlnet import ControlBase
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from .bases.table import loaded_base
-from .collector import KEY
+from ..bases.table import loaded_base
 from .halves import add_places_wrapper
 from .host_control import HostControl
+from .next_forward import KEY
 from .run_state import sigma_of
 
 

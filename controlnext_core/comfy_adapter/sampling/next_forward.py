@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..injection import Term, fuse
-from .bases.base import Block, Forward, Options, Place
+from ...injection import Term, fuse
+from ..bases.base import Block, Forward, Options, Place
 
 KEY = "controlnext"
 """Our key in `transformer_options` and for wrappers, attachments and additional models."""

@@ -12,13 +12,13 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from .. import checkpoint
-from ..checkpoint import CheckpointError
-from ..key_maps import resolve_names, strip_prefix, unet_key_map
-from ..published_unets import unet_config_of
-from . import files
+from ... import checkpoint
+from ...checkpoint import CheckpointError
+from ...key_maps import resolve_names, strip_prefix, unet_key_map
+from ...published_unets import unet_config_of
+from . import folders
 
-UNET_FOLDERS = (files.FOLDER, "diffusion_models")
+UNET_FOLDERS = (folders.FOLDER, "diffusion_models")
 WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
     "default": {},
     "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
@@ -30,12 +30,12 @@ WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
 
 def unet_names() -> list[str]:
     """Names of every weight file in the folders that may hold UNets."""
-    return files.list_names(UNET_FOLDERS)
+    return folders.list_names(UNET_FOLDERS)
 
 
 def unet_path(name: str) -> Path:
     """The file behind a widget's name. Raises CheckpointError where it is gone."""
-    return files.find(name, UNET_FOLDERS)
+    return folders.find(name, UNET_FOLDERS)
 
 
 def load_unet(path: Path, weight_dtype: str = "default", disable_dynamic: bool = False) -> ModelPatcher:

@@ -9,19 +9,19 @@ from pathlib import Path
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...models.controlnext import ControlNeXt
-from .. import checkpoint
-from ..detection import ControlFile, choose_spec, read_control_file
-from ..key_maps import KeyMap
-from ..metadata import read_metadata
-from ..specs import Family, Spec, config_of, with_normalization, with_trained_gain
-from ..unet_weights import BaseWeights, WeightsKind, decide_kind, host_differences, published_base
-from .bases.base import check_pair
-from .bases.table import loaded_base
-from .control import ControlNeXtControl, LoadedControlNeXt
-from .encoders import into_host
-from .files import ChosenWeights, choose_weights
-from .layers import WholeLayers
+from ....models.controlnext import ControlNeXt
+from ... import checkpoint
+from ...detection import ControlFile, choose_spec, read_control_file
+from ...key_maps import KeyMap
+from ...metadata import read_metadata
+from ...specs import Family, Spec, config_of, with_normalization, with_trained_gain
+from ...unet_weights import BaseWeights, WeightsKind, decide_kind, host_differences, published_base
+from ..bases.base import check_pair
+from ..bases.table import loaded_base
+from ..sampling.layers import WholeLayers
+from ..sampling.networks import into_host
+from ..sampling.next_control import ControlNeXtControl, LoadedControlNeXt
+from .folders import ChosenWeights, choose_weights
 from .weights import add_differences, base_weights
 
 

@@ -16,9 +16,9 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...models.controlnet_xs import Walk, fit
-from .bases.unet import AFTER_SKIP, BEFORE_OUTPUT, UNetPatches
-from .collector import untraced
+from ....models.controlnet_xs import Walk, fit
+from ..bases.unet import AFTER_SKIP, BEFORE_OUTPUT, UNetPatches
+from .next_forward import untraced
 
 XS_KEY = "controlnext_xs"
 EMB, BEFORE_SKIP = "emb_patch", "input_block_patch"

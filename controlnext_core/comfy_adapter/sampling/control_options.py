@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..schedule import Schedule
-from ..specs import Halves
+from ...schedule import Schedule
+from ...specs import Halves
 from .hint_inputs import clean_mask, content_id
 
 NO_PARTS = (1.0, 1.0, 1.0)

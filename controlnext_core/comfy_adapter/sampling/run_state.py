@@ -13,10 +13,10 @@ import torch
 from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
-from .. import encodable
-from ..injection import pool_to
-from ..schedule import percent_of
-from .bases.base import LoadedBase
+from ... import encodable
+from ...injection import pool_to
+from ...schedule import percent_of
+from ..bases.base import LoadedBase
 from .hint_inputs import hint_rows
 
 log = encodable.logger(__name__)

@@ -9,7 +9,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from .collector import KEY
+from ..sampling.next_forward import KEY
 
 PLAIN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WEIGHTS_KEY = f"{KEY}_weights"

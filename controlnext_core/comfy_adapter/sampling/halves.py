@@ -13,9 +13,9 @@ from typing import Any
 import comfy.hooks
 from comfy.patcher_extension import WrappersMP
 
-from ..injection import gain_of
-from ..specs import Gain, Halves
-from .feedback import log_once
+from ...injection import gain_of
+from ...specs import Gain, Halves
+from ..feedback import log_once
 
 CONDS_KEY = "controlnext_conds"
 PLAIN_CFG_PLACES = 2

@@ -13,10 +13,10 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP
 from torch import Tensor, nn
 
-from .. import checkpoint
-from .collector import KEY
+from ... import checkpoint
 from .features import drop_features, keep_features_of
 from .layers import patcher_of
+from .next_forward import KEY
 
 STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

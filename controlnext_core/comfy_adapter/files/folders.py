@@ -9,10 +9,10 @@ from pathlib import Path
 
 import folder_paths
 
-from ..checkpoint import SUFFIXES, CheckpointError, peek
-from ..detection import ControlFile, read_control_file
-from ..encodable import encodable, is_encodable
-from .feedback import log_once
+from ...checkpoint import SUFFIXES, CheckpointError, peek
+from ...detection import ControlFile, read_control_file
+from ...encodable import encodable, is_encodable
+from ..feedback import log_once
 
 FOLDER = "controlnext"
 FOLDERS = (FOLDER, "controlnet")

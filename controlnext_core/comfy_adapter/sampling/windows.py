@@ -84,7 +84,7 @@ class VideoWindows(host.IndexListContextHandler):
         """The windows of this step over x_in (frames, C, H, W)."""
         frames = x_in.shape[0]
         lists = [[int(frame) for frame in window] for window in self.context_schedule.func(frames, self, model_options)]
-        # a first place can only be given away where its frame stands in another place as well
+        # a first slot may hold the reference frame only if another window also covers the frame it replaces
         elsewhere = Counter(frame for window in lists for frame in window[int(window[0] != 0) :])
         return [
             VideoWindow(window, frames, self.repeat_first_hint and window[0] != 0 and elsewhere[window[0]] > 0)

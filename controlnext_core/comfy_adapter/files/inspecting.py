@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from .. import checkpoint
-from ..detection import DetectionError, read_control_file
-from ..specs import Spec
-from ..xs_detection import XSFile, is_xs, read_xs_file
-from .files import choose_weights
+from ... import checkpoint
+from ...detection import DetectionError, read_control_file
+from ...specs import Spec
+from ...xs_detection import XSFile, is_xs, read_xs_file
+from .folders import choose_weights
 from .xs_loading import configured_heads, describe
 
 

@@ -11,16 +11,16 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...models.controlnext import Begun
-from ..families import FAMILIES
-from ..injection import Term, prepare
-from ..memory import NUMBERS_PER_PIXEL, feature_bytes, rows_at_once
-from ..specs import Spec
-from .bases.base import LoadedBase, check_pair
-from .collector import Job, collect
+from ....models.controlnext import Begun
+from ...families import FAMILIES
+from ...injection import Term, prepare
+from ...memory import NUMBERS_PER_PIXEL, feature_bytes, rows_at_once
+from ...specs import Spec
+from ..bases.base import LoadedBase, check_pair
+from ..feedback import warn_if_tiled
 from .features import cached_rows, group_of
-from .feedback import warn_if_tiled
 from .host_control import STEPS_TO_KEEP, HostControl
+from .next_forward import Job, collect
 
 
 @dataclass(frozen=True)

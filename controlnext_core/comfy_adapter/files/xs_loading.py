@@ -11,14 +11,14 @@ from pathlib import Path
 import comfy.ldm.modules.attention as host_attention
 from torch import Tensor
 
-from ...models.controlnet_xs import ControlNetXS
-from .. import checkpoint
-from ..xs_detection import XSFile, read_xs_file
-from ..xs_key_maps import DIFFUSERS
-from ..xs_specs import build_config, released_as
-from .encoders import into_host
-from .layers import Fp32Norms, WholeLayers
-from .xs_control import ControlNetXSControl, LoadedXS
+from ....models.controlnet_xs import ControlNetXS
+from ... import checkpoint
+from ...xs_detection import XSFile, read_xs_file
+from ...xs_key_maps import DIFFUSERS
+from ...xs_specs import build_config, released_as
+from ..sampling.layers import Fp32Norms, WholeLayers
+from ..sampling.networks import into_host
+from ..sampling.xs_control import ControlNetXSControl, LoadedXS
 
 ALIGNED = 8
 """Head widths that the host's attention kernels take for sure are multiples of this; the SD2.1 release has 4."""

@@ -11,13 +11,13 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...models.controlnet_xs import ControlNetXS, Walk
-from ..memory import XS_ROWS_PER_HINT, rows_at_once, xs_numbers_per_cell, xs_numbers_per_pixel
-from ..xs_detection import XSFile
-from ..xs_specs import XSShape, base_widths_of
-from .bases.base import LoadedBase
+from ....models.controlnet_xs import ControlNetXS, Walk
+from ...memory import XS_ROWS_PER_HINT, rows_at_once, xs_numbers_per_cell, xs_numbers_per_pixel
+from ...xs_detection import XSFile
+from ...xs_specs import XSShape, base_widths_of
+from ..bases.base import LoadedBase
+from ..feedback import warn_if_tiled
 from .features import CACHE, cached_rows, group_of
-from .feedback import warn_if_tiled
 from .host_control import HostControl
 from .xs_forward import Companion, XSJob, join_forward
 

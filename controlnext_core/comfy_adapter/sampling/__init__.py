@@ -1,0 +1,1 @@
+"""Controls while the host samples."""
