@@ -117,8 +117,8 @@ def test_cut_off_in_the_middle_of_a_change_it_goes_on_from_the_last_whole_state(
 ) -> None:
     """The weights have moved and their average has not: that is the state of no step."""
     with pytest.MonkeyPatch.context() as patch:
-        lay_in_class(patch, Ema, "update", ERRORS[name](), 3)
-        watch = cut(tmp_path, loaded_studio, name, save_every=1)
+        lay_in_class(patch, Ema, "update", ERRORS[name](), 4)
+        watch = cut(tmp_path, loaded_studio, name, save_every=2)
     assert last(tmp_path).step == 2 and watch.told("stopped after 2 steps; saved in ")
     assert_ends_as(tmp_path, whole, loaded_studio)
 
