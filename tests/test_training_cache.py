@@ -90,11 +90,12 @@ def test_a_file_under_another_keys_name_counts_as_missing(cache: Cache) -> None:
 def test_a_file_is_whole_or_not_there(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process ends between writing and renaming: the next one finds nothing, and no rest after a while."""
 
-    def killed(*paths: object) -> None:
+    def killed(*paths: object, missing_ok: bool = False) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed)
+        patch.setattr(Path, "unlink", killed)  # who is killed cleans nothing up
         with pytest.raises(KeyboardInterrupt):
             cache.put(KEY, tensors())
     assert cache.get(KEY) is None
