@@ -1,4 +1,4 @@
-"""What a control adds to a forward in multiply-adds and in launches, by torch's flop counter, at any size.
+"""Multiply-adds and launches that a control adds to a forward, by torch's flop counter, at any size.
 
     python run.py bench counts
 

@@ -1,4 +1,4 @@
-"""How the cost of a control grows with resolution, batch, frames and number of controls.
+"""Growth of a control's cost with resolution, batch, frames and number of controls.
 
     python run.py bench growth
 

@@ -1,4 +1,4 @@
-"""How long the import of the pack takes beyond torch and the host, in fresh processes.
+"""Import time of the pack beyond torch and the host, in fresh processes.
 
     python run.py bench import
 

@@ -51,7 +51,7 @@ def make_files(folder: Path) -> dict[str, Path]:
 
 
 def loaders(folder: Path, files: dict[str, Path]) -> dict[str, Load]:
-    """What each node's `execute` does, from a path to a MODEL."""
+    """Loading functions by name, each from a path to a MODEL, as a node's `execute`."""
     import comfy.sd
     import comfy.utils
     from comfyui_controlnext.controlnext_core.comfy_adapter.files.loading import load_controlnext

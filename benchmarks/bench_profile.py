@@ -1,4 +1,4 @@
-"""Where a step's time goes: this pack's operations by kind, beside the whole step, by torch's profiler.
+"""Profile of a step: this pack's operations by kind, beside the whole step, by torch's profiler.
 
     python run.py bench profile
 
@@ -57,7 +57,7 @@ def _inside(event: Any) -> bool:
 
 
 def waits(setup: Setup, steps: int, options: Options) -> int:
-    """How often a queue run waits for the GPU."""
+    """Number of times that a queue run waits for the GPU."""
     if options.cpu:
         return 0
     with warnings.catch_warnings(record=True) as seen:

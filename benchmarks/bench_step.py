@@ -1,4 +1,4 @@
-"""What a control costs per step: first queue run, second queue run, beside stock ControlNet.
+"""Cost of a control per step: first queue run, second queue run, beside stock ControlNet.
 
     python run.py bench step [--quick] [--cases sd15,..]
 

@@ -56,7 +56,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all loops of one table have in common."""
+    """Settings shared by all loops of one table."""
 
     comfyui: str
     folder: str

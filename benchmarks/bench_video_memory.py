@@ -1,4 +1,4 @@
-"""What the encoders need in memory per pixel of the hint, and what the features of a video take.
+"""Memory of the encoders per pixel of the hint, and of the features of a video.
 
     python benchmarks/bench_video_memory.py [frames height width]
 

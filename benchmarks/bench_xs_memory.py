@@ -1,4 +1,4 @@
-"""What a ControlNet-XS needs in memory beside the base: per latent cell in a forward, per pixel for its hint.
+"""Memory of a ControlNet-XS beside the base: per latent cell in a forward, per pixel for its hint.
 
     python benchmarks/bench_xs_memory.py
 

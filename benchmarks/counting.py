@@ -111,7 +111,7 @@ class Scene:
 
 
 def count(run: Callable[[], None]) -> Count:
-    """What one call of a forward is made of. On `meta`, attention is counted as products of matrices."""
+    """Operations of one call of a forward. On `meta`, attention is counted as products of matrices."""
     import comfy.ldm.modules.attention as host_attention
 
     with torch.no_grad(), attention(host_attention.attention_pytorch):

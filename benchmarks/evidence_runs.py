@@ -1,4 +1,4 @@
-"""The same training with one control after another: what each case is, and its run through the project's own trainer.
+"""One training with each of several controls: the cases, and their runs through the project's own trainer.
 
 A finished run is a JSON file that names its settings and base; it is skipped where both are still the same. A run that
 was stopped goes on from its last state.
@@ -27,7 +27,7 @@ STEPS, BATCH, LOOKS = 500, 2, 5
 SCENES, SCENE_SEED = 1000, 21
 """So many scenes of that seed train: few enough for encoding them in minutes."""
 FIGURES = ("loss", "loss_without", "fidelity", "fidelity_without", "distance", "distance_without")
-"""What a validation writes."""
+"""Figures of a validation."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Case:
 
     title: str
     settings: Mapping[str, Any]
-    """What differs from the recipe."""
+    """Settings that differ from the recipe."""
     recipe: str = "demo_edges"
     seeds: tuple[int, ...] = (0,)
     stock: bool = False
@@ -60,7 +60,7 @@ With so few pictures in a step the copy at the encoder's rate (1.5e-3) ended wor
 
 @dataclass(frozen=True)
 class Plan:
-    """What all runs have in common."""
+    """Settings shared by all runs."""
 
     folder: Path
     """Of the results, with the runs, the trained files and the encoded scenes below it."""
@@ -71,7 +71,7 @@ class Plan:
     pictures: int = 8
     sampler_steps: int = 8
     looks: int = LOOKS
-    """How often a run is looked at."""
+    """Number of validations of a run."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Settings that differ for all, such as the size of the scenes."""
 
@@ -112,7 +112,7 @@ def chosen(words: Sequence[str]) -> Iterator[tuple[str, int]]:
 
 
 def key_of(config: TrainConfig, base: BaseWithEncoders) -> str:
-    """What a result depends on: settings and weights."""
+    """Key of a result: a digest of its settings and weights."""
     parts = (config.to_json(), *(base.identity(what) for what in ("model", "vae", "text")))
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=6).hexdigest()
 
@@ -122,7 +122,7 @@ def result_file(plan: Plan, name: str, seed: int) -> Path:
 
 
 def result_of(plan: Plan, name: str, seed: int) -> dict[str, Any] | None:
-    """What a finished run left, or None."""
+    """Result of a finished run, or None."""
     path = result_file(plan, name, seed)
     return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else None
 
@@ -162,7 +162,7 @@ def run_case(name: str, seed: int, plan: Plan, base: BaseWithEncoders, watch: An
 
 
 def read_result(name: str, seed: int, config: TrainConfig, folder: Path) -> dict[str, Any]:
-    """What the log of a finished run says."""
+    """Result of a finished run from its log."""
     from ..controlnext_training import journal
 
     seconds = journal.read(folder, "step", "seconds_per_step").values()

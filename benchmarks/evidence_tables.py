@@ -1,4 +1,4 @@
-"""What the runs came to: tables for docs/evidence.md and plots beside it, made from the results that are there."""
+"""Tables for docs/evidence.md and plots beside it, made from the results of finished runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 ALIKE = ("base", "steps", "batch", "precision")
-"""What all runs of a table have in common."""
+"""Facts that all runs of a table must share."""
 
 
 def results(plan: Plan) -> dict[str, list[Result]]:
@@ -160,7 +160,7 @@ def markdown(table: Table) -> str:
 def pasted(page: str, made: Mapping[str, Table]) -> str:
     """The page with each table between its markers, `<!-- table: NAME -->` and `<!-- end -->`.
 
-    A table without a place is left out; a place without a table stays as it is.
+    A table without a place is left out; a place without a table keeps its text.
     """
 
     def place(match: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""What every benchmark on the real host begins with: its options, and the host in this process."""
+"""Start of every benchmark on the real host: its options, and the host in this process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HOST_MODULES = ("comfy.sd", "comfy.samplers", "comfy.sample", "comfy.controlnet"
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """Options of the command line."""
 
     comfyui: Path
     quick: bool

@@ -55,7 +55,7 @@ def measure(what: str, title: str, cases: Sequence[Case], options: Options) -> N
 
 
 def measure_own(what: str, title: str, cases: Sequence[Case], options: Options) -> None:
-    """The same without the bare model beside them, each case once, for steps that take minutes: `own` needs no more."""
+    """Measurement without the bare model beside it, each case once, for steps that take minutes."""
     rows, ran = [], set()
     for case in cases[1:]:
         if case.first:

@@ -1,4 +1,4 @@
-"""Where a benchmark's lines go: to the screen, and with hardware, versions and date into benchmarks/results."""
+"""Output of benchmarks: lines on the screen, and with hardware, versions and date in benchmarks/results."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ COPIED = ("time_embed.", "label_emb.", "input_blocks.", "middle_block.")
 
 
 def copy_of(base: Any) -> MakeControl:
-    """What makes the copy of this MODEL's encoder."""
+    """A function that makes the copy of this MODEL's encoder."""
 
     def make(config: TrainConfig, facts: LoadedBase, device: torch.device) -> StockCopy:
         return StockCopy(base, config.seed, device)

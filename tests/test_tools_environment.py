@@ -132,7 +132,7 @@ def test_an_environment_whose_python_is_gone_is_made_anew(
     assert not target.works() and not target.ready("host")
     target.ensure("host")
     assert target.works() and target.ready("host")
-    assert "making it anew" in capsys.readouterr().out
+    assert "making it again" in capsys.readouterr().out
 
 
 def test_a_python_without_venv_is_named_with_the_cure(

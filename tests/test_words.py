@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("controlnext_training",)
+FOLDERS = ("controlnext_training", "tools", "benchmarks")
 OPENINGS = re.compile(r"\s*(What|Whether|Where|Which|Who|How|That|Its|Those|The same)\b")
 IDIOMS = re.compile(r"\b(anew|as it is|its like)\b")
 DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

@@ -22,13 +22,13 @@ BENCHMARKS = {
 }
 """Name -> the question; the script is benchmarks/bench_<name>.py. Those that take minutes on a CPU come last."""
 ON_REQUEST = {"convergence": "how soon each way of control is heard, on the demo's base: trains for most of an hour"}
-"""The same for benchmarks/<name>.py, which run only when they are named."""
+"""Benchmarks of the same form that run only when they are named."""
 SHARED = ("quick", "cpu")
 VALUES = ("json", "dtype", "repeats", "cases", "threads")
 TRAINING = ("parts", "base", "steps", "batch", "scenes", "looks", "folder")
 """Options of convergence."""
 OWN = {"train": ("batch",)}
-"""What else those of BENCHMARKS have."""
+"""Further options of BENCHMARKS."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +68,7 @@ def run_benchmarks(options: argparse.Namespace, host: Callable[[], Path]) -> int
 
 
 def _arguments(name: str, options: argparse.Namespace, comfyui: Path) -> list[str]:
-    """What the script of that benchmark is started with."""
+    """Arguments for the script of a benchmark."""
     arguments = ["--comfyui", str(comfyui), *(f"--{switch}" for switch in SHARED if getattr(options, switch))]
     own = ("cases", "threads", *TRAINING) if name in ON_REQUEST else (*VALUES, *OWN.get(name, ()))
     for key in own:

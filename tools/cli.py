@@ -141,7 +141,7 @@ COMMANDS = {
     "comfy": Command("start ComfyUI with the pack, for use in a browser", "host", _add_comfy, _comfy),
     "convert": Command("write a ControlNet-XS file with the other set of names", "host", _add_convert, _convert),
     "train": Command("train a ControlNeXt or a ControlNet-XS from a recipe", "host", _add_train, _train),
-    "train-demo": Command("make the weights of the demo anew, in hours", "host", _add_train_demo, _train_demo),
+    "train-demo": Command("make the weights of the demo again, in hours", "host", _add_train_demo, _train_demo),
     "bench": Command("measure speed and memory beside the bare model and stock ControlNet", "host", _add_bench, _bench),
     "test": Command("run every check and test", "test", _add_test, _test),
 }
@@ -189,7 +189,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"run.py {options.command}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print(
-            "\nInterrupted. Run the same command again at any time; what is unfinished is made anew.", file=sys.stderr
+            "\nInterrupted. Run the same command again at any time; what is unfinished is made again.", file=sys.stderr
         )
         return 130
     except OSError as error:

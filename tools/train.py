@@ -18,7 +18,7 @@ TINY = "tiny_sd15.ckpt"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What comes before the settings; those need torch to be known, and are read when it is there."""
+    """Options before the settings; the settings need torch and are read once it can be imported."""
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
     parser.add_argument("recipe", type=Path, metavar="CONFIG.toml", help="a recipe; see controlnext_training/recipes")
     parser.add_argument(

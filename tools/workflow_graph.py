@@ -127,7 +127,7 @@ def output_index(output: Output, object_info: ObjectInfo) -> int:
 
 
 def api_format(workflow: Workflow, object_info: ObjectInfo) -> dict[str, Any]:
-    """What POST /prompt takes: {node id: {"class_type", "inputs", "_meta"}}."""
+    """Graph as POST /prompt takes it: {node id: {"class_type", "inputs", "_meta"}}."""
     prompt: dict[str, Any] = {}
     for node in workflow.nodes:
         if node.type == NOTE:

@@ -1,5 +1,5 @@
 """A small autoencoder in TAESD's layout: the host's own class, of which the blocks that this data does without stay
-zero, which a residual block with a rectifier at its end passes as it is.
+zero, which a residual block with a rectifier at its end passes unchanged.
 
 It starts as the averager of colours in tools/tiny_models: latents are mean colours, and the training is left with what
 the mean of 8x8 pixels does not say. Without the idle blocks a step costs a third.

@@ -1,4 +1,4 @@
-"""What every stage shares: where it keeps its state, its journal, its average of weights, and how it waits."""
+"""Parts of every stage: its saved state, its journal, its average of weights, and its pauses."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Average:
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, average: Average, step: int) -> dict[str, Any]:
-    """What a stage goes on from."""
+    """State from which a stage resumes."""
     return {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),

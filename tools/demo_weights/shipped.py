@@ -106,7 +106,7 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise SetupError(
             f"{path} is missing. It comes with the repository (git checkout -- demo/weights); who trains the demo's "
-            "weights anew runs the stages of `run.py train-demo` in order."
+            "weights again runs the stages of `run.py train-demo` in order."
         )
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -91,7 +91,7 @@ def make_published_unet(path: Path, layout: str = "svd", seed: int = 0) -> Path:
 
 
 def unet_tensors(layout: str, seed: int = 0) -> dict[str, Tensor]:
-    """What the UNet of that layout holds, in LDM names without prefix."""
+    """Tensors of the UNet of that layout, by LDM names without prefix."""
     return _unet(Pools(seed), LAYOUTS[layout], "", seed)
 
 

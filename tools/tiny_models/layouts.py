@@ -1,4 +1,4 @@
-"""What the tiny UNets look like, which tensors they have, and what diffusers calls their attention layers.
+"""Layouts of the tiny UNets: their tensors, and diffusers' names of their attention layers.
 
 All are 320 wide at the first level, which the host's detection fixes; the rest is as small as it accepts.
 Names follow the published LDM checkpoints (`input_blocks.1.0.in_layers.2.weight`).

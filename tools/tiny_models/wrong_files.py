@@ -71,7 +71,7 @@ def _controlnet_xs() -> Shapes:
 
 
 def _controlnet_xs_diffusers() -> Shapes:
-    """The same adapter's names in diffusers."""
+    """Names of the adapter's tensors in diffusers."""
     shapes = conv("conv_in", 4, XS_WIDTH) | conv("control_to_base_for_conv_in", XS_WIDTH, 320, 1, 1)
     shapes |= conv("controlnet_cond_embedding.conv_in", 3, 16)
     shapes |= conv("controlnet_cond_embedding.conv_out", 256, XS_WIDTH)

@@ -1,4 +1,4 @@
-"""What the example workflows share: published files, columns, the nodes that most of them have."""
+"""Parts of the example workflows: published files, columns, the nodes that most of them have."""
 
 from ..workflow_graph import Model, Node, Output, Workflow
 

@@ -28,7 +28,7 @@ WINDOW, OVERLAP, LONG = 24, 6, 72
 
 @dataclass(frozen=True)
 class Clip:
-    """What a video workflow has before it is sampled, and the speed of its pose video."""
+    """Inputs of a video workflow before sampling, and the speed of its pose video."""
 
     model: Output
     positive: Output

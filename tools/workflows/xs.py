@@ -30,7 +30,7 @@ XS_SDXL_CANNY = released("sdxl_encD_canny_48m.safetensors")
 XS_SDXL_DEPTH = released("sdxl_encD_depth_48m.safetensors")
 STOCK_DOOR = """
 **The stock Apply node** takes the control too: then each conditioning is controlled by itself, and areas, masks,
-timestep ranges and stock ControlNets chain as usual. MODEL goes to the sampler as it is.
+timestep ranges and stock ControlNets chain as usual. MODEL goes to the sampler unchanged.
 """
 
 
