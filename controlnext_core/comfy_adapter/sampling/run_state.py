@@ -136,6 +136,8 @@ def release_after_failure(control: Any, model: Any) -> None:
 
     def release(over: Any) -> None:
         over.remove_callbacks_with_key(CallbacksMP.ON_CLEANUP, key)
+        if not over.callbacks.get(CallbacksMP.ON_CLEANUP, True):
+            del over.callbacks[CallbacksMP.ON_CLEANUP]  # the MODEL is left as it was
         if sys.exc_info()[0] is not None:
             control.run = None
 
