@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ..models.controlnext import ControlNeXt
 from .checkpoint import CheckpointError, Header, compare_shapes
+from .encodable import cut
 from .key_maps import strip_prefix
 from .metadata import ControlMetadata, read_metadata
 from .specs import BUILDS, SPECS, Family, Spec, config_of
@@ -71,6 +72,12 @@ def read_control_file(header: Header) -> ControlFile:
             f"{_names(_rows_of(build))}. The file was put together wrongly: save or download it again."
         )
     return ControlFile(header, build, out_channels, encoder, weights, metadata)
+
+
+def holds_encoder(header: Header) -> bool:
+    """True means that the file has an encoder in it, alone or with UNet weights."""
+    encoder, _ = _split(header.shapes)
+    return all(mark in encoder for mark in MARKS)
 
 
 def choose_spec(file: ControlFile, family: Family, variant: str = "auto") -> Spec:
@@ -218,7 +225,7 @@ def _describe_foreign(shapes: Names) -> str:
         ((spec, len(_expected_shapes(spec.build).keys() & shapes.keys())) for spec in SPECS.values()),
         key=lambda pair: pair[1],
     )
-    first = ", ".join(list(shapes)[:3]) or "none"
+    first = ", ".join(map(cut, list(shapes)[:3])) or "none"
     near = f" Nearest is {nearest.title} with {common} names in common." if common else ""
     return (
         f"is not a ControlNeXt encoder: {len(shapes)} tensors ({first}, ...), {' and '.join(MARKS)} missing.{near} "

@@ -12,6 +12,9 @@ from typing import Any
 MAX_MESSAGE = 8000
 """Letters of a text that leaves a node; a longer one loses its middle."""
 
+MAX_QUOTED = 200
+"""Letters of a text out of a file that a message repeats."""
+
 
 def is_encodable(text: str) -> bool:
     """True means that UTF-8 can say all of the text."""
@@ -33,6 +36,11 @@ def encodable(text: str) -> str:
         half = MAX_MESSAGE // 2
         text = f"{text[:half]} ... ({len(text) - 2 * half:,} letters left out) ... {text[-half:]}"
     return escaped(text)
+
+
+def cut(text: str, most: int = MAX_QUOTED) -> str:
+    """A file's own text as it stands in a message: its start alone where it is longer than `most` letters."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} letters)"
 
 
 def encodable_parts(value: Any) -> Any:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from .checkpoint import CheckpointError, Header
+from .encodable import cut
 from .families import FAMILIES
 from .injection import NORMALIZATIONS
 from .specs import SPECS, Spec
@@ -35,7 +36,7 @@ def read_metadata(header: Header) -> ControlMetadata:
 
     def refuse(key: str, allowed: str) -> CheckpointError:
         return CheckpointError(
-            f"{header.path}: its metadata says {PREFIX}{key}={found[key]!r}; {allowed} is understood. "
+            f"{header.path}: its metadata says {PREFIX}{key}={cut(repr(found[key]))}; {allowed} is understood. "
             "Update this node pack, or save the file again."
         )
 

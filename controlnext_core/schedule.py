@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .encodable import cut
+
 ITERATIONS = 60
 """Halvings of the bisection; an interval of 1 becomes 1e-18, below what a double tells apart."""
 
@@ -39,7 +41,7 @@ def parse_schedule(text: str) -> Schedule:
             percent, strength = (float(number) for number in part.split(":"))
         except ValueError:
             raise ValueError(
-                f"schedule: '{part}' is not a percent:strength pair. Write pairs such as 0:1, 0.4:1, 0.8:0.2"
+                f"schedule: '{cut(part)}' is not a percent:strength pair. Write pairs such as 0:1, 0.4:1, 0.8:0.2"
             ) from None
         if not 0 <= percent <= 1:
             raise ValueError(f"schedule: percent {percent:g} in '{part}' is outside 0..1 (0 start, 1 end of sampling).")

@@ -9,6 +9,7 @@ from ..models.controlnet_xs import HINT_CONVS, ControlNetXS, ControlNetXSConfig
 from .checkpoint import Header, compare_shapes
 from .counting import Numbered
 from .detection import DetectionError, read_control_file
+from .encodable import cut
 from .specs import Family
 from .xs_key_maps import DIFFUSERS, OFFICIAL, from_ours, reduce_fused, to_ours
 from .xs_specs import (
@@ -60,8 +61,8 @@ class XSFile:
         said = self.header.metadata.get(NORM_KEY)
         if chosen == "auto" and said is not None and said not in NORM_RULES:
             raise DetectionError(
-                f"{self.header.path}: its metadata says {NORM_KEY}={said!r}; {', '.join(NORM_RULES)} are understood. "
-                "Set norm_rule to one of these."
+                f"{self.header.path}: its metadata says {NORM_KEY}={cut(repr(said))}; {', '.join(NORM_RULES)} are "
+                "understood. Set norm_rule to one of these."
             )
         if chosen == "auto":
             chosen = said or (OFFICIAL if self.format == OFFICIAL or released_as(self.shape) else DIFFUSERS)

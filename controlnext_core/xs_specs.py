@@ -12,6 +12,7 @@ from typing import Any
 
 from ..models.attention import TransformerConfig
 from ..models.controlnet_xs import CONV, DOWN, RES, BlockConfig, ControlNetXSConfig
+from .encodable import cut
 from .families import CONTEXT_FAMILIES
 from .specs import Family
 
@@ -170,7 +171,7 @@ def parse_heads(text: str) -> tuple[int, ...]:
         heads = (0,)
     if any(number < 1 for number in heads):
         raise ValueError(
-            f"num_heads: '{text}' is not a list of whole numbers. Write one number for all levels (8), or one per "
+            f"num_heads: '{cut(text)}' is not a list of whole numbers. Write one number for all levels (8), or one per "
             "level (1,1,2), or leave it empty."
         )
     return heads

@@ -11,6 +11,8 @@ import json
 import re
 from dataclasses import dataclass
 
+from ..controlnext_core.encodable import cut
+from ..controlnext_core.file_names import problem_of_control
 from ..controlnext_core.hints import HINTS
 from .choices import AUTO, FUSIONS, LAYOUTS, SUBSETS, VARIANTS
 from .data.samples import PAIRED
@@ -247,8 +249,8 @@ class TrainConfig:
         self._check_names()
 
     def _check_names(self) -> None:
-        if not re.fullmatch(r"[^/\\:*?\"<>|\x00-\x1f]+", self.output_name) or set(self.output_name) <= {"."}:
-            raise ConfigError(f"output_name: {self.output_name!r} is no file name. Use letters, digits, _ and -.")
+        if problem := problem_of_control(self.output_name):
+            raise ConfigError(f"output_name: {problem}")
         if self.resolution % 8:
             raise ConfigError(f"resolution: {self.resolution} is not a multiple of 8.")
         if self.resolution % self.bucket_step:
@@ -302,11 +304,11 @@ def parse_blocks(text: str) -> dict[str, range | None]:
     """
     found: dict[str, range | None] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
-        match = re.fullmatch(r"(input|middle|output)(?:\.(\d+)(?:-(\d+))?)?", part)
+        match = re.fullmatch(r"(input|middle|output)(?:\.(\d{1,4})(?:-(\d{1,4}))?)?", part)
         if match is None or match[1] in found:
             raise ConfigError(
-                f"blocks: {part!r} is not understood. Write each of {', '.join(BLOCK_SIDES)} at most once, with or "
-                "without numbers: input.0-5, middle, output.3."
+                f"blocks: {cut(repr(part))} is not understood. Write each of {', '.join(BLOCK_SIDES)} at most once, "
+                "with or without numbers: input.0-5, middle, output.3."
             )
         first = match[2]
         found[match[1]] = None if first is None else range(int(first), int(match[3] or first) + 1)

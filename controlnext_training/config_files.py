@@ -5,12 +5,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
 
+from ..controlnext_core.encodable import cut, is_encodable
 from .config import SETTINGS, ConfigError, TrainConfig
+
+MAX_RECIPE = 64 * 1024
+"""Letters of a recipe; those of the pack have two thousand."""
+MAX_DOTS = 64
+"""Dots in one key: Python's reader takes time by the square of their number."""
+MAX_KEY, MAX_TEXT = 100, 8192
+"""Letters of a key that are compared with the known ones, and of a value."""
 
 KINDS: dict[str, type] = get_type_hints(TrainConfig)
 """Key -> its type."""
@@ -19,6 +28,8 @@ KINDS: dict[str, type] = get_type_hints(TrainConfig)
 def read_recipe(path: Path) -> dict[str, Any]:
     """The keys of a recipe file. Raises ConfigError naming the file."""
     try:
+        if path.stat().st_size > 4 * MAX_RECIPE:
+            raise ConfigError(f"is {path.stat().st_size:,} bytes long, and no recipe.")
         return parse_recipe(path.read_text("utf-8"))
     except (OSError, ConfigError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
@@ -26,10 +37,22 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def parse_recipe(text: str) -> dict[str, Any]:
     """The keys of a recipe (TOML), whatever headings they stand under. Raises ConfigError naming the key."""
+    if len(text) > MAX_RECIPE:
+        raise ConfigError(f"is {len(text):,} letters long. A recipe has no more than {MAX_RECIPE:,}.")
+    if any(len(re.findall(r"[^.\s]\s*\.", part)) > MAX_DOTS for part in re.split(r"[,=\n\[\]{}]", text)):
+        raise ConfigError(f"nests more than {MAX_DOTS} tables with dots. Write lines such as steps = 1000.")
     try:
-        document = _toml().loads(text)
+        return _settings_of(_toml().loads(text))
+    except RecursionError:
+        raise ConfigError("is nested too deep. Write lines such as steps = 1000.") from None
+    except ConfigError:
+        raise
     except ValueError as error:  # TOMLDecodeError is one
-        raise ConfigError(f"is not TOML ({error}). Write lines such as steps = 1000.") from error
+        raise ConfigError(f"is not TOML ({cut(str(error))}). Write lines such as steps = 1000.") from error
+
+
+def _settings_of(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a recipe, whatever headings they stand under."""
     found: dict[str, Any] = {}
 
     def take(values: Mapping[str, Any]) -> None:
@@ -37,7 +60,7 @@ def parse_recipe(text: str) -> dict[str, Any]:
             if isinstance(value, dict):
                 take(value)
             elif key in found:
-                raise ConfigError(f"{key}: stands there twice. Keep one.")
+                raise ConfigError(f"{cut(key)}: stands there twice. Keep one.")
             else:
                 found[key] = checked(key, value)
 
@@ -57,9 +80,10 @@ def _toml() -> ModuleType:
 def checked(key: str, value: Any) -> Any:
     """The value in the type of its key. Raises ConfigError for an unknown key and for another type."""
     if key not in KINDS:
-        close = difflib.get_close_matches(key, KINDS, 1)
-        raise ConfigError(f"{key}: is no setting." + (f" Did you mean {close[0]}?" if close else ""))
+        close = difflib.get_close_matches(key[:MAX_KEY], KINDS, 1)
+        raise ConfigError(f"{cut(key)}: is no setting." + (f" Did you mean {close[0]}?" if close else ""))
     kind = KINDS[key]
+    _refuse_extremes(key, value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind == tuple[str, ...]:
@@ -69,7 +93,18 @@ def checked(key: str, value: Any) -> Any:
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
     wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}.get(kind, "texts")
-    raise ConfigError(f"{key}: {value!r} is not {wanted}.")
+    raise ConfigError(f"{key}: {cut(repr(value))} is not {wanted}.")
+
+
+def _refuse_extremes(key: str, value: Any) -> None:
+    """Raise ConfigError for numbers and texts that no setting has, and that others choke on."""
+    for part in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(part, int) and abs(part) >= 2**64:
+            raise ConfigError(f"{key}: is a number of more than 64 bits.")
+        if isinstance(part, str) and len(part) > MAX_TEXT:
+            raise ConfigError(f"{key}: is a text of {len(part):,} letters; no more than {MAX_TEXT:,} are taken.")
+        if isinstance(part, str) and (not is_encodable(part) or re.search(r"[\x00-\x08\x0e-\x1f\x7f]", part)):
+            raise ConfigError(f"{key}: {cut(repr(part))} holds a sign that texts cannot have. Remove it.")
 
 
 def make_config(*sources: Mapping[str, Any]) -> TrainConfig:

@@ -10,8 +10,9 @@ from pathlib import Path
 import folder_paths
 
 from ...checkpoint import SUFFIXES, CheckpointError, peek
-from ...detection import ControlFile, read_control_file
-from ...encodable import encodable, is_encodable
+from ...detection import ControlFile, holds_encoder, read_control_file
+from ...encodable import cut, encodable, is_encodable
+from ...file_names import UNET_START
 from ..feedback import log_once
 
 FOLDER = "controlnext"
@@ -93,7 +94,7 @@ def choose_weights(file: ControlFile, weights_name: str) -> ChosenWeights:
     """Resolve the `weights_name` widget: `auto`, `none` or a file of the control folders.
 
     auto: the weights bundled in the control file; else the file that its metadata names; else the only
-    `unet*.safetensors` beside it; else none. Never from another folder.
+    `unet*.safetensors` beside it that is no control itself; else none. Never from another folder.
     """
     path = file.header.path
     if weights_name == NONE:
@@ -104,16 +105,32 @@ def choose_weights(file: ControlFile, weights_name: str) -> ChosenWeights:
         return ChosenWeights(path, True, f"{len(file.weights)} tensors bundled in the control file")
     if file.metadata.weights_file:
         named = path.parent / Path(file.metadata.weights_file).name
-        if not named.is_file():
+        if not _is_file(named):
             raise CheckpointError(
-                f"{path}: names {named.name} as its UNet weights, but that file is not beside it. Put it there, or set "
-                "weights_name to none."
+                f"{path}: names {cut(named.name)} as its UNet weights, but that file is not beside it. Put it there, "
+                "or set weights_name to none."
             )
         return ChosenWeights(named, False, f"{named.name}, named by the control file")
-    beside = sorted(path.parent.glob("unet*.safetensors"))
+    beside = [found for found in sorted(path.parent.glob(f"{UNET_START}*.safetensors")) if not _is_control(found)]
     if len(beside) == 1:
         return ChosenWeights(beside[0], False, f"{beside[0].name}, the only one beside the control")
     return ChosenWeights(None, False, f"none ({len(beside)} files unet*.safetensors beside the control)")
+
+
+def _is_control(path: Path) -> bool:
+    """False also for a file that cannot be read; whoever loads it says why."""
+    try:
+        return holds_encoder(peek(path))
+    except CheckpointError:
+        return False
+
+
+def _is_file(path: Path) -> bool:
+    """False also for a name that no system takes."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def fingerprint(control_name: str, weights_name: str) -> str:

@@ -7,10 +7,14 @@ from pathlib import Path
 
 from ... import checkpoint
 from ...detection import DetectionError, read_control_file
+from ...encodable import cut
 from ...specs import Spec
 from ...xs_detection import XSFile, is_xs, read_xs_file
 from .folders import choose_weights
 from .xs_loading import configured_heads, describe
+
+MAX_KEYS = 40
+"""Keys of a file's metadata that are shown."""
 
 
 def inspect_file(path: Path) -> str:
@@ -35,7 +39,7 @@ def inspect_file(path: Path) -> str:
         lines.append("the connected model decides between these; `variant` overrides")
     if file.metadata.gain is not None:
         lines.append(f"trained gain: {file.metadata.gain:g}")
-    lines += [f"{key}: {value}" for key, value in sorted(file.header.metadata.items())]
+    lines += metadata_lines(file.header)
     return "\n".join(lines)
 
 
@@ -50,9 +54,16 @@ def inspect_xs(file: XSFile) -> str:
         [
             f"{words}",
             f"{file.header.path.stat().st_size:,} bytes, {len(file.names)} tensors, {', '.join(dtypes)}",
-            *(f"{key}: {value}" for key, value in sorted(file.header.metadata.items())),
+            *metadata_lines(file.header),
         ]
     )
+
+
+def metadata_lines(header: checkpoint.Header) -> list[str]:
+    """What the file says of itself, a line for each key; a long text's start, and of many keys the first."""
+    keys = sorted(header.metadata)
+    lines = [f"{cut(key)}: {cut(header.metadata[key])}" for key in keys[:MAX_KEYS]]
+    return lines + ([f"and {len(keys) - MAX_KEYS:,} keys more"] if len(keys) > MAX_KEYS else [])
 
 
 def _describe(spec: Spec) -> str:

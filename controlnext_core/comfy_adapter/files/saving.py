@@ -9,7 +9,9 @@ import folder_paths
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ...checkpoint import CheckpointError
 from ...control_files import DTYPES, check_layout, write_control
+from ...file_names import problem_of_prefix
 from ...metadata import PREFIX
 from ...unet_weights import published_names
 from ...xs_convert import LAYOUTS, write
@@ -52,8 +54,16 @@ def save_xs(control: ControlNetXSControl, prefix: str, layout: str, dtype: str) 
 
 
 def free_stem(prefix: str) -> Path:
-    """A path below the host's output folder, without suffix, where no file or folder is yet."""
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    """A path below the host's output folder, without suffix, where no file or folder is yet.
+
+    Raises CheckpointError for a prefix that makes no good name, or a folder that cannot be made.
+    """
+    if problem := problem_of_prefix(prefix):
+        raise CheckpointError(f"filename_prefix: {problem}")
+    try:
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    except OSError as error:
+        raise CheckpointError(f"filename_prefix: {prefix!r}: the folder cannot be made ({error}).") from error
     while True:
         stem = Path(folder) / f"{name}_{counter:05}_"
         if not stem.exists() and not stem.with_name(f"{stem.name}.safetensors").exists():
