@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import safetensors_file, torch_file
-from .encodable import escaped
+from .encodable import cut, escaped
 from .stored import KindError, StoredTensors, Table
 
 TORCH_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
@@ -74,10 +74,18 @@ class _OpenTensors(Mapping[str, Tensor]):
         self._names = {name: name for name in table.entries} if names is None else dict(names)
         self._path = table.path
         wanted = _known(table, self._names.values())
+        self._seen: dict[str, Tensor] = {}
         with _readable(self._path):
             self._stored = StoredTensors(table, wanted)
 
+    def look(self, name: str) -> Tensor:
+        """A tensor that is asked for once more afterwards, and is read once."""
+        self._seen[name] = self[name]
+        return self._seen[name]
+
     def __getitem__(self, name: str) -> Tensor:
+        if name in self._seen:
+            return self._seen.pop(name)
         stored = self._names[name]
         with _readable(self._path):
             return self._stored[stored]
@@ -99,6 +107,11 @@ def _known(table: Table, names: Iterable[str]) -> list[str]:
     if lost := [name for name in wanted if name not in table.entries]:
         raise CheckpointError(f"{table.path}: {listed('missing', lost)}. It was changed meanwhile: load it again.")
     return wanted
+
+
+def look_at(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """A tensor among others that is asked for once more afterwards: where they are on disk it is kept until then."""
+    return tensors.look(name) if isinstance(tensors, _OpenTensors) else tensors[name]
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
@@ -141,7 +154,7 @@ def listed(what: str, names: list[str]) -> str:
     if not names:
         return ""
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return f"{len(names)} {what}: {', '.join(names[:MAX_LISTED])}{more}"
+    return f"{len(names)} {what}: {', '.join(map(cut, names[:MAX_LISTED]))}{more}"
 
 
 def save(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:

@@ -14,7 +14,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from .checkpoint import CheckpointError, shape_of
+from .checkpoint import CheckpointError, look_at, shape_of
+from .finite import check_format, peak
 from .key_maps import KeyMap, Target, as_target, family_hint, resolve_names, strip_prefix
 
 HOST_PREFIX = "diffusion_model."
@@ -55,7 +56,7 @@ def decide_kind(file: Mapping[str, Tensor], base: BaseWeights, source: str = "th
     measured: list[tuple[float, float]] = []
     for name in weights:
         tensor = base(name)
-        if tensor is not None and (pair := _ratio_and_cosine(file[name], tensor)) is not None:
+        if tensor is not None and (pair := _ratio_and_cosine(look_at(file, name), tensor)) is not None:
             measured.append(pair)
         if len(measured) == MAX_SAMPLES:
             break
@@ -125,6 +126,7 @@ def host_differences(
     targets = resolve_names(file, key_map, source)
     found: dict[str, Tensor] = {}
     for name, tensor in file.items():
+        check_format(name, tensor, source)
         target = targets[name]
         host_name = HOST_PREFIX + target.name
         whole = base(host_name)
@@ -167,7 +169,7 @@ def full_from_differences(
                 "Connect the model that the control was loaded or trained on."
             )
         total = current.float() + difference.float()
-        if not _peak(total) <= torch.finfo(dtype).max:
+        if not peak(total) <= torch.finfo(dtype).max:
             raise CheckpointError(f"'{name}': base + difference does not fit {dtype}. Save in fp32.")
         full[name] = total.to(dtype)
     return full
@@ -227,19 +229,13 @@ def _difference(tensor: Tensor, current: Tensor, kind: WeightsKind, what: str) -
         difference = tensor.to(torch.float32, copy=True).sub_(current.float())
     else:
         difference = tensor if tensor.dtype in KEPT_DTYPES else tensor.float()
-    peak = _peak(difference)
-    if not math.isfinite(peak):
+    most = peak(difference)
+    if not math.isfinite(most):
         raise CheckpointError(f"{what} holds NaN or infinite values. The file is damaged: download it again.")
-    if kind is WeightsKind.FULL and peak <= FP16_MAX:
+    if kind is WeightsKind.FULL and most <= FP16_MAX:
         difference = difference.half()
-        peak = torch.tensor(peak).half().item()
-    return difference if peak > 0 else None
-
-
-def _peak(tensor: Tensor) -> float:
-    """Largest magnitude; NaN where there is one."""
-    low, high = torch.aminmax(tensor)
-    return torch.maximum(-low, high).item()
+        most = torch.tensor(most).half().item()
+    return difference if most > 0 else None
 
 
 def _shape_error(source: str, name: str, file: Mapping[str, Tensor], current: Tensor) -> CheckpointError:

@@ -25,6 +25,7 @@ from ...controlnext_core.comfy_adapter.sampling.xs_forward import Companion, XSJ
 from ...controlnext_core.control_files import write_control
 from ...controlnext_core.detection import choose_spec, read_control_file
 from ...controlnext_core.families import CONTEXT_FAMILIES
+from ...controlnext_core.finite import check_weights
 from ...controlnext_core.injection import Term, prepare
 from ...controlnext_core.key_maps import KeyMap
 from ...controlnext_core.specs import SPECS, GainLaw, Spec, config_of, with_normalization, with_trained_gain
@@ -249,6 +250,7 @@ def _xs_tensors(path: Path, shape: XSShape) -> dict[str, Tensor]:
             "Set xs_ratio and xs_own_time as they are in the file."
         )
     stored = checkpoint.load(path, file.names.values())
+    check_weights(stored, str(path))
     return {ours: stored[name].float() for ours, name in file.names.items()}
 
 
@@ -263,6 +265,7 @@ def _encoder_of(path: Path, spec: Spec) -> dict[str, Tensor]:
     if found.build != spec.build:
         raise ConfigError(f"init_control: {path} is a {found.name}, and variant is {spec.name}. Choose the same.")
     stored = checkpoint.load(path, file.encoder.values())
+    check_weights(stored, str(path))
     return {name: stored[key].float() for name, key in file.encoder.items()}
 
 

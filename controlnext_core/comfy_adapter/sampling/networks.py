@@ -14,6 +14,7 @@ from comfy.patcher_extension import CallbacksMP
 from torch import Tensor, nn
 
 from ... import checkpoint
+from ...finite import check_format, check_weights
 from .features import drop_features, keep_features_of
 from .layers import patcher_of
 from .next_forward import KEY
@@ -55,7 +56,10 @@ def into_host(net: nn.Module, tensors: Mapping[str, Tensor], build: str, source:
 
     build: what changes its features beside the weights. Raises CheckpointError where the weights are others.
     """
+    for name, tensor in tensors.items():
+        check_format(name, tensor, source)
     kept = {n: t if t.dtype in STORED_DTYPES else t.to(torch.float32) for n, t in tensors.items()}
+    check_weights(kept, source)
     blank = copy.deepcopy(net)
     checkpoint.load_strict(net, kept, source)
     net.eval().requires_grad_(False)
