@@ -192,7 +192,7 @@ def open_dataset(
     broken: list[Broken] = []
     found: list[list[Entry]] = []
     for source in given:
-        tree, table = open_tree(Path(source), roots)
+        tree, table = open_tree(Path(source), roots, lambda: progress(0, 0) if progress else None)
         found.append([_trimmed(entry, reading) for entry in entries(tree, table, extension, hint == PAIRED)])
         broken += tree.broken
     wanted = [e for part in found for e in part if clip_frames > 1 or e.image.suffix not in VIDEO_SUFFIXES]

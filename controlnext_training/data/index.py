@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from ...controlnext_core import encodable
-from .pictures import PictureError, decode
+from .pictures import PictureError, size_of
 from .samples import Facts, first_line
 from .sources import VIDEO_SUFFIXES
-from .tree import Blob
+from .tree import CHUNK, Blob, open_regular
 from .video_frames import examine_video
 
 logger = encodable.logger(__name__)
@@ -38,11 +38,10 @@ Progress = Callable[[int, int], None]
 def examine(blob: Blob) -> Facts | str:
     """Facts, or why the file cannot be used."""
     try:
-        content = blob.read()
-        name = content_hash(content)
         if blob.suffix in VIDEO_SUFFIXES:
-            return Facts(name, *examine_video(blob))
-        return Facts(name, *decode(content).size)
+            return Facts(_hash_of_file(blob), *examine_video(blob))
+        content = blob.read()
+        return Facts(content_hash(content), *size_of(content))
     except OSError as error:
         return f"cannot be read ({error.strerror or first_line(error)}). Check the file and its permissions"
     except PictureError as error:
@@ -52,6 +51,17 @@ def examine(blob: Blob) -> Facts | str:
 def content_hash(content: bytes) -> str:
     """Identity of a file's bytes."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _hash_of_file(blob: Blob) -> str:
+    """`content_hash` of a file that need not fit into memory."""
+    if blob.size >= 0:
+        return content_hash(blob.read())
+    digest = hashlib.blake2b(digest_size=16)
+    with open_regular(blob.path) as file:
+        while part := file.read(CHUNK):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 class Index:

@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import io
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,17 +56,57 @@ def decode(content: bytes) -> Picture:
 
     Raises PictureError.
     """
+    with _opened(content) as image:
+        return _to_floats(image)
+
+
+def size_of(content: bytes) -> tuple[int, int]:
+    """(H, W) of a picture, which is decoded for it, so that a damaged one shows. Raises PictureError."""
+    with _opened(content) as image:
+        image.load()
+        return image.height, image.width
+
+
+class Budget:
+    """So many pixels are decoded at the same time; a picture that is over it alone is decoded alone."""
+
+    def __init__(self, pixels: int) -> None:
+        self.pixels, self._used, self._changed = pixels, 0, threading.Condition()
+
+    @contextmanager
+    def taking(self, pixels: int) -> Iterator[None]:
+        """Inside, the pixels are taken; before, it waits until there are as many."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._used or self._used + pixels <= self.pixels)
+            self._used += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= pixels
+                self._changed.notify_all()
+
+
+DECODED = Budget(MAX_PIXELS)
+"""Of all threads together: 0.25 GiB in whole numbers of 8 bits, four times that where floats are made."""
+
+
+@contextmanager
+def _opened(content: bytes) -> Iterator[Any]:
+    """The picture, turned as its EXIF orientation says; whatever goes wrong inside is a PictureError."""
     from PIL import Image, ImageOps
 
     if not content:
         raise PictureError("is empty (0 bytes). Copy or download it again")
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
+            pixels = image.width * image.height
+            if pixels > MAX_PIXELS:
                 raise PictureError(
                     f"has {image.width}x{image.height} pixels, more than {MAX_PIXELS:,}. Make it smaller"
                 )
-            return _to_floats(ImageOps.exif_transpose(image))
+            with DECODED.taking(pixels):
+                yield ImageOps.exif_transpose(image)
     except PictureError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -83,7 +126,8 @@ def _to_floats(image: Any) -> Picture:
         gray = np.asarray(image).astype(np.float32).clip(0, SIXTEEN_BITS) / np.float32(SIXTEEN_BITS)
         return Picture(np.repeat(gray[..., None], 3, axis=2))
     transparent = "A" in image.getbands() or "transparency" in image.info
-    values = np.asarray(image.convert("RGBA" if transparent else "RGB")).astype(np.float32) / np.float32(255)
+    values = np.asarray(image.convert("RGBA" if transparent else "RGB")).astype(np.float32)
+    values /= np.float32(255)  # in place: a second array of a large picture is a GiB
     if not transparent or bool((values[..., 3] == 1).all()):
         return Picture(values[..., :3])
     return Picture(values[..., :3], values[..., 3])

@@ -19,9 +19,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ...controlnext_core.encodable import cut
 from .pictures import PICTURE_SUFFIXES
 from .samples import Broken, DatasetError, first_line
-from .tree import TAR_SUFFIX, Blob, Tree, fold, in_order
+from .tree import TAR_SUFFIX, Blob, Check, Tree, fold, in_order
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 MEDIA_SUFFIXES = (*PICTURE_SUFFIXES, *VIDEO_SUFFIXES)
@@ -62,6 +63,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 SD1.5 files; target, source, prompt: fill50k; video_path, guide_path: the authors' SVD files."""
 
 
+Opened = tuple[Tree, Blob | None]
+"""A tree, and the table where a source is one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One picture or video and what belongs to it; nothing of it has been opened."""
@@ -90,16 +95,18 @@ class _Files:
         return next((blob for blob in blobs if blob.suffix == like.suffix), blobs[0] if blobs else None)
 
 
-def open_tree(source: Path, roots: Sequence[Path] | None = None) -> tuple[Tree, Blob | None]:
+def open_tree(
+    source: Path, roots: Sequence[Path] | None = None, check: Check = lambda: None
+) -> tuple[Tree, Blob | None]:
     """(files of a source, the table if the source is one). Raises DatasetError if there is no such source."""
     allowed = None if roots is None else tuple(roots)
     if source.is_dir():
-        tree = Tree(source, allowed)
+        tree = Tree(source, allowed, check=check)
         tree.walk()
         return tree, None
     if not source.is_file():
         raise DatasetError(f"{source}: no such folder or file. Check the path; relative ones start at the recipe.")
-    tree = Tree(source.parent, allowed)
+    tree = Tree(source.parent, allowed, check=check)
     if source.name.lower().endswith(TAR_SUFFIX):
         tree.add(source, source.name)
         return tree, None
@@ -230,7 +237,7 @@ def _from_table(tree: Tree, table: Blob, files: _Files, paired: bool) -> Iterato
 def _rows(text: str, suffix: str) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
     """(number from 1, the row or what is wrong with it): CSV, a JSON list of rows, JSON columns, or a row per line."""
     if suffix == ".csv":
-        yield from enumerate(csv.DictReader(io.StringIO(text, newline="")), 1)
+        yield from _csv_rows(text)
         return
     whole: Any = None
     if suffix == ".json":
@@ -248,10 +255,26 @@ def _rows(text: str, suffix: str) -> Iterator[tuple[int, Mapping[str, Any] | str
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield number, f"is not JSON ({first_line(error)}). Correct or remove the line"
                 continue
             yield number, row if isinstance(row, dict) else "is not a row of named columns. Remove it"
+
+
+def _csv_rows(text: str) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
+    """Rows of a CSV; a field that cannot be read costs its row alone."""
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    number = 0
+    while True:
+        number += 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield number, f"cannot be read ({first_line(error)}). Correct or remove it"
+            continue
+        yield number, row
 
 
 def _entry(tree: Tree, folder: str, row: Mapping[str, Any], paired: bool) -> Entry:
@@ -270,9 +293,11 @@ def _entry(tree: Tree, folder: str, row: Mapping[str, Any], paired: bool) -> Ent
             raise DatasetError(f"has a {role} that is {type(name).__name__}, not the path of a file. Correct it")
         blob = tree.find(folder, name)
         if blob is None:
-            raise DatasetError(f"names {name}, which is not there. Correct the path, relative to the table's folder")
+            raise DatasetError(
+                f"names {cut(name)}, which is not there. Correct the path, relative to the table's folder"
+            )
         if blob.suffix not in MEDIA_SUFFIXES:
-            raise DatasetError(f"names {name}, which is of none of the kinds {', '.join(MEDIA_SUFFIXES)}")
+            raise DatasetError(f"names {cut(name)}, which is of none of the kinds {', '.join(MEDIA_SUFFIXES)}")
         return blob
 
     image = file(IMAGE)

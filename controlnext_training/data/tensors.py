@@ -92,7 +92,7 @@ class TensorDataset:
 
 def _checked(tensor: Tensor, name: str, dims: int) -> Tensor:
     """float32 on the CPU, in [0, 1]."""
-    if tensor.ndim != dims or not len(tensor):
+    if tensor.ndim != dims or not tensor.numel():
         raise DatasetError(f"{name}: has the shape {list(tensor.shape)}. Connect a batch of pictures.")
     values = tensor.detach().to("cpu", torch.float32)
     if not bool(torch.isfinite(values).all()):

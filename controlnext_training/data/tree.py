@@ -5,13 +5,16 @@ Shards are never unpacked: their members are read where they lie. The order of n
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
+import stat
 import tarfile
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from .samples import Broken, DatasetError, first_line
 
@@ -19,6 +22,14 @@ TAR_SUFFIX = ".tar"
 PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 IGNORED_FOLDERS = ("__macosx",)
 BLOCK = tarfile.BLOCKSIZE
+MAX_FILE = 1 << 30
+"""Bytes of a picture, a table, or a video in a shard."""
+MAX_GAP = 64 << 20
+"""Bytes of a shard in which no member begins, before the rest is given up."""
+CHUNK = 1 << 20
+
+Check = Callable[[], None]
+"""Raises where the user has cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +60,27 @@ class Blob:
 
     def read(self) -> bytes:
         """All of it. Raises OSError."""
-        with open(self.path, "rb") as file:
+        with open_regular(self.path) as file:
             file.seek(self.offset)
-            content = file.read(self.size)
+            length = self.size if self.size >= 0 else os.fstat(file.fileno()).st_size
+            if length > MAX_FILE:
+                raise OSError(f"has {length:,} bytes, more than {MAX_FILE:,}")
+            content = file.read(length)
         if len(content) < self.size:
             raise OSError(f"ends after {len(content):,} of {self.size:,} bytes")
         return content
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A file to read. Raises OSError, at once, for a pipe, a device or a folder, which may never end."""
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            raise OSError("is no regular file")
+        return os.fdopen(number, "rb")
+    except BaseException:
+        os.close(number)
+        raise
 
 
 def fold(name: str) -> str:
@@ -77,6 +103,7 @@ class Tree:
     """Folders that files may lie in, links followed; None = anywhere."""
     blobs: dict[str, Blob] = field(default_factory=dict)
     broken: list[Broken] = field(default_factory=list)
+    check: Check = lambda: None
     _folded: dict[str, Blob] | None = None
 
     def find(self, folder: str, name: str) -> Blob | None:
@@ -92,10 +119,8 @@ class Tree:
         if fold(joined) in self._folded:
             return self._folded[fold(joined)]
         path = Path(name) if Path(name).is_absolute() else self.root / joined
-        if not path.is_file():
-            return None
-        self._check(path)
-        return Blob(path, joined)
+        self._check(path)  # first: whether a file is there is nobody's affair where it may not be read
+        return Blob(path, joined) if is_regular(path) else None
 
     def walk(self) -> None:
         """Add every file below the root, the members of shards too. Hidden files and folders are passed over."""
@@ -106,6 +131,7 @@ class Tree:
 
         for folder, folders, files in os.walk(self.root, onerror=note, followlinks=True):
             here = Path(folder)
+            self.check()
             if here.resolve() in seen:  # a link to a folder above
                 folders.clear()
                 continue
@@ -116,13 +142,17 @@ class Tree:
 
     def add(self, path: Path, name: str) -> None:
         """Add one file; a shard becomes a folder of its name."""
+        if not is_regular(path):
+            why = "is no regular file, but a pipe, a device or a link that leads nowhere. Remove it"
+            self.broken.append(Broken(str(path), why))
+            return
         try:
             self._check(path)
         except DatasetError as error:
             self.broken.append(Broken(str(path), str(error)))
             return
         if name.lower().endswith(TAR_SUFFIX):
-            members, broken = read_shard(path)
+            members, broken = read_shard(path, self.check)
             self.broken += broken
             self.blobs.update({f"{name}/{b.name}": Blob(path, f"{name}/{b.name}", b.offset, b.size) for b in members})
         elif name.lower().endswith(PACKED_SUFFIXES):
@@ -131,19 +161,53 @@ class Tree:
             self.blobs[name] = Blob(path, name)
 
     def _check(self, path: Path) -> None:
-        if self.roots is not None and not any(path.resolve().is_relative_to(root.resolve()) for root in self.roots):
+        if self.roots is not None and not any(_lies_in(path, root) for root in self.roots):
             raise DatasetError(f"{path}: lies outside of {', '.join(map(str, self.roots))}. Move it into one of them.")
 
 
-def read_shard(path: Path) -> tuple[list[Blob], list[Broken]]:
+def is_regular(path: Path) -> bool:
+    """True means a file that is there, links followed; False also for a name that no system takes."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _lies_in(path: Path, root: Path) -> bool:
+    try:
+        return path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError, ValueError):  # links in a circle; a name that no system takes
+        return False
+
+
+class _Watched:
+    """A shard being searched: gives up where no member begins for long, and ends where the user has cancelled."""
+
+    def __init__(self, file: BinaryIO, check: Check) -> None:
+        self.file, self.check, self.idle = file, check, 0
+        self.seek, self.tell, self.close = file.seek, file.tell, file.close
+
+    def read(self, size: int = -1) -> bytes:
+        self.idle += 1
+        if self.idle % 4096 == 0:
+            self.check()
+        if self.idle * BLOCK > MAX_GAP:
+            raise tarfile.ReadError(f"no file begins in {MAX_GAP >> 20} MiB")
+        return self.file.read(size)
+
+
+def read_shard(path: Path, check: Check = lambda: None) -> tuple[list[Blob], list[Broken]]:
     """(files, damaged parts) of an uncompressed tar, in its own order. Files are offsets into the tar."""
     blobs: dict[str, Blob] = {}
     broken: list[Broken] = []
     used: list[tuple[int, int]] = []
     total = path.stat().st_size
     try:
-        with tarfile.open(path, "r:", ignore_zeros=True) as tar:  # finds the next header after a damaged one
+        watched: Any = _Watched(open_regular(path), check)
+        # zeros ignored, it finds the next header after a damaged one
+        with contextlib.closing(watched), tarfile.open(fileobj=watched, mode="r:", ignore_zeros=True) as tar:
             for member in _members(tar, path, broken):
+                watched.idle = 0
                 start, end = member.offset_data, member.offset_data + (member.size if member.isreg() else 0)
                 used.append((member.offset, -(-end // BLOCK) * BLOCK))
                 name = posixpath.normpath(member.name).lstrip("/")
@@ -166,7 +230,7 @@ def read_shard(path: Path) -> tuple[list[Blob], list[Broken]]:
         return [], broken
     broken += [
         Broken(f"{path}: bytes {start:,} to {end:,}", "hold no readable member. Pack the shard again")
-        for start, end in _gaps(path, used, total)
+        for start, end in _gaps(path, used, total, check)
     ]
     return list(blobs.values()), broken
 
@@ -179,7 +243,7 @@ def _members(tar: tarfile.TarFile, path: Path, broken: list[Broken]) -> Iterator
         broken.append(Broken(str(path), f"is damaged near its end ({first_line(error)}). Pack it again"))
 
 
-def _gaps(path: Path, used: Sequence[tuple[int, int]], total: int) -> Iterator[tuple[int, int]]:
+def _gaps(path: Path, used: Sequence[tuple[int, int]], total: int, check: Check) -> Iterator[tuple[int, int]]:
     """Stretches between members that are not empty and not a header that speaks for all of the shard."""
     with open(path, "rb") as file:
         end = 0
@@ -187,6 +251,19 @@ def _gaps(path: Path, used: Sequence[tuple[int, int]], total: int) -> Iterator[t
             if start > end:
                 file.seek(end)
                 head = file.read(min(BLOCK, start - end))
-                if head[156:157] != tarfile.XGLTYPE and (any(head) or any(file.read(start - end - len(head)))):
+                if head[156:157] != tarfile.XGLTYPE and (any(head) or _any_left(file, start - end - len(head), check)):
                     yield end, start
             end = max(end, after)
+
+
+def _any_left(file: BinaryIO, count: int, check: Check) -> bool:
+    """True means that one of the next `count` bytes is not zero."""
+    while count > 0:
+        check()
+        part = file.read(min(CHUNK, count))
+        if part.strip(b"\0"):
+            return True
+        if not part:
+            return False
+        count -= len(part)
+    return False

@@ -21,6 +21,8 @@ from .tree import Blob, fold
 
 REFERENCES = ("random", "first")
 """First frame of a clip. random: any frame of its source, as the authors train; first: its own first frame."""
+CONTAINERS = "mov,mp4,matroska,webm,avi"
+"""Formats that are opened, whatever a file is called: others are lists of further files, or of addresses."""
 SEEK_GAP = 48
 """Frames to decode in passing before jumping to the next keyframe is quicker."""
 
@@ -121,7 +123,8 @@ def _decoded(blob: Blob, prepare: Callable[[Any], None]) -> Iterator[Any]:
     import av
 
     try:
-        with av.open(str(blob.path) if blob.size < 0 else io.BytesIO(blob.read())) as container:
+        source = str(blob.path) if blob.size < 0 else io.BytesIO(blob.read())
+        with av.open(source, options={"format_whitelist": CONTAINERS}) as container:
             if not container.streams.video:
                 raise PictureError("has no pictures, only sound. Remove it")
             prepare(container)

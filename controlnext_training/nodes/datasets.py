@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...controlnext_core.comfy_adapter.control_node import ControlNode
 from ...controlnext_core.comfy_adapter.feedback import tell
+from ...controlnext_core.encodable import cut
 from ..base_model.base_files import runs_folder
 from ..command import INDEX, open_data
 from ..config import SETTINGS, ConfigError, TrainConfig
@@ -78,13 +79,21 @@ def find_folder(name: str) -> Path:
     roots = allowed_roots()
     candidates = [Path(name)] if Path(name).is_absolute() else [root / name for root in roots]
     for path in candidates:
-        inside = any(path.resolve().is_relative_to(root.resolve()) for root in roots)
-        if name and inside and path.exists():
+        if name and _is_inside(path, roots):
             return path
     raise ConfigError(
-        f"folder: {name!r} is not there, or not in {' or '.join(str(root) for root in roots)}. Put the pictures into "
-        f"a folder below ComfyUI's input folder and write its name, or list its parent in {ROOTS_VARIABLE}."
+        f"folder: {cut(repr(name))} is not there, or not in {' or '.join(str(root) for root in roots)}. Put "
+        "the pictures into a folder below ComfyUI's input folder and write its name, or list its parent in "
+        f"{ROOTS_VARIABLE}."
     )
+
+
+def _is_inside(path: Path, roots: Sequence[Path]) -> bool:
+    """True means that it is there, in one of the roots; False also for a name that no system takes."""
+    try:
+        return any(path.resolve().is_relative_to(root.resolve()) for root in roots) and path.exists()
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 class ControlDatasetFolder(ControlNode):
@@ -128,10 +137,10 @@ class ControlDatasetFolder(ControlNode):
         """Changes when a file below the folder does."""
         try:
             path = find_folder(folder)
-        except ConfigError:
+            files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+            return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+        except (ConfigError, OSError, RuntimeError):  # the node itself says what is wrong, where the user sees it
             return folder
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
     @classmethod
     def execute(
