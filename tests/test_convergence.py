@@ -55,7 +55,7 @@ def outputs(loop: Any) -> list[torch.Tensor]:
     from comfyui_controlnext.controlnext_training.step import draw
 
     config, controlled = loop.config, loop.controlled
-    batch = draw([loop.samples.store.sample(0, 0)], [0], loop.law, config, controlled)
+    batch = draw([loop.samples.store.sample(0, 0)], [0], loop.objective, config, controlled)
     with torch.no_grad():
         return [controlled(batch.noise, batch.sigma, batch.conditions, batch.hint, s) for s in (0.0, 1.0)]
 

@@ -41,7 +41,7 @@ LEARNING = {
 
 
 def validator_on(loop: Any, watch: Watcher | None = None, count: int = 2, **changes: Any) -> Validator:
-    return Validator(loop.samples.store, range(count), loop.config, loop.law, watch or Watcher(), **changes)
+    return Validator(loop.samples.store, range(count), loop.config, loop.objective, watch or Watcher(), **changes)
 
 
 def test_on_a_tiny_problem_the_loss_falls_and_the_control_is_heard(loaded_studio: Studio) -> None:
