@@ -53,6 +53,9 @@ def test_a_model_has_the_row_of_its_family_and_places_of_their_true_size(family:
         Site.BEFORE_MIDDLE: unet.input_blocks[-1],
         Site.AFTER_MIDDLE: unet.middle_block,
     }
+    for site, block in blocks.items():
+        side, number = base.places[site].block
+        assert (side, number) == ("output", 0) if site is Site.AFTER_MIDDLE else unet.input_blocks[number] is block
     handles = [
         block.register_forward_hook(lambda _, args, out, site=site: sizes.update({site: out.shape}))
         for site, block in blocks.items()
