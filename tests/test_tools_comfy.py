@@ -152,8 +152,12 @@ print("   0.1 seconds (IMPORT FAILED): PACK", flush=True)
 """
 
 
-def test_a_pack_that_does_not_import_is_shown_with_its_traceback(tmp_path: Path) -> None:
-    main = FAKE_IMPORT_FAILURE.replace("PACK", str(ROOT)) + FAKE_MAIN
+WARNING_OF_NEWER_HOSTS = "\\x1b[1m\\x1b[33m[WARNING]\\x1b[0m "
+
+
+@pytest.mark.parametrize("tag", ["", WARNING_OF_NEWER_HOSTS], ids=["plain", "coloured"])
+def test_a_pack_that_does_not_import_is_shown_with_its_traceback(tag: str, tmp_path: Path) -> None:
+    main = FAKE_IMPORT_FAILURE.replace("PACK", str(ROOT)).replace('print("', f'print("{tag}') + FAKE_MAIN
     host = fake_host(tmp_path / "host", main)
     with pytest.raises(ComfyError, match=r"could not import the pack:\n +Traceback.*\n +File ours\n") as caught:
         ComfyServer.start(host, tmp_path / "base", log=tmp_path / "server.log")

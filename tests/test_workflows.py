@@ -187,7 +187,8 @@ def test_every_node_and_slot_exists_in_the_host(name: str, object_info: dict[str
         assert slots[: len(sockets)] == [(n, s[0]) for n, s in sockets.items()]
         for slot in node["inputs"][len(sockets) :]:
             assert slot["widget"] == {"name": slot["name"]} and slot["type"] == widgets[slot["name"]][0]
-        assert [slot["type"] for slot in node["outputs"]] == info["output"]
+        outputs = [slot["type"] for slot in node["outputs"]]
+        assert outputs == info["output"][: len(outputs)], "newer hosts have more outputs, after those"
         kept = [value for value in node["widgets_values"] if value not in ADDED_BY_THE_PAGE]
         assert len(kept) == len(widgets) and all(kind in WIDGET_TYPES for kind, _, _ in widgets.values())
         for value, (kind, options, _) in zip(kept, widgets.values(), strict=True):

@@ -7,6 +7,7 @@ other pack, there and in the host, stays off (`--disable-all-custom-nodes`, and 
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -23,6 +24,8 @@ from .environment import PATIENT_THREADS, ROOT, SetupError
 FOLDERS = ("models", "input", "output", "custom_nodes", "temp", "user")
 DEMO_BASE, COMFY_BASE = ROOT / ".host" / "base-demo", ROOT / ".host" / "base-comfy"
 """Base directories of the ComfyUI that this project brings: of the demo; of `comfy` and `train`."""
+COLOR = re.compile(r"\x1b\[[0-9;]*m")
+LEVEL = re.compile(r"^\[(?:DEBUG|DETAIL|INFO|WARNING|ERROR|CRITICAL)\] ", re.M)
 START_SECONDS = 180.0
 STOP_SECONDS = 15.0
 
@@ -57,6 +60,11 @@ def prepare_base(base: Path, pack: Path = ROOT, models: Path | None = None) -> P
     config = base / "extra_model_paths.yaml"
     config.write_text(json.dumps(paths, ensure_ascii=False, indent=1), encoding="utf-8")  # JSON is YAML
     return config
+
+
+def plain(text: str) -> str:
+    """Text of a log without colours and without the `[INFO]` and so on that newer hosts put before each message."""
+    return LEVEL.sub("", COLOR.sub("", text))
 
 
 class ComfyServer(ComfyClient):
@@ -148,10 +156,10 @@ class ComfyServer(ComfyClient):
         return self.process.poll()
 
     def log_lines(self) -> list[str]:
-        """Lines that the server has printed so far; empty without a log file."""
+        """Lines that the server has printed so far, without level and colours; empty without a log file."""
         if self.log is None:
             return []
-        return self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return plain(self.log.read_text(encoding="utf-8", errors="replace")).splitlines()
 
     def whereabouts(self) -> str:
         """Exit status if it ended, and the end of its log."""
