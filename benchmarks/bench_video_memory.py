@@ -12,6 +12,7 @@ from __future__ import annotations
 import runpy
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,11 @@ def plan(spec: Spec, frames: int, height: int, width: int) -> str:
     return f"{spec.name:14}" + "".join(f"{cell / MIB:12.1f}" for cell in cells) + f"{kept:10.1f}"
 
 
+def spec_of(build: str) -> Spec:
+    """A row with that build; for a build that none has yet, a row that might have it."""
+    return next((spec for spec in SPECS.values() if spec.build == build), replace(SPECS["sd3"], build=build))
+
+
 def main() -> None:
     frames, height, width = (int(word) for word in sys.argv[1:4]) if len(sys.argv) > 3 else (240, 576, 1024)
     report = Report("video_memory")
@@ -102,7 +108,7 @@ def main() -> None:
     heads = [f"{h}x{w} {str(dtype).removeprefix('torch.float')}" for h, w in SIZES for dtype in DTYPES]
     report.line(f"{'build':15}" + "".join(f"{head:>13}" for head in heads) + f"{'table':>8}")
     for build in BUILDS:
-        spec = next(spec for spec in SPECS.values() if spec.build == build)
+        spec = spec_of(build)
         cells = [numbers_per_pixel(spec, dtype, *size) for size in SIZES for dtype in DTYPES]
         report.line(f"{build:15}" + "".join(f"{cell:13.1f}" for cell in cells) + f"{NUMBERS_PER_PIXEL[build]:8}")
     report.line(f"\n{frames} frames of {height} x {width}, fp16, in MiB")

@@ -36,11 +36,15 @@ def unet_cells(levels: int) -> dict[Site, int]:
     }
 
 
+TOKEN_OF_2X2 = {Site.AFTER_JOINT_0: 16}
+"""Cells of a transformer whose token is a patch of 2 x 2 latent cells."""
+
 FAMILIES: dict[Family, FamilyFacts] = {
     Family.SD15: FamilyFacts(architecture="stable-diffusion-v1", context_width=768, cells=unet_cells(4)),
     Family.SD21: FamilyFacts(architecture="stable-diffusion-v2-512", context_width=1024, cells=unet_cells(4)),
     Family.SDXL: FamilyFacts(architecture="stable-diffusion-xl-v1-base", context_width=2048, cells=unet_cells(3)),
     Family.SVD: FamilyFacts(architecture="stable-video-diffusion-img2vid-v1", cells=unet_cells(4)),
+    Family.SD3: FamilyFacts(architecture="stable-diffusion-v3", cells=TOKEN_OF_2X2),
 }
 
 CONTEXT_FAMILIES: dict[int, Family] = {

@@ -14,6 +14,7 @@ NUMBERS_PER_PIXEL: dict[str, int] = {
     "gen1b_scale": 74,
     "gen2": 139,
     "gen2_unpadded": 139,
+    "gen2_deep": 139,
 }
 """Build -> numbers of the compute dtype alive per hint pixel where an encoder's pass needs most.
 Source: benchmarks/bench_video_memory.py; a convolution's own scratch space is not in it."""

@@ -19,16 +19,18 @@ class Family(str, Enum):
     SD21 = "SD2.1"
     SDXL = "SDXL"
     SVD = "SVD"
+    SD3 = "SD3"
     OTHER = "other"
 
 
 class Site(Enum):
-    """Where in the UNet a control is added. The way to the host's blocks stands once, in the adapter."""
+    """Where in the base a control is added. The way to the host's blocks stands once, in the adapter."""
 
     AFTER_CONV_IN = "after the first convolution"
     AFTER_DOWN_0 = "after the first down block and its downsampler"
     BEFORE_MIDDLE = "before the middle block"
     AFTER_MIDDLE = "after the middle block"
+    AFTER_JOINT_0 = "after the first joint block"
 
 
 class Halves(str, Enum):
@@ -70,6 +72,21 @@ class Fusion:
     gain: Gain = Gain()
     normalization: str = "released"
     """A key of `injection.NORMALIZATIONS`."""
+    project_last: bool = False
+    """True means that the encoder's last convolution runs on the pooled map, after the cache: equal, as both are
+    linear, and right where the base is many times wider than the encoder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DefaultDifferences:
+    """Weight differences that a variant has where nobody says otherwise."""
+
+    subset: str = "attention_out"
+    """A named subset of the family's base (`Base.trainable`)."""
+    rank: int = 16
+    """Of the two factors; 0 = whole differences."""
+    blocks: int | None = None
+    """The first so many blocks; None = all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +100,13 @@ class Spec:
     fusion: Fusion
     title: str
     source: str
+    differences: DefaultDifferences | None = None
+    """None for variants of UNets, whose differences are whole; see the trainer's recipes."""
+
+    @property
+    def on_transformer(self) -> bool:
+        """True means that the base is a transformer: it decides how wide the encoder is at its end."""
+        return self.fusion.site is Site.AFTER_JOINT_0
 
 
 BUILDS: dict[str, ControlNeXtConfig] = {
@@ -124,7 +148,27 @@ BUILDS: dict[str, ControlNeXtConfig] = {
     "gen2": ControlNeXtConfig(stages=(Stage(128, 128, 4), Stage(128, 256, 8)), stem=True),
     # SVD-v2 as published: the same keys, stem convolutions two and three without padding
     "gen2_unpadded": ControlNeXtConfig(stages=(Stage(128, 128, 4), Stage(128, 256, 8)), stem=True, stem_padded=False),
+    # ours: gen2 with a third stage, to a 16th of the hint, for bases of 32 pixels a token; no row uses it yet
+    "gen2_deep": ControlNeXtConfig(
+        stages=(Stage(128, 128, 4), Stage(128, 256, 8), Stage(256, 256, 8)), stem=True, out_channels=2048
+    ),
 }
+
+TOKENS = Fusion(site=Site.AFTER_JOINT_0, pool_first=True, eps=1e-12, project_last=True)
+"""The rule of `sd15` with the tokens of the picture in place of pixels; every transformer has it."""
+
+
+def _on_transformer(name: str, family: Family, title: str, source: str, blocks: int | None = None) -> Spec:
+    return Spec(
+        name=name,
+        family=family,
+        build="gen2",
+        fusion=TOKENS,
+        title=title,
+        source=source,
+        differences=DefaultDifferences(blocks=blocks),
+    )
+
 
 SPECS: dict[str, Spec] = {
     spec.name: spec
@@ -197,6 +241,12 @@ SPECS: dict[str, Spec] = {
             fusion=Fusion(site=Site.AFTER_DOWN_0, pool_first=False, eps=1e-5, gain=Gain(factor=0.2, uncond=0.0)),
             title="ControlNeXt SVD v2 (padded stem, as the released trainer makes it)",
             source="rel ControlNeXt-SVD-v2-Training",
+        ),
+        _on_transformer(
+            "sd3",
+            Family.SD3,
+            "ControlNeXt SD3 and SD3.5",
+            "ours: the paper runs on SD3, and released neither code nor weights of it",
         ),
     )
 }

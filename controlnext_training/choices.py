@@ -7,7 +7,7 @@ from ..controlnext_core.specs import PAPER_FUSION, SPECS
 XS = "xs"
 """The variant that trains a ControlNet-XS and not a ControlNeXt."""
 
-VARIANTS = (*SPECS, XS)
+VARIANTS = (*(name for name, spec in SPECS.items() if not spec.on_transformer), XS)
 
 AUTO = "auto"
 
@@ -15,7 +15,7 @@ FUSIONS: dict[str, str] = {"released": "released", PAPER_FUSION: PAPER_FUSION, "
 """Way of joining -> key of `injection.NORMALIZATIONS`. zero_conv adds a convolution that starts at zero."""
 
 LAYOUTS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(SPECS, ("single", "published")),
+    **dict.fromkeys(VARIANTS, ("single", "published")),
     XS: ("single", "xs_official", "xs_diffusers"),
 }
 """Variant -> layouts of its trained file."""

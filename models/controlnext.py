@@ -104,13 +104,24 @@ class ControlNeXt(nn.Module):
 
     def finish(self, begun: Begun, timestep: Tensor) -> Tensor:
         """The rest of `forward`; timestep: (B,) or (1,)."""
+        return self.project(self.narrow(begun, timestep))
+
+    def narrow(self, begun: Begun, timestep: Tensor) -> Tensor:
+        """All of `finish` but the last convolution: (B, channels of the last stage, h, w)."""
         emb = self.time_embedding(timestep_embedding(timestep, TIME_CHANNELS).to(begun.first_half.dtype))
         res: Any = self.down_res[0]
         h = self.down_sample[0](begun.shortcut + res.second_half(begun.first_half, emb))
         for res, down in zip(self.down_res[1:], self.down_sample[1:], strict=True):
             h = down(res(h, emb))
         mid = self.mid_convs[0](h)
-        return self.mid_convs[1](h + mid if self.config.mid_skip else mid)
+        return h + mid if self.config.mid_skip else mid
+
+    def project(self, h: Tensor) -> Tensor:
+        """The last convolution, 1x1, from what `narrow` gives to `out_channels`.
+
+        It commutes with every average over cells: a wide base pools first and keeps the narrow map.
+        """
+        return self.mid_convs[1](h)
 
 
 def _stem(config: ControlNeXtConfig, operations: Any, factory: dict[str, Any]) -> nn.Sequential:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+import torch
 from comfyui_controlnext.controlnext_core.injection import NORMALIZATIONS, gain_of
 from comfyui_controlnext.controlnext_core.specs import (
     BUILDS,
@@ -14,6 +17,7 @@ from comfyui_controlnext.controlnext_core.specs import (
     with_normalization,
     with_trained_gain,
 )
+from comfyui_controlnext.models.controlnext import ControlNeXt
 from comfyui_controlnext.tests import reference_controlnext as reference
 
 SITES = {
@@ -25,8 +29,8 @@ SITES = {
 LAWS = {"scale": GainLaw.LEARNED, "1.3*sigmoid(scale)": GainLaw.SIGMOID}
 
 
-def test_the_table_has_every_released_variant_and_no_other() -> None:
-    assert set(SPECS) == set(reference.VARIANTS)
+def test_the_table_has_every_released_variant_and_else_transformers_alone() -> None:
+    assert {name for name, spec in SPECS.items() if not spec.on_transformer} == set(reference.VARIANTS)
     assert all(name == spec.name for name, spec in SPECS.items())
 
 
@@ -55,8 +59,25 @@ def test_the_encoder_of_a_row_is_the_released_one(name: str) -> None:
     assert (config.out_channels, config.learned_scale) == (build.out, build.scale)
 
 
+@pytest.mark.parametrize("name", sorted(set(SPECS) - set(reference.VARIANTS)))
+def test_a_row_of_a_transformer_is_the_rule_of_sd15_with_tokens_for_pixels(name: str) -> None:
+    spec, sd15 = SPECS[name], SPECS["sd15"]
+    assert spec.build == "gen2" and spec.source and spec.title
+    assert spec.differences is not None and spec.differences.subset == "attention_out"
+    tokens = {"site": Site.AFTER_JOINT_0, "project_last": True}
+    assert spec.fusion == dataclasses.replace(sd15.fusion, **tokens)
+
+
+def test_a_build_for_wide_tokens_has_a_third_stage_and_ends_at_a_sixteenth() -> None:
+    spec = dataclasses.replace(SPECS["sd3"], build="gen2_deep")
+    deep, gen2 = (ControlNeXt(config_of(each), dtype=torch.float32, device="meta") for each in (spec, SPECS["sd3"]))
+    assert set(deep.state_dict()) > set(gen2.state_dict())
+    hint = torch.empty(1, 3, 250, 190, device="meta")
+    assert deep(hint, torch.empty(1, device="meta")).shape == (1, 2048, 16, 12)
+
+
 def test_every_build_is_used_and_gains_that_are_learned_have_a_scale() -> None:
-    assert {spec.build for spec in SPECS.values()} == set(BUILDS)
+    assert {spec.build for spec in SPECS.values()} == set(BUILDS) - {"gen2_deep"}
     for spec in SPECS.values():
         assert BUILDS[spec.build].learned_scale is (spec.fusion.gain.law is not GainLaw.CONSTANT)
 

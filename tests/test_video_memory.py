@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from comfyui_controlnext.benchmarks.bench_video_memory import Allocations, encoder_peak, numbers_per_pixel, plan
+from comfyui_controlnext.benchmarks.bench_video_memory import (
+    Allocations,
+    encoder_peak,
+    numbers_per_pixel,
+    plan,
+    spec_of,
+)
 from comfyui_controlnext.controlnext_core import memory
 from comfyui_controlnext.controlnext_core.memory import (
     NUMBERS_PER_PIXEL,
@@ -22,7 +28,7 @@ from comfyui_controlnext.controlnext_core.specs import BUILDS, SPECS, Spec, conf
 from comfyui_controlnext.tests import video_fixtures as video
 
 HALF, FULL = torch.float16, torch.float32
-PUBLISHED = [next(spec for spec in SPECS.values() if spec.build == build) for build in BUILDS]
+PUBLISHED = [spec_of(build) for build in BUILDS]
 
 
 def named(spec: Spec) -> str:

@@ -64,8 +64,9 @@ class Place:
     """Channels of a feature there, which the control's encoder must have."""
     cell: int
     """Pixels of the picture along one side of a feature."""
-    to_map: Callable[[Tensor, Forward], Tensor] = _same_layout
-    """(the host's tensor, forward) -> (samples, C, H, W), of the picture's features alone."""
+    to_map: Callable[[Tensor, Forward], Tensor | None] = _same_layout
+    """(the host's tensor, forward) -> (samples, C, H, W), of the picture's features alone; None where the tensor does
+    not hold as many as the latent has."""
     from_map: Callable[[Tensor, Tensor, Forward], Tensor] = _whole_tensor
     """(map with the controls, the host's tensor, forward) -> the host's layout, all but the picture's features as it
     was."""

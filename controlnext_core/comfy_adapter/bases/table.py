@@ -8,12 +8,13 @@ from typing import Any
 from ...key_maps import KeyMap
 from ...specs import Family
 from .base import Base, LoadedBase
+from .transformers import TRANSFORMERS
 from .unet import UNETS
 
 
 def _no_key_map(config: Mapping[str, Any]) -> KeyMap:
     raise ValueError(
-        "the connected model is of no family that controls are made for. Connect an SD1.5, SDXL or SVD model."
+        "the connected model is of no family that controls are made for. Connect a model of another family."
     )
 
 
@@ -28,7 +29,7 @@ UNKNOWN = Base(
 )
 """Every model that no row knows: nothing can be added to it."""
 
-BASES: tuple[Base, ...] = (*UNETS, UNKNOWN)
+BASES: tuple[Base, ...] = (*UNETS, *TRANSFORMERS, UNKNOWN)
 
 
 def loaded_base(model: Any) -> LoadedBase:

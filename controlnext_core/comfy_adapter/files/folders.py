@@ -16,7 +16,7 @@ from ...file_names import UNET_START
 from ..feedback import log_once
 
 FOLDER = "controlnext"
-FOLDERS = (FOLDER, "controlnet")
+FOLDERS = (FOLDER, "controlnet", "model_patches")
 """Searched in this order; where both hold the same relative name the first wins."""
 
 AUTO, NONE, BUNDLED = "auto", "none", "bundled"

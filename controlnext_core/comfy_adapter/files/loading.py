@@ -13,6 +13,7 @@ from ....models.controlnext import ControlNeXt
 from ... import checkpoint
 from ...detection import ControlFile, choose_spec, read_control_file
 from ...key_maps import KeyMap
+from ...low_rank import LOW_RANK
 from ...metadata import read_metadata
 from ...specs import Family, Spec, config_of, with_normalization, with_trained_gain
 from ...unet_weights import BaseWeights, WeightsKind, decide_kind, host_differences, published_base
@@ -22,6 +23,7 @@ from ..sampling.layers import WholeLayers
 from ..sampling.networks import into_host
 from ..sampling.next_control import ControlNeXtControl, LoadedControlNeXt
 from .folders import ChosenWeights, choose_weights
+from .host_weights import host_named, put_on
 from .weights import add_differences, base_weights
 
 
@@ -44,7 +46,7 @@ def load_controlnext(
 ) -> Loaded:
     """Load an encoder and put its UNet weights on a clone of `model`; all of it or an error.
 
-    weights_name: see `files.choose_weights`; weights_kind: `auto`, `difference` or `full`.
+    weights_name: see `files.choose_weights`; weights_kind: `auto`, `difference`, `full` or `low_rank`.
     Raises CheckpointError, DetectionError or ValueError naming the file and what to do.
     """
     file = read_control_file(checkpoint.peek(path))
@@ -54,8 +56,12 @@ def load_controlnext(
     chosen = choose_weights(file, weights_name)
     report = [f"{file.header.path.name}: {control.net.spec.title} ({control.net.spec.name})"]
     if chosen.path is None or weights_strength == 0:
-        report.append(f"UNet weights: {chosen.why if chosen.path is None else 'off (strength 0)'}")
+        whose = "base" if control.net.spec.on_transformer else "UNet"
+        report.append(f"{whose} weights: {chosen.why if chosen.path is None else 'off (strength 0)'}")
         return Loaded(model.clone(), control, "\n".join(report))
+    if (named := host_named(file, chosen)) is not None:
+        patched, line = put_on(model, named, chosen, weights_kind, weights_strength)
+        return Loaded(patched, control, "\n".join([*report, line]))
     found = differences_of(file, chosen, base.key_map(), base_weights(model), weights_kind)
     report.append(
         f"UNet weights: {chosen.why}; {found.kind.value}, {len(found.tensors)} of {found.in_file} tensors, "
@@ -95,6 +101,10 @@ def _weights_of(file: ControlFile, chosen: ChosenWeights) -> Mapping[str, torch.
 
 def _kind_of(file: ControlFile, chosen: ChosenWeights, weights_kind: str) -> WeightsKind | None:
     """The kind that the user or the metadata states; None to measure it."""
+    if weights_kind == LOW_RANK:
+        raise checkpoint.CheckpointError(
+            f"{chosen.path}: holds whole weights, no low-rank differences (.up, .down). Set weights_kind to auto."
+        )
     if weights_kind != "auto":
         return WeightsKind(weights_kind)
     assert chosen.path is not None

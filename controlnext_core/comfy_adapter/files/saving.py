@@ -10,14 +10,16 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...checkpoint import CheckpointError
-from ...control_files import DTYPES, check_layout, write_control
+from ...control_files import DTYPES, check_layout, write_control, write_host_control
 from ...file_names import problem_of_prefix
+from ...low_rank import summed
 from ...metadata import PREFIX
 from ...unet_weights import published_names
 from ...xs_convert import LAYOUTS, write
 from ..bases.table import loaded_base
 from ..sampling.next_control import ControlNeXtControl
 from ..sampling.xs_control import ControlNetXSControl
+from .host_weights import shape_of
 from .weights import applied_weights
 
 ADAPTER_FILE = "diffusion_pytorch_model.safetensors"
@@ -27,14 +29,21 @@ ADAPTER_FILE = "diffusion_pytorch_model.safetensors"
 def save_control(control: ControlNeXtControl, model: ModelPatcher | None, prefix: str, layout: str, dtype: str) -> Path:
     """Write the control under the host's output folder and re-open it. Returns the path of the encoder's file.
 
-    prefix: as in the stock save nodes, may hold sub-folders; layout: `single` (one file, bundled) or `published`
-    (a folder with controlnet.safetensors and unet.safetensors, the authors' names). Raises CheckpointError.
+    prefix: as in the stock save nodes, may hold sub-folders; layout: `single` (one file, bundled), `published`
+    (a folder with controlnet.safetensors and unet.safetensors, the authors' names) or `lora` (a folder with the
+    differences as a LoRA). Raises CheckpointError.
     """
-    check_layout(layout)
-    weights = _differences(model) if model is not None else {}
+    spec = control.net.spec
+    check_layout(layout, spec)
+    differences = summed((a.differences, a.strength) for a in applied_weights(model)) if model is not None else {}
     facts = {f"{PREFIX}sources": f"encoder: {control.name}"}
     encoder = control.net.patcher.model.state_dict()
-    return write_control(free_stem(prefix), encoder, weights, control.net.spec, layout, DTYPES[dtype], facts)
+    whole = {key: d for key, d in differences.items() if isinstance(key, str) and isinstance(d, Tensor)}
+    if model is not None and (spec.on_transformer or layout == "lora" or len(whole) < len(differences)):
+        shapes = shape_of(model)
+        return write_host_control(free_stem(prefix), encoder, differences, spec, layout, DTYPES[dtype], facts, shapes)
+    weights = published_names(whole, loaded_base(model.model).key_map()) if model is not None and whole else {}
+    return write_control(free_stem(prefix), encoder, weights, spec, layout, DTYPES[dtype], facts)
 
 
 def save_xs(control: ControlNetXSControl, prefix: str, layout: str, dtype: str) -> Path:
@@ -69,13 +78,3 @@ def free_stem(prefix: str) -> Path:
         if not stem.exists() and not stem.with_name(f"{stem.name}.safetensors").exists():
             return stem
         counter += 1
-
-
-def _differences(model: ModelPatcher) -> dict[str, Tensor]:
-    """The sum of what our loaders put on this MODEL at their strengths, published names."""
-    total: dict[str, Tensor] = {}
-    for applied in applied_weights(model):
-        for name, difference in applied.differences.items():
-            part = difference.float() * applied.strength
-            total[name] = total[name] + part if name in total else part
-    return published_names(total, loaded_base(model.model).key_map()) if total else {}

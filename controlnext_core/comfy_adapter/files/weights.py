@@ -9,6 +9,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ...low_rank import Differences
 from ..sampling.next_forward import KEY
 
 PLAIN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -19,7 +20,7 @@ WEIGHTS_KEY = f"{KEY}_weights"
 class AppliedWeights:
     """Control weights that one loader put on a MODEL; remembered there for saving."""
 
-    differences: Mapping[str, Tensor]
+    differences: Differences
     strength: float
     source: str
 
@@ -56,7 +57,8 @@ def add_differences(
         unknown = sorted(set(differences) - {str(name) for name in used})
         raise ValueError(f"{source}: {len(unknown)} weights are not in this model, first {unknown[0]}.")
     earlier: tuple[AppliedWeights, ...] = patched.get_attachment(WEIGHTS_KEY) or ()
-    patched.set_attachments(WEIGHTS_KEY, (*earlier, AppliedWeights(differences, strength, source)))
+    kept: Differences = {name: tensor for name, tensor in differences.items()}
+    patched.set_attachments(WEIGHTS_KEY, (*earlier, AppliedWeights(kept, strength, source)))
     return patched
 
 

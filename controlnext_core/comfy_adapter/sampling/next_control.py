@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ....models.controlnext import Begun
 from ...families import FAMILIES
-from ...injection import Term, prepare
+from ...injection import Term, pool_to, prepare
 from ...memory import NUMBERS_PER_PIXEL, feature_bytes, rows_at_once
 from ...specs import Spec
 from ..bases.base import LoadedBase, check_pair
@@ -102,7 +102,14 @@ class ControlNeXtControl(HostControl):
         at_once = rows_at_once(pixels * self.bytes_per_pixel(h.dtype))
         later = functools.partial(self.later_timesteps, sigma)
         encoder = _Encoder(self, h, x)
-        return cached_rows(group, rows, encoder, self.run.timestep(sigma), later, h.device, self.run.recent, at_once)
+        timestep = self.run.timestep(sigma)
+        kept = cached_rows(group, rows, encoder, timestep, later, h.device, self.run.recent, at_once)
+        if not self.net.spec.fusion.project_last:
+            return kept
+        key = (rows, *encoder.key(timestep))
+        if key not in self.run.ready:  # once a step for all its forwards
+            self.run.ready = {key: encoder.project(kept)}
+        return self.run.ready[key]
 
     def later_timesteps(self, sigma: float) -> list[float]:
         """Those of the run's schedule after this sigma at which this control acts, each once."""
@@ -115,7 +122,8 @@ class ControlNeXtControl(HostControl):
 
     def kept_bytes(self, dtype: torch.dtype) -> int:
         height, width = self.cond_hint_original.shape[-2:]
-        out_channels = self.net.patcher.model.config.out_channels
+        config = self.net.patcher.model.config
+        out_channels = config.stages[-1].out_ch if self.net.spec.fusion.project_last else config.out_channels
         return STEPS_TO_KEEP * feature_bytes(self.net.spec, out_channels, height, width, dtype.itemsize)
 
 
@@ -130,7 +138,7 @@ class _Encoder:
 
     def key(self, timestep: float) -> tuple[Hashable, ...]:
         fusion = self.fusion
-        how = (self.dtype, fusion.normalization, fusion.pool_first, fusion.eps)
+        how = (self.dtype, fusion.normalization, fusion.pool_first, fusion.eps, fusion.project_last)
         return (round(timestep, 6), tuple(self.x.shape[-2:]), self.size, *how)
 
     def encode(self, rows: tuple[int, ...], timestep: float) -> Tensor:
@@ -138,5 +146,12 @@ class _Encoder:
         if rows != self.rows or self.begun is None:
             self.begun = None  # not beside the next: it is most of what a pass needs
             self.rows, self.begun = rows, network.begin(self.control.sized_hint(rows, self.x, self.dtype))
-        encoded = network.finish(self.begun, torch.full((1,), timestep, device=self.x.device))
-        return prepare(encoded, self.size, self.fusion).to(self.dtype).contiguous()
+        time = torch.full((1,), timestep, device=self.x.device)
+        if self.fusion.project_last:
+            return pool_to(network.narrow(self.begun, time).float(), self.size).to(self.dtype).contiguous()
+        return prepare(network.finish(self.begun, time), self.size, self.fusion).to(self.dtype).contiguous()
+
+    def project(self, kept: Tensor) -> Tensor:
+        """The features (rows, C, H, W) of a narrow map, which is all that `encode` gives where the base is wide."""
+        wide = prepare(self.control.network.model.project(kept), self.size, self.fusion)
+        return wide.to(self.dtype, memory_format=torch.channels_last)  # as tokens lie in memory

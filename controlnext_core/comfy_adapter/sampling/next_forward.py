@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...injection import Term, fuse
 from ..bases.base import Block, Forward, Options, Place
+from ..feedback import log_once
 
 KEY = "controlnext"
 """Our key in `transformer_options` and for wrappers, attachments and additional models."""
@@ -41,6 +42,9 @@ class Collector:
         """`AddControls` of this place."""
         forward = Forward(options, self.latent, given)
         h = self.place.to_map(tensor, forward)
+        if h is None:
+            log_once("a picture of %s latent cells does not fit the model's tokens: no control is added.", self.latent)
+            return tensor
         jobs = sorted(self.jobs, key=lambda job: job.order)
         terms = [term for job in jobs if (term := job.term(h, options)) is not None]
         return self.place.from_map(fuse(h, terms), tensor, forward) if terms else tensor

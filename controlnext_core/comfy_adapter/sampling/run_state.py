@@ -38,6 +38,8 @@ class SamplingRun:
     masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     recent: dict[Hashable, Tensor] = field(default_factory=dict)
     """Features that the last forward used."""
+    ready: dict[Hashable, Tensor] = field(default_factory=dict)
+    """What became of the last forward's narrow map."""
     counted: bool = False
     """True: the hints have been counted against the frames."""
     in_range: int = 0

@@ -1,0 +1,143 @@
+"""Differences under the host's names on a MODEL: low rank or whole, of weights in any format.
+
+A weight in a plain format is patched, as by a LoRA. A quantised one would be quantised again, which drowns a small
+difference in rounding (fp8: a cosine of about 0.6 to what was meant): there the difference is added in each forward
+to what the host makes of the weight for computing, and the stored weight stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.weight_adapter.lora import LoRAAdapter
+from torch import Tensor
+
+from ... import checkpoint
+from ...detection import BUNDLE_BASE, ControlFile
+from ...low_rank import (
+    HOST_PREFIX,
+    Difference,
+    Differences,
+    LowRank,
+    Slice,
+    from_lora,
+    is_lora,
+    name_of,
+    read_differences,
+    slice_of,
+)
+from ...metadata import read_metadata
+from ...unet_weights import WeightsKind
+from .folders import ChosenWeights
+from .weights import PLAIN_DTYPES, WEIGHTS_KEY, AppliedWeights
+
+
+def host_named(file: ControlFile, chosen: ChosenWeights) -> tuple[Mapping[str, Tensor], Mapping[str, Slice]] | None:
+    """Differences of the chosen file under the host's names, and which are of slices; None: its names are published.
+
+    They come bundled, in a file of their own, or in the host's LoRA form.
+    """
+    assert chosen.path is not None
+    if chosen.bundled:
+        return (checkpoint.open_tensors(chosen.path, file.weights), file.metadata.slices) if file.host_names else None
+    header = checkpoint.peek(chosen.path)
+    if is_lora(header.shapes):
+        return from_lora(checkpoint.load(chosen.path)), {}
+    names = {name.removeprefix(BUNDLE_BASE): name for name in header.shapes if name.startswith(BUNDLE_BASE)}
+    return (checkpoint.open_tensors(chosen.path, names), read_metadata(header).slices) if names else None
+
+
+def put_on(
+    model: ModelPatcher,
+    named: tuple[Mapping[str, Tensor], Mapping[str, Slice]],
+    chosen: ChosenWeights,
+    weights_kind: str,
+    strength: float,
+) -> tuple[ModelPatcher, str]:
+    """(a clone of `model` with what `host_named` found, a line of the loader's report).
+
+    Raises CheckpointError as `low_rank.read_differences`, and where the user says that these are full weights.
+    """
+    source = str(chosen.path)
+    if weights_kind == WeightsKind.FULL.value:
+        raise checkpoint.CheckpointError(
+            f"{source}: holds differences (`base.` names or a LoRA), not full weights. Set weights_kind to auto."
+        )
+    differences = read_differences(*named, shape_of(model), source)
+    ranks = sorted({d.rank for d in differences.values() if isinstance(d, LowRank)})
+    kind = f"low rank ({', '.join(map(str, ranks))})" if ranks else "whole differences"
+    how = ", added in each forward as the model is quantised" if quantised(model, differences) else ""
+    report = f"base weights: {chosen.why}; {kind} of {len(differences)} weights, strength {strength:g}{how}"
+    return add_host_differences(model, differences, strength, source), report
+
+
+def shape_of(model: ModelPatcher) -> Callable[[str], torch.Size | None]:
+    """Look up the shape of a weight by its host name; None for a name that the model lacks."""
+    weights = model.get_key_patches(HOST_PREFIX)
+    return lambda name: weights[name][0][0].shape if name in weights else None
+
+
+def quantised(model: ModelPatcher, differences: Differences) -> set[str]:
+    """Names of the weights with a difference that are stored in another format than they compute in."""
+    weights = model.get_key_patches(HOST_PREFIX)
+    return {name for name in map(name_of, differences) if not _is_plain(weights[name][0][0])}
+
+
+def add_host_differences(model: ModelPatcher, differences: Differences, strength: float, source: str) -> ModelPatcher:
+    """A clone of `model` with strength * differences added to its weights; commutes with LoRA loaders.
+
+    differences: of weights that the model has (`low_rank.read_differences`). With strength 0 nothing is added.
+    """
+    patched = model.clone()
+    if strength == 0:
+        return patched
+    in_forward = quantised(model, differences)
+    patches = {key: _as_patch(d) for key, d in differences.items() if name_of(key) not in in_forward}
+    used = patched.add_patches(patches, strength)
+    assert len(used) == len(patches), f"{source}: {len(patches) - len(used)} weights are not in this model"
+    for key, difference in differences.items():
+        if name_of(key) in in_forward:
+            patched.add_weight_wrapper(name_of(key), AddedInForward(difference, slice_of(key), strength))
+    earlier: tuple[AppliedWeights, ...] = patched.get_attachment(WEIGHTS_KEY) or ()
+    patched.set_attachments(WEIGHTS_KEY, (*earlier, AppliedWeights(differences, strength, source)))
+    return patched
+
+
+class AddedInForward:
+    """One of the host's weight functions: it is given a weight as it is about to be used."""
+
+    def __init__(self, difference: Difference, part: Slice | None, strength: float) -> None:
+        self.difference, self.part, self.strength = difference, part, strength
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """A new tensor: weight + strength * difference, in the weight's dtype."""
+        changed = weight.clone()
+        target = changed if self.part is None else changed.narrow(*self.part)
+        if isinstance(self.difference, LowRank):
+            up, down = (part.to(weight) for part in (self.difference.up, self.difference.down))
+            target.addmm_(up, down, alpha=self.strength)
+        else:
+            target.add_(self.difference.to(weight), alpha=self.strength)
+        return changed
+
+    def move_to(self, device: torch.device | None = None) -> int:
+        """Called by the host where it loads the weight. Returns the bytes that moved."""
+        if isinstance(self.difference, LowRank):
+            self.difference = LowRank(self.difference.up.to(device), self.difference.down.to(device))
+            return self.difference.up.nbytes + self.difference.down.nbytes
+        self.difference = self.difference.to(device)
+        return self.difference.nbytes
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return type(weight.detach()) is Tensor and weight.dtype in PLAIN_DTYPES
+
+
+def _as_patch(difference: Difference) -> Any:
+    """What `add_patches` takes: the two factors stay two until the host puts the weight in."""
+    if isinstance(difference, LowRank):
+        return LoRAAdapter(set(), (difference.up, difference.down, None, None, None, None))
+    return (difference,)

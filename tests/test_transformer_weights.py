@@ -1,0 +1,168 @@
+"""Weight differences of transformer controls on the host's models: plain and quantised, beside LoRAs, saved again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfyui_controlnext.controlnext_core import checkpoint
+from comfyui_controlnext.tests import reference_transformers as reference
+from comfyui_controlnext.tests.sampling_fixtures import picture, relative
+from comfyui_controlnext.tests.test_transformers_on_host import FAMILIES, Stage
+from comfyui_controlnext.tests.transformer_fixtures import NARROW, inputs, narrow_model
+from torch import Tensor
+
+pytestmark = pytest.mark.comfy
+RANK = 3
+FP8 = torch.float8_e4m3fn
+REASSOCIATED = 1e-5
+each = pytest.mark.parametrize("family", FAMILIES)
+
+
+def factors(family: str, block: int = 0, seed: int = 0) -> dict[str, Tensor]:
+    """The file's tensors of one low-rank difference, a tenth of the weight's size."""
+    name, width = reference.FAMILIES[family].differences.replace("N", str(block)), NARROW[family].width
+    generator = torch.Generator().manual_seed(seed)
+    up = 0.1 * torch.randn(width, RANK, generator=generator) * RANK**-0.5
+    return {f"{name}.up": up, f"{name}.down": torch.randn(RANK, width, generator=generator) * width**-0.5}
+
+
+def product(tensors: dict[str, Tensor]) -> tuple[str, Tensor]:
+    """Name of the weight, and its difference."""
+    (up,), (down,) = ([n for n in tensors if n.endswith(end)] for end in (".up", ".down"))
+    return up.removesuffix(".up"), tensors[up] @ tensors[down]
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[Any]:
+    import comfy.model_management
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.features import CACHE
+
+    CACHE.clear()
+    with torch.inference_mode():
+        yield lambda family: Stage(family, tmp_path)
+        comfy.model_management.unload_all_models()  # the narrow models are shared: they get their own weights back
+
+
+@each
+def test_the_product_of_the_factors_is_added_to_the_weight(family: str, stage: Any) -> None:
+    import comfy.model_management
+
+    at, tensors = stage(family), factors(family)
+    loaded = at.load(weights=tensors, weights_strength=0.5)
+    name, difference = product(tensors)
+
+    def weight_of(model: Any) -> Tensor:
+        comfy.model_management.load_models_gpu([model])
+        return model.model.get_parameter(f"diffusion_model.{name}").clone()
+
+    plain, patched = weight_of(at.model), weight_of(loaded.model)
+    torch.testing.assert_close(patched, plain + 0.5 * difference, rtol=1e-5, atol=1e-6)
+    assert f"low rank ({RANK}) of 1 weights, strength 0.5" in loaded.report and "quantised" not in loaded.report
+
+
+@each
+def test_strength_zero_is_the_plain_model_and_loras_commute(family: str, stage: Any) -> None:
+    import comfy.sd
+
+    at, tensors = stage(family), factors(family)
+    plain = at.sample()
+    assert torch.equal(at.sample(at.load(weights=tensors, weights_strength=0.0).model), plain)
+    other = factors(family, seed=5)
+    name, _ = product(other)
+    layer = f"diffusion_model.{name.removesuffix('.weight')}"
+    lora = {f"{layer}.lora_B.weight": other[f"{name}.up"], f"{layer}.lora_A.weight": other[f"{name}.down"]}
+
+    def with_lora(model: Any) -> Any:
+        return comfy.sd.load_lora_for_models(model, None, lora, 0.8, 0.0)[0]
+
+    after = at.sample(with_lora(at.load(weights=tensors).model))
+    before = at.sample(at.load(weights=tensors, model=with_lora(at.model)).model)
+    assert relative(after, before) < REASSOCIATED
+    for less in (at.load(weights=tensors).model, with_lora(at.model), at.model):
+        assert relative(at.sample(less), after) > 1e-3
+
+
+def quantised_stage(family: str, folder: Path) -> Stage:
+    from comfy.model_patcher import ModelPatcher
+
+    at = Stage(family, folder)
+    at.model = ModelPatcher(narrow_model(family, FP8), torch.device("cpu"), torch.device("cpu"))
+    return at
+
+
+def velocity(model: Any, family: str) -> Tensor:
+    """One forward of a MODEL as the host has loaded it."""
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([model])
+    given = inputs(family, (8, 8))
+    options = {"cond_or_uncond": [0], "sigmas": given.sigma}
+    return model.model.apply_model(
+        given.x, given.sigma, c_crossattn=given.context, transformer_options=options, **given.more
+    )
+
+
+@each
+def test_a_quantised_weight_gets_the_difference_whole(family: str, tmp_path: Path, stage: Any) -> None:
+    """As if the stored fp8 numbers were fp32 ones with the difference on top; a plain patch is drowned in rounding."""
+    at, tensors = quantised_stage(family, tmp_path), factors(family)
+    tensors = {name: 0.2 * t if name.endswith(".up") else t for name, t in tensors.items()}  # 2 % of the weight
+    name, difference = product(tensors)
+    loaded = at.load(weights=tensors)
+    assert "added in each forward as the model is quantised" in loaded.report
+    bare, found = velocity(at.model, family), velocity(loaded.model, family)
+    weight = at.model.model.get_parameter(f"diffusion_model.{name}")
+    assert weight.dtype == FP8
+    layer = at.model.model.get_submodule(f"diffusion_model.{name.removesuffix('.weight')}")
+    velocity(at.model, family)
+    forward = layer.forward
+    layer.forward = lambda x: torch.nn.functional.linear(x, weight.float() + difference, _bias(layer))
+    try:
+        expected = velocity(at.model, family)
+    finally:
+        layer.forward = forward
+    effect = expected - bare
+    assert float((found - expected).norm() / effect.norm()) < 1e-3
+    plainly = at.model.clone()
+    plainly.add_patches({f"diffusion_model.{name}": (difference,)}, 1.0)
+    error = velocity(plainly, family) - expected
+    assert float(error.norm() / effect.norm()) > 0.3, "the host patches fp8 well: the way around is not needed"
+    assert torch.equal(velocity(at.model, family), bare)
+
+
+def _bias(layer: Any) -> Tensor | None:
+    return None if layer.bias is None else layer.bias.float()
+
+
+@each
+@pytest.mark.parametrize("layout", ["single", "lora"])
+def test_what_is_saved_loads_and_acts_the_same(
+    family: str, layout: str, stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.sd
+    import folder_paths
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.loading import load_controlnext
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.saving import save_control
+
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    at, tensors = stage(family), factors(family)
+    loaded = at.load(weights=tensors, weights_strength=0.5)
+    expected = at.sample(at.ours(loaded.control, picture(), model=loaded.model))
+    path = save_control(loaded.control, loaded.model, "cn/mine", layout, "fp32")
+    again = load_controlnext(at.model, path)
+    found = at.sample(at.ours(again.control, picture(), model=again.model))
+    assert relative(found, expected) < REASSOCIATED
+    if layout == "lora":
+        lora = checkpoint.load(path.with_name("lora.safetensors"))
+        by_host = comfy.sd.load_lora_for_models(at.model, None, lora, 1.0, 0.0)[0]
+        assert relative(at.sample(at.ours(again.control, picture(), model=by_host)), expected) < REASSOCIATED
+
+
+def test_a_kind_that_contradicts_the_file_is_named(stage: Any) -> None:
+    at = stage("sd3")
+    with pytest.raises(checkpoint.CheckpointError, match="holds differences .* not full weights"):
+        at.load(weights=factors("sd3"), weights_kind="full")

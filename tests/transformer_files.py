@@ -1,0 +1,159 @@
+"""Small files of real transformers that the host's own loaders take: full shapes as overlapping windows, few blocks.
+
+The host's detection fixes what they may not shrink (`Small.config` has what it would find); depth is all that is less.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from comfyui_controlnext.tools.tiny_models.storage import Pools, save
+from torch import Tensor
+
+_FLUX: dict[str, Any] = {
+    "in_channels": 16,
+    "out_channels": 16,
+    "context_in_dim": 64,
+    "hidden_size": 3072,
+    "mlp_ratio": 4.0,
+    "num_heads": 24,
+    "depth": 1,
+    "depth_single_blocks": 0,
+    "axes_dim": [16, 56, 56],
+    "theta": 10000,
+    "patch_size": 2,
+    "qkv_bias": True,
+}
+_LUMINA: dict[str, Any] = {
+    "patch_size": 2,
+    "in_channels": 16,
+    "cap_feat_dim": 64,
+    "n_layers": 1,
+    "qk_norm": True,
+}
+
+
+@dataclass(frozen=True)
+class Small:
+    """What one file holds and what a prompt for it looks like."""
+
+    network: str
+    """Module and class of the host."""
+    config: dict[str, Any]
+    text: int
+    """Width of a token of the prompt."""
+    pooled: int | None = None
+    later: dict[str, Any] = field(default_factory=dict)
+    """What hosts after the pinned one want as well."""
+    gigabytes: float = 0.1
+    """Memory on a CPU, where the host widens the numbers to fp32."""
+
+
+SMALL: dict[str, Small] = {
+    "sd3": Small(
+        "comfy.ldm.modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper",
+        {
+            "in_channels": 16,
+            "patch_size": 2,
+            "out_channels": 16,
+            "depth": 2,
+            "input_size": None,
+            "adm_in_channels": 2048,
+            "context_embedder_config": {
+                "target": "torch.nn.Linear",
+                "params": {"in_features": 4096, "out_features": 128},
+            },
+            "num_patches": 1024,
+            "pos_embed_max_size": 32,
+            "qk_norm": "rms",
+            "pos_embed_scaling_factor": None,
+            "x_block_self_attn_layers": [0],
+        },
+        text=4096,
+        pooled=2048,
+    ),
+    "flux": Small(
+        "comfy.ldm.flux.model.Flux",
+        _FLUX | {"vec_in_dim": 768, "guidance_embed": True},
+        text=64,
+        pooled=768,
+        later={"txt_ids_dims": []},
+        gigabytes=1.6,
+    ),
+    "chroma": Small(
+        "comfy.ldm.chroma.model.Chroma",
+        _FLUX
+        | {"in_channels": 64, "out_channels": 64, "in_dim": 64, "out_dim": 3072, "hidden_dim": 5120, "n_layers": 5},
+        text=64,
+        later={"txt_ids_dims": [], "vec_in_dim": None},
+        gigabytes=2.1,
+    ),
+    "qwen_image": Small(
+        "comfy.ldm.qwen_image.model.QwenImageTransformer2DModel", {"num_layers": 1}, text=3584, gigabytes=1.6
+    ),
+    "lumina2": Small(
+        "comfy.ldm.lumina.model.NextDiT",
+        _LUMINA | {"dim": 2304, "n_heads": 24, "n_kv_heads": 8, "axes_dims": [32, 32, 32], "ffn_dim_multiplier": 4.0},
+        text=64,
+        gigabytes=1.7,
+    ),
+    "z_image": Small(
+        "comfy.ldm.lumina.model.NextDiT",
+        _LUMINA
+        | {
+            "dim": 3840,
+            "n_heads": 30,
+            "n_kv_heads": 30,
+            "axes_dims": [32, 48, 48],
+            "ffn_dim_multiplier": 8 / 3,
+            "z_image_modulation": True,
+            "pad_tokens_multiple": 32,
+        },
+        text=64,
+        gigabytes=3.6,
+    ),
+    "wan": Small(
+        "comfy.ldm.wan.model.WanModel",
+        {"model_type": "t2v", "dim": 128, "num_heads": 1, "ffn_dim": 128, "num_layers": 2, "in_dim": 16, "out_dim": 16},
+        text=4096,
+    ),
+}
+
+
+def shapes_of(network: str, config: dict[str, Any]) -> dict[str, torch.Size]:
+    """Names and shapes of a network of the host, which is never given any memory."""
+    import importlib
+
+    import comfy.ops
+
+    module, _, name = network.rpartition(".")
+    build = getattr(importlib.import_module(module), name)
+    made = build(**config, device="meta", dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+    return {key: tensor.shape for key, tensor in made.state_dict().items()}
+
+
+def make_small(path: Path, family: str, pinned: bool, seed: int = 0) -> Path:
+    """The file of a family for the stock Load Diffusion Model node; `.pt` alone keeps windows as windows."""
+    row, pools = SMALL[family], Pools(seed)
+    shapes = shapes_of(row.network, row.config if pinned else row.config | row.later)
+    return save(path, {name: _filled(pools, name, tuple(shape)) for name, shape in shapes.items()})
+
+
+def _filled(pools: Pools, name: str, shape: tuple[int, ...]) -> Tensor:
+    if len(shape) > 2 and shape[0] == 1:  # positions
+        return pools.normal(name, shape[1:], 1.0)[None]
+    if len(shape) > 1:
+        return pools.normal(name, shape, math.prod(shape[1:]) ** -0.5)
+    return pools.constant(0.0 if name.endswith("bias") else 1.0, shape)
+
+
+def prompt(family: str, tokens: int = 7, seed: int = 0) -> Any:
+    """CONDITIONING without a text encoder."""
+    row, generator = SMALL[family], torch.Generator().manual_seed(seed)
+    text = torch.randn(1, tokens, row.text, generator=generator)
+    pooled = torch.randn(1, row.pooled, generator=generator) if row.pooled else None
+    return [[text, {"pooled_output": pooled}]]
