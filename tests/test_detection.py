@@ -95,7 +95,7 @@ def test_no_two_specs_claim_one_header_on_one_base() -> None:
 
 def test_every_variant_can_be_reached() -> None:
     reached = {name for by_family in PUBLISHED.values() for name in by_family.values()}
-    assert reached | {"svd_v2_padded"} == set(SPECS)
+    assert reached | {"svd_v2_padded"} == {name for name, spec in SPECS.items() if not spec.on_transformer}
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
