@@ -45,6 +45,11 @@ FAMILIES: dict[Family, FamilyFacts] = {
     Family.SDXL: FamilyFacts(architecture="stable-diffusion-xl-v1-base", context_width=2048, cells=unet_cells(3)),
     Family.SVD: FamilyFacts(architecture="stable-video-diffusion-img2vid-v1", cells=unet_cells(4)),
     Family.SD3: FamilyFacts(architecture="stable-diffusion-v3", cells=TOKEN_OF_2X2),
+    Family.FLUX: FamilyFacts(architecture="flux-1", cells=TOKEN_OF_2X2),
+    Family.CHROMA: FamilyFacts(architecture="chroma-1", cells=TOKEN_OF_2X2),
+    Family.QWEN_IMAGE: FamilyFacts(architecture="qwen-image", cells=TOKEN_OF_2X2),
+    Family.LUMINA2: FamilyFacts(architecture="lumina-2", cells=TOKEN_OF_2X2),
+    Family.Z_IMAGE: FamilyFacts(architecture="z-image", cells=TOKEN_OF_2X2),
 }
 
 CONTEXT_FAMILIES: dict[int, Family] = {

@@ -20,6 +20,11 @@ class Family(str, Enum):
     SDXL = "SDXL"
     SVD = "SVD"
     SD3 = "SD3"
+    FLUX = "Flux.1"
+    CHROMA = "Chroma"
+    QWEN_IMAGE = "Qwen-Image"
+    LUMINA2 = "Lumina2"
+    Z_IMAGE = "Z-Image"
     OTHER = "other"
 
 
@@ -248,6 +253,13 @@ SPECS: dict[str, Spec] = {
             "ControlNeXt SD3 and SD3.5",
             "ours: the paper runs on SD3, and released neither code nor weights of it",
         ),
+        _on_transformer("flux", Family.FLUX, "ControlNeXt Flux.1", "ours: the rule of `sd3`"),
+        _on_transformer("chroma", Family.CHROMA, "ControlNeXt Chroma", "ours: the rule of `sd3`"),
+        _on_transformer(
+            "qwen_image", Family.QWEN_IMAGE, "ControlNeXt Qwen-Image", "ours: the rule of `sd3`", blocks=30
+        ),
+        _on_transformer("lumina2", Family.LUMINA2, "ControlNeXt Lumina2", "ours: the rule of `sd3`"),
+        _on_transformer("z_image", Family.Z_IMAGE, "ControlNeXt Z-Image", "ours: the rule of `sd3`"),
     )
 }
 

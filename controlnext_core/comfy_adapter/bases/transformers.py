@@ -6,19 +6,23 @@ itself is given is sigma for some, where a sinusoidal embedding hardly moves.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...families import FAMILIES
 from ...key_maps import KeyMap, mmdit_key_map
 from ...specs import Family, Site
 from .base import Base, Door, Place
-from .tokens import PictureTokens, Start, from_the_front, replace_block
+from .tokens import FromTheEnd, PictureTokens, Start, from_the_front, hook_block, patch_block, replace_block
 
 SITE = Site.AFTER_JOINT_0
+HAS_LAYER_PATCHES = hasattr(ModelPatcher, "set_model_noise_refiner_patch")
+"""True on hosts whose Lumina2 and Z-Image call patches in and after their layers: both came in one version."""
 
 
 def thousandths(model_sampling: Any, sigmas: Tensor) -> Tensor:
@@ -73,6 +77,11 @@ def _mmdit_names(config: Mapping[str, Any]) -> KeyMap:
     )
 
 
+def _image_model(model: Any) -> Any:
+    """The host's name of the architecture, as its detection puts it into the configuration."""
+    return model.model_config.unet_config.get("image_model")
+
+
 SD3 = transformer(
     Family.SD3,
     matches=lambda model: isinstance(model.diffusion_model, MMDiT),
@@ -81,4 +90,59 @@ SD3 = transformer(
     key_map=_mmdit_names,
 )
 
-TRANSFORMERS: tuple[Base, ...] = (SD3,)
+
+def _is_flux(model: Any) -> bool:
+    """True for Flux.1 of any kind. Others of the host's class have no pooled vector, or gates in their MLP."""
+    config = model.model_config.unet_config
+    return _image_model(model) == "flux" and config.get("vec_in_dim") is not None and not config.get("yak_mlp")
+
+
+FLUX = transformer(
+    Family.FLUX,
+    matches=_is_flux,
+    places=lambda model: first_block(Family.FLUX, model.diffusion_model.hidden_size, replace_block),
+    attention_out=r"^double_blocks\.\d+\.img_attn\.proj\.weight$",
+)
+CHROMA = transformer(
+    Family.CHROMA,
+    matches=lambda model: _image_model(model) == "chroma",
+    places=lambda model: first_block(Family.CHROMA, model.diffusion_model.hidden_size, replace_block),
+    attention_out=r"^double_blocks\.\d+\.img_attn\.proj\.weight$",
+)
+QWEN_IMAGE = transformer(
+    Family.QWEN_IMAGE,
+    matches=lambda model: _image_model(model) == "qwen_image",
+    places=lambda model: first_block(Family.QWEN_IMAGE, model.diffusion_model.inner_dim, replace_block),
+    attention_out=r"^transformer_blocks\.\d+\.attn\.to_out\.0\.weight$",
+)
+
+
+def _joint_layers(family: Family, model: Any) -> dict[Site, Place]:
+    """Of one class in the host: text and picture are one sequence; its newer versions call patches after each layer."""
+    network = model.diffusion_model
+    if HAS_LAYER_PATCHES:
+        return first_block(family, network.dim, patch_block)
+    return first_block(family, network.dim, hook_block, "layers", FromTheEnd(network.pad_tokens_multiple or 1))
+
+
+def _is_lumina(model: Any, of_z_image: bool) -> bool:
+    config = model.model_config.unet_config
+    return _image_model(model) == "lumina2" and bool(config.get("z_image_modulation")) is of_z_image
+
+
+LUMINA2 = transformer(
+    Family.LUMINA2,
+    matches=functools.partial(_is_lumina, of_z_image=False),
+    places=functools.partial(_joint_layers, Family.LUMINA2),
+    attention_out=r"^layers\.\d+\.attention\.out\.weight$",
+    subsets={"refiners_too": r"^(layers|noise_refiner)\.\d+\.attention\.out\.weight$"},
+)
+Z_IMAGE = transformer(
+    Family.Z_IMAGE,
+    matches=functools.partial(_is_lumina, of_z_image=True),
+    places=functools.partial(_joint_layers, Family.Z_IMAGE),
+    attention_out=r"^layers\.\d+\.attention\.out\.weight$",
+    subsets={"refiners_too": r"^(layers|noise_refiner)\.\d+\.attention\.out\.weight$"},
+)
+
+TRANSFORMERS: tuple[Base, ...] = (SD3, FLUX, CHROMA, QWEN_IMAGE, LUMINA2, Z_IMAGE)
