@@ -177,8 +177,8 @@ def summed(parts: Iterable[tuple[Differences, float]]) -> dict[Key, Difference]:
 
 
 def chosen_names(names: Iterable[str], pattern: str, blocks: int | None) -> list[str]:
-    """Names of weights that a pattern matches whole, of the first `blocks` blocks; the first number is the block's."""
-    matching = [name for name in names if re.fullmatch(pattern, name)]
+    """Names of weights that a pattern is found in, of the first `blocks` blocks; the first number is the block's."""
+    matching = [name for name in names if re.search(pattern, name)]
     if blocks is None:
         return matching
     return [name for name in matching if int(re.findall(r"\d+", name)[0]) < blocks]

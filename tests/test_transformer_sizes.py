@@ -1,0 +1,57 @@
+"""Every family's default differences, with its encoder, fit into 16 MiB in fp16, counted from published shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from comfyui_controlnext.controlnext_core.low_rank import chosen_names, low_rank_parameters
+from comfyui_controlnext.controlnext_core.specs import SPECS, config_of
+from comfyui_controlnext.models.controlnext import ControlNeXt
+from comfyui_controlnext.tests.transformer_files import SMALL, shapes_of
+
+pytestmark = pytest.mark.comfy
+LIMIT = 16 * 2**20
+HEADER = 64 * 1024
+"""More than names, shapes and metadata take in a file."""
+
+
+def sd3(depth: int, second_attention: int = 0) -> dict[str, Any]:
+    embedder = {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 64 * depth}}
+    return {
+        "depth": depth,
+        "context_embedder_config": embedder,
+        "x_block_self_attn_layers": list(range(second_attention)),
+    }
+
+
+# published size -> family, what it has more than the family's small file, its width, weights of the default subset
+PUBLISHED: dict[str, tuple[str, dict[str, Any], int, int]] = {
+    "SD3-medium": ("sd3", sd3(24), 1536, 24),
+    "SD3.5-medium": ("sd3", sd3(24, 13), 1536, 37),
+    "SD3.5-large": ("sd3", sd3(38), 2432, 38),
+    "Flux.1": ("flux", {"depth": 19, "depth_single_blocks": 38}, 3072, 19),
+    "Chroma": ("chroma", {"depth": 19, "depth_single_blocks": 38}, 3072, 19),
+    "Qwen-Image": ("qwen_image", {"num_layers": 60}, 3072, 30),
+    "Lumina2": ("lumina2", {"n_layers": 26}, 2304, 26),
+    "Z-Image": ("z_image", {"n_layers": 30}, 3840, 30),
+}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_the_default_fits_into_sixteen_mebibytes(size: str, pinned_host: bool) -> None:
+    from comfyui_controlnext.controlnext_core.comfy_adapter.bases.transformers import TRANSFORMERS
+
+    family, more, width, count = PUBLISHED[size]
+    spec, small = SPECS[family], SMALL[family]
+    default = spec.differences
+    assert default is not None
+    shapes = shapes_of(small.network, small.config | ({} if pinned_host else small.later) | more)
+    base = next(base for base in TRANSFORMERS if base.family is spec.family)
+    names = chosen_names(shapes, base.trainable[default.subset], default.blocks)
+    assert len(names) == count and {tuple(shapes[name]) for name in names} == {(width, width)}
+    encoder = ControlNeXt(config_of(spec, width), dtype=torch.float16, device="meta")
+    numbers = sum(p.numel() for p in encoder.parameters())
+    numbers += low_rank_parameters((shapes[name] for name in names), default.rank)
+    assert 2 * numbers + HEADER < LIMIT, f"{2 * numbers / 2**20:.1f} MiB"
