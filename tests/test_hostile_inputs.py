@@ -106,7 +106,7 @@ def test_messages_repeat_the_start_of_a_text_alone() -> None:
 
 @pytest.mark.comfy
 def test_inspect_shows_the_start_of_long_metadata(tmp_path: Path) -> None:
-    from comfyui_controlnext.controlnext_core.comfy_adapter.inspecting import MAX_KEYS, inspect_file
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.inspecting import MAX_KEYS, inspect_file
 
     path = make_controlnext(tmp_path / "controlnet.safetensors", "gen2")
     many = {f"key{i:05}": LONG[:5000] for i in range(2000)}
@@ -190,7 +190,7 @@ def test_a_prefix_of_thousands_of_folders_is_refused() -> None:
 @pytest.mark.comfy
 def test_a_prefix_is_checked_before_a_folder_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import folder_paths
-    from comfyui_controlnext.controlnext_core.comfy_adapter.saving import free_stem
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.saving import free_stem
 
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     for prefix in ("controlnext/unet", "a/\0/x", "a/" * 2000 + "x", "aux/x"):

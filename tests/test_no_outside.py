@@ -103,9 +103,9 @@ def test_controls_are_loaded_sampled_inspected_and_saved_without_the_outside(
     watched: Any, studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import folder_paths
-    from comfyui_controlnext.controlnext_core.comfy_adapter.inspecting import inspect_file
-    from comfyui_controlnext.controlnext_core.comfy_adapter.saving import save_control
-    from comfyui_controlnext.controlnext_core.comfy_adapter.xs_loading import load_controlnet_xs
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.inspecting import inspect_file
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.saving import save_control
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
 
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
     path = make_controlnext(tmp_path / "controlnet.safetensors", "gen2")

@@ -59,6 +59,14 @@ def open_weights(path: Path) -> None:
         raise max(refusals, key=lambda error: len(str(error)))
 
 
+def open_tensors(path: Path) -> None:
+    """Names and numbers of a torch file, whatever network they are of."""
+    from comfyui_controlnext.controlnext_core import checkpoint
+
+    header = checkpoint.peek(path)
+    assert {name: tuple(tensor.shape) for name, tensor in checkpoint.load(path).items()} == header.shapes
+
+
 def open_recipe(path: Path) -> None:
     from comfyui_controlnext.controlnext_core.key_maps import unet_key_map
     from comfyui_controlnext.controlnext_training.config_files import make_config, read_recipe
@@ -97,7 +105,7 @@ def host_loader(folder: Path) -> Callable[[Path], None]:
 
     path = make_sd15(folder / "sd15.ckpt")
     import comfy.sd
-    from comfyui_controlnext.controlnext_core.comfy_adapter.loading import load_controlnext
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.loading import load_controlnext
 
     with torch.inference_mode():
         model = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False, output_clip=False)[0]
@@ -142,7 +150,7 @@ def main(folder: Path, seed: int, *parts: str) -> None:
     runpy.run_path(str(ROOT / "_alias.py"))
     from comfyui_controlnext.tests.hostile.mutator import MAKERS, rng_of
 
-    readers = {"safetensors": open_weights, "torch": open_weights, "recipes": open_recipe, "data": open_folder}
+    readers = {"safetensors": open_weights, "torch": open_tensors, "recipes": open_recipe, "data": open_folder}
     if any(part.startswith("loader:") for part in parts):
         readers["loader"] = host_loader(folder)
     known = allowed()
