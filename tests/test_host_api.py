@@ -1,4 +1,4 @@
-"""Every name of the host that the code imports, reads or calls, against the host at hand: it exists and takes that call."""
+"""Names of the host that the code imports, reads or calls: each exists in the host at hand and takes that call."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def test_what_is_given_to_others_does_not_say_where_files_lie() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.text(st.characters(codec="utf-8")), st.floats(0, 1e3), st.integers(1, 10_000_000))
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0")), st.floats(0, 1e3), st.integers(1, 10_000_000))
 def test_any_text_and_number_survives_a_recipe(text: str, gain: float, steps: int) -> None:
     config = TrainConfig(base=text, data=(text,), gain=gain, steps=steps)
     assert make_config(parse_recipe(as_toml(config))) == config

@@ -46,8 +46,13 @@ class VideoWindow(host.IndexListContextWindow):
         """The first place gets the first hint, and its result does not count."""
         self.hint_list = [0, *index_list[1:]] if reference_first else index_list
 
-    def get_tensor(self, full: Tensor, device: Any = None, dim: int | None = None, **_: Any) -> Tensor:
-        """The window's frames of a tensor with all frames along its first dimension; one entry stands for all."""
+    def get_tensor(
+        self, full: Tensor, device: Any = None, dim: int | None = None, retain_index_list: Any = ()
+    ) -> Tensor:
+        """The window's frames of a tensor with all frames along its first dimension; one entry stands for all.
+
+        retain_index_list: of hosts since 0.22, for frames that every window keeps; SVD's latents have none.
+        """
         if full.shape[0] == 1:
             return full
         return full.index_select(0, torch.tensor(self.index_list, device=full.device)).to(device)
