@@ -45,6 +45,7 @@ LAYERS = (
     Layer("controlnext_core/checkpoint.py", MATHS | {"safetensors"}, CORE),
     Layer("controlnext_core/fidelity.py", MATHS | {"numpy"}, CORE, PICTURES),
     Layer("controlnext_core/hints", MATHS | {"numpy"}, CORE, PICTURES),
+    Layer("controlnext_core/picturebook", MATHS | {"numpy"}, CORE, PICTURES),
     Layer("controlnext_core/comfy_adapter", MATHS | HOST, CORE, PICTURES),
     Layer("nodes", HOST | {"torch"}, ("controlnext_core", "nodes")),  # torch: types of what goes through
     Layer("controlnext_training", TRAINING, (*CORE, "controlnext_training"), PICTURES | {"av", "psutil", "tomli"}),
