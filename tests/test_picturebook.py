@@ -1,15 +1,20 @@
-"""Pictures that the project draws: seeded, with captions and hints that agree with them."""
+"""controlnext_core/picturebook: the pictures, and tools/demo_weights' base of SD3's shape for them."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from comfyui_controlnext.controlnext_core.picturebook import COLORS, HINTS, THINGS, canvas, draw, things
+from comfyui_controlnext.tools.demo_weights import assembling, mmdit, muon, painter, picture_base
+from torch import Tensor
 
 COUNT, SIDE = 40, 128
+CAPTIONS = ["a red house and a yellow sun on a meadow under a pink sky", "a blue boat", ""]
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +86,113 @@ def test_a_curve_of_cut_corners_stays_inside_its_points() -> None:
     assert len(curve) == 32 and curve.min() >= 0 and curve.max() <= 1
     straight = canvas.smooth(canvas.polygon((0, 0), (1, 1), (2, 2)), closed=False)
     assert np.allclose(straight[:, 0], straight[:, 1]) and np.allclose(straight[[0, -1]], [[0, 0], [2, 2]])
+
+
+@pytest.mark.parametrize("shape", [(48, 16), (16, 64), (32, 32)])
+def test_orthogonal_brings_singular_values_near_one(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    found = muon.orthogonal(matrix)
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.4 and values.max() < 1.35
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    assert torch.nn.functional.cosine_similarity(found.flatten(), (left @ right).flatten(), dim=0) > 0.97
+
+
+def test_muon_steps_matrices_by_their_rate_and_the_rest_with_adam() -> None:
+    fused = torch.nn.Parameter(torch.zeros(48, 16))
+    bias = torch.nn.Parameter(torch.zeros(5))
+    optimizer = muon.Muon([("x.attn.qkv.weight", fused), ("x.bias", bias)], 0.02, 1e-3)
+    fused.grad, bias.grad = torch.randn(48, 16, generator=torch.Generator().manual_seed(2)), torch.ones(5)
+    optimizer.step(0.5)
+    for part in fused.detach().split(16):  # q, k and v step each for itself
+        assert 0.004 < torch.linalg.svdvals(part / 1).mean() < 0.014
+    torch.testing.assert_close(bias.detach(), torch.full((5,), -5e-4), atol=1e-6, rtol=0)
+
+
+def test_a_slice_begins_and_ends_with_small_steps() -> None:
+    assert picture_base.rate_at(0.0, 0) == pytest.approx(1 / picture_base.WARMUP)
+    assert picture_base.rate_at(0.3, 10**6) == 1.0
+    assert picture_base.rate_at(1.0, 10**6) == pytest.approx(0.02)
+
+
+@pytest.fixture(scope="module")
+def network() -> Any:
+    """None of its weights are special, but for what it must not read."""
+    model = mmdit.new_mmdit().requires_grad_(False)
+    random = torch.Generator().manual_seed(5)
+    for name, value in model.named_parameters():
+        noise = torch.randn(value.shape, generator=random) * 0.03
+        if name == "context_embedder.weight":
+            noise[:, : mmdit.CODES] = 0
+        value.copy_(value.add(noise).half())  # as the file holds it
+    return model
+
+
+@pytest.fixture(scope="module")
+def loaded(network: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
+    """(model, clip, vae) from the loader behind CheckpointLoaderSimple."""
+    import comfy.sd
+
+    path = tmp_path_factory.mktemp("picturebook") / "sd3.ckpt"
+    weights = {name: value.half() for name, value in network.state_dict().items()}
+    halves = {name: value.half() for name, value in painter.new_painter().state_dict().items()}
+    assembling.write_sd3_checkpoint(path, mmdit.as_the_host_loads(weights), painter.whole(halves))
+    return comfy.sd.load_checkpoint_guess_config(str(path))[:3]
+
+
+@pytest.mark.comfy
+def test_equal_words_behind_the_end_count_as_one(network: Any, loaded: tuple[Any, Any, Any], tmp_path: Path) -> None:
+    model, clip = loaded[0].model, loaded[1]
+    assert type(model.model_config).__name__ == "SD3"
+    texts = picture_base.texts_of(picture_base.text_model(tmp_path), CAPTIONS)
+    assert [len(text["words"]) for text in texts] == [21, 10, 7]
+    words, pooled = zip(*(clip.encode_from_tokens(clip.tokenize(c), return_pooled=True) for c in CAPTIONS), strict=True)
+    behind = torch.cat(words)[0, 20:, mmdit.CODES : mmdit.WIDTH]
+    assert behind.std() > 1 and (behind - behind[0]).square().mean().sqrt() < 0.03  # they see the layer norm's scale
+    x = torch.randn(3, 16, 24, 24, generator=torch.Generator().manual_seed(6))
+    s = torch.tensor([0.2, 0.5, 0.9])
+    short = mmdit.predict(network, x, s, picture_base.batch_of(texts))
+    with torch.inference_mode():
+        whole = model.diffusion_model.float()(x, 1000 * s, torch.cat(words).float(), torch.cat(pooled).float())
+    assert whole.std() > 1
+    assert (short - whole).square().mean().sqrt() < 2e-3
+    torch.testing.assert_close(short, whole, atol=2e-2, rtol=0)
+    bare = mmdit.predict(network, x, s, picture_base.batch_of([texts[2]] * 3))
+    assert (bare[0] - short[0]).abs().max() > 0.1
+
+
+@pytest.mark.comfy
+def test_the_start_is_the_best_linear_guess() -> None:
+    random = torch.Generator().manual_seed(7)
+    z, noise = (torch.randn(6, 16, 24, 24, generator=random) for _ in range(2))
+    s = torch.tensor([0.05, 0.25, 0.5, 0.6, 0.8, 0.95])
+    share = s.view(-1, 1, 1, 1)
+    text = picture_base.batch_of([{"words": torch.zeros(3, 768), "pooled": torch.zeros(768)}] * 6)
+    with torch.no_grad():
+        out = mmdit.predict(mmdit.new_mmdit(), (1 - share) * z + share * noise, s, text)
+    error = (out - (noise - z)).square().mean((1, 2, 3))
+    best = 1 / (s.square() + (1 - s).square())  # of variables of variance 1 that do not depend on each other
+    torch.testing.assert_close(error, best, atol=0.3, rtol=0.1)
+
+
+@pytest.mark.comfy
+def test_latents_reach_the_autoencoder_as_the_network_sees_them(loaded: tuple[Any, Any, Any]) -> None:
+    model, vae = loaded[0].model, loaded[2]
+    network = painter.new_painter().requires_grad_(False)
+    pixels = torch.from_numpy(draw(3, 2, 64).image)[None].float() / 255
+    seen = model.process_latent_in(vae.encode(pixels))
+    own = network.taesd_encoder(pixels.permute(0, 3, 1, 2))
+    assert own.std() > 0.1
+    torch.testing.assert_close(seen.float(), own, atol=2e-2, rtol=0)
+
+
+def test_bias_counts_the_last_word_for_all_that_follow() -> None:
+    scores = torch.randn(1, 1, 1, 77 + 4, generator=torch.Generator().manual_seed(8))
+    scores[..., 5:77] = scores[..., 5:6]
+    values = torch.arange(77.0 + 4)
+    values[5:77] = 5
+    expected = scores.softmax(-1) @ values
+    short: Tensor = torch.cat([scores[..., :6], torch.zeros(1, 1, 1, 2), scores[..., 77:]], dim=-1)
+    bias = mmdit.bias_of(torch.tensor([6]), 8, 4)
+    got = (short + bias).softmax(-1) @ torch.cat([values[:6], torch.zeros(2), values[77:]])
+    torch.testing.assert_close(got, expected)

@@ -9,12 +9,25 @@ from pathlib import Path
 from ..comfy_server import COMFY_BASE
 
 STAGES = ("autoencoder", "decoder", "base", "ship-base", "style", "controls", "ship-controls")
+PICTUREBOOK = ("picture-autoencoder", "picture-base", "ship-pictures")
+"""Stages of the base that is to take the place of the shapes; `all` leaves them out."""
 ALL = "all"
+LONGEST = 100.0  # minutes
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "stage", choices=(*STAGES, ALL), nargs="?", default=ALL, help="what to train or to keep; needs those before it"
+        "stage",
+        choices=(*STAGES, *PICTUREBOOK, ALL),
+        nargs="?",
+        default=ALL,
+        help="what to train or to keep; needs those before it",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=90.0,
+        help=f"length of a slice of picture-autoencoder or picture-base, at most {LONGEST:g} (default 90)",
     )
 
 
@@ -23,6 +36,9 @@ def run_stage(options: argparse.Namespace, host: Path) -> int:
     from ..train import bring_in_host
 
     bring_in_host(host, COMFY_BASE, cpu=True)
+    if options.stage in PICTUREBOOK:
+        print(_run_picturebook(options.stage, 60 * min(options.minutes, LONGEST)))
+        return 0
     from .autoencoder import train_autoencoder, train_decoder
     from .base import train_base
     from .shipped import ship_base, ship_controls, train_controls
@@ -41,3 +57,13 @@ def run_stage(options: argparse.Namespace, host: Path) -> int:
         if options.stage in (name, ALL):
             print(stage())
     return 0
+
+
+def _run_picturebook(stage: str, seconds: float) -> Path:
+    from .painter import train_painter
+    from .picture_base import train_base
+    from .shipped import ship_pictures
+
+    if stage == "ship-pictures":
+        return ship_pictures()
+    return train_painter(seconds=seconds) if stage == "picture-autoencoder" else train_base(seconds)

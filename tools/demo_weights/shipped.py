@@ -19,7 +19,8 @@ from ..comfy_server import COMFY_BASE
 from ..environment import ROOT, SetupError
 from ..tiny_models.storage import save, write_atomically
 from . import autoencoder
-from .assembling import write_checkpoint
+from .assembling import write_checkpoint, write_sd3_checkpoint
+from .mmdit import as_the_host_loads
 from .packing import pack, unpack
 from .running import FOLDER
 from .widening import widen
@@ -27,12 +28,18 @@ from .widening import widen
 SHIPPED = ROOT / "demo" / "weights"
 UNET, AUTOENCODER = "shapes_unet.safetensors", "shapes_autoencoder.safetensors"
 CHECKPOINT = "shapes_sd15.ckpt"
+MMDIT, PAINTER = "picturebook_mmdit.safetensors", "picturebook_autoencoder.safetensors"
+PICTUREBOOK = "picturebook_sd3.ckpt"
 EDGES, MASK, DEPTH = "shapes_edges.safetensors", "shapes_mask.safetensors", "shapes_depth.safetensors"
 XS = "shapes_xs_edges.safetensors"
 LORA = "shapes_night.safetensors"
 FOLDERS = {CHECKPOINT: "checkpoints", **dict.fromkeys((EDGES, MASK, DEPTH), "controlnext")}
 FOLDERS |= {XS: "controlnet", LORA: "loras"}
 """File of the demo -> its folder below `models`."""
+BOOK = {PICTUREBOOK: "checkpoints"}
+"""Files that `install` writes only when it is asked for: a checkpoint of SD3's shape."""
+SOURCES = {CHECKPOINT: (UNET, AUTOENCODER), PICTUREBOOK: (MMDIT, PAINTER)}
+"""Checkpoint -> what it is made of."""
 RECIPES = {EDGES: "demo_edges", MASK: "demo_mask", DEPTH: "demo_depth", XS: "demo_xs"}
 """Trained control -> the recipe that makes it, and the name of its result."""
 STAMP = "shapes.json"
@@ -47,12 +54,15 @@ def install(base: Path, names: Iterable[str] = tuple(FOLDERS), shipped: Path = S
     stamp = models / STAMP
     versions = json.loads(stamp.read_text("utf-8")) if stamp.is_file() else {}
     for name in names:
-        path, version = models / FOLDERS[name] / name, _version(name, shipped)
+        path, version = models / (FOLDERS | BOOK)[name] / name, _version(name, shipped)
         if path.is_file() and versions.get(name) == version:
             continue
         if name == CHECKPOINT:
             wide = {key: value.half() for key, value in widen(_read(shipped / UNET)[0]).items()}
             write_checkpoint(path, wide, autoencoder.whole(_read(shipped / AUTOENCODER)[0]))
+        elif name == PICTUREBOOK:
+            network = as_the_host_loads(_read(shipped / MMDIT)[0])
+            write_sd3_checkpoint(path, network, autoencoder.whole(_read(shipped / PAINTER)[0]))
         else:
             save(path, *_read(shipped / name))
         versions[name] = version
@@ -69,6 +79,12 @@ def ship_base(folder: Path = FOLDER, shipped: Path = SHIPPED) -> Path:
     weights, metadata = _load(painter)
     _ship({AUTOENCODER: ({name: t for name, t in weights.items() if name in working}, metadata)}, shipped)
     return _ship({UNET: _load(folder / "base" / "unet_narrow.safetensors")}, shipped)
+
+
+def ship_pictures(folder: Path = FOLDER, shipped: Path = SHIPPED) -> Path:
+    """Put what there is of the picturebook's autoencoder and base in `folder` into `shipped`."""
+    made = {PAINTER: folder / "painter" / "painter.safetensors", MMDIT: folder / "picture_base" / MMDIT}
+    return _ship({name: _load(path) for name, path in made.items() if path.is_file()}, shipped)
 
 
 def train_controls() -> Path:
@@ -115,7 +131,7 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _version(name: str, shipped: Path) -> str:
     """Of the file's sources and of the code that unpacks them."""
     digest = hashlib.sha256()
-    sources = (shipped / UNET, shipped / AUTOENCODER) if name == CHECKPOINT else (shipped / name,)
+    sources = [shipped / source for source in SOURCES.get(name, (name,))]
     for path in (*filter(Path.is_file, sources), *sorted(Path(__file__).parent.glob("*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -8,7 +8,7 @@ also says `red`, and what stands behind the last word says all of them. Without 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ SEED = 3
 WIDTH, HEADS, LAYERS, PLACES, WORDS = 768, 12, 12, 77, 49408
 HEAD = WIDTH // HEADS
 FREQUENCIES = HEAD // 2  # of the position code, which takes the first HEAD of WIDTH numbers
+CODES = 2 * HEAD  # numbers of a position code that stands twice
 POSITION_GAIN = 4.0
 SHARPNESS = 1.7  # undoes the layer norm, whose input has this mean square, so that a head's softmax is nearly one-hot
 BACK = (1, 2, 3, 4, 5)  # head k looks this many words back; the head after them at all
@@ -27,8 +28,14 @@ BACK_GAIN, ALL_GAIN = (0.9, 0.7, 0.5, 0.5, 0.4), 1.6  # std of what a head adds;
 POSITION_KEPT = 0.35  # of the position code in the output
 
 
-def text_encoder(prefix: str) -> dict[str, Tensor]:
-    """Every tensor under `prefix`, in the names of transformers; zeros take no room."""
+def text_encoder(prefix: str, summary_last: bool = False) -> dict[str, Tensor]:
+    """Every tensor under `prefix`, in the names of transformers; zeros take no room.
+
+    summary_last: the head that looks at all words works in the last layer, not in the first. SD3 takes words from
+    before that layer and the caption's one vector from behind it. The position code then stands a second time with
+    the other sign, so that no place has another mean, and places behind a caption's end differ in their codes, the
+    first CODES numbers, and else by about a fiftieth, since a layer norm's scale depends on word and code together.
+    """
     pools, shapes = Pools(SEED), Shapes()
     for layer in range(LAYERS):
         name = f"{prefix}encoder.layers.{layer}"
@@ -41,25 +48,32 @@ def text_encoder(prefix: str) -> dict[str, Tensor]:
         name: pools.constant(1.0 if "norm" in name and name.endswith("weight") else 0.0, shape)
         for name, shape in shapes.items()
     }
-    tensors |= {f"{prefix}encoder.layers.0.self_attn.{end}": value for end, value in _attention().items()}
+    heads = {0: range(len(BACK)), LAYERS - 1: [len(BACK)]} if summary_last else {0: range(len(BACK) + 1)}
+    for layer, working in heads.items():
+        name = f"{prefix}encoder.layers.{layer}.self_attn"
+        tensors |= {
+            f"{name}.{end}": value for end, value in _attention(working, CODES if summary_last else HEAD).items()
+        }
     final = torch.ones(WIDTH)
     final[:HEAD] = POSITION_KEPT
     tensors[f"{prefix}final_layer_norm.weight"] = final.half()
     words = "embeddings.token_embedding.weight"
     # numbers depend on this name, which must not depend on the file that the encoder is written into
     tensors[prefix + words] = pools.normal(f"text_model.{words}", (WORDS, WIDTH), 1.0)
-    tensors[f"{prefix}embeddings.position_embedding.weight"] = _positions().half()
+    tensors[f"{prefix}embeddings.position_embedding.weight"] = _positions(summary_last).half()
     return tensors
 
 
-def _positions() -> Tensor:
-    """(PLACES, WIDTH): cosines and sines of FREQUENCIES angles per place, then zeros.
+def _positions(twice: bool) -> Tensor:
+    """(PLACES, WIDTH): cosines and sines of FREQUENCIES angles per place, the same negative if `twice`, then zeros.
 
     Angles are pi (k + 1/2) / FREQUENCIES, for which the codes of two places less than HEAD apart are orthogonal.
     """
     angles = torch.outer(torch.arange(PLACES), (torch.arange(FREQUENCIES) + 0.5) * math.pi / FREQUENCIES)
     code = torch.zeros(PLACES, WIDTH)
     code[:, :HEAD] = POSITION_GAIN * torch.cat([angles.cos(), angles.sin()], dim=1)
+    if twice:
+        code[:, HEAD:CODES] = -code[:, :HEAD]
     return code
 
 
@@ -70,14 +84,17 @@ def _turn(places: int) -> Tensor:
     return torch.cat([torch.cat([cosine, sine], dim=1), torch.cat([-sine, cosine], dim=1)])
 
 
-def _attention() -> Mapping[str, Tensor]:
-    """Weights of the working layer. The heads that are not needed stay zero."""
+def _attention(working: Collection[int], first: int) -> Mapping[str, Tensor]:
+    """Weights of a working layer, which passes on numbers from `first` on. The other heads stay zero."""
     weights = {end: torch.zeros(WIDTH, WIDTH) for end in ("q_proj", "k_proj", "v_proj", "out_proj")}
     for head, gain in enumerate((*BACK_GAIN, ALL_GAIN)):
+        if head not in working:
+            continue
         rows = slice(head * HEAD, (head + 1) * HEAD)
         if head < len(BACK):
             weights["q_proj"][rows, :HEAD] = _turn(BACK[head]) * SHARPNESS
             weights["k_proj"][rows, :HEAD] = torch.eye(HEAD)
         weights["v_proj"][rows, HEAD:] = random_tensor(f"v {head}", (HEAD, WIDTH - HEAD), (WIDTH - HEAD) ** -0.5, SEED)
         weights["out_proj"][HEAD:, rows] = random_tensor(f"out {head}", (WIDTH - HEAD, HEAD), gain * HEAD**-0.5, SEED)
+    weights["v_proj"][:, :first] = 0
     return {f"{end}.weight": value.half() for end, value in weights.items()}

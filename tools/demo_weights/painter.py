@@ -1,0 +1,140 @@
+"""The picturebook's autoencoder: TAESD's layout with 16 channels, as the host's loaders take it for SD3.
+
+It goes on from the 4-channel one that came before it (autoencoder.py). Variance may differ between channels, only
+their mean is held to 1: what matters most then stands highest above the noise that training adds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ...controlnext_core.picturebook import draw
+from ...controlnext_training.seeding import generator
+from ..tiny_models.storage import save
+from . import autoencoder
+from .computing import device, quick
+from .packing import unpack
+from .running import Average, Stage, cosine, picture_grid, snapshot, unpaused_steps
+
+SEED, CHANNELS = 19, 16
+SIDE, PART = 256, 64  # pixels of the pictures, and of what a step sees of one
+PICTURES, STEPS, BATCH = 1000, 1000, 8
+LEARNING_RATE, WARMUP, EMA_DECAY = 1e-3, 50, 0.998
+LATENT_NOISE = 0.25  # highest std of what is added to latents
+MOMENTS_WEIGHT, EDGE_WEIGHT = 0.05, 0.5
+FILE = "painter.safetensors"
+RANDOM_STD = 0.02  # of the weights of channels that the 4-channel one has not
+
+
+def new_painter(start: dict[str, Tensor] | None = None) -> nn.Module:
+    """The network, with nn.ReLU in place of idle blocks. start: weights of the 4-channel one, else random."""
+    model = autoencoder.new_autoencoder()
+    if start is not None:
+        model.load_state_dict(start, strict=False)
+    random = torch.Generator().manual_seed(SEED)
+    for half, place, axis in (("taesd_encoder", 14, 0), ("taesd_decoder", 1, 1)):
+        layer = getattr(model, half)[place]
+        wider = [CHANNELS if axis == index else size for index, size in enumerate(layer.weight.shape)]
+        weight = torch.randn(wider, generator=random) * RANDOM_STD
+        weight.narrow(axis, 0, 4).copy_(layer.weight.detach())
+        layer.weight = nn.Parameter(weight)
+        if axis == 0:
+            layer.bias = nn.Parameter(torch.cat([layer.bias.detach(), torch.zeros(CHANNELS - 4)]))
+    return model.to(device()).to(memory_format=torch.channels_last).requires_grad_(True)  # type: ignore[call-overload]
+
+
+def whole(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With zeros for the idle blocks: what the host's TAESD loads."""
+    return autoencoder.whole(weights)
+
+
+def trained(path: Path) -> nn.Module:
+    """The network with the weights of a packed file, frozen."""
+    model = new_painter()
+    model.load_state_dict({name: value.float() for name, value in unpack(load_file(path)).items()}, strict=False)
+    return model.requires_grad_(False)
+
+
+def loss_of(model: nn.Module, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, mean absolute error): error of colours and of differences between neighbours, and moments of latents."""
+    latent = autoencoder.encode(model, pixels).float()
+    painted = autoencoder.decode(model, latent + noise).float()
+    error = (painted - pixels).abs().mean()
+    edges = sum((torch.diff(painted, dim=axis) - torch.diff(pixels, dim=axis)).abs().mean() for axis in (2, 3))
+    variance, mean = torch.var_mean(latent, dim=(0, 2, 3))
+    moments = mean.square().mean() + variance.mean().log().square()
+    return error + EDGE_WEIGHT * edges + MOMENTS_WEIGHT * moments, error.detach()
+
+
+def train_painter(steps: int = STEPS, seconds: float | None = None) -> Path:
+    """Train, or go on training; the file with the average of the weights in fp16. seconds: the end of this slice."""
+    from .shipped import AUTOENCODER, SHIPPED
+
+    stage = Stage("painter")
+    start = {name: value.float() for name, value in unpack(load_file(SHIPPED / AUTOENCODER)).items()}
+    model = new_painter(start)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
+    average, done, state = Average(model, EMA_DECAY), 0, stage.load()
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.restore(state["average"])
+        done = state["step"]
+    stage.say(event="start", step=done, parameters=sum(p.numel() for p in model.parameters()))
+    pictures = pictures_of(SIDE, PICTURES) if done < steps else torch.empty(0)
+    total = 0.0
+    for step, spent in unpaused_steps(done, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * cosine(step, steps, WARMUP)
+        with quick():
+            loss, error = loss_of(model, *_batch(pictures, step))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.update(model)
+        total, done = total + error.item(), step + 1
+        if done % 50 == 0:
+            stage.say(step=done, error=round(total / 50, 5), seconds=round(spent, 1))
+            total = 0.0
+        if done % 250 == 0 or done == steps:
+            show(average.weights, stage.folder / f"pictures_{done:05d}.png")
+        late = seconds is not None and spent > seconds
+        if stage.is_time_to_save() or done == steps or late:
+            stage.save(snapshot(model, optimizer, average, done))
+        if late:
+            break
+    return save(stage.folder / FILE, {name: value.half() for name, value in average.weights.items()})
+
+
+def pictures_of(side: int, count: int, first: int = 0, seed: int = SEED) -> Tensor:
+    """Pictures `first` on as bytes (count, 3, side, side)."""
+    images = [torch.from_numpy(draw(seed, index, side).image) for index in range(first, first + count)]
+    return torch.stack(images).permute(0, 3, 1, 2).contiguous()
+
+
+def _batch(pictures: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """(parts of pictures (B, 3, PART, PART), noise for their latents) of a step."""
+    random = generator(SEED, "painter", step)
+    rows = torch.randint(len(pictures), (BATCH,), generator=random).tolist()
+    places = torch.randint(SIDE - PART + 1, (BATCH, 2), generator=random).tolist()
+    parts = [pictures[row, :, y : y + PART, x : x + PART] for row, (y, x) in zip(rows, places, strict=True)]
+    pixels = torch.stack(parts).contiguous(memory_format=torch.channels_last).float() / 255
+    std = LATENT_NOISE * torch.rand(BATCH, 1, 1, 1, generator=random)
+    noise = std * torch.randn(BATCH, CHANNELS, PART // 8, PART // 8, generator=random)
+    return pixels.to(device()), noise.to(device())
+
+
+@torch.no_grad()
+def show(weights: dict[str, Tensor], path: Path) -> Path:
+    """Unseen pictures above what comes back."""
+    model = new_painter().requires_grad_(False)
+    model.load_state_dict(weights)
+    pixels = pictures_of(SIDE, 4, 10**6).float().to(device()) / 255
+    with quick():
+        back = autoencoder.decode(model, autoencoder.encode(model, pixels)).float()
+    return picture_grid(torch.cat([pixels, back]).permute(0, 2, 3, 1).cpu(), path, columns=4)

@@ -1,0 +1,238 @@
+"""Training of the picturebook's base (mmdit.py): latents and words are computed once, slices end with packed weights.
+
+A slice lasts for the time that it is given. Its learning rate falls to nothing at the end, and the next goes on from
+its weights, with the optimizer's state where that is still there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ...controlnext_core.picturebook import draw
+from ...controlnext_training.seeding import generator
+from ..tiny_models.storage import save, write_atomically
+from . import autoencoder, painter
+from .computing import device, quick
+from .mmdit import CHANNELS, new_mmdit, predict, sample, shortened
+from .muon import Muon
+from .packing import unpack
+from .running import Average, Stage, picture_grid, wait_while_paused
+
+SEED = 29
+SIDE = 192  # pixels
+PICTURES, PART = 3072, 512  # pictures, and how many are prepared at once
+BATCH = 16
+RATE, ADAM_RATE, WARMUP, FALL = 0.02, 1.5e-3, 30, 0.35
+EMA_DECAY = 0.995
+SLICE = 90 * 60.0  # seconds
+SAY_EVERY, SHOW_EVERY = 25, 250  # steps
+NO_CAPTION = 0.1  # part of the samples whose caption is left out
+MIDDLE, SPREAD = 0.3, 1.0  # of the logit-normal law from which every other noise level comes
+FILE = "picturebook_mmdit.safetensors"
+Text = dict[str, Tensor]
+
+
+def text_model(folder: Path) -> Any:
+    """The host's CLIP for SD3 with our text encoder, without the layers and parts that add nothing."""
+    import comfy.sd
+
+    from .text_encoder import text_encoder
+
+    path = save(folder / "text.pt", text_encoder("text_model.", summary_last=True))
+    clip = comfy.sd.load_clip([str(path)], clip_type=comfy.sd.CLIPType.SD3)
+    layers = clip.cond_stage_model.clip_l.transformer.text_model.encoder.layers
+    del layers[1:-1]
+    for layer in layers:
+        layer.mlp = _Nothing()
+    return clip
+
+
+class _Nothing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+@torch.inference_mode()
+def texts_of(clip: Any, captions: list[str]) -> list[Text]:
+    """For each caption its `words` (n, 768), of which the last stands for all behind it, and `pooled` (768,)."""
+    tokens = [[word for word, _ in clip.tokenize(caption)["l"][0]] for caption in captions]
+    contexts, pooled = clip.cond_stage_model.clip_l.encode(tokens)
+    found = []
+    for row, words in enumerate(tokens):
+        end = words.index(words[-1])
+        found.append({"words": shortened(contexts[row].half(), end), "pooled": pooled[row].half()})
+    return found
+
+
+def batch_of(texts: list[Text]) -> Text:
+    """Text inputs of `mmdit.predict` for several captions."""
+    lengths = torch.tensor([len(text["words"]) for text in texts])
+    words = nn.utils.rnn.pad_sequence([text["words"].float() for text in texts], batch_first=True)
+    pooled = torch.stack([text["pooled"].float() for text in texts])
+    return {"words": words.to(device()), "lengths": lengths.to(device()), "pooled": pooled.to(device())}
+
+
+def data(stage: Stage, side: int, count: int) -> tuple[Tensor, list[Text]]:
+    """latents (count, 16, side / 8, side / 8) in fp16 and the captions' texts, the last of which is of no caption."""
+    files = [stage.folder / f"data_{side}_{first:05d}.pt" for first in range(0, count, PART)]
+    network: nn.Module | None = None
+    clip: Any = None
+    for number, file in enumerate(files):
+        if file.is_file():
+            continue
+        if network is None:
+            network, clip = painter_of(stage.folder), text_model(stage.folder)
+        stage.say(event="preparing", first=number * PART, pictures=PART, side=side)
+        _prepare(file, network, clip, side, number * PART)
+    parts = [torch.load(file, weights_only=True) for file in files]
+    texts = [text for part in parts for text in part["texts"]]
+    return torch.cat([part["latents"] for part in parts])[:count], [*texts[:count], parts[0]["empty"]]
+
+
+def painter_of(folder: Path) -> nn.Module:
+    """The autoencoder that the stage before has left, or the shipped one."""
+    from .shipped import PAINTER, SHIPPED
+
+    made = folder.parent / "painter" / painter.FILE
+    return painter.trained(made if made.is_file() else SHIPPED / PAINTER)
+
+
+def _prepare(file: Path, network: nn.Module, clip: Any, side: int, first: int) -> None:
+    latents: list[Tensor] = []
+    texts: list[Text] = []
+    for start in range(first, first + PART, 16):
+        wait_while_paused()
+        pictures = [draw(SEED, index, side) for index in range(start, start + 16)]
+        latents.append(latents_of(network, torch.stack([torch.from_numpy(p.image) for p in pictures])).half())
+        texts += texts_of(clip, [picture.caption for picture in pictures])
+    found = {"latents": torch.cat(latents), "texts": texts, "empty": texts_of(clip, [""])[0]}
+    write_atomically(file, lambda path: torch.save(found, path))
+
+
+@torch.inference_mode()
+def latents_of(network: nn.Module, images: Tensor) -> Tensor:
+    """images (N, H, W, 3) as bytes -> (N, 16, H/8, W/8) on the CPU."""
+    pixels = images.permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last) / 255
+    with quick():
+        return autoencoder.encode(network, pixels.to(device())).float().cpu()
+
+
+def loss_at(model: nn.Module, z: Tensor, text: Text, random: torch.Generator) -> Tensor:
+    """The mean square of what is wrong with noise - z, for latents z (B, 16, h, w) with their captions.
+
+    Every other noise level is of a logit-normal law in the middle, the others are spread evenly.
+    """
+    count = len(z)
+    noise = torch.randn(z.shape, generator=random)
+    even = (torch.arange(count) + torch.rand(count, generator=random)) / count
+    middle = torch.sigmoid(MIDDLE + SPREAD * torch.randn(count, generator=random))
+    s = torch.where(torch.arange(count) % 2 == 0, even, middle).clamp(0.01, 0.99)
+    share = s.view(-1, 1, 1, 1)
+    x, target = ((1 - share) * z + share * noise).to(device()), (noise - z).to(device())
+    return (predict(model, x, s.to(device()), text) - target).square().mean()
+
+
+def rate_at(share: float, step: int) -> float:
+    """Factor of the learning rates; share: of the slice's time. A quick rise, a plateau, a fall in the last FALL."""
+    return min(1.0, (step + 1) / WARMUP, max(0.02, (1 - share) / FALL))
+
+
+class _Slice:
+    """A network in training, and how far it is."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage, self.model = stage, new_mmdit()
+        self.optimizer = Muon(self.model.named_parameters(), RATE, ADAM_RATE)
+        self.step, self.spent, self.number = 0, 0.0, 0
+
+    def go_on(self, seconds: float) -> int:
+        """Take up the last state, else the shipped weights, else the start; the step from which the rate rises."""
+        from .shipped import MMDIT, SHIPPED
+
+        state = self.stage.load()
+        if state is None:
+            if (SHIPPED / MMDIT).is_file():
+                shipped = unpack(load_file(SHIPPED / MMDIT))
+                self.model.load_state_dict({name: value.float() for name, value in shipped.items()}, strict=False)
+            self.average = Average(self.model, EMA_DECAY)
+            return 0
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.spent, self.number, first = (state[key] for key in ("step", "spent", "number", "first"))
+        self.average = Average(self.model, EMA_DECAY)
+        if self.spent < seconds:
+            self.average.restore(state["average"])
+            return int(first)
+        self.spent, self.number = 0.0, self.number + 1
+        return self.step
+
+    def save(self, first: int) -> None:
+        kept: dict[str, Any] = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        kept |= {"average": self.average.state(), "step": self.step, "spent": self.spent, "number": self.number}
+        self.stage.save({**kept, "first": first})
+
+
+def train_base(seconds: float = SLICE, side: int = SIDE, pictures: int = PICTURES, batch: int = BATCH) -> Path:
+    """One slice of `seconds`, drawing and encoding not counted; the file with the average of the weights in fp16.
+
+    A slice that was stopped goes on; after one that came to its end another begins.
+    """
+    stage = Stage("picture_base")
+    latents, texts = data(stage, side, pictures)
+    run = _Slice(stage)
+    first = run.go_on(seconds)
+    stage.say(event="start", step=run.step, slice=run.number, side=side)
+    total, clock, began = 0.0, time.monotonic(), run.spent
+    while run.spent < seconds:
+        clock += wait_while_paused()
+        error = loss_at(run.model, *_chosen(latents, texts, batch, run.step))
+        error.backward()
+        nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+        run.optimizer.step(rate_at(run.spent / seconds, run.step - first))
+        run.optimizer.zero_grad()
+        run.average.update(run.model)
+        total, run.step = total + error.item(), run.step + 1
+        run.spent = began + time.monotonic() - clock
+        if run.step % SAY_EVERY == 0:
+            stage.say(step=run.step, loss=round(total / SAY_EVERY, 5), seconds=round(run.spent, 1))
+            total = 0.0
+        if run.step % SHOW_EVERY == 0:
+            show(run.average.weights, stage.folder, f"samples_{run.step:06d}.png", side)
+        if stage.is_time_to_save() or run.spent >= seconds:
+            run.save(first)
+    show(run.average.weights, stage.folder, f"samples_{run.step:06d}.png", side)
+    return save(stage.folder / FILE, {name: value.half() for name, value in run.average.weights.items()})
+
+
+def _chosen(latents: Tensor, texts: list[Text], batch: int, step: int) -> tuple[Tensor, Text, torch.Generator]:
+    """Latents and texts of a step, and the numbers that its noise comes from."""
+    random = generator(SEED, "picture base", step)
+    rows = torch.randint(len(latents), (batch,), generator=random).tolist()
+    bare = (torch.rand(batch, generator=random) < NO_CAPTION).tolist()
+    chosen = [texts[-1] if out else texts[row] for row, out in zip(rows, bare, strict=True)]
+    return latents[rows].float(), batch_of(chosen), random
+
+
+@torch.no_grad()
+def show(
+    weights: Mapping[str, Tensor], folder: Path, name: str, side: int = SIDE, count: int = 10, cfg: float = 3.0
+) -> Path:
+    """Pictures of captions that no training saw; the captions stand beside, as text."""
+    model = new_mmdit().requires_grad_(False)
+    model.load_state_dict(dict(weights), strict=False)
+    clip = text_model(folder)
+    captions = [draw(SEED, 10**6 + index, side).caption for index in range(count)]
+    text, empty = batch_of(texts_of(clip, captions)), batch_of(texts_of(clip, [""] * count))
+    noise = torch.randn(count, CHANNELS, side // 8, side // 8, generator=torch.Generator().manual_seed(SEED))
+    latents = sample(model, noise.to(device()), text, empty, cfg, 16)
+    with quick():
+        pixels = autoencoder.decode(painter_of(folder), latents).float().cpu()
+    write_atomically(folder / "samples.txt", lambda file: file.write_text("\n".join(captions), "utf-8"))
+    return picture_grid(pixels.permute(0, 2, 3, 1), folder / name, columns=5)
