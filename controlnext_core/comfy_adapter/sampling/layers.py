@@ -49,7 +49,7 @@ def patcher_of(net: nn.Module, disable_dynamic: bool = False, device: torch.devi
     disable_dynamic: True takes the plain kind, which copies weights to the device as a whole. device: where the
     network runs; None is the host's first device.
     """
-    core = getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)  # hosts before 0.16 have one kind alone
+    core = getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)  # hosts before 0.12 have one kind alone
     kind = ModelPatcher if disable_dynamic else core
     return kind(
         net,
