@@ -35,6 +35,8 @@ def lazy_layers() -> Iterator[None]:
         if host_is_lazy():
             patch.setattr("comfy.memory_management.aimdo_enabled", True)
             patch.setattr("comfy.utils.load_safetensors", _read)  # the host's own needs the manager's library to run
+            if _linear_is_whole():  # 0.22: on Windows alone
+                patch.setattr("comfy.model_management.WINDOWS", True)
         else:
             _make_lazy(patch)
         yield
@@ -47,6 +49,12 @@ def host_is_lazy() -> bool:
     except ImportError:  # the pinned host
         return False
     return hasattr(comfy.memory_management, "aimdo_enabled")
+
+
+def _linear_is_whole() -> bool:
+    import comfy.ops
+
+    return comfy.ops.disable_weight_init.Linear(1, 1).weight is not None
 
 
 def _read(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ObjectInfo = Mapping[str, Mapping[str, Any]]
-WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 OPTIONAL_SHAPE = 7  # how the page draws the dot of an input that may stay empty
 
 TITLE, SLOT, WIDGET = 30, 20, 24  # heights in the page's units
