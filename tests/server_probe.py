@@ -1,4 +1,5 @@
-"""A custom node file for the server of the tests: GET /controlnext_probe tells what goes on inside.
+"""A custom node file for the server of the tests: GET /controlnext_probe tells what goes on inside, and a prompt
+without a text encoder for models whose own is too large.
 
 Not a test and not imported by one: `conftest.py` copies it among the custom nodes of the server's base directory.
 """
@@ -14,7 +15,22 @@ import torch
 from aiohttp import web
 from server import PromptServer
 
-NODE_CLASS_MAPPINGS: dict[str, type] = {}
+
+class TestPrompt:
+    """Random CONDITIONING, with a pooled vector that the models in question do not read."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("CONDITIONING",), "make", "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        return {"required": {name: ("INT", {"max": 1 << 16}) for name in ("tokens", "width", "seed")}}
+
+    def make(self, tokens: int, width: int, seed: int) -> tuple[list[Any]]:
+        text = torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(seed))
+        return ([[text, {"pooled_output": text[:, 0, :1]}]],)
+
+
+NODE_CLASS_MAPPINGS: dict[str, type] = {"ControlNeXtTestPrompt": TestPrompt}
 CALLS: list[int] = []
 COMPLAINTS: list[str] = []
 
