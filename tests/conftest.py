@@ -38,7 +38,11 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # a background shell starts programs so; those that tests start and send Ctrl-C would inherit it and obey
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-pytest_plugins = ["comfyui_controlnext.tests.sampling_fixtures", "comfyui_controlnext.tests.lazy_layers"]
+pytest_plugins = [
+    "comfyui_controlnext.tests.sampling_fixtures",
+    "comfyui_controlnext.tests.lazy_layers",
+    "comfyui_controlnext.tests.transformer_stage",
+]
 
 _private_base = tempfile.TemporaryDirectory(prefix="controlnext-", ignore_cleanup_errors=True)
 

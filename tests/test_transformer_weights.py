@@ -11,15 +11,14 @@ import torch
 from comfyui_controlnext.controlnext_core import checkpoint
 from comfyui_controlnext.tests import reference_transformers as reference
 from comfyui_controlnext.tests.sampling_fixtures import picture, relative
-from comfyui_controlnext.tests.test_transformers_on_host import FAMILIES, Stage
 from comfyui_controlnext.tests.transformer_fixtures import NARROW, inputs, narrow_model
+from comfyui_controlnext.tests.transformer_stage import Stage, each
 from torch import Tensor
 
 pytestmark = pytest.mark.comfy
 RANK = 3
 FP8 = torch.float8_e4m3fn
 REASSOCIATED = 1e-5
-each = pytest.mark.parametrize("family", FAMILIES)
 
 
 def factors(family: str, block: int = 0, seed: int = 0) -> dict[str, Tensor]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,91 +12,10 @@ from comfyui_controlnext.controlnext_core.specs import SPECS
 from comfyui_controlnext.tests import reference_controlnext as released
 from comfyui_controlnext.tests import reference_transformers as reference
 from comfyui_controlnext.tests.sampling_fixtures import picture, relative
-from comfyui_controlnext.tests.transformer_fixtures import LATENT_CHANNELS, NARROW, narrow_model
-from torch import Tensor
+from comfyui_controlnext.tests.transformer_fixtures import narrow_model
+from comfyui_controlnext.tests.transformer_stage import CELLS, each
 
 pytestmark = pytest.mark.comfy
-FAMILIES = tuple(name for name, spec in SPECS.items() if spec.on_transformer)
-CELLS = 8
-each = pytest.mark.parametrize("family", FAMILIES)
-
-
-class Stage:
-    """A family's narrow model as a MODEL, its prompts, and a control of it."""
-
-    def __init__(self, family: str, folder: Path) -> None:
-        from comfy.model_patcher import ModelPatcher
-
-        self.family, self.row, self.folder = family, NARROW[family], folder
-        self.model = ModelPatcher(narrow_model(family), torch.device("cpu"), torch.device("cpu"))
-        self.positive, self.negative = self.prompt(7, 1), self.prompt(9, 2)
-
-    def prompt(self, tokens: int, seed: int) -> Any:
-        generator = torch.Generator().manual_seed(seed)
-        text = torch.randn(1, tokens, self.row.text, generator=generator)
-        pooled = torch.randn(1, self.row.pooled, generator=generator) if self.row.pooled else None
-        return [[text, {"pooled_output": pooled}]]
-
-    def file(self, seed: int = 11, weights: dict[str, Tensor] | None = None) -> Path:
-        path = self.folder / f"{self.family} {seed} {bool(weights)}.safetensors"
-        encoder = released.random_weights(reference.BUILD, seed=seed, out=self.row.width)
-        if weights:
-            encoder = {f"controlnext.{name}": tensor for name, tensor in encoder.items()}
-            encoder |= {f"base.{name}": tensor for name, tensor in weights.items()}
-        return checkpoint.save(path, encoder, {"controlnext.spec": self.family})
-
-    def load(self, seed: int = 11, model: Any = None, weights: dict[str, Tensor] | None = None, **options: Any) -> Any:
-        from comfyui_controlnext.controlnext_core.comfy_adapter.files.loading import load_controlnext
-
-        return load_controlnext(model or self.model, self.file(seed, weights), **options)
-
-    def sample(
-        self, model: Any = None, conds: Any = None, *, steps: int = 2, cfg: float = 3.0, batch: int = 1, first: int = 0
-    ) -> Tensor:
-        import nodes as host_nodes
-
-        frames = (1,) if self.row.frames else ()
-        latent = torch.zeros(batch, LATENT_CHANNELS, *frames, CELLS, CELLS)
-        whole = {"samples": latent, "batch_index": list(range(first, first + batch))}
-        positive, negative = conds or (self.positive, self.negative)
-        (result,) = host_nodes.KSampler().sample(
-            model or self.model, 1, steps, cfg, "euler", "normal", positive, negative, whole
-        )
-        return result["samples"]
-
-    def stock(self, control: Any, hint: Tensor, *settings: float) -> Any:
-        import nodes as host_nodes
-
-        return host_nodes.ControlNetApplyAdvanced().apply_controlnet(
-            self.positive, self.negative, control, hint, *(settings or (1.0, 0.0, 1.0))
-        )
-
-    def ours(self, control: Any, hint: Tensor, *settings: float, model: Any = None, mask: Tensor | None = None) -> Any:
-        from comfyui_controlnext.nodes.apply import ControlNeXtApply
-
-        return ControlNeXtApply.execute(model or self.model, control, hint, *(settings or (1.0, 0.0, 1.0)), mask)[0]
-
-
-@functools.cache
-def _stage(family: str, folder: Path) -> Stage:
-    return Stage(family, folder)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("controls")
-
-
-@pytest.fixture
-def stage(folder: Path) -> Iterator[Callable[[str], Stage]]:
-    """A family's stage as a run of the host finds it: inference mode, nothing cached, every line still unlogged."""
-    from comfyui_controlnext.controlnext_core.comfy_adapter import feedback
-    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.features import CACHE
-
-    CACHE.clear()
-    feedback.log_once.cache_clear()
-    with torch.inference_mode():
-        yield lambda family: _stage(family, folder)
 
 
 @each
