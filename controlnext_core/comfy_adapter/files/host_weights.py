@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter.lora import LoRAAdapter
@@ -18,7 +19,6 @@ from torch import Tensor
 from ... import checkpoint
 from ...detection import BUNDLE_BASE, ControlFile
 from ...low_rank import (
-    HOST_PREFIX,
     Difference,
     Differences,
     LowRank,
@@ -32,7 +32,7 @@ from ...low_rank import (
 from ...metadata import read_metadata
 from ...unet_weights import WeightsKind
 from .folders import ChosenWeights
-from .weights import PLAIN_DTYPES, WEIGHTS_KEY, AppliedWeights
+from .weights import WEIGHTS_KEY, AppliedWeights, is_plain, stored_weight
 
 
 def host_named(file: ControlFile, chosen: ChosenWeights) -> tuple[Mapping[str, Tensor], Mapping[str, Slice]] | None:
@@ -76,20 +76,20 @@ def put_on(
 
 def shape_of(model: ModelPatcher) -> Callable[[str], torch.Size | None]:
     """Look up the shape of a weight by its host name; None for a name that the model lacks."""
-    weights = model.get_key_patches(HOST_PREFIX)
-    return lambda name: weights[name][0][0].shape if name in weights else None
+    return lambda name: None if (found := stored_weight(model, name)) is None else found[0].shape
 
 
 def quantised(model: ModelPatcher, differences: Differences) -> set[str]:
     """Names of the weights with a difference that are stored in another format than they compute in."""
-    weights = model.get_key_patches(HOST_PREFIX)
-    return {name for name in map(name_of, differences) if not _is_plain(weights[name][0][0])}
+    found = {name: stored_weight(model, name) for name in map(name_of, differences)}
+    return {name for name, stored in found.items() if stored is not None and not is_plain(stored[0])}
 
 
 def add_host_differences(model: ModelPatcher, differences: Differences, strength: float, source: str) -> ModelPatcher:
     """A clone of `model` with strength * differences added to its weights; commutes with LoRA loaders.
 
-    differences: of weights that the model has (`low_rank.read_differences`). With strength 0 nothing is added.
+    differences: of weights that the model has (`low_rank.read_differences`). With strength 0 nothing is added. Raises
+    CheckpointError for a quantised weight in a layer that takes nothing in its forward.
     """
     patched = model.clone()
     if strength == 0:
@@ -100,7 +100,8 @@ def add_host_differences(model: ModelPatcher, differences: Differences, strength
     assert len(used) == len(patches), f"{source}: {len(patches) - len(used)} weights are not in this model"
     for key, difference in differences.items():
         if name_of(key) in in_forward:
-            patched.add_weight_wrapper(name_of(key), AddedInForward(difference, slice_of(key), strength))
+            own = strength / _scale_of(model, name_of(key), source)
+            patched.add_weight_wrapper(name_of(key), AddedInForward(difference, slice_of(key), own))
     earlier: tuple[AppliedWeights, ...] = patched.get_attachment(WEIGHTS_KEY) or ()
     patched.set_attachments(WEIGHTS_KEY, (*earlier, AppliedWeights(differences, strength, source)))
     return patched
@@ -113,7 +114,15 @@ class AddedInForward:
         self.difference, self.part, self.strength = difference, part, strength
 
     def __call__(self, weight: Tensor) -> Tensor:
-        """A new tensor: weight + strength * difference, in the weight's dtype."""
+        """A new tensor: weight + strength * difference, in the weight's dtype.
+
+        Raises TypeError for a weight in fp8, as hosts hand it over that multiply in fp8.
+        """
+        if weight.dtype.itemsize == 1:
+            raise TypeError(
+                "differences of a control cannot be added to weights that are multiplied in fp8. Start ComfyUI without "
+                "--fast fp8_matrix_mult, or load the base in fp16 or bf16."
+            )
         changed = weight.clone()
         target = changed if self.part is None else changed.narrow(*self.part)
         if isinstance(self.difference, LowRank):
@@ -132,8 +141,16 @@ class AddedInForward:
         return self.difference.nbytes
 
 
-def _is_plain(weight: Tensor) -> bool:
-    return type(weight.detach()) is Tensor and weight.dtype in PLAIN_DTYPES
+def _scale_of(model: ModelPatcher, name: str, source: str) -> float:
+    """What the layer multiplies by, after its weight was given to functions: the scale of a scaled fp8 layer, or 1."""
+    layer = comfy.utils.get_attr(model.model, name.rpartition(".")[0])
+    if not hasattr(layer, "weight_function"):
+        raise checkpoint.CheckpointError(
+            f"{source}: '{name}' of the connected model is quantised in a way that differences cannot be added to "
+            f"({type(layer).__qualname__}). Load the base in fp16 or bf16, or set weights_name to none."
+        )
+    scale = getattr(layer, "scale_weight", None)
+    return 1.0 if scale is None else float(scale)
 
 
 def _as_patch(difference: Difference) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from comfy.model_patcher import ModelPatcher
+from comfy.model_patcher import ModelPatcher, get_key_weight
 from torch import Tensor
 
 from ...low_rank import Differences
@@ -25,18 +25,40 @@ class AppliedWeights:
     source: str
 
 
+def stored_weight(model: ModelPatcher, name: str) -> tuple[Tensor, Callable[..., Tensor] | None] | None:
+    """A weight by its host name, as it was loaded, before any patch; with what turns it into the numbers it stands for.
+
+    None for a name that the model lacks; no function where it stands for itself. ComfyUI's own list of all weights
+    (`get_key_patches`) fails on newer hosts for quantised models, whose state holds scales that no layer has.
+    """
+    try:
+        weight, _, convert = get_key_weight(model.model, name)
+    except AttributeError:
+        return None
+    if name in model.hook_backup:
+        weight = model.hook_backup[name][0]
+    elif name in model.backup:
+        weight = model.backup[name].weight
+    return (weight, convert) if isinstance(weight, Tensor) else None
+
+
+def is_plain(weight: Tensor) -> bool:
+    """True for a weight whose format is one to compute in."""
+    return type(weight.detach()) is Tensor and weight.dtype in PLAIN_DTYPES
+
+
 def base_weights(model: ModelPatcher) -> Callable[[str], Tensor | None]:
     """Look up a base weight by its host name: as loaded, before any patch; None for a name the model lacks."""
-    patches = model.get_key_patches("diffusion_model.")
 
     def look_up(name: str) -> Tensor | None:
-        if name not in patches:
+        found = stored_weight(model, name)
+        if found is None:
             return None
-        weight, convert = patches[name][0]
-        weight = weight.detach().cpu()
-        if type(weight) is Tensor and weight.dtype in PLAIN_DTYPES:
+        weight, convert = found[0].detach().cpu(), found[1]
+        if is_plain(weight):
             return weight
-        return convert(weight.to(torch.float32, copy=True), inplace=True)  # scaled or quantized: as the host reads it
+        weight = weight.to(torch.float32, copy=True)
+        return weight if convert is None else convert(weight, inplace=True)  # scaled or quantized: as the host reads it
 
     return look_up
 
