@@ -6,6 +6,7 @@ takes seconds.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -133,18 +134,17 @@ def once_per_hint(control: Any, scene: Scene, encoding: int) -> float:
 
 @contextmanager
 def attention(function: Callable[..., Tensor]) -> Iterator[None]:
-    """Give the host's UNets this attention."""
-    import comfy.ldm.modules.attention as host_attention
-
+    """Give the host's networks this attention: each module of theirs has the function under its own name."""
     names = ("optimized_attention", "optimized_attention_masked")
-    before = {name: getattr(host_attention, name) for name in names}
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith("comfy.ldm.")]
+    before = [(module, name, vars(module)[name]) for module in modules for name in names if name in vars(module)]
     try:
-        for name in names:
-            setattr(host_attention, name, function)
+        for module, name, _ in before:
+            setattr(module, name, function)
         yield
     finally:
-        for name, old in before.items():
-            setattr(host_attention, name, old)
+        for module, name, old in before:
+            setattr(module, name, old)
 
 
 def peak(run: Callable[[], None], old: Sequence[Tensor]) -> int:

@@ -50,6 +50,48 @@ def test_multiply_adds_and_launches_stay_within_the_goals(family: str, name: str
     assert sum(second.launches.values()) - sum(bare.launches.values()) <= launches
 
 
+# published size -> parameters in 1e9, and what a step adds at most: its hint new, in a run of 20, in a second run
+TRANSFORMERS = {
+    "SD3-medium": (2.03, 0.050, 0.034),
+    "SD3.5-medium": (2.24, 0.039, 0.027),
+    "SD3.5-large": (8.06, 0.015, 0.010),
+    "Flux.1": (11.90, 0.01, 0.005),
+    "Chroma": (8.90, 0.01, 0.005),
+    "Qwen-Image": (20.43, 0.01, 0.005),
+    "Lumina2": (2.61, 0.026, 0.013),
+    "Z-Image": (6.15, 0.01, 0.006),
+}
+SHORT = ("SD3.5-medium", "Z-Image")
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize("name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.long) for n in TRANSFORMERS])
+def test_a_control_of_a_transformer_stays_within_the_goals(name: str, tmp_path: Path) -> None:
+    """One encoder pass a step against one row at CFG 1, and launches."""
+    from comfyui_controlnext.benchmarks.bench_transformer_counts import SIDE, counts_of
+    from comfyui_controlnext.benchmarks.real_transformers import PUBLISHED, TransformerScene
+
+    published, *most = TRANSFORMERS[name]
+    scene = TransformerScene(PUBLISHED[name], SIDE)
+    parameters = sum(parameter.numel() for parameter in scene.model.diffusion_model.parameters())
+    assert parameters == pytest.approx(published * 1e9, rel=0.005)
+    counts = counts_of(scene, tmp_path)
+    assert 0 < counts.second.macs - counts.bare.macs < counts.first.macs - counts.bare.macs
+    for ratio, more in zip(counts.ratios(), (*most, 0.0005), strict=True):
+        assert ratio <= 1 + more
+    assert counts.second.launches.total() - counts.bare.launches.total() <= 4
+
+
+@pytest.mark.comfy
+@pytest.mark.long
+def test_controls_of_others_are_counted_where_the_host_has_them(tmp_path: Path) -> None:
+    from comfyui_controlnext.benchmarks.bench_transformer_counts import rows_of
+
+    ratios = {row[1]: float(row[3]) for row in rows_of("Flux.1", tmp_path)}
+    assert ratios["union, 5 + 10 blocks"] == pytest.approx(1.279, abs=0.002)
+    assert ratios["union pro 2.0, 6 + 0 blocks"] == pytest.approx(1.112, abs=0.002)
+
+
 @pytest.mark.comfy
 def test_the_multiply_adds_are_those_of_the_released_networks(tmp_path: Path) -> None:
     from comfyui_controlnext.benchmarks.counting import count

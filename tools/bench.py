@@ -11,11 +11,13 @@ from .environment import PATIENT_THREADS, ROOT
 
 BENCHMARKS = {
     "counts": "multiply-adds and launches of each control, from shapes alone",
+    "transformer_counts": "the same of transformers' controls, beside those of others for the same base",
     "memory": "peak memory over the bare model; on a GPU also measured",
     "import": "how long the import of the pack takes beyond the host",
     "load": "the loader node against the stock LoRA loader on as many keys",
     "step": "a step with each control, first and second queue run, beside stock ControlNet",
     "stacking": "several controls at once",
+    "transformer_own": "processor time of this pack's code in a forward of narrow transformers",
     "profile": "where a step's time goes, by operation",
     "growth": "the cost over resolution, batch, frames and number of controls",
     "train": "pictures a second and peak memory of the trainer against a plain loop",

@@ -1,0 +1,132 @@
+"""Controls of others for the same transformers, of published size on `meta`: what each runs at every step.
+
+The host's own classes. The pass of the autoencoder that their hints need is not in it: it runs once a hint.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .real_transformers import LATENT_CHANNELS, META, TransformerScene
+
+Run = Callable[[], Any]
+
+
+class _Network:
+    """Stands for the host's patcher of a network, and for the autoencoder that is not asked."""
+
+    def __init__(self, model: Any = None) -> None:
+        self.model = model
+
+    def spacial_compression_encode(self) -> int:
+        return 8
+
+
+def _settings(scene: TransformerScene) -> dict[str, Any]:
+    import comfy.ops
+
+    return {"dtype": scene.dtype, "device": META, "operations": comfy.ops.disable_weight_init}
+
+
+def _config(scene: TransformerScene, **changes: Any) -> dict[str, Any]:
+    left_out = ("image_model", "dtype")
+    return {n: v for n, v in scene.model.model_config.unet_config.items() if n not in left_out} | changes
+
+
+def _controlnet(scene: TransformerScene, network: Any) -> Run:
+    """The base, and beside it a ControlNet that the host runs before it."""
+    time, text, hint = torch.zeros(1, device=META), scene.tensor(*scene.row.text), scene.latent
+    base = scene.forward()
+
+    def run() -> Any:
+        network(x=scene.latent, timesteps=time, context=text, hint=hint, **scene.conditions())
+        return base()
+
+    return run
+
+
+def sd3_controlnet(scene: TransformerScene, blocks: int) -> Run:
+    from comfy.cldm.mmdit import ControlNet
+
+    return _controlnet(scene, ControlNet(num_blocks=blocks, **_config(scene), **_settings(scene)))
+
+
+def flux_union(scene: TransformerScene, double: int, single: int) -> Run:
+    from comfy.ldm.flux.controlnet import ControlNetFlux
+
+    config = _config(scene, depth=double, depth_single_blocks=single)
+    more = {"latent_input": True, "control_latent_channels": LATENT_CHANNELS}
+    return _controlnet(scene, ControlNetFlux(**config, **more, **_settings(scene)))
+
+
+def qwen_union(scene: TransformerScene, blocks: int) -> Run:
+    from comfy.ldm.qwen_image.controlnet import QwenImageControlNetModel
+
+    return _controlnet(scene, QwenImageControlNetModel(**_config(scene, num_layers=blocks), **_settings(scene)))
+
+
+def qwen_fun(scene: TransformerScene) -> Run:
+    from comfy.ldm.qwen_image.controlnet import QwenImageFunControlNetModel
+
+    network = QwenImageFunControlNetModel(**_settings(scene))
+    return _controlnet(scene, functools.partial(network, base_model=scene.model.diffusion_model))
+
+
+def qwen_diffsynth(scene: TransformerScene) -> Run:
+    from comfy_extras.nodes_model_patch import DiffSynthCnetPatch, QwenImageBlockWiseControlNet
+
+    with META:  # its norms are told no device
+        network = QwenImageBlockWiseControlNet(**_settings(scene)).to(scene.dtype)
+    patch = DiffSynthCnetPatch.__new__(DiffSynthCnetPatch)
+    tokens = (scene.side // 16) ** 2
+    vars(patch).update(
+        model_patch=_Network(network),
+        vae=_Network(),
+        strength=1.0,
+        encoded_image=scene.tensor(tokens, scene.row.width),
+        encoded_image_size=(scene.side, scene.side),
+    )
+    return scene.forward(options={"patches": {"double_block": [patch]}})
+
+
+def z_fun(scene: TransformerScene, **config: Any) -> Run:
+    from comfy.ldm.lumina.controlnet import ZImage_Control
+    from comfy_extras.nodes_model_patch import ZImageControlPatch
+
+    network = ZImage_Control(**config, **_settings(scene))
+    channels, cells = LATENT_CHANNELS + config.get("additional_in_dim", 0), scene.side // 8
+    patch = ZImageControlPatch.__new__(ZImageControlPatch)
+    vars(patch).update(
+        model_patch=_Network(network),
+        vae=_Network(),
+        strength=1.0,
+        encoded_image=scene.tensor(channels, cells, cells),
+        encoded_image_size=(scene.side, scene.side),
+        temp_data=None,
+    )
+    return scene.forward(options={"patches": {"double_block": [patch], "noise_refiner": [patch]}})
+
+
+OTHERS: dict[str, dict[str, Callable[[TransformerScene], Run]]] = {
+    "SD3-medium": {"ControlNet, 12 of 24 blocks": functools.partial(sd3_controlnet, blocks=12)},
+    "Flux.1": {
+        "union, 5 + 10 blocks": functools.partial(flux_union, double=5, single=10),
+        "union pro 2.0, 6 + 0 blocks": functools.partial(flux_union, double=6, single=0),
+    },
+    "Qwen-Image": {
+        "union, 5 blocks": functools.partial(qwen_union, blocks=5),
+        "DiffSynth block-wise": qwen_diffsynth,
+        "Fun, 5 blocks": qwen_fun,
+    },
+    "Z-Image": {
+        "Fun, 6 blocks": z_fun,
+        "Fun 2.1, 15 + 2 blocks": functools.partial(
+            z_fun, n_control_layers=15, additional_in_dim=17, refiner_control=True
+        ),
+    },
+}
+"""Size -> name of a control -> one forward with it; ImportError or AttributeError where the host does not have it."""
