@@ -90,14 +90,22 @@ def added(terms: list[Term], x: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 @contextmanager
-def controlled(model: Any, family: str, text: int, size: tuple[int, int], terms: list[Term]) -> Iterator[None]:
-    """The host's BaseModel with these controls, while inside. text: tokens of the prompt; size: the latent's cells."""
+def controlled(
+    model: Any, family: str, text: int, size: tuple[int, int], terms: list[Term], references: int = 0
+) -> Iterator[None]:
+    """The host's BaseModel with these controls, while inside.
+
+    text: tokens of the prompt; size: the latent's cells; references: pictures whose tokens are in one stream with the
+    text's and come before the picture's.
+    """
     row, grid = FAMILIES[family], grid_of(size)
     count = grid[0] * grid[1]
 
     def hook(module: Any, args: Any, out: Any) -> Any:
         stream = out if row.part is None else out[row.part]
         start = 0 if row.part is not None else math.ceil(text / row.text_multiple) * row.text_multiple
+        if row.part is None and references:  # the picture's are last, as many more as fill a multiple
+            start = stream.shape[1] - math.ceil(count / row.text_multiple) * row.text_multiple
         before, x, after = stream[:, :start], stream[:, start : start + count], stream[:, start + count :]
         assert x.shape[1] == count
         changed = torch.cat([before, added(terms, x, grid), after], dim=1)

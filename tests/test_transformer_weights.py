@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from comfyui_controlnext.controlnext_core import checkpoint
 from comfyui_controlnext.tests import reference_transformers as reference
 from comfyui_controlnext.tests.sampling_fixtures import picture, relative
-from comfyui_controlnext.tests.transformer_fixtures import NARROW, inputs, narrow_model
+from comfyui_controlnext.tests.transformer_fixtures import NARROW, WIDTH, inputs, narrow_model
 from comfyui_controlnext.tests.transformer_stage import Stage, each
 from torch import Tensor
 
@@ -159,6 +161,103 @@ def test_what_is_saved_loads_and_acts_the_same(
         lora = checkpoint.load(path.with_name("lora.safetensors"))
         by_host = comfy.sd.load_lora_for_models(at.model, None, lora, 1.0, 0.0)[0]
         assert relative(at.sample(at.ours(again.control, picture(), model=by_host)), expected) < REASSOCIATED
+
+
+SLICES = {
+    "single_blocks.1.linear2.weight": (1, 0, WIDTH),  # the attention's part of its output with the MLP's
+    "double_blocks.0.img_attn.qkv.weight": (0, WIDTH, WIDTH),  # the keys
+}
+
+
+def parts(seed: int = 2) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(the tensors of a file with low-rank differences of both slices, the same as differences of whole weights)"""
+    network = narrow_model("flux").diffusion_model
+    generator, tensors, wholes = torch.Generator().manual_seed(seed), {}, {}
+    for name, (dim, start, length) in SLICES.items():
+        up = 0.1 * torch.randn(WIDTH, RANK, generator=generator)
+        down = torch.randn(RANK, WIDTH, generator=generator) * WIDTH**-0.5
+        tensors |= {f"{name}.up": up, f"{name}.down": down}
+        wholes[name] = torch.zeros_like(network.get_parameter(name), dtype=torch.float32)
+        wholes[name].narrow(dim, start, length).copy_(up @ down)
+    return tensors, wholes
+
+
+@pytest.mark.parametrize("stored", ["plain", "quantised"])
+def test_a_part_of_a_fused_weight_is_changed_and_no_other(stored: str, stage: Any, tmp_path: Path) -> None:
+    """Flux: an output projection by its columns, a query-key-value projection by its rows."""
+    import comfy.model_management
+
+    at = stage("flux") if stored == "plain" else quantised_stage("flux", tmp_path)
+    tensors, wholes = parts()
+    loaded = at.load(weights=tensors, slices=json.dumps(SLICES))
+    assert f"low rank ({RANK}) of 2 weights" in loaded.report
+    found, bare = velocity(loaded.model, "flux"), velocity(at.model, "flux")
+    network = at.model.model.diffusion_model
+    layers = {name: network.get_submodule(name.removesuffix(".weight")) for name in SLICES}
+    if stored == "plain":
+        comfy.model_management.load_models_gpu([loaded.model])
+        for name, layer in layers.items():
+            untouched = wholes[name] == 0
+            comfy.model_management.load_models_gpu([at.model])
+            before = layer.weight.clone()
+            comfy.model_management.load_models_gpu([loaded.model])
+            assert torch.equal(layer.weight[untouched], before[untouched])
+            torch.testing.assert_close(layer.weight, before + wholes[name], rtol=1e-5, atol=1e-6)
+        comfy.model_management.load_models_gpu([at.model])
+    expected = _with_weights(at, {layer: layer.weight.float() + wholes[name] for name, layer in layers.items()})
+    effect = expected - bare
+    assert float((found - expected).norm() / effect.norm()) < 1e-3
+
+
+def _with_weights(at: Stage, weights: dict[Any, Tensor]) -> Tensor:
+    """A forward whose layers compute with these weights in fp32."""
+    for layer, weight in weights.items():
+        layer.forward = functools.partial(_linear, weight=weight, bias=_bias(layer))
+    try:
+        return velocity(at.model, at.family)
+    finally:
+        for layer in weights:
+            del layer.forward
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def test_parts_of_fused_weights_are_saved_as_parts_and_as_a_lora(
+    stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import folder_paths
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.loading import load_controlnext
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.saving import save_control
+
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    at = stage("flux")
+    loaded = at.load(weights=parts()[0], slices=json.dumps(SLICES))
+    expected = at.sample(loaded.model)
+    assert relative(expected, at.sample()) > 1e-3
+    for layout in ("single", "lora"):
+        path = save_control(loaded.control, loaded.model, f"cn/{layout}", layout, "fp32")
+        assert relative(at.sample(load_controlnext(at.model, path).model), expected) < REASSOCIATED
+
+
+def test_inspect_says_family_subset_rank_and_parts(stage: Any) -> None:
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.inspecting import inspect_file
+
+    for family, weights, slices, words in (
+        ("sd3", factors("sd3"), "{}", "changes 1 weights of SD3: subset attention_out, rank 3\n"),
+        ("z_image", factors("z_image"), "{}", "changes 1 weights of Z-Image: subset attention_out, rank 3\n"),
+        ("lumina2", _refiner(), "{}", "changes 1 weights of Lumina2: subset refiners_too, rank 3\n"),
+        ("flux", parts()[0], json.dumps(SLICES), "changes 2 weights of Flux.1: subset all, rank 3, parts of 2 fused"),
+    ):
+        text = inspect_file(stage(family).file(weights=weights, slices=slices))
+        assert words in text and f"({family})" not in text and f"can be: {family} = " in text
+        assert "base weights with weights_name=auto: " in text and "UNet weights" not in text
+
+
+def _refiner() -> dict[str, Tensor]:
+    """A difference of a noise refiner's attention."""
+    return {name.replace("layers", "noise_refiner"): tensor for name, tensor in factors("lumina2").items()}
 
 
 def test_a_kind_that_contradicts_the_file_is_named(stage: Any) -> None:

@@ -37,18 +37,25 @@ class Stage:
         pooled = torch.randn(1, self.row.pooled, generator=generator) if self.row.pooled else None
         return [[text, {"pooled_output": pooled}]]
 
-    def file(self, seed: int = 11, weights: dict[str, Tensor] | None = None) -> Path:
+    def file(self, seed: int = 11, weights: dict[str, Tensor] | None = None, slices: str = "{}") -> Path:
         path = self.folder / f"{self.family} {seed} {bool(weights)}.safetensors"
         encoder = released.random_weights(reference.BUILD, seed=seed, out=self.row.width)
         if weights:
             encoder = {f"controlnext.{name}": tensor for name, tensor in encoder.items()}
             encoder |= {f"base.{name}": tensor for name, tensor in weights.items()}
-        return checkpoint.save(path, encoder, {"controlnext.spec": self.family})
+        return checkpoint.save(path, encoder, {"controlnext.spec": self.family, "controlnext.slices": slices})
 
-    def load(self, seed: int = 11, model: Any = None, weights: dict[str, Tensor] | None = None, **options: Any) -> Any:
+    def load(
+        self,
+        seed: int = 11,
+        model: Any = None,
+        weights: dict[str, Tensor] | None = None,
+        slices: str = "{}",
+        **options: Any,
+    ) -> Any:
         from comfyui_controlnext.controlnext_core.comfy_adapter.files.loading import load_controlnext
 
-        return load_controlnext(model or self.model, self.file(seed, weights), **options)
+        return load_controlnext(model or self.model, self.file(seed, weights, slices), **options)
 
     def sample(
         self, model: Any = None, conds: Any = None, *, steps: int = 2, cfg: float = 3.0, batch: int = 1, first: int = 0
