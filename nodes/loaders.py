@@ -26,20 +26,22 @@ class ControlNeXtLoader(ControlNode):
             node_id="ControlNeXtLoader",
             display_name="Load ControlNeXt",
             category="ControlNeXt",
-            description="Loads a ControlNeXt encoder and adds the UNet weights that belong to it to the model.",
+            description="Loads a ControlNeXt encoder and adds the weights that belong to it to the model, a UNet or "
+            "a diffusion transformer (SD3, Flux.1, Chroma, Qwen-Image, Lumina2, Z-Image).",
             inputs=[
                 io.Model.Input("model", tooltip="The checkpoint's MODEL; LoRA loaders may come before or after."),
                 io.Combo.Input(
                     "control_name",
                     options=names,
-                    tooltip="The encoder, usually controlnet.safetensors, of models/controlnext or models/controlnet.",
+                    tooltip="The encoder, usually controlnet.safetensors, of models/controlnext, models/controlnet or "
+                    "models/model_patches.",
                 ),
                 io.Combo.Input(
                     "weights_name",
                     options=[folders.AUTO, folders.NONE, *names],
                     default=folders.AUTO,
-                    tooltip="UNet weights of the control. auto: bundled in the encoder's file, or named by it, or the "
-                    "only unet*.safetensors beside it. none: the encoder alone.",
+                    tooltip="Weights of the base model that come with the control. auto: bundled in the encoder's "
+                    "file, or named by it, or the only unet*.safetensors beside it. none: the encoder alone.",
                 ),
                 io.Float.Input(
                     "weights_strength",
@@ -47,26 +49,28 @@ class ControlNeXtLoader(ControlNode):
                     min=-10.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="Scales the UNet weight differences; 1 as released, 0 leaves the UNet as it is.",
+                    tooltip="Scales the differences of the base model's weights; 1 as released, 0 leaves the model "
+                    "unchanged.",
                 ),
                 io.Combo.Input(
                     "variant",
                     options=["auto", *SPECS],
                     default="auto",
                     optional=True,
-                    tooltip="Which released variant the file is. auto: from the file, or from the model where it "
-                    "cannot tell.",
+                    tooltip="Variant of the file. auto: from the file, or from the model where it cannot tell. sd3, "
+                    "flux, chroma, qwen_image, lumina2 and z_image are for diffusion transformers.",
                 ),
                 io.Combo.Input(
                     "weights_kind",
                     options=["auto", *WEIGHTS_KINDS],
                     default="auto",
                     optional=True,
-                    tooltip="Whether the UNet file holds differences or full weights. auto: measured on the model.",
+                    tooltip="Kind of the weights: differences, full weights, or low_rank (differences as two factors). "
+                    "auto: from the file, or measured on the model.",
                 ),
             ],
             outputs=[
-                io.Model.Output(tooltip="The model with the control's UNet weights added."),
+                io.Model.Output(tooltip="The model with the control's weights added."),
                 io.ControlNet.Output(tooltip="For Apply ControlNeXt, or the stock Apply ControlNet nodes."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -106,10 +110,12 @@ class ControlNeXtInspect(ControlNode):
             node_id="ControlNeXtInspect",
             display_name="Inspect ControlNeXt file",
             category="ControlNeXt",
-            description="Says what a control file is: variant, base model, size, gain, UNet weights, metadata.",
+            description="Says what a control file is: variant, base model, size, gain, weights of the base, metadata.",
             inputs=[
                 io.Combo.Input(
-                    "control_name", options=folders.control_names(), tooltip="A file of the control folders."
+                    "control_name",
+                    options=folders.control_names(),
+                    tooltip="A file of models/controlnext, models/controlnet or models/model_patches.",
                 )
             ],
             outputs=[io.String.Output(tooltip="The description, also shown on the node.")],
@@ -137,7 +143,7 @@ class ControlNeXtSave(ControlNode):
             node_id="ControlNeXtSave",
             display_name="Save ControlNeXt",
             category="ControlNeXt",
-            description="Saves a control, with the UNet weights that Load ControlNeXt put on the model.",
+            description="Saves a control, with the weights that Load ControlNeXt put on the model.",
             inputs=[
                 io.ControlNet.Input("control_net", tooltip="From Load ControlNeXt or Load ControlNet-XS."),
                 io.Model.Input(
@@ -156,8 +162,8 @@ class ControlNeXtSave(ControlNode):
                     default=LAYOUTS[0],
                     optional=True,
                     tooltip="single: one file. published: controlnet.safetensors and unet.safetensors in a folder, as "
-                    "the authors' scripts read them. ControlNet-XS: xs_official has the released names, xs_diffusers "
-                    "is a folder for diffusers.",
+                    "the authors' scripts read them. lora: the encoder and, beside it, the weights as a LoRA. "
+                    "ControlNet-XS: xs_official has the released names, xs_diffusers is a folder for diffusers.",
                 ),
                 io.Combo.Input(
                     "dtype",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 from ... import checkpoint
-from ...detection import DetectionError, read_control_file
+from ...detection import ControlFile, DetectionError, read_control_file
 from ...encodable import cut
+from ...low_rank import DOWN, UP
 from ...specs import Spec
 from ...xs_detection import XSFile, is_xs, read_xs_file
+from ..bases.table import BASES
 from .folders import choose_weights
 from .xs_loading import configured_heads, describe
 
@@ -18,7 +21,7 @@ MAX_KEYS = 40
 
 
 def inspect_file(path: Path) -> str:
-    """Describe a control file: variant or size, base model, gain, where it is added, its UNet weights.
+    """Describe a control file: variant or size, base model, gain, where it is added, its weights of the base.
 
     Raises CheckpointError or DetectionError with what a file that is no control is instead.
     """
@@ -33,7 +36,8 @@ def inspect_file(path: Path) -> str:
         f"encoder: {parameters:,} parameters in {len(file.encoder)} tensors, {', '.join(dtypes)}, "
         f"{file.out_channels} channels out",
         "can be: " + "; ".join(_describe(spec) for spec in file.candidates),
-        f"UNet weights with weights_name=auto: {choose_weights(file, 'auto').why}",
+        f"{_whose(file)} weights with weights_name=auto: {choose_weights(file, 'auto').why}",
+        *_differences(file),
     ]
     if len(file.candidates) > 1:
         lines.append("the connected model decides between these; `variant` overrides")
@@ -41,6 +45,23 @@ def inspect_file(path: Path) -> str:
         lines.append(f"trained gain: {file.metadata.gain:g}")
     lines += metadata_lines(file.header)
     return "\n".join(lines)
+
+
+def _whose(file: ControlFile) -> str:
+    return "base" if all(spec.on_transformer for spec in file.candidates) else "UNet"
+
+
+def _differences(file: ControlFile) -> list[str]:
+    """How the base's weights stand in the file, where they have the host's names: subset, rank, parts of fused ones."""
+    if not (file.weights and file.host_names):
+        return []
+    names = dict.fromkeys(name.removesuffix(UP).removesuffix(DOWN) for name in file.weights)
+    ranks = sorted({file.header.shapes[stored][0] for name, stored in file.weights.items() if name.endswith(DOWN)})
+    row = next(row for row in BASES if row.family is file.candidates[0].family)
+    subset = next((kind for kind, where in row.trainable.items() if all(re.search(where, n) for n in names)), "all")
+    how = f"rank {', '.join(map(str, ranks))}" if ranks else "whole differences"
+    parts = f", parts of {len(file.metadata.slices)} fused ones" if file.metadata.slices else ""
+    return [f"changes {len(names)} weights of {row.family.value}: subset {subset}, {how}{parts}"]
 
 
 def inspect_xs(file: XSFile) -> str:
