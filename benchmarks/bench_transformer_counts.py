@@ -52,10 +52,11 @@ def counts_of(scene: TransformerScene, folder: Path) -> Counts:
     control = make_control(scene.row, folder, scene.dtype)
     scene.start(control)
     forward = scene.forward(control)
+    bare, first = count(scene.forward()), count(forward)
+    scene.begin_run(control)
+    second = count(forward)
     network, picture = control.net.patcher.model, scene.tensor(3, scene.side, scene.side)
-    return Counts(
-        count(scene.forward()), count(forward), count(forward), float(count(lambda: network.begin(picture)).macs)
-    )
+    return Counts(bare, first, second, float(count(lambda: network.begin(picture)).macs))
 
 
 def row_of(name: str, control: str, counts: Counts) -> tuple[str, ...]:

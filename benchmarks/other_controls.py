@@ -6,6 +6,7 @@ The host's own classes. The pass of the autoencoder that their hints need is not
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,11 @@ class _Network:
 
     def spacial_compression_encode(self) -> int:
         return 8
+
+
+def _of_host(module: str, name: str) -> Any:
+    """A class that newer hosts have; raises ImportError or AttributeError elsewhere."""
+    return getattr(importlib.import_module(module), name)
 
 
 def _settings(scene: TransformerScene) -> dict[str, Any]:
@@ -70,9 +76,8 @@ def qwen_union(scene: TransformerScene, blocks: int) -> Run:
 
 
 def qwen_fun(scene: TransformerScene) -> Run:
-    from comfy.ldm.qwen_image.controlnet import QwenImageFunControlNetModel
-
-    network = QwenImageFunControlNetModel(**_settings(scene))
+    kind = _of_host("comfy.ldm.qwen_image.controlnet", "QwenImageFunControlNetModel")
+    network = kind(**_settings(scene))
     return _controlnet(scene, functools.partial(network, base_model=scene.model.diffusion_model))
 
 
@@ -94,12 +99,10 @@ def qwen_diffsynth(scene: TransformerScene) -> Run:
 
 
 def z_fun(scene: TransformerScene, **config: Any) -> Run:
-    from comfy.ldm.lumina.controlnet import ZImage_Control
-    from comfy_extras.nodes_model_patch import ZImageControlPatch
-
-    network = ZImage_Control(**config, **_settings(scene))
+    network = _of_host("comfy.ldm.lumina.controlnet", "ZImage_Control")(**config, **_settings(scene))
     channels, cells = LATENT_CHANNELS + config.get("additional_in_dim", 0), scene.side // 8
-    patch = ZImageControlPatch.__new__(ZImageControlPatch)
+    kind = _of_host("comfy_extras.nodes_model_patch", "ZImageControlPatch")
+    patch = kind.__new__(kind)
     vars(patch).update(
         model_patch=_Network(network),
         vae=_Network(),

@@ -38,7 +38,7 @@ class Published:
     pooled: int | None = None
     frames: bool = False
     later: dict[str, Any] = field(default_factory=dict)
-    """What hosts after the pinned one want in the configuration as well."""
+    """Keys that hosts after the pinned one want in the configuration as well."""
 
 
 def sd3(depth: int, second_attention: int = 0) -> Published:
@@ -194,7 +194,7 @@ class TransformerScene:
         return self.tensor(LATENT_CHANNELS, *frames, self.side // 8, self.side // 8)
 
     def conditions(self) -> dict[str, Any]:
-        """What the network is given beside latent, time and text."""
+        """Inputs of the network beside latent, time and text."""
         given: dict[str, Any] = {}
         if self.row.pooled:
             given["y"] = self.tensor(self.row.pooled)
@@ -220,10 +220,14 @@ class TransformerScene:
         return run
 
     def start(self, control: Any) -> None:
-        """Give a control its hint and begin a run."""
+        """Give a control its hint and begin a first run."""
         from ..controlnext_core.comfy_adapter.sampling.features import CACHE
         from .sampling import hint
 
         CACHE.clear()
         control.set_cond_hint(hint(0, self.side, self.side, 1).movedim(-1, 1))
+        self.begin_run(control)
+
+    def begin_run(self, control: Any) -> None:
+        """Begin a run; all that was kept of the hint stays."""
         control.pre_run(self.model, self.model.model_sampling.percent_to_sigma)

@@ -79,7 +79,7 @@ def test_a_control_of_a_transformer_stays_within_the_goals(name: str, tmp_path: 
     assert 0 < counts.second.macs - counts.bare.macs < counts.first.macs - counts.bare.macs
     for ratio, more in zip(counts.ratios(), (*most, 0.0005), strict=True):
         assert ratio <= 1 + more
-    assert counts.second.launches.total() - counts.bare.launches.total() <= 4
+    assert counts.second.launches.total() - counts.bare.launches.total() <= 13
 
 
 @pytest.mark.comfy
