@@ -3,7 +3,8 @@
     python run.py bench memory
 
 Counted from shapes for every released base: bytes alive in a forward beside weights, with attention that forms no
-table of all pairs. On a GPU also measured, by the allocator, over a queue run.
+table of all pairs. On a GPU also measured, by the allocator, over a queue run, beside what the host was told to expect;
+--measured: that alone.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ if __package__ in (None, ""):
 from comfyui_controlnext.benchmarks.bench_counts import make  # noqa: E402
 from comfyui_controlnext.benchmarks.counting import META, Scene, peak  # noqa: E402
 from comfyui_controlnext.benchmarks.host import Options, begin  # noqa: E402
-from comfyui_controlnext.benchmarks.real_size import make_stock, make_unet  # noqa: E402
+from comfyui_controlnext.benchmarks.real_size import fits, make_stock, make_unet  # noqa: E402
 from comfyui_controlnext.benchmarks.report import append_table  # noqa: E402
 from comfyui_controlnext.benchmarks.sampling import Setup, forget, queue  # noqa: E402
-from comfyui_controlnext.controlnext_core.feature_cache import DEVICE_BUDGET, MIB  # noqa: E402
+from comfyui_controlnext.controlnext_core.feature_cache import MIB  # noqa: E402
 
 STEPS = 30
 SCENES = (
@@ -31,7 +32,7 @@ SCENES = (
     ("svd", 576, 1024, 14, ("svd_v2", "svd_v1")),
 )
 HEAD = ("case", "peak MiB", "over bare", "weights", "kept for the next run")
-MEASURED = ("case", "peak MiB", "over bare", f"over bare less the cache's budget of {DEVICE_BUDGET // MIB}")
+MEASURED = ("case", "peak MiB", "over bare without weights", "told to the host", "enough")
 
 
 def weights_of(*networks: torch.nn.Module) -> str:
@@ -76,12 +77,26 @@ def counted(family: str, height: int, width: int, latents: int, names: tuple[str
     append_table("memory", title, HEAD, rows, "counted from shapes", options.json, not options.quick)
 
 
+def networks(setup: Setup) -> list[torch.nn.Module]:
+    """Of the case's controls."""
+    return [patcher.model for control in setup.controls for patcher in control.get_models()]
+
+
+def told_for(setup: Setup, dtype: torch.dtype) -> int:
+    """Bytes that the host's memory manager is told the case's controls may need beside their weights."""
+    conds = setup.prepare()[0][0][1]
+    return int(conds["control"].inference_memory_requirements(dtype)) if setup.controls else 0
+
+
 def measured(family: str, height: int, width: int, latents: int, names: tuple[str, ...], options: Options) -> None:
     """A table of the allocator's peaks over queue runs, on a GPU."""
     import comfy.model_management
 
+    if options.small:
+        height, width, latents = 64, 64, min(latents, 2)
     bare = Setup(family, make_unet(family, options.dtype), height, width, latents)
-    cases = [("bare", bare)] + [(name, bare.with_controls(make(name, options.scratch))) for name in names]
+    chosen = [name for name in names if fits(name, options.small)]
+    cases = [("bare", bare)] + [(name, bare.with_controls(make(name, options.scratch))) for name in chosen]
     if family != "svd":
         cases.append(("stock ControlNet", bare.with_controls(make_stock(bare.model, options.dtype))))
     rows, least = [], 0
@@ -90,23 +105,28 @@ def measured(family: str, height: int, width: int, latents: int, names: tuple[st
         if name != "bare" and name != "stock ControlNet":
             forget(setup)
         queue(setup, 1)
-        torch.cuda.reset_peak_memory_stats()
-        queue(setup, 4 if options.quick else STEPS)
-        found = torch.cuda.max_memory_allocated()
+        if not options.cpu:
+            torch.cuda.reset_peak_memory_stats()
+        queue(setup, 1 if options.small else 4 if options.quick else STEPS)
+        found = 0 if options.cpu else torch.cuda.max_memory_allocated()
         least = least or found
-        over = (found - least) / MIB
-        rows.append((name, f"{found / MIB:.0f}", f"{over:+.0f}", f"{over - DEVICE_BUDGET / MIB:+.0f}"))
+        over = found - least - sum(p.nbytes for net in networks(setup) for p in net.parameters())
+        told = told_for(setup, options.dtype)
+        enough = "" if options.cpu or not setup.controls else "yes" if over <= told else "NO"
+        rows.append((name, f"{found / MIB:.0f}", f"{over / MIB:+.0f}", f"{told / MIB:.0f}", enough))
     title = f"{family}, {height}x{width}, {latents} latents, CFG, measured"
     settings = f"{str(options.dtype)[6:]}, {STEPS} steps"
     append_table("memory", title, MEASURED, rows, settings, options.json, not options.quick)
 
 
 def main() -> None:
-    options = begin(__doc__ or "")
+    options = begin(__doc__ or "", "--measured")
     for family, height, width, latents, names in SCENES:
-        if options.wants(family):
-            counted(family, height, width, latents, names, options)
-            if not options.cpu:
+        if options.wants(family) and not (options.small and family != "sd15"):
+            alone = "--measured" in options.switches
+            if not alone:
+                counted(family, height, width, latents, names, options)
+            if alone or not options.cpu:
                 measured(family, height, width, latents, names, options)
 
 

@@ -9,48 +9,86 @@ those of the kernels, and the places where the host waits for the device are cou
 from __future__ import annotations
 
 import runpy
+import unittest.mock
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
 
 if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
 from comfyui_controlnext.benchmarks.bench_counts import make  # noqa: E402
 from comfyui_controlnext.benchmarks.host import Options, begin  # noqa: E402
-from comfyui_controlnext.benchmarks.real_size import make_unet  # noqa: E402
+from comfyui_controlnext.benchmarks.real_size import fits, make_unet  # noqa: E402
 from comfyui_controlnext.benchmarks.report import append_table  # noqa: E402
 from comfyui_controlnext.benchmarks.sampling import OWN_RANGE, Setup, forget, queue, watching  # noqa: E402
 
 SIZES = {"sd15": (512, 256), "sdxl": (1024, 512)}
 """Pictures' sides on a GPU and on a CPU."""
 CONTROLS = {"sd15": ("sd15", "sd15_legacy", "sd15_53m"), "sdxl": ("sdxl", "sdxl_20m", "sdxl_48m")}
-HEAD = ("control", "run", "ms of a run", "ms of ours", "share", "the largest parts, ms", "waits over bare")
+HEAD = ("control", "run", "ms of a run", "ms of ours", "share", "of it the addition", "the largest parts, ms")
+ON_GPU = ("launches over bare", "waits over bare")
 SHOWN = 7
+FUSE_RANGE = "controlnext: fuse"
+"""Name under which the profiler sees the addition."""
 
 
-def spent(setup: Setup, steps: int, options: Options) -> tuple[float, Counter[str]]:
-    """Milliseconds of a queue run, and of operations inside this pack's code by name."""
+@dataclass
+class Spent:
+    """Milliseconds of a queue run, of operations inside this pack's code by name, of the addition; launches."""
+
+    total: float = 0.0
+    own: Counter[str] = field(default_factory=Counter)
+    fuse: float = 0.0
+    launches: int = 0
+
+
+@contextmanager
+def named_fuse() -> Iterator[None]:
+    """Inside, the profiler knows the addition by FUSE_RANGE."""
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling import next_forward
+
+    plain = next_forward.fuse
+
+    def fuse(*given: Any) -> torch.Tensor:
+        with record_function(FUSE_RANGE):
+            return plain(*given)
+
+    with unittest.mock.patch.object(next_forward, "fuse", fuse):
+        yield
+
+
+def spent(setup: Setup, steps: int, options: Options) -> Spent:
+    """Profile of a queue run."""
     activities = [ProfilerActivity.CPU] + ([] if options.cpu else [ProfilerActivity.CUDA])
-    with profile(activities=activities) as found:
+    with profile(activities=activities) as profiled:
         queue(setup, steps)
-    total, own = 0.0, Counter[str]()
-    for event in found.events():
+    found = Spent()
+    for event in profiled.events():
+        if event.device_type != DeviceType.CPU:
+            continue  # kernels: their times are also with the operations that launched them
         time = (event.self_cpu_time_total if options.cpu else event.self_device_time_total) / 1000
+        found.launches += len(event.kernels)
         if event.name.startswith(("aten::", "mkldnn")) or not options.cpu:
-            total += time
-            if _inside(event):
-                own[event.name] += time
-    return total, own
+            found.total += time
+            if _inside(event, OWN_RANGE):
+                found.own[event.name] += time
+            if _inside(event, FUSE_RANGE):
+                found.fuse += time
+    return found
 
 
-def _inside(event: Any) -> bool:
+def _inside(event: Any, name: str) -> bool:
     while event is not None:
-        if event.name == OWN_RANGE:
+        if event.name == name:
             return True
         event = event.cpu_parent
     return False
@@ -70,30 +108,38 @@ def waits(setup: Setup, steps: int, options: Options) -> int:
     return sum("synchroniz" in str(warning.message) for warning in seen)
 
 
+def cells(found: Spent) -> tuple[str, ...]:
+    """Of the table, from the run's time on."""
+    ours = sum(found.own.values())
+    parts = ", ".join(f"{key.removeprefix('aten::')} {ms:.1f}" for key, ms in found.own.most_common(SHOWN))
+    total = found.total or 1.0
+    return (f"{found.total:.0f}", f"{ours:.1f}", f"{ours / total:.4f}", f"{found.fuse / total:.4f}", parts)
+
+
 def main() -> None:
     options = begin(__doc__ or "")
-    with watching():
+    with watching(), named_fuse():
         for family, sides in SIZES.items():
-            if not options.wants(family):
+            if not options.wants(family) or (options.small and family != "sd15"):
                 continue
-            side = 128 if options.quick else sides[int(options.cpu)]
+            side = 64 if options.small else 128 if options.quick else sides[int(options.cpu)]
             bare = Setup(family, make_unet(family, options.dtype), side, side)
             queue(bare, 1)
-            quiet = {steps: waits(bare, steps, options) for steps in (1, 2)}
+            quiet = {steps: (spent(bare, steps, options).launches, waits(bare, steps, options)) for steps in (1, 2)}
             rows = []
-            for name in CONTROLS[family]:
+            for name in (name for name in CONTROLS[family] if fits(name, options.small)):
                 setup = bare.with_controls(make(name, options.scratch))
                 for run, steps in (("first", 2), ("second", 1)):
                     if run == "first":
                         forget(setup)
-                    total, own = spent(setup, steps, options)
-                    ours = sum(own.values())
-                    parts = ", ".join(f"{key.removeprefix('aten::')} {ms:.1f}" for key, ms in own.most_common(SHOWN))
-                    more = "" if options.cpu else str(waits(setup, steps, options) - quiet[steps])
-                    rows.append((name, run, f"{total:.0f}", f"{ours:.1f}", f"{ours / total:.4f}", parts, more))
+                    found = spent(setup, steps, options)
+                    launches, waited = quiet[steps]
+                    more = () if options.cpu else (found.launches - launches, waits(setup, steps, options) - waited)
+                    rows.append((name, run, *cells(found), *map(str, more)))
             settings = f"{str(options.dtype)[6:]}, runs of 2 steps and of 1, {torch.get_num_threads()} threads"
             title = f"{family}, {side}x{side}, CFG, by operation"
-            append_table("profile", title, HEAD, rows, settings, options.json, not options.quick)
+            head = HEAD if options.cpu else (*HEAD, *ON_GPU)
+            append_table("profile", title, head, rows, settings, options.json, not options.quick)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
@@ -21,6 +23,7 @@ from comfyui_controlnext.benchmarks.host import Options, begin  # noqa: E402
 from comfyui_controlnext.benchmarks.paired import Case, measure, measure_own  # noqa: E402
 from comfyui_controlnext.benchmarks.real_size import make_control, make_stock, make_unet, make_xs  # noqa: E402
 from comfyui_controlnext.benchmarks.sampling import Setup, watching  # noqa: E402
+from comfyui_controlnext.benchmarks.transformers import TRANSFORMERS, make_transformer, width_of  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -67,20 +70,47 @@ def svd(model: Any, options: Options) -> list[tuple[str, tuple[Any, ...], str, s
     ]
 
 
+def transformer(family: str) -> Callable[[Any, Options], list[tuple[str, tuple[Any, ...], str, str]]]:
+    """The cases of that family."""
+
+    def cases(model: Any, options: Options) -> list[tuple[str, tuple[Any, ...], str, str]]:
+        control = make_control(family, options.scratch, width=width_of(family, options.small))
+        return [("ControlNeXt", (control,), "1.02", "1.005")]
+
+    return cases
+
+
 FAMILIES = (
     Family("sd15", (512, 512, 1), (128, 128, 1), sd15),
     Family("sdxl", (1024, 1024, 1), (256, 256, 1), sdxl),
     Family("svd", (576, 1024, 14), (64, 128, 4), svd, minutes=True),
+    *(Family(name, (1024, 1024, 1), (64, 64, 1), transformer(name), minutes=True) for name in TRANSFORMERS),
 )
+
+
+WIDE = ("ControlNeXt legacy", "ControlNeXt v1")
+"""Controls for channels that small networks do not have."""
+
+
+def size_of(family: Family, options: Options) -> tuple[int, int, int]:
+    """Height, width and number of latents."""
+    if options.small:
+        return 64, 64, min(2, family.size[2])
+    return family.quick if options.quick else family.size
 
 
 def cases_of(family: Family, options: Options) -> list[Case]:
     """The bare model first, then each control's first and second run."""
-    model = make_unet(family.name, options.dtype)
-    height, width, batch = family.quick if options.quick else family.size
-    bare = Setup(family.name, model, height, width, batch)
+    if family.name in TRANSFORMERS:
+        half = options.dtype is torch.float16  # whose range is too small for some of them
+        model = make_transformer(family.name, torch.bfloat16 if half else options.dtype, options.small)
+    else:
+        model = make_unet(family.name, options.dtype)
+    bare = Setup(family.name, model, *size_of(family, options))
     cases = [Case("bare", bare)]
     for name, controls, first, second in family.controls(model, options):
+        if options.small and name in WIDE:
+            continue
         setup = bare.with_controls(*controls)
         stock = name.startswith("stock")
         if first:
@@ -95,7 +125,7 @@ def main() -> None:
     with watching():
         for family in FAMILIES:
             if options.wants(family.name) or any(family.name in word for word in options.cases):
-                height, width, batch = family.quick if options.quick else family.size
+                height, width, batch = size_of(family, options)
                 size = f"{family.name}, {height}x{width}" + (f", {batch} frames" if batch > 1 else "")
                 alone = family.minutes and options.cpu and not options.quick
                 (measure_own if alone else measure)("step", f"{size}, CFG", cases_of(family, options), options)

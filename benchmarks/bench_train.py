@@ -18,9 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +27,18 @@ if __package__ in (None, ""):
 
 import torch
 from comfyui_controlnext.benchmarks.host import DTYPES, begin, bring_in
+from comfyui_controlnext.benchmarks.meters import WARM_UP, Peak, Times
 from comfyui_controlnext.benchmarks.report import append_table
 from torch import Tensor
 
+FILE_DTYPES = {**DTYPES, "fp8": torch.float8_e4m3fn}
 CAPTION = "a red circle and a blue square on a green background"
 RATE, CONTROL_RATE = 1e-5, 1e-4
-WARM_UP = 1
-HEAD = ("loop", "pictures/s", "against plain", "processor s/picture", "peak memory, GiB", "against plain")
+GPU_STEPS = 12
+HEAD = (
+    *("loop", "pictures/s", "speed against plain", "processor s/picture"),
+    *("peak memory, GiB", "memory against plain"),
+)
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,14 @@ class Case:
     kind: str
     """plain, ours, or file: writes the checkpoint that ours reads."""
     file: str = ""
-    """The checkpoint's dtype, fp16 or fp32; none for plain."""
+    """The checkpoint's dtype, fp16, fp32 or fp8 (of its UNet's matrices); none for plain."""
     checkpointing: bool = False
+    offload: bool = False
 
     @property
     def title(self) -> str:
-        parts = (self.kind, "checkpointing" if self.checkpointing else "", f"{self.file} file" if self.file else "")
+        how = "offload" if self.offload else "checkpointing" if self.checkpointing else ""
+        parts = (self.kind, how, f"{self.file} file" if self.file else "")
         return ", ".join(filter(None, parts))
 
 
@@ -66,58 +71,12 @@ class Setting:
     steps: int
     side: int
     batch: int
+    small: bool = False
+    """True: small networks, in this process."""
 
     @property
     def device(self) -> torch.device:
         return torch.device("cpu" if self.cpu else "cuda")
-
-
-@dataclass
-class Times:
-    """When steps ended, by the clock and by the processor's."""
-
-    wall: list[float] = field(default_factory=list)
-    processor: list[float] = field(default_factory=list)
-
-    def note(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.wall.append(time.perf_counter())
-        self.processor.append(time.process_time())
-
-    def of_steps(self) -> dict[str, list[float]]:
-        """Seconds of each step after the warm-up."""
-        return {
-            name: [after - before for before, after in zip(ends, ends[1:], strict=False)][WARM_UP:]
-            for name, ends in (("wall", self.wall), ("processor", self.processor))
-        }
-
-
-class Peak:
-    """Highest memory while it is on: of the GPU, or of this process."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.highest, self.on = device, 0, True
-
-    def __enter__(self) -> Peak:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            threading.Thread(target=self._watch, daemon=True).start()
-        return self
-
-    def _watch(self) -> None:
-        import psutil
-
-        process = psutil.Process()
-        while self.on:
-            self.highest = max(self.highest, process.memory_info().rss)
-            time.sleep(0.02)
-
-    def __exit__(self, *_: object) -> None:
-        self.on = False
-        if self.device.type == "cuda":
-            self.highest = torch.cuda.max_memory_allocated(self.device)
 
 
 def plain(setting: Setting) -> dict[str, Any]:
@@ -134,14 +93,17 @@ def plain(setting: Setting) -> dict[str, Any]:
     device, dtype, batch, side = setting.device, DTYPES[setting.dtype], setting.batch, setting.side
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    vae: Any = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, **blocks)
+    part, layers = (4, 1) if setting.small else (1, 12)  # what of the widths is left, and layers of the text encoder
+    widths = tuple(width // part for width in (128, 256, 512, 512))
+    vae: Any = AutoencoderKL(block_out_channels=widths, layers_per_block=2, latent_channels=4, **blocks)
     clip = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=layers, num_attention_heads=12, projection_dim=768
     )
     text: Any = CLIPTextModel(clip)
     vae, text = (part.eval().requires_grad_(False).to(device, dtype) for part in (vae, text))
     unet: Any = UNet2DConditionModel(
-        sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8
+        block_out_channels=(320, *(width // part for width in (640, 1280, 1280))),
+        **{"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
     )
     unet.to(device, dtype).requires_grad_(False)
     subset = [parameter.requires_grad_(True) for name, parameter in unet.named_parameters() if "to_out" in name]
@@ -185,15 +147,17 @@ def plain(setting: Setting) -> dict[str, Any]:
 
 
 def checkpoint_file(setting: Setting, dtype: str) -> Path:
-    return Path(setting.folder) / f"sd15_{dtype}.safetensors"
+    return Path(setting.folder) / f"sd15_{dtype}.{'ckpt' if setting.small else 'safetensors'}"
 
 
 def write_checkpoint(setting: Setting, dtype: str) -> dict[str, Any]:
     """Write the file that ours reads."""
     bring_in(Path(setting.comfyui), setting.cpu, Path(setting.folder))
     from comfyui_controlnext.benchmarks.real_size import save_sd15
+    from comfyui_controlnext.tools.tiny_models import make_sd15
 
-    save_sd15(checkpoint_file(setting, dtype), DTYPES[dtype])
+    path = checkpoint_file(setting, dtype)
+    make_sd15(path) if setting.small else save_sd15(path, FILE_DTYPES[dtype])
     return {}
 
 
@@ -217,7 +181,8 @@ def ours(setting: Setting, case: Case) -> dict[str, Any]:
             learning_rate=RATE,
             control_learning_rate=CONTROL_RATE,
             precision=setting.dtype,
-            checkpointing=case.checkpointing,
+            checkpointing=case.checkpointing or case.offload,
+            offload=case.offload,
             validate_every=0,
             save_every=10_000_000,
             log_every=1,
@@ -268,7 +233,9 @@ ALONE = "--one"
 
 
 def in_own_process(setting: Setting, case: Case) -> dict[str, Any]:
-    """Measure in a process that has done nothing else."""
+    """Measure in a process that has done nothing else; small networks in this one."""
+    if setting.small:
+        return measure(setting, case)
     given = [json.dumps(dataclasses.asdict(part)) for part in (setting, case)]
     command = [sys.executable, str(Path(__file__).resolve()), ALONE, *given]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
@@ -278,19 +245,22 @@ def in_own_process(setting: Setting, case: Case) -> dict[str, Any]:
     return json.loads(found[0].removeprefix("MEASURED"))
 
 
-def cases_of(dtype: str) -> list[Case]:
-    """plain first. A file in fp16, the most common, and where the loops compute in fp32 also one in fp32."""
+def cases_of(dtype: str, everything: bool = False) -> list[Case]:
+    """plain first. A file in fp16, the most common, and where the loops compute in fp32 also one in fp32.
+
+    everything: True adds weights that stay in host memory, and a base in fp8.
+    """
     files = ("fp16", "fp32") if dtype == "fp32" else ("fp16",)
-    return [Case("plain"), *(Case("ours", file, on) for on in (False, True) for file in files)]
+    cases = [Case("plain"), *(Case("ours", file, on) for on in (False, True) for file in files)]
+    return [*cases, Case("ours", "fp16", offload=True), Case("ours", "fp8", True)] if everything else cases
 
 
 def rows_of(runs: dict[Case, list[dict[str, Any]]], batch: int) -> list[tuple[str, ...]]:
     """The table's rows, each case against the first."""
-    rate = {case: statistics.median(batch / s for run in found for s in run["wall"]) for case, found in runs.items()}
-    work = {
-        case: statistics.median(s / batch for run in found for s in run["processor"]) for case, found in runs.items()
-    }
-    peak = {case: statistics.median(run["peak"] for run in found) for case, found in runs.items()}
+    pairs = runs.items()
+    rate = {case: statistics.median(batch / s for run in found for s in run["wall"]) for case, found in pairs}
+    work = {case: statistics.median(s / batch for run in found for s in run["processor"]) for case, found in pairs}
+    peak = {case: statistics.median(run["peak"] for run in found) for case, found in pairs}
     first = next(iter(runs))
     return [
         (
@@ -313,23 +283,36 @@ def main() -> None:
     if importlib.util.find_spec("diffusers") is None:
         print("train: left out: the plain loop needs diffusers (tools/requirements-test.txt).", flush=True)
         return
-    options = begin(__doc__ or "")
-    side, steps = (256, 3) if options.quick else (512, 3)
+    options = begin(__doc__ or "", "--all")
+    side, steps = (64 if options.small else 256, 3) if options.quick else (512, 3)
+    steps = (WARM_UP + 1 if options.small else steps) if options.cpu else GPU_STEPS
     dtype = next(name for name, value in DTYPES.items() if value is options.dtype)
     folder = str(options.scratch)
     setting = Setting(
-        str(options.comfyui), folder, options.device.type == "cpu", options.threads, dtype, steps, side, options.batch
+        *(str(options.comfyui), folder, options.cpu, options.threads, dtype, steps, side, options.batch, options.small)
     )
-    cases = [case for case in cases_of(dtype) if case.kind == "plain" or options.wants(case.title)]
-    for file in sorted({case.file for case in cases} - {""}):
-        in_own_process(setting, Case("file", file))
-    runs: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
+    every = cases_of("fp16" if options.small else dtype, "--all" in options.switches)
+    cases = [case for case in every if case.kind == "plain" or options.wants(case.title)]
+    runs: dict[Case, list[dict[str, Any]]] = {}
+    failed: list[str] = []
     for _ in range(max(1, options.repeats // 5)):  # each has several steps
         for case in cases:
-            runs[case].append(in_own_process(setting, case))
+            if runs and options.left < 0:
+                break
+            if case.file and not checkpoint_file(setting, case.file).is_file():
+                in_own_process(setting, Case("file", case.file))
+            try:
+                runs.setdefault(case, []).append(in_own_process(setting, case))
+            except SystemExit as error:  # without the plain loop nothing can be said, the others may go on
+                if case.kind == "plain":
+                    raise
+                runs.pop(case)
+                failed.append(str(error))
     settings = f"SD1.5, {side}x{side}, batch {options.batch}, computed in {dtype}, {steps} steps"
     title = "Training: encoder and to_out of SD1.5"
     append_table("train", title, HEAD, rows_of(runs, options.batch), settings, options.json, keep=not options.quick)
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import atexit
 import importlib
+import importlib.util
 import logging
+import math
 import os
 import shutil
 import sys
 import tempfile
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,10 +44,23 @@ class Options:
     """Of the CPU; 0 = as torch chooses."""
     batch: int = 1
     """Pictures of a training step."""
+    small: bool = False
+    """True: small networks in place of the real ones."""
+    deadline: float = math.inf
+    """On the clock of time.monotonic: no repeat begins after it."""
+    folder: Path | None = None
+    """Folder for results that are files."""
+    switches: frozenset[str] = frozenset()
+    """Options of the benchmark's own that were given."""
 
     @property
     def device(self) -> torch.device:
         return torch.device("cpu" if self.cpu else "cuda")
+
+    @property
+    def left(self) -> float:
+        """Seconds to the deadline."""
+        return self.deadline - time.monotonic()
 
     def wants(self, case: str) -> bool:
         return not self.cases or any(word in case for word in self.cases)
@@ -59,20 +76,31 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", default="", metavar="WORD,..", help="only cases whose name holds one of these")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="of the CPU; default all")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="pictures of a training step; default 1")
+    parser.add_argument("--small", action="store_true", help="small networks: that it runs, not what comes of it")
+    parser.add_argument("--seconds", type=float, default=math.inf, metavar="N", help="begin no repeat after so many")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="where results that are files go")
 
 
-def begin(description: str) -> Options:
-    """Read the command line and bring in the host."""
+def begin(description: str, *switches: str) -> Options:
+    """Read the command line and bring in the host. switches: options of the benchmark's own, with their dashes."""
+    started = time.monotonic()
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--comfyui", type=Path, required=True, metavar="PATH", help="the ComfyUI to measure in")
     add_options(parser)
+    parser.set_defaults(switches=[])
+    for switch in switches:
+        parser.add_argument(switch, action="append_const", dest="switches", const=switch)
     options = parser.parse_args()
     cpu = options.cpu or not torch.cuda.is_available()
     if options.threads:
         torch.set_num_threads(options.threads)
     scratch = Path(tempfile.mkdtemp(prefix="controlnext-bench-"))
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    bring_in(options.comfyui.resolve(), cpu, scratch)
+    bring_in(options.comfyui.resolve(), cpu, scratch, "--dynamic" in options.switches and not cpu)
+    if options.small:
+        from .real_size import shrink
+
+        shrink()
     return Options(
         comfyui=options.comfyui.resolve(),
         quick=options.quick,
@@ -84,11 +112,15 @@ def begin(description: str) -> Options:
         scratch=scratch,
         threads=options.threads,
         batch=options.batch,
+        small=options.small,
+        deadline=started + options.seconds,
+        folder=options.folder.resolve() if options.folder else None,
+        switches=frozenset(options.switches),
     )
 
 
-def bring_in(comfyui: Path, cpu: bool, base: Path) -> None:
-    """Make the host importable here. base: where it looks for models and writes."""
+def bring_in(comfyui: Path, cpu: bool, base: Path, dynamic: bool = False) -> None:
+    """Make the host importable here. base: where it looks for models and writes; dynamic: with its dynamic VRAM."""
     if not (comfyui / "main.py").is_file():
         raise SystemExit(f"--comfyui {comfyui}: no main.py there. Name the folder that holds it.")
     here = os.path.realpath(os.path.dirname(__file__))
@@ -97,7 +129,19 @@ def bring_in(comfyui: Path, cpu: bool, base: Path) -> None:
     arguments = importlib.import_module("comfy.cli_args").args
     arguments.cpu, arguments.base_directory = cpu, str(base)
     logging.getLogger().setLevel(logging.ERROR)
+    manager = importlib.util.find_spec("comfy_aimdo") and importlib.import_module("comfy_aimdo.control")
+    if dynamic and manager:
+        manager.init()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in HOST_MODULES:
             importlib.import_module(name)
+    if dynamic and manager and manager.init_devices(range(torch.cuda.device_count())):  # as the host's main.py
+        patchers: Any = importlib.import_module("comfy.model_patcher")
+        memory: Any = importlib.import_module("comfy.memory_management")
+        patchers.CoreModelPatcher, memory.aimdo_enabled = patchers.ModelPatcherDynamic, True
+
+
+def has_dynamic_vram() -> bool:
+    """True: the host's dynamic VRAM is on in this process."""
+    return getattr(sys.modules.get("comfy.memory_management"), "aimdo_enabled", False)

@@ -6,6 +6,7 @@ step: the noise of other programs cancels in it. It is worked out on the CPU alo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,9 +42,13 @@ def measure(what: str, title: str, cases: Sequence[Case], options: Options) -> N
     length = {case.name: steps if case.first or not options.cpu else 1 for case in cases}
     for case in cases:  # kernels are chosen and memory is taken in a process's first runs
         if case is cases[0] or case.second or not options.cpu:
-            queue(case.setup, length[case.name], seed=99)
+            queue(case.setup, length[case.name] if case.second else min(2, length[case.name]), seed=99)
     found: dict[str, list[tuple[Run, Run]]] = {case.name: [] for case in cases}
+    began, done = time.monotonic(), 0
     for repeat in range(options.repeats):
+        if repeat and options.left < (time.monotonic() - began) / repeat:
+            break
+        done += 1
         bare = queue(cases[0].setup, length[cases[0].name], seed=repeat)
         found[cases[0].name].append((bare, bare))
         for case in cases[1:]:
@@ -51,7 +56,7 @@ def measure(what: str, title: str, cases: Sequence[Case], options: Options) -> N
                 forget(case.setup)
             found[case.name].append((queue(case.setup, length[case.name], seed=repeat), bare))
     rows = [row(case, found[case.name], options) for case in cases]
-    _write(what, title, HEAD, rows, f"{options.repeats} interleaved repeats, first runs of {steps} steps", options)
+    _write(what, title, HEAD, rows, f"{done} interleaved repeats, first runs of {steps} steps", options)
 
 
 def measure_own(what: str, title: str, cases: Sequence[Case], options: Options) -> None:

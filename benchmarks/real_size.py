@@ -28,9 +28,24 @@ UNETS: dict[str, UNetLayout] = {
         depth_out=(0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1),
     ),
 }
+XS = dict(RELEASED_XS)
+"""Name of a released ControlNet-XS -> its size."""
 FILES = {"gen1a": "sd15_legacy", "gen1a_norm": "sdxl_june", "gen1b": "sdxl_july", "gen1b_scale": "svd_v1"}
 """Build -> the name of its published file in tools/tiny_models; the second generation has one for all."""
 NOT_STOCK = ("out_channels", "use_temporal_resblock", "use_temporal_attention")
+
+
+def shrink() -> None:
+    """Put small networks of the same kinds in the place of the real ones, for a look at whether a benchmark runs."""
+    UNETS.update({name: LAYOUTS[name] for name in UNETS})
+    for name, size in XS.items():
+        unet = UNETS.get(name.partition("_")[0], size.unet)
+        XS[name] = replace(size, unet=unet, widths=(32,) * len(unet.channel_mult))
+
+
+def fits(name: str, small: bool) -> bool:
+    """False: the small networks have no place for that control, a row of SPECS of the first generation."""
+    return not small or name not in SPECS or SPECS[name].build.startswith("gen2")
 
 
 def share_weights(network: nn.Module, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
@@ -40,10 +55,13 @@ def share_weights(network: nn.Module, dtype: torch.dtype, device: torch.device |
         for name, parameter in list(module._parameters.items()):
             if parameter is None:
                 continue
-            key = (tuple(parameter.shape), name == "weight")
+            key = (tuple(parameter.shape), name in ("weight", "scale"))
             if key not in shared:
                 shared[key] = nn.Parameter(_numbers(*key, device).to(dtype), requires_grad=False)
             module._parameters[name] = shared[key]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta and torch.device(device).type != "meta":
+                module._buffers[name] = _numbers(tuple(buffer.shape), False, device).to(dtype)
 
 
 def _numbers(shape: tuple[int, ...], weight: bool, device: torch.device | str) -> Tensor:
@@ -76,7 +94,10 @@ def make_unet(name: str, dtype: torch.dtype, device: torch.device | str = "cpu")
 
 
 def save_sd15(path: Path, dtype: torch.dtype) -> Path:
-    """A whole SD1.5 checkpoint of real size, random: UNet, autoencoder and text encoder."""
+    """A whole SD1.5 checkpoint of real size, random: UNet, autoencoder and text encoder.
+
+    dtype: one of a byte is for the UNet's matrices alone, the rest is in fp16 then.
+    """
     import comfy.sd1_clip
     from comfy.ldm.models.autoencoder import AutoencoderKL
 
@@ -90,28 +111,32 @@ def save_sd15(path: Path, dtype: torch.dtype) -> Path:
     for name, tensor in text.state_dict().items():
         if name.startswith("transformer.text_model."):
             shapes[f"cond_stage_model.{name}"] = tuple(tensor.shape)
-    return save(
-        path, {name: _numbers(shape, name.endswith("weight"), "cpu").to(dtype) for name, shape in shapes.items()}
-    )
+
+    def of(name: str, shape: tuple[int, ...]) -> torch.dtype:
+        narrow = name.startswith("model.") and len(shape) > 1
+        return dtype if narrow or dtype.itemsize > 1 else torch.float16
+
+    tensors = {name: _numbers(shape, name.endswith("weight"), "cpu") for name, shape in shapes.items()}
+    return save(path, {name: tensor.to(of(name, tuple(tensor.shape))) for name, tensor in tensors.items()})
 
 
-def make_control(variant: str, folder: Path, seed: int = 0) -> Any:
-    """A ControlNeXt of that row of SPECS, through a file and the loader's own code."""
+def make_control(variant: str, folder: Path, seed: int = 0, width: int | None = None) -> Any:
+    """A ControlNeXt of that row of SPECS, through a file and the loader's own code. width: of a wide base."""
     from ..controlnext_core.comfy_adapter.files.loading import load_control
 
     spec = SPECS[variant]
     path = folder / f"{variant}_{seed}.safetensors"
-    make_controlnext(path, FILES.get(spec.build, "gen2"), seed=seed)
+    make_controlnext(path, FILES.get(spec.build, "gen2"), seed=seed, out_channels=width)
     return load_control(read_control_file(checkpoint.peek(path)), spec.family, variant)
 
 
 def make_xs(release: str, folder: Path) -> Any:
-    """A ControlNet-XS of a released size (a key of RELEASED_XS), through a file and the loader."""
+    """A ControlNet-XS of a released size (a key of XS), through a file and the loader."""
     from ..controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
 
     path = folder / f"{release}.safetensors"
     tensors = {}
-    for name, shape in xs_shapes(RELEASED_XS[release]).items():
+    for name, shape in xs_shapes(XS[release]).items():
         if len(shape) < 2:
             tensors[name] = torch.full(shape, float(name.endswith("weight"))).half()
         else:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .real_size import UNETS
+from .transformers import TOKENS, TRANSFORMERS
 
-CFG = {"sd15": 7.0, "sdxl": 7.0, "svd": 2.5}
+CFG = {"sd15": 7.0, "sdxl": 7.0, "svd": 2.5, **{name: row.cfg for name, row in TRANSFORMERS.items()}}
 KEY = "controlnext_benchmark"
 OWN_RANGE = "controlnext: ours"
 """Name under which a profiler sees this pack's code."""
@@ -92,7 +93,12 @@ def hint(seed: int, height: int, width: int, count: int = 1) -> Tensor:
 
 def conditioning(family: str, seed: int) -> Any:
     """Stands for an encoded prompt."""
-    generator, layout = torch.Generator().manual_seed(seed), UNETS[family]
+    generator = torch.Generator().manual_seed(seed)
+    if family in TRANSFORMERS:
+        row = TRANSFORMERS[family]
+        pooled = torch.randn(1, row.pooled, generator=generator) if row.pooled else None
+        return [[torch.randn(1, TOKENS, row.text, generator=generator), {"pooled_output": pooled}]]
+    layout = UNETS[family]
     tokens = 1 if family == "svd" else 77
     extra: dict[str, Any] = {}
     if layout.adm_channels is not None:
@@ -179,7 +185,9 @@ def queue(setup: Setup, steps: int, seed: int = 0) -> Run:
     timer = Timer(comfy.model_management.get_torch_device())
     model = setup.model.clone()
     model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, timer)
-    shape = (setup.batch, 4, setup.height // 8, setup.width // 8)
+    latent_format = model.model.latent_format
+    frames = (1,) if latent_format.latent_dimensions == 3 else ()
+    shape = (setup.batch, latent_format.latent_channels, *frames, setup.height // 8, setup.width // 8)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     sampler = (CFG[setup.family], "euler", "normal", positive, negative, torch.zeros(shape))
     with torch.inference_mode():

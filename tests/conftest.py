@@ -1,7 +1,8 @@
 """What the tests share: the pack under its one name, the real host in this process, a real server, small models.
 
 `CONTROLNEXT_COMFYUI` names the ComfyUI (`python run.py test` sets it). Tests marked `comfy` need it; without it they
-are skipped, and nothing of the host is on sys.path.
+are skipped, and nothing of the host is on sys.path. With `CONTROLNEXT_ON_GPU=1` the host samples on the GPU, for tests
+marked `gpu`; with `dry` those of them that ask for `device` go through on the CPU. `python run.py gpu-day` sets it.
 """
 
 import importlib
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST = os.environ.get("CONTROLNEXT_COMFYUI", "")
+ON_GPU = os.environ.get("CONTROLNEXT_ON_GPU", "")
 HOST_MODULES = ("comfy.sd", "comfy.samplers", "comfy.controlnet", "folder_paths", "nodes", "comfy_api.latest")
 
 # `python -m pytest` puts the clone on sys.path, where its `nodes` and `models` would shadow the host's.
@@ -48,13 +50,13 @@ _private_base = tempfile.TemporaryDirectory(prefix="controlnext-", ignore_cleanu
 
 
 def _bring_in_the_host(host: Path) -> None:
-    """Make the host importable here: on the CPU, with a private base directory, its import warnings not ours."""
+    """Make the host importable here: on the CPU unless ON_GPU says otherwise, with a private base directory."""
     if not (host / "main.py").is_file():
         raise pytest.UsageError(f"CONTROLNEXT_COMFYUI={host}: no main.py there; name the root of a ComfyUI")
     declare_missing_torchvision_ops()
     sys.path.insert(0, str(host))
     options = importlib.import_module("comfy.cli_args").args  # importing the host outside main.py parses no arguments
-    options.cpu = True
+    options.cpu = ON_GPU != "1"
     options.base_directory = _private_base.name
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -88,8 +90,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "gpu": "" if torch.cuda.is_available() else "needs a CUDA device",
     }
     for item in items:
+        dry = ON_GPU == "dry" and "device" in getattr(item, "fixturenames", ())
         for marker, reason in reasons.items():
-            if reason and item.get_closest_marker(marker):
+            if reason and not (marker == "gpu" and dry) and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 

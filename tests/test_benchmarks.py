@@ -146,7 +146,7 @@ def test_every_benchmark_has_its_script_and_an_unknown_name_is_refused(capsys: p
     assert all((scripts / f"bench_{name}.py").is_file() for name in bench.BENCHMARKS)
     options = cli.parse(["bench", "fly", "--quick"])
     assert bench.run_benchmarks(options, lambda: Path("nowhere")) == 2
-    assert "no benchmark 'fly'. There are: counts" in capsys.readouterr().err
+    assert "no benchmark 'fly'. There are: machine, counts" in capsys.readouterr().err
 
 
 def test_without_diffusers_training_is_left_out_in_one_line(

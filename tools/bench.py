@@ -10,6 +10,7 @@ from pathlib import Path
 from .environment import PATIENT_THREADS, ROOT
 
 BENCHMARKS = {
+    "machine": "rates of arithmetic, memory, copies and launches",
     "counts": "multiply-adds and launches of each control, from shapes alone",
     "transformer_counts": "the same of transformers' controls, beside those of others for the same base",
     "memory": "peak memory over the bare model; on a GPU also measured",
@@ -21,10 +22,14 @@ BENCHMARKS = {
     "profile": "where a step's time goes, by operation",
     "growth": "the cost over resolution, batch, frames and number of controls",
     "train": "pictures a second and peak memory of the trainer against a plain loop",
+    "loads": "every kind of control on fp32, fp16, bf16 and fp8 bases",
+    "candidates": "changes that only a GPU can judge, against the product",
 }
 """Name -> the question; the script is benchmarks/bench_<name>.py. Those that take minutes on a CPU come last."""
 ON_REQUEST = {"convergence": "how soon each way of control is heard, on the demo's base: trains for most of an hour"}
 """Benchmarks of the same form that run only when they are named."""
+REPORT = "report"
+"""In the place of a name: no benchmark, but the tables of docs/performance.md from the results of GPUs."""
 SHARED = ("quick", "cpu")
 VALUES = ("json", "dtype", "repeats", "cases", "threads")
 TRAINING = ("parts", "base", "steps", "batch", "scenes", "looks", "folder")
@@ -36,6 +41,7 @@ OWN = {"train": ("batch",)}
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the command; benchmarks/host.py has the same for a single script."""
     listing = "; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items())
+    listing += f"; {REPORT}: fills docs/performance.md from results of gpu-day, --folder DIR keeps those in DIR first"
     listing += "; and only by name " + "; ".join(f"{name}: {what}" for name, what in ON_REQUEST.items())
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which, in this order; default all. {listing}")
     parser.add_argument("--quick", action="store_true", help="small sizes and few repeats: a look, not a result")
@@ -52,11 +58,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--batch", type=int, metavar="N", help="pictures of a step; train has it too")
     training.add_argument("--scenes", type=int, metavar="N", help="how many scenes train")
     training.add_argument("--looks", type=int, metavar="N", help="validations of each run")
-    training.add_argument("--folder", type=Path, metavar="FOLDER", help="where the runs are kept")
+    training.add_argument("--folder", type=Path, metavar="FOLDER", help="where the runs are kept; of report: see there")
 
 
 def run_benchmarks(options: argparse.Namespace, host: Callable[[], Path]) -> int:
     """Run the chosen ones; 0 if all ended well, 2 for a name that there is not."""
+    if options.names == [REPORT]:
+        from .bench_report import write_report
+
+        print(write_report(options.folder))
+        return 0
     known = {**BENCHMARKS, **ON_REQUEST}
     unknown = [name for name in options.names if name not in known]
     if unknown:

@@ -21,7 +21,8 @@ Parser = argparse.ArgumentParser
 
 @dataclass(frozen=True)
 class Command:
-    """level: which pinned lists it needs ("host" or "test"); add: its own options; run: returns the exit status."""
+    """level: which pinned lists it needs ("host" or "test"), empty for none: this Python runs it, whatever it has;
+    add: its own options; run: returns the exit status."""
 
     help: str
     level: str
@@ -111,6 +112,18 @@ def _bench(options: argparse.Namespace) -> int:
     return run_benchmarks(options, lambda: host.provide(options.comfyui, clone_folder()))
 
 
+def _add_gpu_day(parser: Parser) -> None:
+    from .gpu_day import add_options
+
+    add_options(parser)
+
+
+def _gpu_day(options: argparse.Namespace) -> int:
+    from .gpu_day import run_gpu_day
+
+    return run_gpu_day(options, lambda: host.provide(options.comfyui, clone_folder()))
+
+
 def _add_train(parser: Parser) -> None:
     from .train import add_options
 
@@ -143,6 +156,9 @@ COMMANDS = {
     "train": Command("train a ControlNeXt or a ControlNet-XS from a recipe", "host", _add_train, _train),
     "train-demo": Command("make the weights of the demo again, in hours", "host", _add_train_demo, _train_demo),
     "bench": Command("measure speed and memory beside the bare model and stock ControlNet", "host", _add_bench, _bench),
+    "gpu-day": Command(
+        "measure and test all that needs a GPU, in slices, without a network", "", _add_gpu_day, _gpu_day
+    ),
     "test": Command("run every check and test", "test", _add_test, _test),
 }
 
@@ -181,7 +197,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     command = COMMANDS[options.command]
     try:
-        python = environment.choose(command.level, options.venv)
+        python = environment.choose(command.level or "host", options.venv) if command.level or options.venv else None
         if python is not None:
             return run_again_with(python, arguments)
         return command.run(options)

@@ -70,13 +70,18 @@ def loss_of(model: nn.Module, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Te
     return error + EDGE_WEIGHT * edges + MOMENTS_WEIGHT * moments, error.detach()
 
 
-def train_painter(steps: int = STEPS, seconds: float | None = None) -> Path:
-    """Train, or go on training; the file with the average of the weights in fp16. seconds: the end of this slice."""
-    from .shipped import AUTOENCODER, SHIPPED
+def train_painter(steps: int = STEPS, seconds: float | None = None, start: Path | None = None) -> Path:
+    """Train, or go on training; the file with the average of the weights in fp16. seconds: the end of this slice.
+
+    start: the folder of a packed file of this network, from which the first slice sets out, not the 4-channel one.
+    """
+    from .shipped import AUTOENCODER, PAINTER, SHIPPED
 
     stage = Stage("painter")
-    start = {name: value.float() for name, value in unpack(load_file(SHIPPED / AUTOENCODER)).items()}
-    model = new_painter(start)
+    model = new_painter({name: value.float() for name, value in unpack(load_file(SHIPPED / AUTOENCODER)).items()})
+    if start is not None and (start / PAINTER).is_file():
+        packed = unpack(load_file(start / PAINTER))
+        model.load_state_dict({name: value.float() for name, value in packed.items()}, strict=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
     average, done, state = Average(model, EMA_DECAY), 0, stage.load()
     if state is not None:

@@ -6,6 +6,7 @@ its weights, with the optimizer's state where that is still there.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -152,14 +153,14 @@ class _Slice:
         self.optimizer = Muon(self.model.named_parameters(), RATE, ADAM_RATE)
         self.step, self.spent, self.number = 0, 0.0, 0
 
-    def go_on(self, seconds: float) -> int:
-        """Take up the last state, else the shipped weights, else the start; the step from which the rate rises."""
-        from .shipped import MMDIT, SHIPPED
+    def go_on(self, seconds: float, start: Path) -> int:
+        """Take up the last state, else packed weights in `start`, else begin; the step from which the rate rises."""
+        from .shipped import MMDIT
 
         state = self.stage.load()
         if state is None:
-            if (SHIPPED / MMDIT).is_file():
-                shipped = unpack(load_file(SHIPPED / MMDIT))
+            if (start / MMDIT).is_file():
+                shipped = unpack(load_file(start / MMDIT))
                 self.model.load_state_dict({name: value.float() for name, value in shipped.items()}, strict=False)
             self.average = Average(self.model, EMA_DECAY)
             return 0
@@ -179,15 +180,27 @@ class _Slice:
         self.stage.save({**kept, "first": first})
 
 
-def train_base(seconds: float = SLICE, side: int = SIDE, pictures: int = PICTURES, batch: int = BATCH) -> Path:
+def train_base(
+    seconds: float = SLICE,
+    side: int = SIDE,
+    pictures: int = PICTURES,
+    batch: int = BATCH,
+    start: Path | None = None,
+    end: float = math.inf,
+) -> Path:
     """One slice of `seconds`, drawing and encoding not counted; the file with the average of the weights in fp16.
 
-    A slice that was stopped goes on; after one that came to its end another begins.
+    A slice that was stopped goes on; after one that came to its end another begins. start: the folder of the packed
+    weights from which the first sets out, by default the shipped ones. end: on the clock of time.monotonic, by when the
+    training ends in any case.
     """
+    from .shipped import SHIPPED
+
     stage = Stage("picture_base")
     latents, texts = data(stage, side, pictures)
     run = _Slice(stage)
-    first = run.go_on(seconds)
+    first = run.go_on(seconds, start or SHIPPED)
+    seconds = max(0.0, min(seconds, run.spent + end - time.monotonic()))
     stage.say(event="start", step=run.step, slice=run.number, side=side)
     total, clock, began = 0.0, time.monotonic(), run.spent
     while run.spent < seconds:

@@ -24,8 +24,8 @@ PAUSE_VARIABLE = "CONTROLNEXT_PAUSE_FILE"  # names a file; while it exists, trai
 class Stage:
     """One training: its folder, journal (JSON lines) and state. What is saved is saved at once or not at all."""
 
-    def __init__(self, name: str, folder: Path = FOLDER) -> None:
-        self.name, self.folder = name, folder / name
+    def __init__(self, name: str, folder: Path | None = None) -> None:
+        self.name, self.folder = name, (folder or FOLDER) / name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.state_file = self.folder / "state.pt"
         self._saved = time.monotonic()

@@ -106,6 +106,12 @@ def ship_controls(folder: Path = FOLDER, shipped: Path = SHIPPED) -> Path:
     return _ship({name: _load(path) for name, path in sources.items()}, shipped)
 
 
+def ship_one(trained: Path, target: Path) -> Path:
+    """Pack one trained file."""
+    tensors, metadata = _load(trained)
+    return save(target, pack(tensors), metadata)
+
+
 def _ship(content: Mapping[str, tuple[dict[str, Tensor], dict[str, str]]], shipped: Path) -> Path:
     for name, (tensors, metadata) in content.items():
         save(shipped / name, pack(tensors), metadata)
