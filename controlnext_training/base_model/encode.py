@@ -96,7 +96,7 @@ class BaseWithEncoders:
         """Latents as the UNet takes them -> pictures (F, H, W, 3) in [0, 1], on the CPU."""
         with torch.inference_mode():
             pixels = self.encoder("vae").decode(self.model.model.process_latent_out(latent))
-        return pixels.float().cpu().clone()
+        return pixels.float().cpu().clone().flatten(0, -4)  # of a latent with frames (F, 1, H, W, 3)
 
     def identity(self, what: str) -> str:
         """Identity of the `model`, `vae`, `text` or `vision` weights: names, shapes and a sample of the numbers."""
