@@ -40,7 +40,14 @@ class TrainConfig:
     )
     base: str = setting(
         "",
-        "Checkpoint of the base model: a path, or a name in ComfyUI's checkpoints folder. The node has MODEL instead.",
+        "Checkpoint or diffusion model of the base: a path, or a name in ComfyUI's checkpoints or diffusion_models "
+        "folder. The node has MODEL instead.",
+        is_path=True,
+    )
+    clip: tuple[str, ...] = setting(
+        (),
+        "Files of the text encoders, paths or names in ComfyUI's text_encoders folder, where the base's file holds "
+        "none; empty = the checkpoint's. The node has CLIP instead.",
         is_path=True,
     )
     vae: str = setting(
@@ -134,7 +141,7 @@ class TrainConfig:
         choices=tuple(OPTIMIZERS),
         fixed_on_resume=True,
     )
-    learning_rate: float = setting(1e-5, "Learning rate of the UNet's weights.", low=0, high=10)
+    learning_rate: float = setting(1e-5, "Learning rate of the base's weights.", low=0, high=10)
     control_learning_rate: float = setting(1e-4, "Learning rate of the encoder or the control stream.", low=0, high=10)
     beta1: float = setting(0.9, "Decay of the first moment.", low=0, high=0.9999999)
     beta2: float = setting(0.999, "Decay of the second moment.", low=0, high=0.9999999)

@@ -264,3 +264,14 @@ def test_a_text_keeps_its_length_its_mask_and_its_pooled_vector() -> None:
     assert found["context"].shape == (1, 3, 5) and found["context"].dtype is torch.float32
     assert found["mask"].dtype is torch.int64 and found["mask"].tolist() == [[1, 1, 0]], "ones and zeros stay such"
     assert found.keys() == {"context", "mask"}
+
+
+@each
+def test_steps_in_bf16_are_near_those_in_fp32(family: str) -> None:
+    """The base computes in bf16; what trains stays in fp32."""
+    losses = []
+    for precision in ("fp32", "bf16"):
+        loop = loop_of(family, precision=precision, batch_size=2, checkpointing=True)
+        losses.append(take_steps(loop, 2))
+        assert {parameter.dtype for parameter in loop.parameters.values()} == {torch.float32}
+    assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[1] != losses[0]

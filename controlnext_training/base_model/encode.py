@@ -26,7 +26,7 @@ ENCODERS = {"vae": "vae", "clip": "text", "vision": "vision"}
 """Field of a BaseWithEncoders -> the name of its weights in `identity`."""
 MISSING = {
     "vae": "vae: the checkpoint holds none. Connect a VAE, or set vae to a file that holds one.",
-    "clip": "clip: this base needs its text encoder. Connect CLIP of the same checkpoint.",
+    "clip": "clip: this base needs its text encoder. Connect CLIP of the same checkpoint, or set clip to its files.",
     "vision": "clip_vision: SVD needs its image encoder. Connect CLIP_VISION of the same checkpoint.",
 }
 """Field -> the error where a family needs that encoder and a run has none."""

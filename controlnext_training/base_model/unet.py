@@ -13,13 +13,15 @@ import comfy.lora
 import comfy.ops
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
-from comfy.model_patcher import ModelPatcher
+from comfy.model_patcher import ModelPatcher, get_key_weight
 from torch import Tensor, nn
 
 from ...controlnext_core.comfy_adapter.files.weights import base_weights
 from ...controlnext_core.unet_weights import HOST_PREFIX
 from .families import family_of
 from .stored import operations
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def training_unet(model: ModelPatcher, dtype: torch.dtype, device: torch.device, narrow: bool = False) -> nn.Module:
@@ -47,14 +49,26 @@ def training_unet(model: ModelPatcher, dtype: torch.dtype, device: torch.device,
 
 
 def _weights_of(model: ModelPatcher) -> Callable[[str], Tensor | None]:
-    """Look up a weight or buffer by its host name, before any patch; None for a name that the model lacks."""
+    """Look up a weight or buffer by its host name, before any patch; None for a name that the model lacks.
+
+    Weights in fp8 without a scale stay in fp8: widening them is exact, and can wait until they are used.
+    """
     weights, rest = base_weights(model), dict(model.model.diffusion_model.named_buffers())
+    stored = model.get_key_patches(HOST_PREFIX)
 
     def look_up(name: str) -> Tensor | None:
+        if name in stored and _is_plain_fp8(model, name, stored[name][0][0]):
+            return stored[name][0][0].detach().cpu()
         found = weights(name)
         return rest.get(name.removeprefix(HOST_PREFIX)) if found is None else found  # not every buffer is stored
 
     return look_up
+
+
+def _is_plain_fp8(model: ModelPatcher, name: str, weight: Tensor) -> bool:
+    """True: these are the numbers themselves. False: another format, or the layer has a scale for them."""
+    _, _, convert = get_key_weight(model.model, name)
+    return type(weight.detach()) is Tensor and weight.dtype in FP8 and convert is None
 
 
 def _patched(model: ModelPatcher, name: str, weight: Tensor) -> Tensor:
