@@ -75,7 +75,7 @@ class StockCopy:
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, run, options, is_model_options=False)
 
     def save(
-        self, stem: Path, weights: Mapping[str, Tensor], layout: str, dtype: torch.dtype, facts: Mapping[str, str]
+        self, stem: Path, weights: Mapping[str, Any], layout: str, dtype: torch.dtype, facts: Mapping[str, str]
     ) -> Path:
         """The host's names, as its own loader takes them. weights: none, since the base does not train."""
         path = stem.with_name(f"{stem.name}.safetensors")

@@ -86,7 +86,7 @@ class Fusion:
 class DefaultDifferences:
     """Weight differences that a variant has where nobody says otherwise."""
 
-    subset: str = "attention_out"
+    subset: str = "to_out"
     """A named subset of the family's base (`Base.trainable`)."""
     rank: int = 16
     """Of the two factors; 0 = whole differences."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ..controlnext_core.encodable import cut
 from ..controlnext_core.file_names import problem_of_control
 from ..controlnext_core.hints import HINTS
-from .choices import AUTO, FUSIONS, LAYOUTS, SUBSETS, VARIANTS
+from .choices import AUTO, BLOCK_GROUPS, FUSIONS, LAYOUTS, VARIANTS, rank_of, subsets_of
 from .data.samples import PAIRED
 from .objective import OBJECTIVES, TIMESTEP_LAWS
 from .optimizers import OPTIMIZERS
@@ -23,7 +23,6 @@ from .schedules import SCHEDULES, Schedule
 from .settings import ConfigError as ConfigError
 from .settings import last_names, setting, settings_of
 
-BLOCK_SIDES = ("input", "middle", "output")
 MANY = 10_000_000
 """Largest number of steps."""
 
@@ -41,7 +40,14 @@ class TrainConfig:
     )
     base: str = setting(
         "",
-        "Checkpoint of the base model: a path, or a name in ComfyUI's checkpoints folder. The node has MODEL instead.",
+        "Checkpoint or diffusion model of the base: a path, or a name in ComfyUI's checkpoints or diffusion_models "
+        "folder. The node has MODEL instead.",
+        is_path=True,
+    )
+    clip: tuple[str, ...] = setting(
+        (),
+        "Files of the text encoders, paths or names in ComfyUI's text_encoders folder, where the base's file holds "
+        "none; empty = the checkpoint's. The node has CLIP instead.",
         is_path=True,
     )
     vae: str = setting(
@@ -49,14 +55,24 @@ class TrainConfig:
     )
     trainable: str = setting(
         "to_out",
-        "UNet weights that train beside the encoder: none, to_out, attn2_to_out, up_to_out, all, or re:EXPRESSION over "
-        "published names.",
+        "Weights of the base that train beside the encoder: none, to_out (output projections of attention), all; of a "
+        "UNet also attn2_to_out, up_to_out; of Lumina2 and Z-Image refiners_too; or re:EXPRESSION over published names "
+        "(UNet) or ComfyUI's names (transformer).",
         fixed_on_resume=True,
     )
     blocks: str = setting(
         "",
-        "Blocks of the host's UNet to which trainable is limited: input, middle, output, or input.0-5, ... with "
-        "commas; two controls trained on disjoint blocks can be combined. Empty = all blocks.",
+        "Blocks of the base to which trainable is limited, with commas: input, middle, output or input.0-5 of a UNet; "
+        "joint.0-11, double, single, refiner of a transformer. Two controls of disjoint blocks can be used together. "
+        "Empty = all blocks; for qwen_image joint.0-29.",
+        fixed_on_resume=True,
+    )
+    rank: int = setting(
+        -1,
+        "Rank of the differences of the base's matrices, as up @ down; 0 = whole differences, -1 = the variant's own: "
+        "16 for a transformer, whole for a UNet.",
+        low=-1,
+        high=1024,
         fixed_on_resume=True,
     )
     fusion: str = setting(
@@ -125,7 +141,7 @@ class TrainConfig:
         choices=tuple(OPTIMIZERS),
         fixed_on_resume=True,
     )
-    learning_rate: float = setting(1e-5, "Learning rate of the UNet's weights.", low=0, high=10)
+    learning_rate: float = setting(1e-5, "Learning rate of the base's weights.", low=0, high=10)
     control_learning_rate: float = setting(1e-4, "Learning rate of the encoder or the control stream.", low=0, high=10)
     beta1: float = setting(0.9, "Decay of the first moment.", low=0, high=0.9999999)
     beta2: float = setting(0.999, "Decay of the second moment.", low=0, high=0.9999999)
@@ -170,6 +186,13 @@ class TrainConfig:
         AUTO,
         "Distribution of the timesteps: auto (uniform; svd_cosine for SVD), uniform, logit_normal or svd_cosine.",
         choices=(AUTO, *TIMESTEP_LAWS),
+    )
+    guidance: float = setting(
+        1.0,
+        "Guidance scale that a guidance-distilled base (Flux.1 dev) is told while the control trains; other bases are "
+        "told none.",
+        low=0,
+        high=100,
     )
     min_snr_gamma: float = setting(0.0, "Loss weight min(SNR, gamma) / SNR; 0 = off. 5 is common.", low=0, high=1e6)
     noise_offset: float = setting(
@@ -220,8 +243,8 @@ class TrainConfig:
     keep_states: int = setting(2, "Newest saved states to keep; older ones are deleted.", low=1, high=1000)
     layout: str = setting(
         "single",
-        "Layout of the trained file: single, or published (names as the authors' scripts read them); xs: xs_official "
-        "or xs_diffusers.",
+        "Layout of the trained file: single, or published (names as the authors' scripts read them); transformer: lora "
+        "(a folder with the differences as a LoRA); xs: xs_official or xs_diffusers.",
         choices=tuple(dict.fromkeys(layout for layouts in LAYOUTS.values() for layout in layouts)),
     )
     save_dtype: str = setting(
@@ -235,6 +258,9 @@ class TrainConfig:
     validation_samples: int = setting(4, "Pictures of a validation grid.", low=1, high=64)
     validation_steps: int = setting(20, "Sampler steps of a validation picture.", low=1, high=1000)
     validation_cfg: float = setting(5.0, "Guidance scale of a validation picture.", low=0, high=100)
+    validation_guidance: float = setting(
+        3.5, "Guidance scale that a guidance-distilled base is told for a validation picture.", low=0, high=100
+    )
     tensorboard: bool = setting(
         False, "Write TensorBoard events, where it is installed. JSON lines are always written."
     )
@@ -266,10 +292,13 @@ class TrainConfig:
                     f"trainable: {self.trainable[3:][:MAX_LETTERS]!r} is no regular expression that is supported "
                     f"({error}). Write one such as re:attn2.*to_(out|v)."
                 ) from None
-        elif self.trainable not in SUBSETS:
+        elif self.trainable not in subsets_of(self.variant):
             raise ConfigError(
-                f"trainable: {self.trainable[:MAX_LETTERS]!r} is unknown. Choose {', '.join(SUBSETS)} or re:EXPRESSION."
+                f"trainable: {self.trainable[:MAX_LETTERS]!r} is unknown for {self.variant}. Choose "
+                f"{', '.join(subsets_of(self.variant))} or re:EXPRESSION."
             )
+        if self.layout == "published" and rank_of(self.variant, self.rank):
+            raise ConfigError(f"rank: {self.rank} has no published layout. Set layout = single, or rank = 0.")
         parse_blocks(self.blocks)
 
     @property
@@ -304,10 +333,10 @@ def parse_blocks(text: str) -> dict[str, range | None]:
     """
     found: dict[str, range | None] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
-        match = re.fullmatch(r"(input|middle|output)(?:\.(\d{1,4})(?:-(\d{1,4}))?)?", part)
+        match = re.fullmatch(rf"({'|'.join(BLOCK_GROUPS)})(?:\.(\d{{1,4}})(?:-(\d{{1,4}}))?)?", part)
         if match is None or match[1] in found:
             raise ConfigError(
-                f"blocks: {cut(repr(part))} is not understood. Write each of {', '.join(BLOCK_SIDES)} at most once, "
+                f"blocks: {cut(repr(part))} is not understood. Write each of {', '.join(BLOCK_GROUPS)} at most once, "
                 "with or without numbers: input.0-5, middle, output.3."
             )
         first = match[2]

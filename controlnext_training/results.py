@@ -52,7 +52,7 @@ def finished_file(
     if group.is_main:
         facts = _facts(config, files, losses)
         stem = free_target(files, config)
-        weights = controlled.published_differences()
+        weights = controlled.differences.by_weight()
         try:
             path = controlled.control.save(stem, weights, config.layout, DTYPES[config.save_dtype], facts)
             controlled.control.check(checkpoint.peek(path))

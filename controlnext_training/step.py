@@ -88,12 +88,13 @@ def draw(
     )
 
 
-def conditions_of(sample: Encoded, given: dict[str, Tensor], controlled: Controlled) -> Any:
-    """The host's conditions of a sample, made of what its encoders gave."""
+def conditions_of(
+    sample: Encoded, given: dict[str, Tensor], controlled: Controlled, guidance: float | None = None
+) -> Any:
+    """The host's conditions of a sample, made of what its encoders gave; guidance: as for `Controlled.conditions`."""
     sizes = Sizes(sample.original_size, sample.crop, sample.size)
-    return controlled.conditions(
-        sample.latent.to(controlled.device), {name: t.to(controlled.device) for name, t in given.items()}, sizes
-    )
+    on_device = {name: t.to(controlled.device) for name, t in given.items()}
+    return controlled.conditions(sample.latent.to(controlled.device), on_device, sizes, guidance)
 
 
 def _region(samples: Sequence[Encoded], config: TrainConfig, latent: Tensor) -> Tensor | None:

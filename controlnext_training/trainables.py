@@ -1,7 +1,7 @@
 """Trainable weights of the base, as differences, because a difference is saved and loaded.
 
 The base's weight stays frozen in its own dtype; the layer computes with base + difference, formed in fp32, exactly
-as the host does when the saved file is put on a model.
+as the host does when the saved file is put on a model. A difference is one tensor, or the product of two thin ones.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..controlnext_core.key_maps import KeyMap, as_target
-from .choices import SUBSETS
+from ..controlnext_core.low_rank import DOWN, UP, Difference, LowRank
+from .choices import SIDES, SUBSETS
 from .config import ConfigError, parse_blocks
 from .patterns import Pattern
-
-SIDES = {"input": "input_blocks.", "middle": "middle_block.", "output": "output_blocks."}
-"""Side of the UNet in a setting -> start of the host's names."""
+from .seeding import generator
 
 
 class AddBase(nn.Module):
@@ -37,62 +37,131 @@ class AddBase(nn.Module):
         return self.base.to(difference.device, torch.float32) + difference
 
 
+class AddProduct(AddBase):
+    """Parametrization: base + up @ down in fp32."""
+
+    def __init__(self, base: Tensor, up: Tensor, down: Tensor) -> None:
+        super().__init__(base)
+        self.start = (up, down)
+
+    def forward(self, up: Tensor, down: Tensor) -> Tensor:  # type: ignore[override]
+        """up: (out, rank), down: (rank, in), fp32. Returns the layer's weight in fp32 on their device."""
+        return super().forward(up @ down)
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors at the start; torch asks for them once, to have something to train."""
+        return self.start
+
+
 @dataclass(frozen=True)
 class Differences:
-    """The differences that train, by host name."""
+    """The differences that train, by host name; of a low-rank one `NAME.up` and `NAME.down`."""
 
     parameters: dict[str, nn.Parameter]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Differences by host name, without gradients."""
+        """The tensors by name, without gradients."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
+    def by_weight(self) -> dict[str, Difference]:
+        """Differences by the host name of their weight, in fp32 on the CPU."""
+        tensors = {name: tensor.cpu() for name, tensor in self.tensors().items()}
+        found: dict[str, Difference] = {}
+        for name, tensor in tensors.items():
+            if name.endswith(UP):
+                weight = name.removesuffix(UP)
+                found[weight] = LowRank(tensor, tensors[weight + DOWN])
+            elif not name.endswith(DOWN):
+                found[name] = tensor
+        return found
+
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy values by host name into the parameters. Raises ValueError where the names differ."""
-        if tensors.keys() != self.parameters.keys():
-            wrong = sorted(tensors.keys() ^ self.parameters.keys())
+        """Copy values by name into the parameters. Raises ValueError where the names or the shapes differ."""
+        wrong = sorted(tensors.keys() ^ self.parameters.keys()) or sorted(
+            name for name, tensor in tensors.items() if tensor.shape != self.parameters[name].shape
+        )
+        if wrong:
             raise ValueError(
-                f"{len(wrong)} weights are not those that train, first {wrong[0]}. Set trainable and blocks as they "
-                "were when the file was trained."
+                f"{len(wrong)} weights are not those that train, first {wrong[0]}. Set trainable, blocks and rank as "
+                "they were when the file was trained."
             )
         with torch.no_grad():
             for name, tensor in tensors.items():
                 self.parameters[name].copy_(tensor)
 
 
-def selected(key_map: KeyMap, trainable: str, blocks: str) -> list[str]:
-    """Host names of the UNet's tensors that train, sorted.
+def selected(
+    key_map: KeyMap,
+    trainable: str,
+    blocks: str,
+    subsets: Mapping[str, str] = SUBSETS,
+    sides: Mapping[str, str] = SIDES,
+) -> list[str]:
+    """Host names of the base's tensors that train, sorted.
 
-    trainable: a key of SUBSETS or `re:EXPRESSION` (a `Pattern`), over published names; blocks: as `parse_blocks` reads
-    it. Raises ConfigError where a choice other than `none` selects nothing.
+    trainable: a key of `subsets` or `re:EXPRESSION` (a `Pattern`), over the names that `key_map` maps from; blocks: as
+    `parse_blocks` reads it; sides: start of the host's names of each group of blocks. Raises ConfigError where a choice
+    other than `none` selects nothing, and for a group of blocks that the base lacks.
     """
-    search = Pattern(trainable[3:]).search if trainable.startswith("re:") else re.compile(SUBSETS[trainable]).search
-    sides = parse_blocks(blocks)
+    search = Pattern(trainable[3:]).search if trainable.startswith("re:") else re.compile(subsets[trainable]).search
+    chosen_blocks = parse_blocks(blocks)
+    if absent := [side for side in chosen_blocks if side not in sides]:
+        raise ConfigError(f"blocks: this base has no blocks named {absent[0]}. Choose {', '.join(sides)}.")
+    wanted = {sides[side]: numbers for side, numbers in chosen_blocks.items()}
     names = {as_target(target).name for published, target in key_map.items() if search(published)}
-    chosen = sorted(name for name in names if not sides or _inside(name, sides))
+    chosen = sorted(name for name in names if not wanted or _inside(name, wanted))
     if not chosen and trainable != "none":
         raise ConfigError(
             f"trainable: {trainable!r} in blocks {blocks or 'of every kind'!r} selects none of the {len(key_map)} "
-            "weights of this UNet. Set trainable = none to train the encoder alone."
+            "weights of this base. Set trainable = none to train the encoder alone."
         )
     return chosen
 
 
-def _inside(name: str, sides: Mapping[str, range | None]) -> bool:
-    for side, numbers in sides.items():
-        if name.startswith(SIDES[side]):
+def _inside(name: str, wanted: Mapping[str, range | None]) -> bool:
+    """wanted: start of the host's names -> numbers of blocks, None for all."""
+    for start, numbers in wanted.items():
+        if name.startswith(start):
             return numbers is None or int(name.split(".")[1]) in numbers
     return False
 
 
-def train_differences(unet: nn.Module, names: list[str], device: torch.device) -> Differences:
-    """Make the tensors of these names base + difference; the difference, zero on `device`, trains."""
-    parameters = {}
+def train_differences(
+    network: nn.Module, names: list[str], device: torch.device, rank: int = 0, seed: int = 0
+) -> Differences:
+    """Make the tensors of these names base + difference; the difference, zero at the start, trains on `device`.
+
+    rank: of the differences of matrices, 0 for whole ones; a matrix that is no wider than the rank, and what is no
+    matrix, has a whole one. seed: of the factors that do not start at zero.
+    """
+    parameters: dict[str, nn.Parameter] = {}
     for name in names:
         path, _, leaf = name.rpartition(".")
-        module = unet.get_submodule(path)
+        module = network.get_submodule(path)
         base: Tensor = getattr(module, leaf).detach()
+        if rank and base.ndim == 2 and rank < min(base.shape):
+            up, down = _train_product(module, leaf, base, *_factors(base.shape, rank, device, seed, name))
+            parameters[name + UP], parameters[name + DOWN] = up, down
+            continue
         module.register_parameter(leaf, nn.Parameter(torch.zeros(base.shape, dtype=torch.float32, device=device)))
         parametrize.register_parametrization(module, leaf, AddBase(base))
         parameters[name] = module.parametrizations[leaf].original  # type: ignore[union-attr, index]
     return Differences(parameters)
+
+
+def _factors(shape: torch.Size, rank: int, device: torch.device, seed: int, name: str) -> tuple[Tensor, Tensor]:
+    """(up of zeros, down uniform within 1 / sqrt(in)), so that their product is zero and has a gradient.
+
+    Source: Hu et al. 2021 (LoRA), and its released code.
+    """
+    down = torch.rand(rank, shape[1], generator=generator(seed, f"low rank {name}", 0)) * 2 - 1
+    return torch.zeros(shape[0], rank, device=device), (down * shape[1] ** -0.5).to(device)
+
+
+def _train_product(
+    module: nn.Module, leaf: str, base: Tensor, up: Tensor, down: Tensor
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """The two parameters; `unsafe`, since the weight that they make is in fp32 whatever the base's is in."""
+    parametrize.register_parametrization(module, leaf, AddProduct(base, up, down), unsafe=True)
+    made: Any = module.parametrizations[leaf]  # type: ignore[index]
+    return made.original0.requires_grad_(True), made.original1.requires_grad_(True)

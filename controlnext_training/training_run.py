@@ -167,7 +167,7 @@ def open_run(
 
 
 def _check_same_run(found: state.State, config: TrainConfig, base: BaseWithEncoders) -> None:
-    old, new = found.facts["config"], json.loads(config.to_json())
+    old, new = _config_of(found), json.loads(config.to_json())
     fixed = [key for key, facts in SETTINGS.items() if facts.fixed_on_resume]
     changed = [f"{key} was {old[key]!r} and is {new[key]!r}" for key in fixed if old[key] != new[key]]
     if found.facts["base"] != base.identity("model"):
@@ -182,6 +182,11 @@ def _check_same_run(found: state.State, config: TrainConfig, base: BaseWithEncod
             f"resume: {found.folder} is of another run: {'; '.join(changed)}. Set these back, or set resume = false "
             "or another output_name to start a new run."
         )
+
+
+def _config_of(found: state.State) -> dict[str, Any]:
+    """The configuration of a saved state; settings that came later have the defaults, with which it was run."""
+    return json.loads(TrainConfig().to_json()) | found.facts["config"]
 
 
 def resume(run: TrainingRun, found: state.State, observer: Observer) -> None:
@@ -199,11 +204,8 @@ def resume(run: TrainingRun, found: state.State, observer: Observer) -> None:
         else:
             run.ema.load_state_dict(average)
     run.losses = found.tensors("losses")["loss"].tolist()
-    changed = [
-        f"{key} {found.facts['config'].get(key)!r} -> {value!r}"
-        for key, value in json.loads(run.config.to_json()).items()
-        if found.facts["config"].get(key) != value
-    ]
+    old, new = _config_of(found), json.loads(run.config.to_json())
+    changed = [f"{key} {old[key]!r} -> {value!r}" for key, value in new.items() if old[key] != value]
     if (before := found.facts.get("processes", 1)) != run.group.size:
         changed.append(f"processes {before} -> {run.group.size}")
     observer.say(

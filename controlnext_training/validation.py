@@ -164,8 +164,8 @@ class Validator:
         latents = sample_pictures(
             controlled,
             noise,
-            [conditions_of(sample, sample.given, controlled)],
-            [conditions_of(sample, self.store.empty(sample), controlled)],
+            [conditions_of(sample, sample.given, controlled, self.config.validation_guidance)],
+            [conditions_of(sample, self.store.empty(sample), controlled, self.config.validation_guidance)],
             sample.hint.to(controlled.device),
             steps=self.config.validation_steps,
             cfg=self.config.validation_cfg,

@@ -63,7 +63,7 @@ def test_the_encoder_of_a_row_is_the_released_one(name: str) -> None:
 def test_a_row_of_a_transformer_is_the_rule_of_sd15_with_tokens_for_pixels(name: str) -> None:
     spec, sd15 = SPECS[name], SPECS["sd15"]
     assert spec.build == "gen2" and spec.source and spec.title
-    assert spec.differences is not None and spec.differences.subset == "attention_out"
+    assert spec.differences is not None and spec.differences.subset == "to_out"
     tokens = {"site": Site.AFTER_JOINT_0, "project_last": True}
     assert spec.fusion == dataclasses.replace(sd15.fusion, **tokens)
 

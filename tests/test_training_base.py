@@ -220,7 +220,7 @@ def test_checkpointing_keeps_little_of_the_encoder(loaded_studio: Studio) -> Non
         control: Any = controlled_on(loaded_studio.model, checkpointing=checkpointing).control
         hint = picture().movedim(-1, 1).contiguous()
         with Allocations([hint, *control.net.parameters()]) as made:
-            encoded = control._encode(hint, torch.ones(1))
+            encoded = control._encode(hint, torch.ones(1), (CELLS // 2, CELLS // 2))
         kept.append(sum(size for reference, size in made.live.values() if not reference.expired()))
         assert encoded.requires_grad
     assert kept[1] < 0.3 * kept[0]

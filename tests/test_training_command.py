@@ -133,7 +133,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(host: Path, recipe: Path) -> 
         (["--data", "nowhere"], "nowhere"),
         (["--base", "nothing.safetensors"], "base: neither"),
         (["--base", "damaged.safetensors"], "damaged.safetensors: cannot be read"),
-        (["--base", "other.safetensors"], "other.safetensors is no checkpoint that ComfyUI knows"),
+        (["--base", "other.safetensors"], "other.safetensors is no model that ComfyUI knows"),
         (["--variant", "sdxl"], "is a SDXL control (sdxl), but the connected model is SD1.5"),
         (["--comfyui", "x"], "stands before CONFIG.toml"),
         (["steps=5"], "Write settings as --steps 1000"),
@@ -199,6 +199,20 @@ def test_relative_paths_are_seen_from_the_recipe_and_drawn_data_is_no_path() -> 
         (str(Path("there") / "b"),),
         str(Path("there") / "c.safetensors"),
     )
+
+
+@pytest.mark.comfy
+def test_the_recipe_of_a_transformer_ends_with_a_file_that_the_loader_takes(host: Path, tmp_path: Path) -> None:
+    """Fewer steps of it, with its one validation."""
+    folders = ["--runs-folder", str(tmp_path / "runs"), "--output-folder", str(tmp_path / "out")]
+    fewer = ["--steps", "4", "--batch-size", "2", "--validate-every", "4", "--validation-samples", "1"]
+    status, printed = train(host, str(TINY.with_name("tiny_transformer.toml")), *folders, *fewer)
+    assert status == 0, printed
+    (loss,) = journal.read(tmp_path / "runs" / "tiny_transformer", "validation", "loss").values()
+    path = tmp_path / "out" / "tiny_transformer.safetensors"
+    metadata = checkpoint.peek(path).metadata
+    assert loss > 0 and (metadata["controlnext.spec"], metadata["controlnext.rank"]) == ("sd3", "16")
+    assert sum(name.startswith("base.") for name in checkpoint.peek(path).shapes) == 4
 
 
 @pytest.mark.comfy

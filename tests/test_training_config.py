@@ -145,7 +145,7 @@ def test_every_number_has_bounds_and_every_switch_none() -> None:
 @pytest.mark.parametrize("key", CHOICES)
 def test_every_choice_is_allowed_and_nothing_else(key: str) -> None:
     for value in CHOICES[key]:
-        needs = {"variant": XS} if value in OF_XS else {}
+        needs = {"variant": XS} if value in OF_XS else {"variant": "sd3"} if value == "lora" else {}
         assert getattr(TrainConfig(**{key: value} | needs), key) == value
     for wrong in ("", "no_such", CHOICES[key][0].upper() + "x"):
         with pytest.raises(ConfigError, match=rf"^{key}: '{wrong}' is unknown\. Choose one of .*{CHOICES[key][-1]}"):
@@ -154,7 +154,7 @@ def test_every_choice_is_allowed_and_nothing_else(key: str) -> None:
 
 
 def test_the_choices_are_those_of_the_tables_they_come_from() -> None:
-    assert CHOICES["variant"] == (*(name for name in SPECS if not SPECS[name].on_transformer), XS)
+    assert CHOICES["variant"] == (*SPECS, XS)
     assert CHOICES["fusion"] == tuple(FUSIONS) == ("released", "paper", "zero_conv", "add")
     assert FIELDS["trainable"].default in SUBSETS
 
@@ -171,9 +171,15 @@ def test_the_choices_are_those_of_the_tables_they_come_from() -> None:
         ({"layout": "xs_official"}, "layout: xs_official is not for sd15. Choose single or published"),
         ({"layout": "published", "variant": "xs"}, "layout: published is not for xs. Choose single or xs_official"),
         ({"trainable": "re:("}, "trainable: '.' is no regular expression"),
-        ({"trainable": "to_in"}, "trainable: 'to_in' is unknown. Choose none, to_out"),
+        ({"trainable": "to_in"}, "trainable: 'to_in' is unknown for sd15. Choose none, to_out"),
         ({"blocks": "input, input.2"}, "blocks: 'input.2' is not understood"),
         ({"blocks": "down"}, "blocks: 'down' is not understood. Write each of input, middle, output"),
+        (
+            {"trainable": "up_to_out", "variant": "sd3"},
+            "trainable: 'up_to_out' is unknown for sd3. Choose none, to_out",
+        ),
+        ({"layout": "published", "variant": "sd3"}, "layout: published is not for sd3. Choose single or lora"),
+        ({"layout": "published", "rank": 8}, "rank: 8 has no published layout. Set layout = single, or rank = 0"),
     ],
 )
 def test_what_cannot_be_is_refused_with_a_remedy(settings: dict[str, Any], message: str) -> None:

@@ -52,9 +52,9 @@ class Encoders:
     def tokenize(self, caption: str) -> str:
         return caption
 
-    def encode_from_tokens(self, caption: str, return_pooled: bool) -> tuple[Tensor, None]:
+    def encode_from_tokens(self, caption: str, return_dict: bool) -> dict[str, Any]:
         self.calls.append(f"text {caption}")
-        return torch.full((1, 2, 3), float(len(caption))), None
+        return {"cond": torch.full((1, 2, 3), float(len(caption))), "pooled_output": None}
 
     def encode_image(self, frame: Tensor) -> Any:
         self.calls.append("reference")

@@ -126,6 +126,21 @@ def test_a_control_is_trained_and_used_in_one_graph(server: ComfyServer, tiny: T
     assert len(run.outputs["data"]["images"]) == 1, "the contact sheet of the dataset"
 
 
+def test_a_control_for_a_transformer_is_trained_and_used_in_one_graph(
+    server: ComfyServer, tiny: TinyModels, shapes: str
+) -> None:
+    """SD3 from one file: CLIP, VAE and MODEL of Load Checkpoint, as for the others."""
+    workflow = graph(tiny, shapes, variant="sd3", output_name="transformer", learning_rate=1e-2)
+    workflow["checkpoint"] = node("CheckpointLoaderSimple", ckpt_name=tiny.names["transformer"])
+    workflow["train"]["inputs"]["config"] += "checkpointing = true\n"
+    run = server.run(workflow)
+    path = Path(run.outputs["path"]["text"][0])
+    assert (peek(path).metadata["controlnext.spec"], peek(path).metadata["controlnext.rank"]) == ("sd3", "16")
+    trained = latents(server, run)
+    without = dict(workflow) | {"sample": sampler(["checkpoint", 0])}
+    assert trained.shape[1] == 16 and not torch.equal(trained, latents(server, server.run(without)))
+
+
 def server_log(server: ComfyServer, since: int) -> str:
     return "\n".join(server.log_lines()[since:])
 

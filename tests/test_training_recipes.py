@@ -16,8 +16,16 @@ FOLDER = Path(__file__).resolve().parents[1] / "controlnext_training" / "recipes
 RECIPES = {path.stem: path for path in sorted(FOLDER.glob("*.toml"))}
 NO_TRAINER = {"sd15_legacy", "sdxl_july", "sdxl_june"}
 """Published variants of which no trainer and no training facts are known."""
-OURS = {"tiny", "demo_edges", "demo_mask", "demo_depth", "demo_xs"}
+OURS = {"tiny", "tiny_transformer", "demo_edges", "demo_mask", "demo_depth", "demo_xs"}
 """Recipes of our own, for small bases."""
+TRANSFORMERS = {
+    "sd35_medium": "sd3",
+    "flux": "flux",
+    "chroma": "chroma",
+    "qwen_image": "qwen_image",
+    "z_image": "z_image",
+}
+"""Recipes for bases of which nobody has released a trainer, and their variants."""
 
 each = pytest.mark.parametrize("name", RECIPES)
 
@@ -43,7 +51,14 @@ def test_a_recipe_says_where_its_numbers_come_from(name: str) -> None:
 def test_every_variant_with_a_known_trainer_has_a_recipe() -> None:
     trained = {config(name).variant for name in RECIPES}
     of_unets = {name for name, spec in SPECS.items() if not spec.on_transformer}
-    assert trained == (of_unets - NO_TRAINER) | {XS}
+    assert trained == (of_unets - NO_TRAINER) | {XS} | set(TRANSFORMERS.values())
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_recipe_of_a_transformer_says_that_it_was_not_tried(name: str) -> None:
+    found = config(name)
+    assert found.variant == TRANSFORMERS[name] and found.clip and found.checkpointing and found.rank == 16
+    assert "Not tried at full size" in RECIPES[name].read_text("utf-8").split("\n\n")[0]
 
 
 ADAMW = {"optimizer": "adamw", "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.01, "adam_eps": 1e-8}
@@ -112,7 +127,7 @@ def test_a_recipe_has_the_numbers_of_its_released_trainer(name: str) -> None:
 
 
 def test_every_recipe_but_our_own_is_checked_against_published_numbers() -> None:
-    assert set(RECIPES) - OURS == set(PUBLISHED)
+    assert set(RECIPES) - OURS == set(PUBLISHED) | set(TRANSFORMERS)
 
 
 def test_no_released_trainer_took_what_came_later() -> None:

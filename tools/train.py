@@ -13,8 +13,8 @@ from .comfy_server import COMFY_BASE, device_arguments
 from .environment import PATIENT_THREADS, SetupError
 from .launcher import declare_missing_torchvision_ops
 
-TINY = "tiny_sd15.ckpt"
-"""A base with random weights, made where it is missing."""
+TINY = ("tiny_sd15.ckpt", "tiny_sd3.ckpt")
+"""Bases with random weights, made where they are missing."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +79,7 @@ def run_train(options: argparse.Namespace, host: Path, own: bool) -> int:
     base = host if own else COMFY_BASE
     try:
         config = make_config(settings(options.settings), read_recipe(recipe))
-        brought = config.base in (TINY, CHECKPOINT)
+        brought = config.base in (*TINY, CHECKPOINT)
         if not own or brought:
             make_demo_models(COMFY_BASE)
             install(COMFY_BASE, (CHECKPOINT,))

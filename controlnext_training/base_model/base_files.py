@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,65 +22,107 @@ HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def load_base(config: TrainConfig, folder: Path) -> BaseWithEncoders:
-    """The checkpoint that `config.base` names: a path (from `folder` on), or a name in the host's folders.
+    """The models that `config.base`, `clip` and `vae` name: paths (from `folder` on), or names in the host's folders.
 
-    Of a safetensors file the encoders can be released and read again. Raises ConfigError naming the key and what was
-    looked for, CheckpointError for a damaged file.
+    Encoders can be released and read again where the base is a safetensors file. Raises ConfigError naming the key and
+    what was looked for, CheckpointError for a damaged file.
     """
-    path = _find("base", config.base, "checkpoints", folder)
-    own_vae = _find("vae", config.vae, "vae", folder) if config.vae else None
-    header = checkpoint.peek(path) if path.suffix == ".safetensors" else None  # names a damaged file in words
-    on_cpu = device_of_host().type == "cpu"
-    halves = half_dtype(header) if header is not None and config.checkpointing and on_cpu else None
+    files = _Files.of(config, folder)
+    model, clip, vae, vision = files.read(*(part for part in PARTS if part not in files.apart))
+    base = BaseWithEncoders(model, vae, clip, vision, files.encoder if files.header is not None else None)
+    files.clip_type = base.family.clip_type
+    for name in files.apart:
+        setattr(base, name, files.encoder(name))
+    return base
+
+
+@dataclass
+class _Files:
+    """The files of a base and its encoders."""
+
+    base: Path
+    header: checkpoint.Header | None
+    """Of a safetensors file."""
+    clip: tuple[Path, ...]
+    """Text encoders in files of their own; () = in the base's file."""
+    vae: Path | None
+    """The autoencoder in a file of its own; None = in the base's file."""
+    options: dict[str, Any]
+    """The host's options for loading the network."""
+    clip_type: str = ""
+    """The host's name of the kind of text encoders that the base's family has; "" = SD1.5's, and what the host sees."""
+
+    @classmethod
+    def of(cls, config: TrainConfig, folder: Path) -> _Files:
+        path = _find("base", config.base, ("checkpoints", "diffusion_models"), folder)
+        header = checkpoint.peek(path) if path.suffix == ".safetensors" else None  # names a damaged file in words
+        on_cpu = device_of_host().type == "cpu"
+        halves = half_dtype(header) if header is not None and config.checkpointing and on_cpu else None
+        clip = tuple(_find("clip", name, ("text_encoders",), folder) for name in config.clip)
+        vae = _find("vae", config.vae, ("vae",), folder) if config.vae else None
+        return cls(path, header, clip, vae, {"dtype": halves} if halves else {})
+
+    @property
+    def apart(self) -> tuple[str, ...]:
+        """Encoders that have files of their own."""
+        return (*(["clip"] if self.clip else []), *(["vae"] if self.vae else []))
 
     @torch.inference_mode()
-    def read(*wanted: str) -> tuple[Any, ...]:
-        """(model, clip, vae, vision) of the checkpoint; None for a part that is not wanted."""
+    def read(self, *wanted: str) -> tuple[Any, ...]:
+        """(model, clip, vae, vision) of the base's file; None for a part that is not wanted, or not there."""
         try:
-            return comfy.sd.load_checkpoint_guess_config(
-                str(path),
+            if self.header is not None and not any(name.startswith(UNET_PREFIX) for name in self.header.shapes):
+                model = comfy.sd.load_diffusion_model(str(self.base), model_options=self.options)
+                return (model, None, None, None) if "model" in wanted else (None, None, None, None)
+            model, clip, vae, vision = comfy.sd.load_checkpoint_guess_config(
+                str(self.base),
                 output_model="model" in wanted,
                 output_clip="clip" in wanted,
                 output_vae="vae" in wanted,
                 output_clipvision="vision" in wanted,
-                model_options={"dtype": halves} if halves else {},
+                model_options=self.options,
             )
         except RuntimeError as error:
-            raise ConfigError(f"base: {path} is no checkpoint that ComfyUI knows. Choose another.") from error
+            raise ConfigError(f"base: {self.base} is no model that ComfyUI knows. Choose another.") from error
+        return model, clip, None if getattr(vae, "first_stage_model", None) is None else vae, vision
 
     @torch.inference_mode()
-    def encoder(name: str) -> Any:
-        if name == "vae" and own_vae is not None:
-            state, metadata = comfy.utils.load_torch_file(str(own_vae), safe_load=True, return_metadata=True)
+    def encoder(self, name: str) -> Any:
+        """An encoder, read from its file: one of PARTS."""
+        if name == "vae" and self.vae is not None:
+            state, metadata = comfy.utils.load_torch_file(str(self.vae), safe_load=True, return_metadata=True)
             return comfy.sd.VAE(sd=state, metadata=metadata)
-        return read(name)[PARTS.index(name)]
-
-    model, clip, vae, vision = read(*PARTS if own_vae is None else ("model", "clip", "vision"))
-    if own_vae is not None:
-        vae = encoder("vae")
-    return BaseWithEncoders(model, vae, clip, vision, encoder if header is not None else None)
+        if name == "clip" and self.clip:
+            kind = self.clip_type or "STABLE_DIFFUSION"
+            embeddings = folder_paths.get_folder_paths("embeddings")
+            paths = [str(path) for path in self.clip]
+            return comfy.sd.load_clip(paths, embeddings, clip_type=getattr(comfy.sd.CLIPType, kind))
+        return self.read(name)[PARTS.index(name)]
 
 
 def half_dtype(header: checkpoint.Header) -> torch.dtype | None:
-    """fp16 or bf16 where all weights of a file's UNet have it, else None. The host would widen them on a CPU.
+    """fp16 or bf16 where all weights of a file's network have it, else None. The host would widen them on a CPU.
 
     The numbers are the same; with checkpointing the trainer widens each where it is used.
     """
-    found = {dtype for name, dtype in header.dtypes.items() if name.startswith(UNET_PREFIX)}
+    inside = [name for name in header.dtypes if name.startswith(UNET_PREFIX)] or list(header.dtypes)
+    found = {header.dtypes[name] for name in inside}
     return HALVES.get(found.pop()) if len(found) == 1 else None
 
 
-def _find(key: str, name: str, kind: str, folder: Path) -> Path:
+def _find(key: str, name: str, kinds: tuple[str, ...], folder: Path) -> Path:
+    """kinds: the host's folders that are searched, in this order."""
+    where = " or ".join(kinds)
     if not name:
-        raise ConfigError(f"{key}: is empty. Set it to a checkpoint's path, or its name in ComfyUI's {kind} folder.")
+        raise ConfigError(f"{key}: is empty. Set it to a file's path, or its name in ComfyUI's {where} folder.")
     path = folder / name
     if path.is_file():
         return path
-    found = folder_paths.get_full_path(kind, name)
-    if found is None:
-        known = ", ".join(folder_paths.get_filename_list(kind)[:5]) or "none"
-        raise ConfigError(f"{key}: neither {path} nor {name} in ComfyUI's {kind} folder exists (there: {known}).")
-    return Path(found)
+    found = [there for kind in kinds if (there := folder_paths.get_full_path(kind, name)) is not None]
+    if not found:
+        known = ", ".join([file for kind in kinds for file in folder_paths.get_filename_list(kind)][:5]) or "none"
+        raise ConfigError(f"{key}: neither {path} nor {name} in ComfyUI's {where} folder exists (there: {known}).")
+    return Path(found[0])
 
 
 def control_folder() -> Path:

@@ -1,7 +1,8 @@
 """Conditions of a sample: how an encoder makes them from its caption or its reference frame, and how they drop out.
 
 Encoded conditions are tensors by name, on the CPU: `context` (1, T, D), the tokens that cross attention reads;
-`pooled` (1, P), one vector for the whole caption; `concat` (1, C, H/8, W/8), latents beside the noisy ones.
+`pooled` (1, P), one vector for the whole caption; `mask` (1, T), 0 where the context is padding, and absent where it is
+not padded; `concat` (1, C, H/8, W/8), latents beside the noisy ones. A context keeps the length its encoder gave it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ Tensors = dict[str, Tensor]
 Cached = Callable[[str, Callable[[], Tensors]], Tensors]
 """(key, encode) -> the tensors cached under the key; `encode` is called and its result cached where there are none."""
 
-HOST_NAMES = {"context": "cross_attn", "pooled": "pooled_output", "concat": "concat_latent_image"}
+HOST_NAMES = {
+    "context": "cross_attn",
+    "pooled": "pooled_output",
+    "mask": "attention_mask",
+    "concat": "concat_latent_image",
+}
 """Name of an encoded condition -> the argument of the host's `extra_conds` that takes it."""
 AUGMENTATION = 0.02
 """Standard deviation of the noise on SVD's reference frame. Source: the released trainer."""
@@ -114,11 +120,18 @@ class ReferenceFrame:
 
 
 def encode_text(clip: Any, caption: str) -> Tensors:
-    """`context` and `pooled` of a caption by the host's text encoder, fp32."""
+    """`context`, and `pooled` and `mask` where there are some, of a caption by the host's text encoder.
+
+    Fp32, but for the mask: the host tells a mask of zeros and ones from one to add by its being of integers.
+    """
     with torch.inference_mode():
-        context, pooled = clip.encode_from_tokens(clip.tokenize(caption), return_pooled=True)
-    found = {"context": context.float().cpu().clone()}
-    return found if pooled is None else {**found, "pooled": pooled.float().cpu().clone()}
+        given = clip.encode_from_tokens(clip.tokenize(caption), return_dict=True)
+    found = {"context": given["cond"], "pooled": given.get("pooled_output"), "mask": given.get("attention_mask")}
+    return {
+        name: (tensor.float() if tensor.is_floating_point() else tensor).cpu().clone()
+        for name, tensor in found.items()
+        if tensor is not None
+    }
 
 
 def encode_reference(vision: Any, vae: Any, frame: Tensor, noise: Tensor) -> Tensors:

@@ -1,5 +1,5 @@
-"""The base with its control as one module: noisy latents and conditions in, the UNet's own output out, from which the
-objective makes a loss."""
+"""The base with its control as one module: noisy latents and conditions in, the network's own output out, from which
+the objective makes a loss."""
 
 from __future__ import annotations
 
@@ -10,21 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from comfy.conds import CONDCrossAttn
 from comfy.model_patcher import ModelPatcher
+from comfy.model_sampling import CONST
 from comfy.samplers import cond_cat
 from torch import Tensor, nn
 
 from ...controlnext_core.comfy_adapter.bases.base import LoadedBase
 from ...controlnext_core.comfy_adapter.bases.table import loaded_base
-from ...controlnext_core.comfy_adapter.files.weights import base_weights
 from ...controlnext_core.key_maps import KeyMap
+from ...controlnext_core.low_rank import whole
+from ...controlnext_core.specs import SPECS
 from ...controlnext_core.unet_weights import published_names
+from ..choices import rank_of
 from ..config import TrainConfig
 from ..trainables import Differences, selected, train_differences
+from .blocks import host_in_training, prepare_blocks
 from .conditioning import host_arguments
 from .controls import MakeControl, TrainedControl, check_base, new_control, start_from
 from .families import PREDICTS, TrainedFamily, family_of
-from .unet import checkpoint_blocks, plain_attention, training_unet
+from .unet import plain_attention, training_unet
 
 Conditions = dict[str, Any]
 """Result of the host's `extra_conds` for one sample: name -> its COND object."""
@@ -75,28 +80,33 @@ class Controlled(nn.Module):
         super().__init__()
         self.facts: LoadedBase = loaded_base(model.model)
         self.family: TrainedFamily = family_of(model)
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.guidance = device, dtype, config.guidance
         self.control: TrainedControl = make(config, self.facts, device)
-        self.key_map: KeyMap = self.facts.key_map()
         stored_on = torch.device("cpu") if config.offload else device
         self.unet = training_unet(model, dtype, stored_on, narrow=config.checkpointing)
         trains_base = self.control.trains_base
-        names = selected(self.key_map, config.trainable, config.blocks) if trains_base else []
-        self.differences: Differences = train_differences(self.unet, names, device)
+        names = names_that_train(self.facts, self.unet, config) if trains_base else []
+        rank = rank_of(config.variant, config.rank)
+        self.differences: Differences = train_differences(self.unet, names, device, rank, config.seed)
         if config.init_control and trains_base:
-            start_from(self.differences, Path(config.init_control), self.key_map, base_weights(model))
-        if config.checkpointing:
-            checkpoint_blocks(self.unet, self.family.checkpointed)
+            start_from(self.differences, Path(config.init_control), self.facts, model)
+        prepare_blocks(self.unet, self.family.blocks, config.checkpointing, self.family.writes_in_place)
         self.net = self.control.net
-        # not sub-modules: they are the host's, and hold the UNet again
+        # not sub-modules: they are the host's, and hold the network again
+        sampling = _sampling_of(model)
         self._shells = (
-            _shell(model.model, self.unet, dtype, device, raw=True),
-            _shell(model.model, self.unet, dtype, device),
+            _shell(model.model, self.unet, _RawOutput(sampling), dtype, device),
+            _shell(model.model, self.unet, sampling, dtype, device),
         )
 
     @property
+    def key_map(self) -> KeyMap:
+        """Published name of each weight -> its name in this base. Raises ValueError where there are none."""
+        return self.facts.key_map()
+
+    @property
     def base(self) -> Any:
-        """The host's BaseModel with the training UNet inside."""
+        """The host's BaseModel with the training network inside."""
         return self._shells[1]
 
     @property
@@ -123,22 +133,32 @@ class Controlled(nn.Module):
     def _call(
         self, shell: Any, noisy: Tensor, sigma: Tensor, conditions: Sequence[Conditions], hint: Tensor, strength: float
     ) -> Tensor:
+        """One forward of the host for all samples, or one for each run of samples whose conditions join."""
+        ready = _ready(conditions, noisy.shape[0] // len(conditions), noisy.device)
+        parts = []
+        with host_in_training():
+            for samples in joined(ready):
+                rows = slice(samples.start * len(noisy) // len(ready), samples.stop * len(noisy) // len(ready))
+                parts.append(self._together(shell, noisy[rows], sigma[rows], ready[samples], hint[rows], strength))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _together(
+        self, shell: Any, noisy: Tensor, sigma: Tensor, ready: Sequence[Conditions], hint: Tensor, strength: float
+    ) -> Tensor:
         options: dict[str, Any] = {"optimized_attention_override": plain_attention}
         if strength:
-            alone = len(conditions) == 1  # all rows are of one time, and it is embedded once, as in inference
+            alone = len(ready) == 1  # all rows are of one time, and it is embedded once, as in inference
             timesteps = self.facts.row.encoder_time(shell.model_sampling, sigma[:1] if alone else sigma).float()
             self.control.join(options, tuple(noisy.shape), hint, timesteps, strength)
-        rows = noisy.shape[0] // len(conditions)
-        ready = [
-            {name: cond.process_cond(batch_size=rows, device=noisy.device, area=None) for name, cond in one.items()}
-            for one in conditions
-        ]
         return shell.apply_model(noisy, sigma, transformer_options=options, **cond_cat(ready))
 
-    def conditions(self, latent: Tensor, encoded: Mapping[str, Tensor], sizes: Sizes) -> Conditions:
+    def conditions(
+        self, latent: Tensor, encoded: Mapping[str, Tensor], sizes: Sizes, guidance: float | None = None
+    ) -> Conditions:
         """The host's conditions of one sample.
 
-        latent: (rows, C, H, W), for its shape; encoded: the tensors of the family's conditioning.
+        latent: (rows, C, H, W), for its shape; encoded: the tensors of the family's conditioning; guidance: what a
+        guidance-distilled base is told, None = the configuration's.
         """
         given: dict[str, Any] = {
             "noise": latent,
@@ -150,20 +170,66 @@ class Controlled(nn.Module):
             "target_height": sizes.target[0],
             "target_width": sizes.target[1],
             "latent_image": torch.zeros_like(latent),
+            "pooled_output": None,  # of a text encoder that gives none; some families look for it all the same
         }
-        return self.base.extra_conds(**given, **host_arguments(encoded), **self.family.constants)
+        if self.family.guided:
+            given["guidance"] = self.guidance if guidance is None else guidance
+        return self.base.extra_conds(**(given | host_arguments(encoded)), **self.family.constants)
 
     def published_differences(self) -> dict[str, Tensor]:
         """Learned differences of the base's weights under published names, in fp32 on the CPU."""
-        host = {name: t.cpu() for name, t in self.differences.tensors().items()}
+        host = {name: whole(difference) for name, difference in self.differences.by_weight().items()}
         return published_names(host, self.key_map) if host else {}
 
 
-def _shell(base: Any, unet: nn.Module, dtype: torch.dtype, device: torch.device, raw: bool = False) -> Any:
-    """The host's BaseModel around another UNet. Everything shared with `base` is only read.
+def names_that_train(facts: LoadedBase, network: nn.Module, config: TrainConfig) -> list[str]:
+    """Host names of the base's tensors that a configuration trains, sorted. Raises ConfigError."""
+    own = SPECS[config.variant].differences if config.variant in SPECS else None
+    if own is None:
+        return selected(facts.key_map(), config.trainable, config.blocks)
+    row = facts.row
+    blocks = config.blocks or (f"joint.0-{own.blocks - 1}" if own.blocks else "")
+    names = {name: name for name, _ in network.named_parameters()}
+    return selected(names, config.trainable, blocks, row.trainable, row.sides)
 
-    Relies on these attributes of the host: the sub-modules `diffusion_model` and `model_sampling` by their names in
-    `_modules`, and `manual_cast_dtype`, `device` and `current_patcher`, which `apply_model` and `extra_conds` read.
+
+def _ready(conditions: Sequence[Conditions], rows: int, device: torch.device) -> list[Conditions]:
+    """The conditions of each sample, for its rows."""
+    return [
+        {name: cond.process_cond(batch_size=rows, device=device, area=None) for name, cond in one.items()}
+        for one in conditions
+    ]
+
+
+def joined(conditions: Sequence[Conditions]) -> list[slice]:
+    """Runs of samples whose conditions the host can put into one batch: texts of one length, and equal constants.
+
+    Texts that cross attention reads are repeated to one length, by the host.
+    """
+    starts = [0]
+    for place in range(1, len(conditions)):
+        if not _join(conditions[place - 1], conditions[place]):
+            starts.append(place)
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], len(conditions)], strict=True)]
+
+
+def _join(one: Conditions, other: Conditions) -> bool:
+    return one.keys() == other.keys() and all(
+        isinstance(cond, CONDCrossAttn) or cond.can_concat(other[name]) for name, cond in one.items()
+    )
+
+
+def _sampling_of(model: ModelPatcher) -> Any:
+    """The model sampling: of a flow model with the shift that a node has put on the MODEL."""
+    patched = model.get_model_object("model_sampling")
+    return patched if isinstance(patched, CONST) else model.model.model_sampling
+
+
+def _shell(base: Any, unet: nn.Module, sampling: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """The host's BaseModel around another network and model sampling. Everything shared with `base` is only read.
+
+    Relies on these attributes of the host: the sub-modules `diffusion_model` and `model_sampling` by their names, and
+    `manual_cast_dtype`, `device` and `current_patcher`, which `apply_model` and `extra_conds` read.
     """
     shell = copy.copy(base)
     shell._modules = dict(base._modules)
@@ -171,7 +237,6 @@ def _shell(base: Any, unet: nn.Module, dtype: torch.dtype, device: torch.device,
     shell.__dict__["manual_cast_dtype"] = dtype
     shell.__dict__["device"] = device
     shell.__dict__["current_patcher"] = None
-    if raw:
-        del shell._modules["model_sampling"]
-        shell.__dict__["model_sampling"] = _RawOutput(base.model_sampling)
+    del shell._modules["model_sampling"]
+    shell.__dict__["model_sampling"] = sampling
     return shell

@@ -14,27 +14,29 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from ...controlnext_core import checkpoint
 from ...controlnext_core.comfy_adapter.bases.base import LoadedBase, check_pair
-from ...controlnext_core.comfy_adapter.files.folders import choose_weights
+from ...controlnext_core.comfy_adapter.files.folders import ChosenWeights, choose_weights
+from ...controlnext_core.comfy_adapter.files.host_weights import host_named, shape_of
 from ...controlnext_core.comfy_adapter.files.loading import differences_of, load_controlnext
 from ...controlnext_core.comfy_adapter.files.saving import ADAPTER_FILE
+from ...controlnext_core.comfy_adapter.files.weights import base_weights
 from ...controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
 from ...controlnext_core.comfy_adapter.sampling.layers import Fp32Norms, WholeLayers
 from ...controlnext_core.comfy_adapter.sampling.next_forward import Job, collect
 from ...controlnext_core.comfy_adapter.sampling.xs_control import time_mix
 from ...controlnext_core.comfy_adapter.sampling.xs_forward import Companion, XSJob, join_forward
-from ...controlnext_core.control_files import write_control
-from ...controlnext_core.detection import choose_spec, read_control_file
+from ...controlnext_core.control_files import write_control, write_host_control
+from ...controlnext_core.detection import ControlFile, choose_spec, read_control_file
 from ...controlnext_core.families import CONTEXT_FAMILIES
 from ...controlnext_core.finite import check_weights
-from ...controlnext_core.injection import Term, prepare
-from ...controlnext_core.key_maps import KeyMap
+from ...controlnext_core.injection import Term, pool_to, prepare
+from ...controlnext_core.low_rank import DOWN, UP, Difference, Key, LowRank, name_of, read_differences
 from ...controlnext_core.specs import SPECS, GainLaw, Spec, config_of, with_normalization, with_trained_gain
-from ...controlnext_core.unet_weights import HOST_PREFIX, BaseWeights
+from ...controlnext_core.unet_weights import HOST_PREFIX, published_names
 from ...controlnext_core.xs_convert import write as write_xs
 from ...controlnext_core.xs_detection import read_xs_file
 from ...controlnext_core.xs_specs import NORM_RULES, XSShape, build_config, design, heads_of
 from ...models.controlnet_xs import ControlNetXS, Walk
-from ...models.controlnext import ControlNeXt
+from ...models.controlnext import Begun, ControlNeXt
 from ...models.layers import zeroed
 from ..choices import FUSIONS, XS
 from ..config import ConfigError, TrainConfig
@@ -64,9 +66,9 @@ class TrainedControl(Protocol):
         """
 
     def save(
-        self, stem: Path, weights: Mapping[str, Tensor], layout: str, dtype: torch.dtype, facts: Mapping[str, str]
+        self, stem: Path, weights: Mapping[str, Difference], layout: str, dtype: torch.dtype, facts: Mapping[str, str]
     ) -> Path:
-        """Write the trained file; weights: differences by published name; facts: metadata of the run."""
+        """Write the trained file; weights: differences by host name; facts: metadata of the run."""
 
     def check(self, header: checkpoint.Header) -> None:
         """Raise CheckpointError where a loader would not take the trained file."""
@@ -127,6 +129,7 @@ class _NeXt:
         if facts.family is spec.family:
             built = replace(built, out_channels=facts.places[spec.fusion.site].width)
         check_pair(facts, spec, built.out_channels, f"variant {spec.name}")
+        self.facts = facts
         self.spec = _as_configured(spec, config)
         self.place = facts.places[spec.fusion.site]
         self.checkpointing = config.checkpointing
@@ -142,18 +145,26 @@ class _NeXt:
 
     def join(self, options: Options, latent: tuple[int, ...], hint: Tensor, timesteps: Tensor, strength: float) -> None:
         def term(h: Tensor, given: Options) -> Term:
-            encoded = self._encode(_laid_out(hint.to(h.dtype)), timesteps)
-            control = prepare(encoded, (int(h.shape[-2]), int(h.shape[-1])), self.spec.fusion)
-            return Term(control.contiguous(), self._gains(strength), self.spec.fusion)
+            size = (int(h.shape[-2]), int(h.shape[-1]))
+            control = self._encode(_laid_out(hint.to(h.dtype)), timesteps, size)
+            return Term(control, self._gains(strength), self.spec.fusion)
 
         collect(options, self.place, latent, Job((), term))
 
-    def _encode(self, hint: Tensor, timesteps: Tensor) -> Tensor:
+    def _encode(self, hint: Tensor, timesteps: Tensor, size: tuple[int, int]) -> Tensor:
+        """The features (rows, C, H, W), normalised and pooled, laid out in memory as in inference."""
         if not self.checkpointing:
-            return self.net(hint, timesteps)
+            return self._finish(self.net.begin(hint), timesteps, size)
         # in two parts, of which the backward pass holds one at a time: at full size 0.4 GiB and 0.2
         begun = checkpointed(self.net.begin, hint, use_reentrant=False, preserve_rng_state=False)
-        return checkpointed(self.net.finish, begun, timesteps, use_reentrant=False, preserve_rng_state=False)
+        return checkpointed(self._finish, begun, timesteps, size, use_reentrant=False, preserve_rng_state=False)
+
+    def _finish(self, begun: Begun, timesteps: Tensor, size: tuple[int, int]) -> Tensor:
+        fusion, dtype = self.spec.fusion, begun.first_half.dtype
+        if not fusion.project_last:
+            return prepare(self.net.finish(begun, timesteps), size, fusion).contiguous()
+        narrow = pool_to(self.net.narrow(begun, timesteps).float(), size).to(dtype).contiguous()
+        return prepare(self.net.project(narrow), size, fusion).to(dtype, memory_format=torch.channels_last)
 
     def _gains(self, strength: float) -> tuple[float] | Tensor:
         """The gain of all rows, as a tensor with a gradient where the variant learns its scale."""
@@ -164,9 +175,15 @@ class _NeXt:
         return (gain.factor * strength * scale).reshape(1)
 
     def save(
-        self, stem: Path, weights: Mapping[str, Tensor], layout: str, dtype: torch.dtype, facts: Mapping[str, str]
+        self, stem: Path, weights: Mapping[str, Difference], layout: str, dtype: torch.dtype, facts: Mapping[str, str]
     ) -> Path:
-        return write_control(stem, self.net.state_dict(), weights, self.spec, layout, dtype, facts)
+        encoder = self.net.state_dict()
+        whole = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
+        if self.spec.on_transformer or len(whole) < len(weights):
+            keyed: dict[Key, Difference] = {HOST_PREFIX + name: difference for name, difference in weights.items()}
+            return write_host_control(stem, encoder, keyed, self.spec, layout, dtype, facts, lambda name: None)
+        published = published_names(whole, self.facts.key_map()) if whole else {}
+        return write_control(stem, encoder, published, self.spec, layout, dtype, facts)
 
     def check(self, header: checkpoint.Header) -> None:
         read_control_file(header)
@@ -216,7 +233,7 @@ class _XS:
         join_forward(options, XSJob((), start))
 
     def save(
-        self, stem: Path, weights: Mapping[str, Tensor], layout: str, dtype: torch.dtype, facts: Mapping[str, str]
+        self, stem: Path, weights: Mapping[str, Difference], layout: str, dtype: torch.dtype, facts: Mapping[str, str]
     ) -> Path:
         tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in self.net.state_dict().items()}
         folder = layout == "xs_diffusers"
@@ -269,21 +286,41 @@ def _encoder_of(path: Path, spec: Spec) -> dict[str, Tensor]:
     return {name: stored[key].float() for name, key in file.encoder.items()}
 
 
-def start_from(differences: Differences, path: Path, key_map: KeyMap, base: BaseWeights) -> None:
-    """Start from the UNet differences of a control file, as the loader reads them.
+def start_from(differences: Differences, path: Path, facts: LoadedBase, model: ModelPatcher) -> None:
+    """Start from the differences of a control file, as the loader reads them.
 
-    Raises ConfigError where the file changes weights that do not train here.
+    Raises ConfigError where the file changes weights that do not train here, or has another rank.
     """
     file = read_control_file(checkpoint.peek(path))
     chosen = choose_weights(file, "auto")
     if chosen.path is None:
         return
-    found = differences_of(file, chosen, key_map, base).tensors
-    bare = {name.removeprefix(HOST_PREFIX): tensor.float() for name, tensor in found.items()}
-    others = sorted(bare.keys() - differences.parameters.keys())
+    found = _by_parameter(file, chosen, facts, model)
+    others = sorted(found.keys() - differences.parameters.keys())
     if others:
         raise ConfigError(
             f"init_control: {chosen.path} changes {len(others)} weights that do not train here, first {others[0]}. Set "
-            "trainable and blocks as they were for that file."
+            "trainable, blocks and rank as they were for that file."
         )
-    differences.load({name: bare.get(name, torch.zeros(p.shape)) for name, p in differences.parameters.items()})
+    try:
+        differences.load(differences.tensors() | found)
+    except ValueError as error:
+        raise ConfigError(f"init_control: {chosen.path}: {error}") from error
+
+
+def _by_parameter(
+    file: ControlFile, chosen: ChosenWeights, facts: LoadedBase, model: ModelPatcher
+) -> dict[str, Tensor]:
+    """The differences of a file by the names of `Differences.parameters`, in fp32."""
+    if (named := host_named(file, chosen)) is None:
+        whole: Mapping[Any, Difference] = differences_of(file, chosen, facts.key_map(), base_weights(model)).tensors
+    else:
+        whole = read_differences(*named, shape_of(model), str(chosen.path))
+    found: dict[str, Tensor] = {}
+    for key, difference in whole.items():
+        name = name_of(key).removeprefix(HOST_PREFIX)
+        if isinstance(difference, LowRank):
+            found[name + UP], found[name + DOWN] = difference.up.float(), difference.down.float()
+        else:
+            found[name] = difference.float()
+    return found

@@ -26,7 +26,7 @@ ENCODERS = {"vae": "vae", "clip": "text", "vision": "vision"}
 """Field of a BaseWithEncoders -> the name of its weights in `identity`."""
 MISSING = {
     "vae": "vae: the checkpoint holds none. Connect a VAE, or set vae to a file that holds one.",
-    "clip": "clip: this base needs its text encoder. Connect CLIP of the same checkpoint.",
+    "clip": "clip: this base needs its text encoder. Connect CLIP of the same checkpoint, or set clip to its files.",
     "vision": "clip_vision: SVD needs its image encoder. Connect CLIP_VISION of the same checkpoint.",
 }
 """Field -> the error where a family needs that encoder and a run has none."""
@@ -96,7 +96,7 @@ class BaseWithEncoders:
         """Latents as the UNet takes them -> pictures (F, H, W, 3) in [0, 1], on the CPU."""
         with torch.inference_mode():
             pixels = self.encoder("vae").decode(self.model.model.process_latent_out(latent))
-        return pixels.float().cpu().clone()
+        return pixels.float().cpu().clone().flatten(0, -4)  # of a latent with frames (F, 1, H, W, 3)
 
     def identity(self, what: str) -> str:
         """Identity of the `model`, `vae`, `text` or `vision` weights: names, shapes and a sample of the numbers."""

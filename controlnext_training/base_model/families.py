@@ -10,8 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
+from comfy.ldm.lumina.model import JointTransformerBlock
 from comfy.ldm.modules.attention import BasicTransformerBlock
+from comfy.ldm.modules.diffusionmodules.mmdit import JointBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from comfy.ldm.qwen_image.model import QwenImageTransformerBlock
 from comfy.model_base import ModelType
 from comfy.model_patcher import ModelPatcher
 from torch import nn
@@ -36,8 +40,14 @@ class TrainedFamily:
     """True: a sample is a clip, and its frames follow each other as rows. False: a sample is one picture."""
     timesteps: str = "uniform"
     """Key of TIMESTEP_LAWS that `timesteps = auto` stands for."""
-    checkpointed: tuple[type[nn.Module], ...]
-    """Blocks of the network whose insides `checkpointing` computes again in the backward pass."""
+    blocks: tuple[type[nn.Module], ...]
+    """Blocks of the network; `checkpointing` computes their insides again in the backward pass."""
+    writes_in_place: bool = False
+    """True: these blocks add to what they are given. False: they make new tensors."""
+    guided: bool = False
+    """True: the network is told a guidance scale, with which it was distilled."""
+    clip_type: str = ""
+    """The host's name (`comfy.sd.CLIPType`) of the text encoders, where they come as files of their own."""
 
     def frames(self, config: TrainConfig) -> int:
         """Frames of one sample."""
@@ -45,7 +55,7 @@ class TrainedFamily:
 
 
 _UNET_BLOCKS = (ResBlock, BasicTransformerBlock)
-_PICTURES = TrainedFamily(encoders=("vae", "clip"), conditioning=Caption(), checkpointed=_UNET_BLOCKS)
+_PICTURES = TrainedFamily(encoders=("vae", "clip"), conditioning=Caption(), blocks=_UNET_BLOCKS)
 _SVD = TrainedFamily(
     encoders=("vae", "vision"),
     conditioning=ReferenceFrame(),
@@ -53,14 +63,34 @@ _SVD = TrainedFamily(
     constants={"fps": 7, "motion_bucket_id": 127, "augmentation_level": 0.02},
     clips=True,
     timesteps="svd_cosine",
-    checkpointed=_UNET_BLOCKS,
+    blocks=_UNET_BLOCKS,
 )
+
+
+def _transformer(block: type[nn.Module], *others: type[nn.Module], **facts: Any) -> TrainedFamily:
+    """Noise levels: Esser et al. 2024 (SD3), 3.1: logit-normal, then the model's shift, which is in its table."""
+    return TrainedFamily(
+        encoders=("vae", "clip"),
+        conditioning=Caption(),
+        timesteps="logit_normal",
+        blocks=(block, *others),
+        **facts,
+    )
+
+
+_STREAMS = (DoubleStreamBlock, SingleStreamBlock)
 
 FAMILIES: dict[Family, TrainedFamily] = {
     Family.SD15: _PICTURES,
     Family.SD21: _PICTURES,
     Family.SDXL: _PICTURES,
     Family.SVD: _SVD,
+    Family.SD3: _transformer(JointBlock, clip_type="SD3"),
+    Family.FLUX: _transformer(*_STREAMS, writes_in_place=True, guided=True, clip_type="FLUX"),
+    Family.CHROMA: _transformer(*_STREAMS, writes_in_place=True, clip_type="CHROMA"),
+    Family.QWEN_IMAGE: _transformer(QwenImageTransformerBlock, clip_type="QWEN_IMAGE"),
+    Family.LUMINA2: _transformer(JointTransformerBlock, clip_type="LUMINA2"),
+    Family.Z_IMAGE: _transformer(JointTransformerBlock, clip_type="LUMINA2"),
 }
 
 PREDICTS = {
@@ -68,6 +98,7 @@ PREDICTS = {
     ModelType.V_PREDICTION: "v",
     ModelType.V_PREDICTION_EDM: "edm",
     ModelType.FLOW: "flow",
+    ModelType.FLUX: "flow",
 }
 """The host's kind of model -> key of OBJECTIVES: the network's output. A family may have models of several kinds."""
 

@@ -1,4 +1,4 @@
-"""A trainable copy of the host's UNet in the dtype of the run, with the MODEL's patches applied.
+"""A trainable copy of the host's network in the dtype of the run, with the MODEL's patches applied.
 
 The MODEL itself, which other workflows share, is only read; where dtype and device are right and there is no patch,
 both share memory.
@@ -6,38 +6,36 @@ both share memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import comfy.lora
 import comfy.ops
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-from comfy.model_patcher import ModelPatcher
+from comfy.model_patcher import ModelPatcher, get_key_weight
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ...controlnext_core.comfy_adapter.files.weights import base_weights
 from ...controlnext_core.unet_weights import HOST_PREFIX
+from .families import family_of
 from .stored import operations
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def training_unet(model: ModelPatcher, dtype: torch.dtype, device: torch.device, narrow: bool = False) -> nn.Module:
-    """The UNet of `model` as the host would sample with it, computing in `dtype`, frozen, on `device`.
+    """The network of `model` as the host would sample with it, computing in `dtype`, frozen, on `device`.
 
     narrow: weights stored in fewer bits than `dtype` stay so and are widened, which is exact, at each use: less memory,
     more time, the same numbers. Weights are copied one at a time and must not be written to.
-    Raises ValueError for a model without the UNet of SD1.5, SDXL or SVD.
+    Raises ValueError for a model that lacks a weight, or is of no family that can be trained.
     """
+    family_of(model)
     source = model.model.diffusion_model
-    if not isinstance(source, UNetModel):
-        raise ValueError(
-            f"the connected model is a {type(source).__name__}, and training needs the UNet of SD1.5, SD2.1, SDXL or "
-            "SVD. Connect a checkpoint of one of these."
-        )
     config = {k: v for k, v in model.model.model_config.unet_config.items() if k not in ("dtype", "device")}
     unet = type(source)(**config, dtype=dtype, device="meta", operations=operations)
-    look_up = base_weights(model)
+    look_up = _weights_of(model)
     with torch.no_grad():
         for name, old in (*unet.named_parameters(), *unet.named_buffers()):
             weight = look_up(HOST_PREFIX + name)
@@ -48,6 +46,29 @@ def training_unet(model: ModelPatcher, dtype: torch.dtype, device: torch.device,
             stored = weight.to(device, weight.dtype if as_it_is else dtype)
             _put(unet, name, _ordinary(stored), isinstance(old, nn.Parameter))
     return unet.eval().requires_grad_(False)
+
+
+def _weights_of(model: ModelPatcher) -> Callable[[str], Tensor | None]:
+    """Look up a weight or buffer by its host name, before any patch; None for a name that the model lacks.
+
+    Weights in fp8 without a scale stay in fp8: widening them is exact, and can wait until they are used.
+    """
+    weights, rest = base_weights(model), dict(model.model.diffusion_model.named_buffers())
+    stored = model.get_key_patches(HOST_PREFIX)
+
+    def look_up(name: str) -> Tensor | None:
+        if name in stored and _is_plain_fp8(model, name, stored[name][0][0]):
+            return stored[name][0][0].detach().cpu()
+        found = weights(name)
+        return rest.get(name.removeprefix(HOST_PREFIX)) if found is None else found  # not every buffer is stored
+
+    return look_up
+
+
+def _is_plain_fp8(model: ModelPatcher, name: str, weight: Tensor) -> bool:
+    """True: these are the numbers themselves. False: another format, or the layer has a scale for them."""
+    _, _, convert = get_key_weight(model.model, name)
+    return type(weight.detach()) is Tensor and weight.dtype in FP8 and convert is None
 
 
 def _patched(model: ModelPatcher, name: str, weight: Tensor) -> Tensor:
@@ -78,23 +99,6 @@ def _put(root: nn.Module, name: str, tensor: Tensor, is_parameter: bool) -> None
         module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
     else:
         module.register_buffer(leaf, tensor)
-
-
-def checkpoint_blocks(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> int:
-    """Make blocks of these kinds recompute their activations in the backward pass; returns the number of blocks."""
-
-    def wrap(module: nn.Module) -> int:
-        if not isinstance(module, kinds):
-            return sum(wrap(child) for child in module.children())
-        forward = module.forward
-
-        def again(*args: Any, **kwargs: Any) -> Any:
-            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-        module.forward = again
-        return 1
-
-    return wrap(network)
 
 
 def plain_attention(_chosen: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -57,7 +57,7 @@ class NodeObserver:
         return bool(comfy.model_management.processing_interrupted())
 
 
-FROM_INPUTS = ("base", "vae", "data", "validation_data")
+FROM_INPUTS = ("base", "clip", "vae", "data", "validation_data")
 """Keys of a recipe that are inputs of the node."""
 FOLDERS = ("output_folder", "runs_folder", "cache_folder")
 
@@ -134,7 +134,7 @@ class ControlNeXtTrain(ControlNode):
                     tooltip=SETTINGS["seed"].doc,
                 ),
                 io.String.Input("output_name", default=defaults.output_name, tooltip=SETTINGS["output_name"].doc),
-                io.Clip.Input("clip", optional=True, tooltip="The base's text encoder (SD1.5, SD2.1, SDXL)."),
+                io.Clip.Input("clip", optional=True, tooltip="The base's text encoders; SVD has none."),
                 io.ClipVision.Input("clip_vision", optional=True, tooltip="The base's image encoder (SVD)."),
                 io.String.Input(
                     "config",
@@ -147,7 +147,7 @@ class ControlNeXtTrain(ControlNode):
                 io.Boolean.Input("resume", default=True, optional=True, tooltip=SETTINGS["resume"].doc),
             ],
             outputs=[
-                io.Model.Output(tooltip="The model with the trained UNet weights, read from the saved file."),
+                io.Model.Output(tooltip="The model with the trained weights of the base, read from the saved file."),
                 io.ControlNet.Output(tooltip="The trained control, read from the saved file."),
                 io.LossMap.Output(tooltip="The loss of every step, for Plot Loss Graph."),
                 io.String.Output(display_name="path", tooltip="The saved file."),

@@ -26,6 +26,7 @@ from .controls import (
 )
 from .demo import make_demo_models
 from .layouts import LAYOUTS, attention_layers, unet_shapes
+from .transformers import make_sd3
 from .wrong_files import CODE_MARKER, make_wrong_files
 from .xs import RELEASED_XS, XSSize, make_controlnet_xs, xs_shapes
 
@@ -46,6 +47,7 @@ __all__ = [
     "make_sd15_deep",
     "make_sd15_full_unet",
     "make_sd15_inpaint",
+    "make_sd3",
     "make_sdxl",
     "make_sdxl_deep",
     "make_stock_controlnet",

@@ -9,6 +9,7 @@ from pathlib import Path
 from .checkpoints import make_sd15
 from .controls import make_controlnext, make_lora, make_stock_controlnet, make_unet_difference
 from .storage import write_atomically
+from .transformers import make_sd3
 
 STAMP = "tiny_models.version"
 
@@ -21,6 +22,7 @@ def make_demo_models(base_dir: Path) -> dict[str, str]:
     models = Path(base_dir) / "models"
     makers: dict[str, tuple[str, str, Callable[[Path], Path]]] = {
         "checkpoint": ("checkpoints", "tiny_sd15.ckpt", make_sd15),
+        "transformer": ("checkpoints", "tiny_sd3.ckpt", make_sd3),
         "control": ("controlnext", "demo/controlnet.safetensors", lambda path: make_controlnext(path, "gen2")),
         "weights": ("controlnext", "demo/unet.safetensors", make_unet_difference),
         "lora": ("loras", "tiny_lora.safetensors", make_lora),

@@ -89,16 +89,16 @@ def _open_clip_layers(prefix: str, width: int, layers: int) -> Shapes:
     return shapes
 
 
-def taesd(pools: Pools, prefix: str, vae_scale: float) -> dict[str, Tensor]:
-    """The 2.4M-parameter TAESD as a colour averager; vae_scale brings raw latents to a std of about 1.
+def taesd(pools: Pools, prefix: str, vae_scale: float, vae_shift: float = 0.0, channels: int = 4) -> dict[str, Tensor]:
+    """The 2.4M-parameter TAESD as a colour averager; vae_scale and vae_shift bring raw latents to a std of about 1.
 
     A latent of mean colour rgb (3, in 0..1) is COLOR_GAIN * mix @ (rgb - 0.5); decoding uses the pseudo-inverse
     and smooths. Parts above and below grey travel in channels 0-2 and 3-5, because every layer ends in a ReLU.
     """
-    mix = torch.cat([torch.eye(3), torch.full((1, 3), 1 / 3)]) * COLOR_GAIN  # (4, 3)
+    mix = torch.cat([*[torch.eye(3)] * (channels // 3), torch.full((1, 3), 1 / 3)]) * COLOR_GAIN  # (channels, 3)
     parts = torch.cat([torch.eye(3), -torch.eye(3)])  # (6, 3)
     encoder, decoder = f"{prefix}taesd_encoder", f"{prefix}taesd_decoder"
-    tensors = {f"{prefix}vae_scale": torch.tensor(vae_scale), f"{prefix}vae_shift": torch.tensor(0.0)}
+    tensors = {f"{prefix}vae_scale": torch.tensor(vae_scale), f"{prefix}vae_shift": torch.tensor(vae_shift)}
     for index in (1, 3, 4, 5, 7, 8, 9, 11, 12, 13):
         tensors |= _passing_block(pools, f"{encoder}.{index}")
     for index in (3, 4, 5, 8, 9, 10, 13, 14, 15, 18):
@@ -112,9 +112,9 @@ def taesd(pools: Pools, prefix: str, vae_scale: float) -> dict[str, Tensor]:
     centre = torch.zeros(3, 3)
     centre[1, 1] = 1
     tensors |= _mixing_conv(f"{encoder}.0", parts, centre, (VAE_WIDTH, 3), bias=parts @ torch.full((3,), -0.5))
-    tensors |= _mixing_conv(f"{encoder}.14", mix @ parts.T, centre, (4, VAE_WIDTH), bias=torch.zeros(4))
+    tensors |= _mixing_conv(f"{encoder}.14", mix @ parts.T, centre, (channels, VAE_WIDTH), bias=torch.zeros(channels))
     unmix = parts @ torch.linalg.pinv(mix)
-    tensors |= _mixing_conv(f"{decoder}.1", unmix, centre, (VAE_WIDTH, 4), bias=torch.zeros(6))
+    tensors |= _mixing_conv(f"{decoder}.1", unmix, centre, (VAE_WIDTH, channels), bias=torch.zeros(6))
     tensors |= _mixing_conv(f"{decoder}.19", parts.T, centre, (3, VAE_WIDTH), bias=torch.full((3,), 0.5))
     return tensors
 

@@ -108,7 +108,10 @@ class BlockPatch:
         """args: `img` is the picture's tokens with their padding, as a view of the host's."""
         if args["block_index"] != self.block[1]:
             return {}
-        return {"img": self.add(args["img"], args["transformer_options"])}
+        tokens = args["img"]
+        if tokens.requires_grad:  # the host writes the answer over them, and autograd keeps what the controls are of
+            tokens = tokens.clone()
+        return {"img": self.add(tokens, args["transformer_options"])}
 
 
 def patch_block(options: Options, block: Block, add: AddControls) -> None:

@@ -21,6 +21,9 @@ from .base import Base, Door, Place
 from .tokens import FromTheEnd, PictureTokens, Start, from_the_front, hook_block, patch_block, replace_block
 
 SITE = Site.AFTER_JOINT_0
+STREAMS = {"double": "double_blocks.", "single": "single_blocks."}
+LAYERS = {"joint": "layers.", "refiner": "noise_refiner."}
+"""Groups of blocks of Flux.1 and Chroma, and of Lumina2 and Z-Image."""
 HAS_LAYER_PATCHES = hasattr(ModelPatcher, "set_model_noise_refiner_patch")
 """True on hosts whose Lumina2 and Z-Image call patches in and after their layers: both came in one version."""
 
@@ -53,18 +56,19 @@ def transformer(
     matches: Callable[[Any], bool],
     places: Callable[[Any], dict[Site, Place]],
     attention_out: str,
+    sides: Mapping[str, str],
     key_map: Callable[[Mapping[str, Any]], KeyMap] = no_published_names,
     subsets: Mapping[str, str] | None = None,
 ) -> Base:
-    """One row. attention_out: the output projections of the picture's attention, the default subset."""
+    """One row. attention_out: the output projections of the picture's attention, `to_out`, the default subset."""
     return Base(
         family=family,
         matches=matches,
         places=places,
         key_map=key_map,
         encoder_time=thousandths,
-        trainable={"none": r"(?!)", "attention_out": attention_out, **(subsets or {}), "all": r""},
-        sides={},
+        trainable={"none": r"(?!)", "to_out": attention_out, **(subsets or {}), "all": r""},
+        sides=sides,
     )
 
 
@@ -87,6 +91,7 @@ SD3 = transformer(
     matches=lambda model: isinstance(model.diffusion_model, MMDiT),
     places=lambda model: first_block(Family.SD3, model.diffusion_model.hidden_size, replace_block),
     attention_out=r"^joint_blocks\.\d+\.x_block\.attn2?\.proj\.weight$",
+    sides={"joint": "joint_blocks."},
     key_map=_mmdit_names,
 )
 
@@ -102,18 +107,21 @@ FLUX = transformer(
     matches=_is_flux,
     places=lambda model: first_block(Family.FLUX, model.diffusion_model.hidden_size, replace_block),
     attention_out=r"^double_blocks\.\d+\.img_attn\.proj\.weight$",
+    sides=STREAMS,
 )
 CHROMA = transformer(
     Family.CHROMA,
     matches=lambda model: _image_model(model) == "chroma",
     places=lambda model: first_block(Family.CHROMA, model.diffusion_model.hidden_size, replace_block),
     attention_out=r"^double_blocks\.\d+\.img_attn\.proj\.weight$",
+    sides=STREAMS,
 )
 QWEN_IMAGE = transformer(
     Family.QWEN_IMAGE,
     matches=lambda model: _image_model(model) == "qwen_image",
     places=lambda model: first_block(Family.QWEN_IMAGE, model.diffusion_model.inner_dim, replace_block),
     attention_out=r"^transformer_blocks\.\d+\.attn\.to_out\.0\.weight$",
+    sides={"joint": "transformer_blocks."},
 )
 
 
@@ -135,6 +143,7 @@ LUMINA2 = transformer(
     matches=functools.partial(_is_lumina, of_z_image=False),
     places=functools.partial(_joint_layers, Family.LUMINA2),
     attention_out=r"^layers\.\d+\.attention\.out\.weight$",
+    sides=LAYERS,
     subsets={"refiners_too": r"^(layers|noise_refiner)\.\d+\.attention\.out\.weight$"},
 )
 Z_IMAGE = transformer(
@@ -142,6 +151,7 @@ Z_IMAGE = transformer(
     matches=functools.partial(_is_lumina, of_z_image=True),
     places=functools.partial(_joint_layers, Family.Z_IMAGE),
     attention_out=r"^layers\.\d+\.attention\.out\.weight$",
+    sides=LAYERS,
     subsets={"refiners_too": r"^(layers|noise_refiner)\.\d+\.attention\.out\.weight$"},
 )
 

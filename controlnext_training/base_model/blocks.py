@@ -1,0 +1,85 @@
+"""Blocks of the host's networks as autograd needs them: nothing written in place, recomputed, without fused operators.
+
+All of it is put around each block's own forward, and not around a step: checkpointing calls that forward a second time
+in the backward pass, where nothing else of the step is in force any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import comfy.model_management
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+Forward = Callable[..., Any]
+
+
+class OutOfPlace(TorchFunctionMode):
+    """Inside, `x += y` makes a new tensor and binds x to it: what autograd, or the caller, keeps of x stays as it was.
+
+    A statement `x.add_(y)` would do nothing here. The host's blocks of the families that need this have none; the
+    tests compare each family's output with the host's own.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.add_, Tensor.__iadd__):
+            func = Tensor.add
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def host_in_training() -> Iterator[None]:
+    """Inside, a host that has operators without a gradient takes its others; earlier hosts have no such operators."""
+    host: Any = comfy.model_management
+    before = getattr(host, "in_training", None)
+    if before is None:
+        yield
+        return
+    host.in_training = True
+    try:
+        yield
+    finally:
+        host.in_training = before
+
+
+def prepare_blocks(
+    network: nn.Module, kinds: tuple[type[nn.Module], ...], recompute: bool, writes_in_place: bool = False
+) -> int:
+    """Make blocks of these kinds ready for a backward pass; returns their number.
+
+    recompute: True computes their activations again in the backward pass in place of keeping them; writes_in_place:
+    True means that they add to what they are given, which is answered by `OutOfPlace`.
+    """
+    found = [module for module in _outermost(network, kinds)]
+    for module in found:
+        forward = _trained(module.forward, writes_in_place)
+        module.forward = _recomputed(forward) if recompute else forward
+    return len(found)
+
+
+def _outermost(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[nn.Module]:
+    """Modules of these kinds that lie in no other of them."""
+    if isinstance(module, kinds):
+        yield module
+        return
+    for child in module.children():
+        yield from _outermost(child, kinds)
+
+
+def _trained(forward: Forward, writes_in_place: bool) -> Forward:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with host_in_training(), OutOfPlace() if writes_in_place else contextlib.nullcontext():
+            return forward(*args, **kwargs)
+
+    return run
+
+
+def _recomputed(forward: Forward) -> Forward:
+    def again(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return again

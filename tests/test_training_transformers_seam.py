@@ -1,0 +1,118 @@
+"""From the trainer to the loader on transformers: the stock sampler runs what was trained, low rank included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfyui_controlnext.controlnext_training.base_model.controlled import Controlled, Sizes
+from comfyui_controlnext.controlnext_training.base_model.unet import plain_attention
+from comfyui_controlnext.tests.narrow_training import FAMILIES, config_for, narrow_base
+from comfyui_controlnext.tests.sampling_fixtures import CELLS, picture, relative
+from comfyui_controlnext.tests.test_training_seam import aligned, applied, loaded_from, saved
+from comfyui_controlnext.tests.training_fixtures import CPU, SIDE, same, shaken
+from comfyui_controlnext.tests.transformer_fixtures import NARROW
+from safetensors import safe_open
+from torch import Tensor
+
+pytestmark = pytest.mark.comfy
+
+FUSED = 1e-5
+"""Relative difference on a later host, whose sampling takes operators without a gradient."""
+TOKENS = 7
+
+
+def given_to(family: str) -> dict[str, Tensor]:
+    """A text as the trainer has it."""
+    row, generator = NARROW[family], torch.Generator().manual_seed(4)
+    found = {"context": torch.randn(1, TOKENS, row.text, generator=generator)}
+    return found | ({"pooled": torch.randn(1, row.pooled, generator=generator)} if row.pooled else {})
+
+
+def first_step(model: Any, family: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the stock KSampler gives the model in its first step, and the network's own output, with torch's attention.
+
+    The first step of a flow is at sigma 1; the output is negated where the host does so after the network.
+    """
+    import nodes as host_nodes
+
+    seen: dict[str, Tensor] = {}
+
+    def look(apply_model: Any, args: dict[str, Any]) -> Tensor:
+        found = apply_model(args["input"], args["timestep"], **args["c"])
+        seen.update(x=args["input"].clone(), sigma=args["timestep"].clone(), denoised=found.clone())
+        return found
+
+    watched = model.clone()
+    watched.set_model_unet_function_wrapper(look)
+    options = watched.model_options["transformer_options"]
+    watched.model_options["transformer_options"] = {**options, "optimized_attention_override": plain_attention}
+    frames = (1,) if NARROW[family].frames else ()
+    latent = {"samples": torch.zeros(1, 16, *frames, CELLS, CELLS)}
+    conditions = [[given["context"], {"pooled_output": given.get("pooled"), "guidance": 3.5}]]
+    if family == "chroma":
+        conditions[0][1].pop("guidance")  # type: ignore[attr-defined]
+    with torch.inference_mode():
+        host_nodes.KSampler().sample(watched, 1, 1, 1.0, "euler", "normal", conditions, conditions, latent)
+    return {name: tensor.clone() for name, tensor in seen.items()}
+
+
+def in_training(
+    controlled: Controlled, given: dict[str, Tensor], seen: dict[str, Tensor], strength: float = 1.0
+) -> Tensor:
+    square = Sizes((SIDE, SIDE), (0, 0), (SIDE, SIDE))
+    conditions = [controlled.conditions(seen["x"], given, square, 3.5)]
+    hint = picture().movedim(-1, 1).contiguous()
+    with torch.no_grad():
+        return controlled.denoised(seen["x"], seen["sigma"], conditions, hint, strength)
+
+
+def check_the_seam(family: str, folder: Path, exact: bool, **settings: Any) -> Path:
+    model = narrow_base(family).model
+    controlled = Controlled(model, config_for(family, **settings), torch.float32, CPU)
+    shaken(dict(controlled.net.named_parameters()))
+    shaken(controlled.differences.parameters)
+    path = saved(controlled, model, folder, family, **settings)
+    loaded = loaded_from(path, model)
+    assert loaded.control.net.spec == controlled.control.spec
+    assert same(dict(loaded.control.net.patcher.model.state_dict()), dict(controlled.net.state_dict()))
+    aligned(loaded.control.net.patcher.model)
+    given = given_to(family)
+    seen = first_step(applied(loaded.model, loaded.control, picture()), family, given)
+    found = in_training(controlled, given, seen)
+    assert torch.equal(found, seen["denoised"]) if exact else relative(found, seen["denoised"]) < FUSED
+    assert relative(in_training(controlled, given, seen, 0.0), seen["denoised"]) > 1e-3, "the control is heard"
+    return path
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_file_is_what_was_trained(family: str, tmp_path: Path, pinned_host: bool) -> None:
+    path = check_the_seam(family, tmp_path, pinned_host)
+    with safe_open(path, "pt") as file:
+        names, metadata = list(file.keys()), file.metadata()
+    assert sum(name.startswith("base.") and name.endswith(".up") for name in names) >= 2
+    assert (metadata["controlnext.spec"], metadata["controlnext.rank"]) == (family, "16")
+
+
+@pytest.mark.parametrize("settings", [{"rank": 0}, {"rank": 4, "layout": "lora"}, {"trainable": "none"}], ids=str)
+def test_other_ranks_and_layouts_are_what_was_trained(
+    tmp_path: Path, pinned_host: bool, settings: dict[str, Any]
+) -> None:
+    path = check_the_seam("sd3", tmp_path, pinned_host, **settings)
+    assert (path.name == "controlnet.safetensors") == ("layout" in settings)
+
+
+def test_a_run_goes_on_where_a_file_ends(tmp_path: Path) -> None:
+    from comfyui_controlnext.controlnext_training.config import ConfigError
+
+    model = narrow_base("flux").model
+    first = Controlled(model, config_for("flux"), torch.float32, CPU)
+    shaken(first.differences.parameters)
+    path = saved(first, model, tmp_path, "flux")
+    again = Controlled(model, config_for("flux", init_control=str(path), seed=5), torch.float32, CPU)
+    assert same(again.differences.tensors(), first.differences.tensors())
+    assert same(dict(again.net.state_dict()), dict(first.net.state_dict()))
+    with pytest.raises(ConfigError, match="init_control: .*Set trainable, blocks and rank as they"):
+        Controlled(model, config_for("flux", init_control=str(path), rank=4), torch.float32, CPU)
