@@ -11,10 +11,7 @@ from pathlib import Path
 
 from .comfy_server import COMFY_BASE, device_arguments
 from .environment import PATIENT_THREADS, SetupError
-from .launcher import declare_missing_torchvision_ops
-
-TINY = "tiny_sd15.ckpt"
-"""A base with random weights, made where it is missing."""
+from .launcher import allow_missing_torchaudio, declare_missing_torchvision_ops
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +46,7 @@ def settings(given: list[str]) -> dict[str, object]:
 def bring_in_host(host: Path, base: Path, cpu: bool) -> None:
     """Make ComfyUI importable here, with its models and results in `base`, and the models that its own list adds."""
     declare_missing_torchvision_ops()
+    allow_missing_torchaudio()
     sys.path.insert(0, str(host))
     from comfy.cli_args import args
 
@@ -73,15 +71,13 @@ def run_train(options: argparse.Namespace, host: Path, own: bool) -> int:
         os.environ.setdefault(name, value)
     from ..controlnext_training.config_files import make_config, read_recipe
     from .demo_weights.shipped import CHECKPOINT, install
-    from .tiny_models import make_demo_models
 
     recipe = options.recipe.resolve()
     base = host if own else COMFY_BASE
     try:
         config = make_config(settings(options.settings), read_recipe(recipe))
-        brought = config.base in (TINY, CHECKPOINT)
+        brought = config.base == CHECKPOINT
         if not own or brought:
-            make_demo_models(COMFY_BASE)
             install(COMFY_BASE, (CHECKPOINT,))
         bring_in_host(host, base, options.cpu)
         if brought:
