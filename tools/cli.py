@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import environment, host
+from . import environment, host, releases
 from .comfy_client import ComfyError
 from .environment import ROOT, SetupError
 
@@ -21,12 +21,16 @@ Parser = argparse.ArgumentParser
 
 @dataclass(frozen=True)
 class Command:
-    """level: which pinned lists it needs ("host" or "test"); add: its own options; run: returns the exit status."""
+    """level: which pinned lists it needs ("host" or "test"); add: its own options; run: returns the exit status.
+
+    newest: True means that it brings the pinned release of ComfyUI where git reaches that, and else the wheel.
+    """
 
     help: str
     level: str
     add: Callable[[Parser], None]
     run: Callable[[argparse.Namespace], int]
+    newest: bool = False
 
 
 def clone_folder() -> Path:
@@ -42,8 +46,13 @@ def _add_cpu(parser: Parser) -> None:
 def _demo(options: argparse.Namespace) -> int:
     from .demo_sheet import run_demo
 
-    run_demo(host.provide(options.comfyui, clone_folder()), cpu=options.cpu)
+    run_demo(_own(options) or options.brought, cpu=options.cpu)
     return 0
+
+
+def _own(options: argparse.Namespace) -> Path | None:
+    """The person's own ComfyUI, if there is one."""
+    return host.find(options.comfyui, clone_folder())
 
 
 def _add_comfy(parser: Parser) -> None:
@@ -54,8 +63,8 @@ def _add_comfy(parser: Parser) -> None:
 def _comfy(options: argparse.Namespace) -> int:
     from .demo import serve
 
-    own = host.find(options.comfyui, clone_folder())
-    return serve(own or host.provide(), options.port, own / "models" if own else None, cpu=options.cpu)
+    own = _own(options)
+    return serve(own or options.brought, options.port, own / "models" if own else None, cpu=options.cpu)
 
 
 def _add_test(parser: Parser) -> None:
@@ -120,8 +129,8 @@ def _add_train(parser: Parser) -> None:
 def _train(options: argparse.Namespace) -> int:
     from .train import run_train
 
-    own = host.find(options.comfyui, clone_folder())
-    return run_train(options, own or host.provide(), own=own is not None)
+    own = _own(options)
+    return run_train(options, own or options.brought, own=own is not None)
 
 
 def _add_train_demo(parser: Parser) -> None:
@@ -137,10 +146,12 @@ def _train_demo(options: argparse.Namespace) -> int:
 
 
 COMMANDS = {
-    "demo": Command("draw with the demo's weights in a real ComfyUI and show the result", "host", _add_cpu, _demo),
-    "comfy": Command("start ComfyUI with the pack, for use in a browser", "host", _add_comfy, _comfy),
+    "demo": Command(
+        "draw with the demo's weights in a real ComfyUI and show the result", "host", _add_cpu, _demo, True
+    ),
+    "comfy": Command("start ComfyUI with the pack, for use in a browser", "host", _add_comfy, _comfy, True),
     "convert": Command("write a ControlNet-XS file with the other set of names", "host", _add_convert, _convert),
-    "train": Command("train a ControlNeXt or a ControlNet-XS from a recipe", "host", _add_train, _train),
+    "train": Command("train a ControlNeXt or a ControlNet-XS from a recipe", "host", _add_train, _train, True),
     "train-demo": Command("make the weights of the demo again, in hours", "host", _add_train_demo, _train_demo),
     "bench": Command("measure speed and memory beside the bare model and stock ControlNet", "host", _add_bench, _bench),
     "test": Command("run every check and test", "test", _add_test, _test),
@@ -155,8 +166,32 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         sub = commands.add_parser(name, help=command.help, description=command.help)
         sub.add_argument("--comfyui", type=Path, metavar="PATH", help="use this ComfyUI instead of downloading one")
         sub.add_argument("--venv", action="store_true", help="use the project's own .venv whatever Python runs this")
+        if command.newest:
+            sub.add_argument(
+                "--comfyui-release",
+                metavar="TAG|wheel",
+                help=f"bring this release of ComfyUI with git (default {releases.PINNED.tag}), or the wheel of "
+                f"ComfyUI {host.VERSION}",
+            )
         command.add(sub)
     return parser.parse_args(arguments)
+
+
+def bring_host(options: argparse.Namespace, arguments: Sequence[str]) -> tuple[Path | None, Sequence[str]]:
+    """Choose the ComfyUI to bring, say which and why, clone a release; sets options.brought, None for the wheel.
+
+    Returns the Python that must go on, None for the running one, and the arguments for it, which hold the choice. A
+    Python of an environment that this project made has been told by the one before it.
+    """
+    choice = releases.choose(options.comfyui_release)
+    if not Path(sys.prefix).name.startswith(".venv"):
+        print(choice.line, flush=True)
+    again = arguments if options.comfyui_release else [arguments[0], "--comfyui-release", choice.flag, *arguments[1:]]
+    options.brought = None
+    if choice.release is None:
+        return None, again
+    options.brought = releases.clone(choice.release)
+    return releases.python_for(choice.release, options.venv), again
 
 
 def run_again_with(python: Path, arguments: Sequence[str]) -> int:
@@ -181,9 +216,14 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     command = COMMANDS[options.command]
     try:
-        python = environment.choose(command.level, options.venv)
+        bring = command.newest and _own(options) is None
+        python, again = bring_host(options, arguments) if bring else (None, arguments)
+        if not bring or options.brought is None:
+            python = environment.choose(command.level, options.venv)
         if python is not None:
-            return run_again_with(python, arguments)
+            return run_again_with(python, again)
+        if bring and options.brought is None:
+            options.brought = host.provide()
         return command.run(options)
     except (SetupError, ComfyError) as error:
         print(f"run.py {options.command}: {error}", file=sys.stderr)
