@@ -1,14 +1,16 @@
 """tools/quiet_start.py: the console of a starting host, on recorded logs and with failures of ours put in."""
 
+import logging
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from comfyui_controlnext.tools import comfy_server, demo
 from comfyui_controlnext.tools.comfy_client import ComfyError
-from comfyui_controlnext.tools.quiet_start import Follower, QuietStart
+from comfyui_controlnext.tools.quiet_start import Follower, QuietStart, quiet_logging
 
 if TYPE_CHECKING:
     from comfyui_controlnext.tools.comfy_server import ComfyServer
@@ -161,6 +163,37 @@ class Handler(BaseHTTPRequestHandler):
         pass
 HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
 """
+
+
+@pytest.fixture
+def handlers() -> Iterator[list[logging.Handler]]:
+    """Handlers of the root logger, put back afterwards."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    yield root.handlers
+    for handler in [handler for handler in root.handlers if handler not in before]:
+        root.removeHandler(handler)
+        handler.close()
+
+
+def test_a_host_in_this_process_is_quiet_too(
+    tmp_path: Path, handlers: list[logging.Handler], capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "base" / "train.log"
+    quiet_logging(PACK, log)
+    for text in (
+        "torchaudio missing, ACE model will be broken",
+        f"Traceback (most recent call last):\n  {PACK.parent}",
+    ):
+        logging.warning(text)
+    ours = f"Traceback (most recent call last):\n  File {PACK}/x.py"
+    logging.warning(ours)
+    logging.getLogger("comfyui_controlnext.x").warning("a hint was resized")
+    shown = capsys.readouterr().err
+    assert shown == f"WARNING: {ours}\nWARNING: a hint was resized\n"
+    assert log.read_text("utf-8").count("WARNING: ") == 4
+
+
 FAILS = """
 print("Traceback (most recent call last):\\n  File someone.py\\nKeyError: 'other'\\n")
 print("Cannot import /elsewhere module for custom nodes: 'other'")

@@ -75,7 +75,8 @@ def serve(host: Path, port: int, models: Path | None, cpu: bool) -> int:
         print(f"\nComfyUI with the pack: http://{server.address}   (Ctrl-C stops it)")
         print("Besides the stock nodes only this pack's are loaded.")
         print(f"First picture: Templates, {ROOT.name} under Extensions, 'Demo, runs now', Run.")
-        print(f"The log is {log}; it also has {quiet.hidden} notices of parts that are not needed here.")
+        if quiet.hidden:
+            print(f"{quiet.hidden} notices of parts that are not needed here are in {log}.")
         print(f"Put models into {base / 'models'}; results appear in {base / 'output'}.\n", flush=True)
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -5,6 +5,7 @@ The log file keeps everything. Tracebacks and notices that name the pack are sho
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from collections.abc import Callable
@@ -84,6 +85,29 @@ class QuietStart:
         at = line.find(self.pack)
         after = line[at + len(self.pack) :]
         return at >= 0 and (not after or not (after[0].isalnum() or after[0] in "-_.")) and "launcher.py" not in after
+
+
+class QuietRecords(logging.Filter):
+    """The same for a host in this process, whose messages are records of `logging`."""
+
+    def __init__(self, pack: Path) -> None:
+        super().__init__()
+        self.pack = f"{pack}"
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """False for what fails of parts that are not needed."""
+        text = record.getMessage()
+        return self.pack in text or not (NOTICE.search(text) or TRACEBACK in text or BOX.search(text))
+
+
+def quiet_logging(pack: Path, log: Path) -> None:
+    """Send warnings and errors of this process to the console, without such failures, and all of them to `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    console, file = logging.StreamHandler(), logging.FileHandler(log, encoding="utf-8", errors="backslashreplace")
+    console.addFilter(QuietRecords(pack))
+    for handler in (console, file):
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        logging.getLogger().addHandler(handler)
 
 
 class Follower(threading.Thread):

@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from .comfy_server import COMFY_BASE, device_arguments
-from .environment import PATIENT_THREADS, SetupError
+from .environment import PATIENT_THREADS, ROOT, SetupError
 from .launcher import allow_missing_torchaudio, declare_missing_torchvision_ops
+from .quiet_start import quiet_logging
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +80,7 @@ def run_train(options: argparse.Namespace, host: Path, own: bool) -> int:
         brought = config.base == CHECKPOINT
         if not own or brought:
             install(COMFY_BASE, (CHECKPOINT,))
+        quiet_logging(ROOT, COMFY_BASE / "train.log")
         bring_in_host(host, base, options.cpu)
         if brought:
             config = replace(config, base=str(COMFY_BASE / "models" / "checkpoints" / config.base))

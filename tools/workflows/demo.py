@@ -57,9 +57,9 @@ def demo() -> Workflow:
     loader = workflow.add(MODELS, "ControlNeXtLoader", model=base["MODEL"], control_name=EDGES, weights_name="auto")
     workflow.note(
         MODELS,
-        "**Press Run.** These small models come with the project and `run.py comfy` puts them here. They know coloured "
-        "circles, squares and triangles at 128 pixels, and draw on a CPU in seconds. With a real checkpoint the graph "
-        "is the same.",
+        "**Press Run.** These small models come with the project and **run.py comfy** puts them here. They know "
+        "coloured circles, squares and triangles at 128 pixels, and draw on a CPU in seconds. With a real checkpoint "
+        "the graph is the same.",
         150,
     )
     prompts = _prompts(workflow, base["CLIP"], SIDE)
@@ -91,7 +91,7 @@ def demo_train() -> Workflow:
     workflow.note(
         MODELS,
         "**Press Run and watch** *Train Control*: a control for outlines is trained from nothing, on a CPU in about "
-        "two minutes, and tried at once. It stays in `models/controlnext`. A control for your own use needs hours on "
+        "two minutes, and tried at once. It stays in **models/controlnext**. A control for your own use needs hours on "
         "a GPU; *SD1.5, train on your pictures* is that graph.",
         160,
     )
@@ -100,7 +100,7 @@ def demo_train() -> Workflow:
     data = workflow.add(HINT, "ControlDatasetFolder", folder=recipe["data"][0], hint="paired", resolution=side)
     workflow.note(
         HINT,
-        f"**No pictures are needed**: `{recipe['data'][0]}` are 200 scenes that the project draws, with their "
+        f"**No pictures are needed**: **{recipe['data'][0]}** are 200 scenes that the project draws, with their "
         "outlines. The name of a folder below ComfyUI's input folder stands here for pictures of your own.",
         130,
     )
