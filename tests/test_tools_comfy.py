@@ -227,7 +227,7 @@ def test_progress_stays_on_one_line_of_a_terminal(monkeypatch: pytest.MonkeyPatc
     assert text.count("\n") == 1 and text.endswith("\n")
     assert lines[0] == "  picture 1 of 2: depth" and lines[-1] == "  picture 2 of 2: edges, strength 1, about 0 s left"
     assert "  picture 2 of 2: edges, strength 1, about 10 s left" in lines
-    widths = [len(line) for line in text.split("\r")]
+    widths = [len(line) for line in text.rstrip("\n").split("\r")]
     assert all(after >= len(before.rstrip()) for before, after in zip(lines, widths[2:], strict=False)), "overwritten"
 
 

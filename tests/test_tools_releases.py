@@ -154,6 +154,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, origin: Release) -> lis
     seen: list[object] = []
     monkeypatch.setattr(environment, "choose", lambda level, own: seen.append(f"choose {level}"))
     monkeypatch.setattr(host, "provide", lambda: Path("wheel"))
+    monkeypatch.setattr(releases, "choose", lambda wanted: choose(wanted, tmp_path))
     monkeypatch.setattr(releases, "clone", lambda release: Path(f"clone {release.tag}"))
     monkeypatch.setattr(releases, "python_for", lambda release, own: Path("new python") if own else None)
     monkeypatch.setattr(cli, "run_again_with", lambda python, arguments: seen.append((python, list(arguments))) or 7)

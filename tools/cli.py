@@ -180,11 +180,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def bring_host(options: argparse.Namespace, arguments: Sequence[str]) -> tuple[Path | None, Sequence[str]]:
     """Choose the ComfyUI to bring, say which and why, clone a release; sets options.brought, None for the wheel.
 
-    Returns the Python that must go on, None for the running one, and the arguments for it, which hold the choice. A
-    Python of an environment that this project made has been told by the one before it.
+    Returns the Python that must go on, None for the running one, and the arguments for it, which hold the choice. The
+    line was printed before where this is a Python of the project's own environments; of many processes one speaks.
     """
     choice = releases.choose(options.comfyui_release)
-    if not Path(sys.prefix).name.startswith(".venv"):
+    if not Path(sys.prefix).name.startswith(".venv") and os.environ.get("RANK", "0") == "0":
         print(choice.line, flush=True)
     again = arguments if options.comfyui_release else [arguments[0], "--comfyui-release", choice.flag, *arguments[1:]]
     options.brought = None

@@ -88,7 +88,7 @@ class QuietStart:
 
 
 class QuietRecords(logging.Filter):
-    """The same for a host in this process, whose messages are records of `logging`."""
+    """Filter for a host in this process, whose messages are records of `logging`."""
 
     def __init__(self, pack: Path) -> None:
         super().__init__()
