@@ -10,7 +10,7 @@ from .hint_images import (
     ControlNeXtHintMask,
     ControlNeXtHintSoftEdge,
 )
-from .hints import ControlNeXtPoseAlign
+from .hints import ControlNeXtPoseAlign, ControlNeXtSampleInputs
 from .loaders import ControlNeXtInspect, ControlNeXtLoader, ControlNeXtSave
 from .video import ControlNeXtUNetLoader, ControlNeXtVideoWindows
 
@@ -24,6 +24,7 @@ NODE_CLASS_MAPPINGS = {
     "ControlNeXtUNetLoader": ControlNeXtUNetLoader,
     "ControlNeXtVideoWindows": ControlNeXtVideoWindows,
     "ControlNeXtPoseAlign": ControlNeXtPoseAlign,
+    "ControlNeXtSampleInputs": ControlNeXtSampleInputs,
     "ControlNeXtHintCanny": ControlNeXtHintCanny,
     "ControlNeXtHintSoftEdge": ControlNeXtHintSoftEdge,
     "ControlNeXtHintLines": ControlNeXtHintLines,

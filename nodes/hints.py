@@ -1,4 +1,4 @@
-"""Hints from keypoints."""
+"""Hints from keypoints, and sample inputs that come with the pack."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 
 from ..controlnext_core.hints.pose import MIN_SIDE, SIDE_STEP, align_poses
 from ..controlnext_core.hints.pose_drawing import draw_poses
-from ._api import ControlNode, io
+from ..controlnext_core.hints.samples import KINDS, PERIOD, SCENE_NAMES, sample
+from ._api import ControlNode, io, ui, wrong_choice
 
 PoseKeypoint = io.Custom("POSE_KEYPOINT")
 
@@ -50,3 +51,60 @@ class ControlNeXtPoseAlign(ControlNode):
     def execute(cls, reference_pose: Any, driving_poses: Any, width: int, height: int) -> io.NodeOutput:
         poses = align_poses(reference_pose, driving_poses, (width, height))
         return io.NodeOutput(torch.from_numpy(draw_poses(poses, (width, height))))
+
+
+class ControlNeXtSampleInputs(ControlNode):
+    """Hints, a photograph and clips to try a graph with."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        side = {"default": 512, "min": MIN_SIDE, "max": 4096, "step": SIDE_STEP}
+        return io.Schema(
+            node_id="ControlNeXtSampleInputs",
+            display_name="ControlNeXt Sample Inputs",
+            category="ControlNeXt/hints",
+            description="Hints, a photograph and clips that come with the pack, so that a graph can be tried at once. "
+            "For your own, put Load Image or a hint node in its place.",
+            inputs=[
+                io.Combo.Input(
+                    "kind",
+                    options=list(KINDS),
+                    default="edges",
+                    tooltip="edges, depth, mask: of the scene. pose: a standing person. photo: a portrait, also the "
+                    "person of pose_clip. depth_clip, clip: the camera moves along the scene.",
+                ),
+                io.Int.Input("width", **side, tooltip="Width in pixels; the latent's, or in its proportions."),
+                io.Int.Input("height", **side, tooltip="Height in pixels; the latent's, or in its proportions."),
+                io.Combo.Input(
+                    "scene",
+                    options=list(SCENE_NAMES),
+                    default=SCENE_NAMES[0],
+                    optional=True,
+                    tooltip="Drawing that edges, depth, mask, depth_clip and clip show.",
+                ),
+                io.Int.Input(
+                    "frames",
+                    default=PERIOD,
+                    min=1,
+                    max=512,
+                    optional=True,
+                    tooltip="Number of frames of a clip; the first pose is that of the photo.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(tooltip="The hint, the photograph, or the frames of the clip."),
+                io.Mask.Output(tooltip="White where things, the person or the drawn pose are."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, kind: str | None = None, scene: str | None = None) -> bool | str:
+        return wrong_choice(kind=(kind, KINDS), scene=(scene, SCENE_NAMES)) or True
+
+    @classmethod
+    def execute(
+        cls, kind: str, width: int, height: int, scene: str = SCENE_NAMES[0], frames: int = PERIOD
+    ) -> io.NodeOutput:
+        made = sample(kind, (width, height), scene, frames)
+        images = torch.from_numpy(made.images)
+        return io.NodeOutput(images, torch.from_numpy(made.masks), ui=ui.PreviewImage(images[:1], cls=cls))

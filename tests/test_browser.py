@@ -19,6 +19,7 @@ from urllib.parse import quote
 
 import pytest
 from comfyui_controlnext.tools import make_locales, make_workflows
+from comfyui_controlnext.tools.demo_weights import shipped
 from comfyui_controlnext.tools.workflow_graph import split_inputs
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.comfy, pytest.mark.browser]
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = [describe.__name__ for describe in make_workflows.WORKFLOWS]
+TITLES = {describe.__name__: describe().title for describe in make_workflows.WORKFLOWS}
+NAMES = [name for name in TITLES if not name.startswith("demo")]
+"""Examples that want published files."""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ARGUMENTS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
@@ -77,18 +80,18 @@ class Browser:
         if kind == "error":
             self.wrong.append(text)
 
-    def open_example(self, name: str) -> str:
-        """Choose one of our graphs among the templates; return the page's report about missing files."""
+    def open_example(self, name: str) -> None:
+        """Choose one of our graphs among the templates, by its title."""
         self.page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
         dialog = self.page.get_by_role("dialog")
-        card, pack = dialog.get_by_text(name, exact=True), dialog.get_by_text(ROOT.name, exact=True)
+        card = dialog.get_by_text(TITLES[name], exact=True).first  # newer pages repeat the title as a description
+        pack = dialog.get_by_text(ROOT.name, exact=True)
         card.or_(pack).first.wait_for()
         if card.count() == 0:  # newer pages open on the host's own templates, with the packs in a sidebar
             pack.click()
         card.click()
-        return self._missing_files()
 
-    def _missing_files(self) -> str:
+    def missing_files(self) -> str:
         """Text of the dialog (1.32.9) or of the panel of errors (1.49.6) about missing models, which is closed."""
         dialog = self.page.get_by_role("dialog").filter(has_text="Missing Models")
         overlay = self.page.get_by_test_id("error-overlay-see-errors")
@@ -115,6 +118,10 @@ def chromium_path(driver: Any) -> str:
     if found is None:
         pytest.skip("no Chromium here: install Debian's `chromium`, or run `python -m playwright install chromium`")
     return found
+
+
+def page_graph(name: str) -> dict[str, Any]:
+    return json.loads((make_workflows.FOLDER / f"{TITLES[name]}.json").read_text("utf-8"))
 
 
 def of_ours(text: str) -> bool:
@@ -196,8 +203,9 @@ def test_every_node_shows_its_widgets_and_slots(browser: Browser, server: "Comfy
 
 @pytest.mark.parametrize("name", NAMES)
 def test_example_loads_whole_and_reports_missing_files(name: str, browser: Browser, pinned_host: bool) -> None:
-    graph = json.loads((make_workflows.FOLDER / f"{name}.json").read_text("utf-8"))
-    reported = browser.open_example(name)
+    graph = page_graph(name)
+    browser.open_example(name)
+    reported = browser.missing_files()
     wanted = [*graph["models"], *(entry for node in graph["nodes"] for entry in node["properties"].get("models", []))]
     if not pinned_host:  # newer pages look at files that widgets name, and show no folder where they know no address
         named = {str(value) for node in graph["nodes"] for value in node["widgets_values"]}
@@ -219,16 +227,13 @@ def test_example_loads_whole_and_reports_missing_files(name: str, browser: Brows
 
 
 def test_a_run_from_the_page_shows_the_image(browser: Browser, server: "ComfyServer", tiny: "TinyModels") -> None:
-    server.upload_image(ROOT / "demo" / "astronaut.jpg")
-    graph = json.loads((make_workflows.FOLDER / "sd15_canny.json").read_text("utf-8"))
+    graph = page_graph("sd15_canny")
     for node in graph["nodes"]:
         values = node["widgets_values"]
         if node["type"] == "CheckpointLoaderSimple":
             node["properties"], values[0] = {}, tiny.names["checkpoint"]
         elif node["type"] == "ControlNeXtLoader":
             values[0] = tiny.names["control"]
-        elif node["type"] == "LoadImage":
-            values[0] = "astronaut.jpg"
         elif node["type"] == "EmptyLatentImage":
             values[:2] = 128, 128
         elif node["type"] == "KSampler":
@@ -240,6 +245,43 @@ def test_a_run_from_the_page_shows_the_image(browser: Browser, server: "ComfySer
     report = "() => app.graph.nodes.find(n => n.type === 'ControlNeXtLoader').widgets.map(w => String(w.value)).join()"
     assert "UNet weights" in browser.page.evaluate(report), "what was loaded is shown on the node"
     browser.shot("run", clip=browser.page.evaluate(SHOW_ALL))
+
+
+def test_the_demo_runs_from_its_template_as_it_is(browser: Browser, server: "ComfyServer", pinned_host: bool) -> None:
+    shipped.install(server.base)
+    browser.page.evaluate("app.extensionManager.command.execute('Comfy.RefreshNodeDefinitions')")
+    browser.open_example("demo")
+    page = browser.page
+    page.wait_for_function("app.graph.nodes.some(n => n.title === 'Sample hint')")
+    sent = page.evaluate("async () => (await app.graphToPrompt()).output")
+    kept = json.loads((make_workflows.FOLDER / "api" / "demo.json").read_text("utf-8"))
+    assert sent == kept if pinned_host else same_but_for_additions(sent, kept)
+    page.get_by_test_id("queue-button").click()
+    shown = "(type) => app.graph.nodes.find(n => n.type === type).imgs?.[0]?.naturalWidth"
+    for kind in ("SaveImage", "ControlNeXtSampleInputs"):
+        assert page.wait_for_function(shown, arg=kind, timeout=180_000).json_value() == 128
+    assert page.get_by_text("Missing Models").count() == 0
+    browser.shot("demo", clip=page.evaluate(SHOW_ALL))
+
+
+def test_the_training_demo_trains_from_its_template(browser: Browser, server: "ComfyServer") -> None:
+    """Two of its steps on eight scenes, without validation."""
+    shipped.install(server.base)
+    graph = page_graph("demo_train")
+    (trainer,) = (node for node in graph["nodes"] if node["type"] == "ControlNeXtTrain")
+    (data,) = (node for node in graph["nodes"] if node["type"] == "ControlDatasetFolder")
+    data["widgets_values"][0] = data["widgets_values"][0].replace(":200:", ":8:")
+    shorter = json.dumps(trainer["widgets_values"]).replace("validate_every = 40", "validate_every = 0")
+    trainer["widgets_values"] = [2 if value == 80 else value for value in json.loads(shorter)]
+    assert trainer["widgets_values"].count(2) == 1 and "validate_every = 0" in shorter
+    page = browser.page
+    page.evaluate("(graph) => app.loadGraphData(graph)", graph)
+    page.get_by_test_id("queue-button").click()
+    shown = "(type) => app.graph.nodes.find(n => n.type === type).imgs?.[0]?.naturalWidth"
+    assert page.wait_for_function(shown, arg="SaveImage", timeout=240_000).json_value() == 64
+    for kind in ("ControlDatasetFolder", "ControlNeXtTrain"):
+        assert page.evaluate(shown, kind) > 200
+    browser.shot("demo_train", clip=page.evaluate(SHOW_ALL))
 
 
 def test_help_of_a_node_opens(browser: Browser) -> None:

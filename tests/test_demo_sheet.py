@@ -133,4 +133,32 @@ def test_the_demo_draws_through_the_server_what_the_edges_show(
     columns = (demo_sheet.COLUMNS[0], demo_sheet.COLUMNS[2])
     f1 = demo_sheet.scores(hints, demo_sheet.draw_cells(server, hints, columns))
     assert f1[0, 1] > f1[0, 0] + 0.2
-    assert f"KSampler  {demo_sheet.STEPS}/{demo_sheet.STEPS}" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(",")[0].strip() for line in said] == [
+        "picture 1 of 2: without control",
+        "picture 2 of 2: edges",
+    ]
+
+
+def test_every_picture_of_the_demo_has_its_words() -> None:
+    assert [column.words for column in demo_sheet.COLUMNS] == [
+        "without control",
+        "edges, strength 0.5",
+        "edges, strength 1",
+        "ControlNet-XS edges, strength 1",
+        "depth, strength 1",
+        "edges and mask, strength 1",
+        "edges, strength 1 and a LoRA",
+    ]
+    hints = {row: demo_sheet.draw_hint(index) for row, index in enumerate(demo_sheet.SCENES)}
+    graph = demo_sheet.workflow(hints, demo_sheet.COLUMNS)
+    names = demo_sheet.pictures(graph, demo_sheet.COLUMNS)
+    assert len(names) == len(hints) * len(demo_sheet.COLUMNS)
+    assert {graph[name]["class_type"] for name in names} == {"KSampler"}
+
+
+def test_what_to_do_next_names_a_template_that_there_is() -> None:
+    from comfyui_controlnext.tools.workflows.demo import demo
+
+    told = demo_sheet.AFTERWARDS.format(seconds=61.4, sheet="a/sheet.png", pack="Pack")
+    assert f"'{demo().title}'" in told and "Done in 61 s. Open a/sheet.png" in told and "run.py comfy" in told

@@ -4,10 +4,10 @@ import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import pytest
-from comfyui_controlnext.tools import cli, host, make_locales, make_workflows
+from comfyui_controlnext.tools import cli, host, make_locales, make_workflows, releases
 
 if TYPE_CHECKING:
     from comfyui_controlnext.tools.comfy_server import ComfyServer
@@ -43,17 +43,24 @@ def test_chinese_has_the_keys_of_english() -> None:
 def test_links_between_our_texts_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", path.read_text("utf-8")):
         if not target.startswith(("http://", "https://")):
-            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+            assert (path.parent / unquote(target)).exists(), f"{path.name} links to {target}"
 
 
 def test_readme_names_what_there_is() -> None:
     for texts in locale("en").values():
         assert texts["display_name"] in README
     for describe in make_workflows.WORKFLOWS:
-        assert f"{describe.__name__}.json" in README
+        assert f"[{describe().title}](example_workflows/{quote(describe().title)}.json)" in README
     for name, command in cli.COMMANDS.items():
         assert f"run.py {name}" in README, command.help
-    for told in (host.WHEEL.replace("==", " "), f"ComfyUI {host.VERSION}", "AGPL-3", "GPL-3", "8.1 MB"):
+    for told in (
+        host.WHEEL.replace("==", " "),
+        f"ComfyUI {host.VERSION}",
+        "AGPL-3",
+        "GPL-3",
+        "8.1 MB",
+        releases.PINNED.tag,
+    ):
         assert told in README, told
 
 
@@ -105,9 +112,9 @@ def test_the_host_serves_help_texts_and_workflows(server: "ComfyServer") -> None
     for language in ("en", "zh"):
         for name, texts in locale(language).items():
             assert translations[language]["nodeDefs"][name] == texts
-    names = [describe.__name__ for describe in make_workflows.WORKFLOWS]
+    names = [describe().title for describe in make_workflows.WORKFLOWS]
     assert sorted(server.get("/workflow_templates")[ROOT.name]) == sorted(names)
     for name in names:
         for suffix in ("json", "jpg"):
-            served = server.request(f"/api/workflow_templates/{pack}/{name}.{suffix}")
+            served = server.request(f"/api/workflow_templates/{pack}/{quote(name)}.{suffix}")
             assert served == (make_workflows.FOLDER / f"{name}.{suffix}").read_bytes()

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from comfyui_controlnext.tools import comfy_server, demo
-from comfyui_controlnext.tools.comfy_client import ComfyClient, ComfyError, PromptError
+from comfyui_controlnext.tools import comfy_server, demo, tiny_models
+from comfyui_controlnext.tools.comfy_client import ComfyClient, ComfyError, Progress, PromptError, time_left
 from comfyui_controlnext.tools.comfy_server import ComfyServer
+from comfyui_controlnext.tools.demo_weights import shipped
 from comfyui_controlnext.tools.environment import SetupError
+from comfyui_controlnext.tools.workflows import training
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -193,6 +195,75 @@ def photograph_to_edges() -> dict[str, Any]:
         "2": {"class_type": "Canny", "inputs": {"image": ["1", 0], "low_threshold": 0.2, "high_threshold": 0.5}},
         "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "edges"}},
     }
+
+
+class Screen(io.StringIO):
+    def __init__(self, is_terminal: bool) -> None:
+        super().__init__()
+        self.is_terminal = is_terminal
+
+    def isatty(self) -> bool:
+        return self.is_terminal
+
+
+def progress_of_two(screen: Screen, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Two pictures of two steps, ten seconds a step, as the host tells of them."""
+    now = [1000.0]
+    monkeypatch.setattr("comfyui_controlnext.tools.comfy_client.time.monotonic", lambda: now[0])
+    shown = Progress({"7": "edges, strength 1", "9": "depth"}, screen)
+    for node in ("3", "9", "7"):  # in whichever order the host takes them; 3 is a loader
+        shown("executing", {"node": node})
+        for step in (1, 2):
+            now[0] += 10
+            shown("progress", {"node": node, "value": step, "max": 2})
+    shown("executing", {"node": None})
+    shown.end()
+    return screen.getvalue()
+
+
+def test_progress_stays_on_one_line_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = progress_of_two(Screen(True), monkeypatch)
+    lines = [line.rstrip() for line in text.rstrip("\n").split("\r") if line]
+    assert text.count("\n") == 1 and text.endswith("\n")
+    assert lines[0] == "  picture 1 of 2: depth" and lines[-1] == "  picture 2 of 2: edges, strength 1, about 0 s left"
+    assert "  picture 2 of 2: edges, strength 1, about 10 s left" in lines
+    widths = [len(line) for line in text.rstrip("\n").split("\r")]
+    assert all(after >= len(before.rstrip()) for before, after in zip(lines, widths[2:], strict=False)), "overwritten"
+
+
+def test_progress_elsewhere_is_a_line_for_each_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = progress_of_two(Screen(False), monkeypatch)
+    assert text.splitlines() == [
+        "  picture 1 of 2: depth",
+        "  picture 2 of 2: edges, strength 1, about 20 s left",
+    ]
+    assert time_left(None) == "" and time_left(400) == ", about 7 min left"
+
+
+def test_comfy_brings_the_demo_and_no_random_weights(tmp_path: Path) -> None:
+    """Also where an earlier version left some: every list begins with the demo's files."""
+    tiny_models.make_demo_models(tmp_path)
+    own = tmp_path / "models" / "loras" / "mine.safetensors"
+    own.write_bytes(b"x")
+    demo.fill(tmp_path)
+    for folder in ("checkpoints", "controlnext", "controlnet", "loras"):
+        found = {path.name for path in (tmp_path / "models" / folder).rglob("*") if path.is_file()}
+        assert found - {own.name} == {name for name, place in shipped.FOLDERS.items() if place == folder}
+    assert own.is_file() and (tmp_path / "input" / "astronaut.jpg").is_file()
+    pictures = sorted((tmp_path / "input" / training.FOLDER).iterdir())
+    assert len(pictures) == 2 * demo.PICTURES and (tmp_path / "input" / training.FOLDER / "1.txt").read_text("utf-8")
+    changed = pictures[0]
+    changed.unlink()
+    demo.fill(tmp_path)
+    assert not changed.exists(), "the person's folder is left alone"
+
+
+def test_files_under_our_names_without_our_stamp_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "models" / "checkpoints" / "tiny_sd15.ckpt"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"x")
+    tiny_models.demo.remove_demo_models(tmp_path)
+    assert path.is_file()
 
 
 @pytest.mark.comfy

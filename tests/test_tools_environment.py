@@ -252,3 +252,18 @@ def test_a_second_setup_waits_for_the_first(tmp_path: Path) -> None:
             first.kill()  # the system frees the lock of a process that dies
             output, _ = second.communicate(timeout=20)
             assert output.splitlines()[-1] == "in" and second.returncode == 0
+
+
+def test_pip_tells_the_size_of_each_download_where_there_is_no_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pip.py").write_text(
+        "import sys\nprint('Collecting torch')\nprint('  Downloading torch-2.13.0.whl (888.1 MB)')\n"
+        "print(*sys.argv[1:])\nsys.exit(sys.argv[1] == 'fail')",
+        "utf-8",
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    environment.run_pip(Path(sys.executable), ["install", "torch"], tmp_path / "pip.log")
+    assert capsys.readouterr().out == "  Downloading torch-2.13.0.whl (888.1 MB)\n"
+    with pytest.raises(SetupError, match="pip fail failed"):
+        environment.run_pip(Path(sys.executable), ["fail"], tmp_path / "pip.log")

@@ -77,3 +77,50 @@ def test_the_server_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         assert parent.stdout is not None and parent.stdout.readline().startswith("argv")
         parent.kill()
         assert parent.stdout.read().strip().endswith("interrupted")  # the pipe ends when the grandchild has ended
+
+
+def run_with_torchaudio(folder: Path, code: str) -> str:
+    """Run `code` with the launcher's finder, and a `torchaudio` of this folder (none where it is empty) alone."""
+    preamble = (
+        f"import runpy, sys; runpy.run_path({str(ROOT / '_alias.py')!r})\nsys.path[:0] = [{str(folder)!r}]\n"
+        "sys.path[1:] = [p for p in sys.path[1:] if 'site-packages' not in p]\n"
+        "from comfyui_controlnext.tools import launcher\nlauncher.allow_missing_torchaudio()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", preamble + code], capture_output=True, text=True, check=False)
+    return done.stdout.strip() + done.stderr.strip()
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        (None, "is not installed"),
+        ("import torchaudio.part\nraise OSError('libtorchaudio.so: undefined symbol')", "libtorchaudio.so: undefined"),
+    ],
+    ids=["missing", "broken"],
+)
+def test_torchaudio_may_be_missing_or_broken_until_it_is_used(tmp_path: Path, source: str | None, says: str) -> None:
+    if source is not None:
+        (tmp_path / "torchaudio").mkdir()
+        (tmp_path / "torchaudio" / "__init__.py").write_text(source, "utf-8")
+        (tmp_path / "torchaudio" / "part.py").write_text("", "utf-8")
+    code = "import torchaudio, torchaudio.functional as AF, importlib.util\nprint('imported')\n"
+    assert run_with_torchaudio(tmp_path, code) == "imported"
+    used = run_with_torchaudio(tmp_path, code + "AF.resample")
+    assert (
+        "AttributeError: torchaudio.resample: torchaudio is" in used or "torchaudio.resample: torchaudio does" in used
+    )
+    assert says in run_with_torchaudio(tmp_path, code + "torchaudio.transforms.Resample")
+    from_it = (
+        code + "try:\n    from torchaudio.transforms import MelScale\nexcept ImportError:\n    print('as missing')"
+    )
+    assert run_with_torchaudio(tmp_path, from_it).split() == ["imported", "as", "missing"]
+
+
+def test_a_working_torchaudio_is_used(tmp_path: Path) -> None:
+    (tmp_path / "torchaudio").mkdir()
+    (tmp_path / "torchaudio" / "__init__.py").write_text("from . import functional\nversion = 7", "utf-8")
+    (tmp_path / "torchaudio" / "functional.py").write_text("def resample(): return 5", "utf-8")
+    code = (
+        "import torchaudio.functional as AF, torchaudio; print(AF.resample(), torchaudio.version, torchaudio.__file__)"
+    )
+    assert run_with_torchaudio(tmp_path, code) == f"5 7 {tmp_path / 'torchaudio' / '__init__.py'}"

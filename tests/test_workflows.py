@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from comfyui_controlnext.controlnext_training.synthetic import write_folder
 from comfyui_controlnext.tools import host, make_workflows
 from comfyui_controlnext.tools import tiny_models as tm
 from comfyui_controlnext.tools.demo import for_this_system
+from comfyui_controlnext.tools.demo_weights import shipped
 from comfyui_controlnext.tools.workflow_graph import NOTE, WIDGET_TYPES, split_inputs
 from comfyui_controlnext.tools.workflows import parts, training, video, xs
 from PIL import Image, ImageSequence
@@ -23,18 +25,21 @@ if TYPE_CHECKING:
     from conftest import TinyModels
 
 FOLDER = Path(__file__).resolve().parents[1] / "example_workflows"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+TITLES = {describe.__name__: describe().title for describe in make_workflows.WORKFLOWS}
+NAMES = sorted(TITLES)
+DEMOS = [name for name in NAMES if name.startswith("demo")]
 VIDEOS = [name for name in NAMES if name.startswith("svd_")]
 ADDED_BY_THE_PAGE = ("fixed", "image")  # of `control_after_generate` and of the upload button
 THUMBNAIL_BYTES = 30_000
 TITLE = 30  # a node's title bar stands above its position
 SIZE, STEPS = 64, 1
-FRAMES = 7
-"""Of the pose video; the short clip takes fewer of them, the long one all, in windows."""
+FRAMES = {"svd_short_clip": 3, "svd_long_clip": 7}
+"""Of the sample poses; the long clip's in windows."""
 TINY: dict[str, dict[str, Any]] = {
     "EmptyLatentImage": {"width": SIZE, "height": SIZE},
     "CLIPTextEncode": {"text": "a"},  # one text, which the host then encodes once
     "KSampler": {"steps": STEPS},
+    "ControlNeXtSampleInputs": {"width": SIZE, "height": SIZE},
     "ControlDatasetFolder": {"resolution": SIZE},
     "ControlNeXtTrain": {"steps": 2, "batch_size": 1, "config": "validate_every = 0"},
     "SVD_img2vid_Conditioning": {"width": SIZE, "height": SIZE, "augmentation_level": 0.0},
@@ -46,7 +51,7 @@ APPLIERS = ("ControlNeXtApply", "ControlNetApplyAdvanced")
 
 
 def page(name: str) -> dict[str, Any]:
-    return json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
+    return json.loads((FOLDER / f"{TITLES[name]}.json").read_text("utf-8"))
 
 
 def prompt(name: str) -> dict[str, Any]:
@@ -57,6 +62,13 @@ def rectangle(node: dict[str, Any]) -> tuple[float, float, float, float]:
     """left, top, right, bottom with the title bar."""
     (x, y), (width, height) = node["pos"], node["size"]
     return x, y - TITLE, x + width, y + height
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_title_is_a_file_name_on_every_system_and_every_input_comes_with_the_pack(name: str) -> None:
+    assert re.fullmatch(r"[A-Z][\w.,-]*( [\w.,-]+)+", TITLES[name]) and not TITLES[name].endswith(".")
+    kinds = {node["class_type"] for node in prompt(name).values()}
+    assert "ControlNeXtSampleInputs" in kinds and not {"LoadImage", "LoadVideo"} & kinds
 
 
 def test_every_kind_of_control_is_shown_through_both_doors() -> None:
@@ -76,7 +88,7 @@ def test_every_kind_of_control_is_shown_through_both_doors() -> None:
 def test_what_the_issue_of_a_release_lists_is_there() -> None:
     wanted = {"sd15_canny", "sd15_depth", "sd15_pose", "sd15_mask", "sdxl_canny", "sdxl_depth"}
     assert wanted | {"sdxl_lora_two_controls"} <= set(NAMES)
-    assert {describe.__name__ for describe in make_workflows.WORKFLOWS} == set(NAMES)
+    assert {path.stem for path in FOLDER.glob("*.json")} == set(TITLES.values())
     assert {path.stem for path in (FOLDER / "api").glob("*.json")} == set(NAMES)
 
 
@@ -148,7 +160,7 @@ def test_published_files_are_reported_where_the_page_looks(name: str) -> None:
             assert url.path.endswith(f"/main/{entry['name']}"), "below models/controlnext as where it is published"
     unpublished = {"ControlNeXtLoader"} if name == "sd15_canny" else set()  # no canny for SD1.5 has been
     for node in graph["nodes"]:
-        if "Loader" in node["type"]:
+        if "Loader" in node["type"] and name not in DEMOS:
             assert len(node["properties"].get("models", [])) == (node["type"] not in unpublished)
     encoders = [entry for entry in found if entry["name"].endswith("/controlnet.safetensors")]
     assert len([entry for entry in found if entry["name"].endswith("/unet.safetensors")]) == len(encoders)
@@ -156,7 +168,7 @@ def test_published_files_are_reported_where_the_page_looks(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_thumbnail_is_small(name: str) -> None:
-    path = FOLDER / f"{name}.jpg"
+    path = FOLDER / f"{TITLES[name]}.jpg"
     assert path.stat().st_size < THUMBNAIL_BYTES
     with Image.open(path) as picture:
         assert picture.format == "JPEG" and min(picture.size) >= 200
@@ -248,30 +260,9 @@ def published(tiny: "TinyModels") -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def pictures(server: "ComfyServer", tiny: "TinyModels") -> None:
-    """The pictures that the workflows ask for, with a painted part (alpha 0) for the mask."""
-    ramp = Image.linear_gradient("L").resize((SIZE, SIZE))
-    picture = Image.merge("RGBA", (ramp, ramp.rotate(90), ramp.rotate(45), ramp.point(lambda v: 255 * (v > 99))))
-    stream = io.BytesIO()
-    picture.save(stream, "PNG")
-    for name in ("example.png", "depth.png", "pose.png"):
-        server.upload_image(stream.getvalue(), name)
+    """The demo's models, and a folder to train from."""
+    shipped.install(tiny.base)
     write_folder(tiny.base / "input" / training.FOLDER, 4, SIZE, 0, "edges")
-    frames = [picture.convert("RGB").rotate(10 * turn) for turn in range(FRAMES)]
-    server.upload_image(film(frames), "pose.mp4")
-
-
-def film(frames: list[Image.Image], fps: int = 8) -> bytes:
-    """The pictures as an mp4."""
-    import av  # the host's own
-
-    stream = io.BytesIO()
-    with av.open(stream, "w", "mp4") as container:
-        track = container.add_stream("h264", rate=fps)
-        track.width, track.height, track.pix_fmt = *frames[0].size, "yuv420p"
-        for frame in frames:
-            container.mux(track.encode(av.VideoFrame.from_image(frame)))
-        container.mux(track.encode())
-    return stream.getvalue()
 
 
 def shown(content: bytes) -> tuple[list[Image.Image], float]:
@@ -294,8 +285,8 @@ def tiny_run(name: str, stand_ins: dict[str, str]) -> dict[str, Any]:
         inputs = node["inputs"]
         inputs |= {key: stand_ins[value] for key, value in inputs.items() if str(value) in stand_ins}
         inputs |= TINY.get(node["class_type"], {})
-        if node["class_type"] == "ImageFromBatch":
-            inputs["length"] = 3 if name == "svd_short_clip" else inputs["length"]
+        if inputs.get("kind") == "pose_clip":
+            inputs["frames"] = FRAMES[name]
     return workflow
 
 
@@ -311,14 +302,16 @@ def test_api_workflow_runs(name: str, server: "ComfyServer", published: dict[str
     workflow = tiny_run(name, published)
     seen = len(server.log_lines())
     frames, fps = shown(saved(server, workflow))
-    assert len(frames) == {"svd_short_clip": 3, "svd_long_clip": FRAMES}.get(name, 1)
+    assert len(frames) == FRAMES.get(name, 1)
     assert fps == pytest.approx(8 if name in VIDEOS else 0)
     for picture in frames:
         assert picture.size == (SIZE, SIZE)
         assert picture.convert("L").getextrema() != (0, 0)
     said = "\n".join(server.log_lines()[seen:])
     loaders = sum(node["inputs"].get("weights_name") == "auto" for node in workflow.values())
-    assert said.count("unet.safetensors, the only one beside the control; difference") == loaders
+    bundled = name == "demo"
+    how = "bundled in the control file" if bundled else "unet.safetensors, the only one beside the control; difference"
+    assert said.count(how) == loaders
     assert "had no effect" not in said and "hints for" not in said
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import environment, host
+from . import environment, host, releases
 from .comfy_client import ComfyError
 from .environment import ROOT, SetupError
 
@@ -22,12 +22,16 @@ Parser = argparse.ArgumentParser
 @dataclass(frozen=True)
 class Command:
     """level: which pinned lists it needs ("host" or "test"), empty for none: this Python runs it, whatever it has;
-    add: its own options; run: returns the exit status."""
+    add: its own options; run: returns the exit status.
+
+    newest: True means that it brings the pinned release of ComfyUI where git reaches that, and else the wheel.
+    """
 
     help: str
     level: str
     add: Callable[[Parser], None]
     run: Callable[[argparse.Namespace], int]
+    newest: bool = False
 
 
 def clone_folder() -> Path:
@@ -43,8 +47,13 @@ def _add_cpu(parser: Parser) -> None:
 def _demo(options: argparse.Namespace) -> int:
     from .demo_sheet import run_demo
 
-    run_demo(host.provide(options.comfyui, clone_folder()), cpu=options.cpu)
+    run_demo(_own(options) or options.brought, cpu=options.cpu)
     return 0
+
+
+def _own(options: argparse.Namespace) -> Path | None:
+    """The person's own ComfyUI, if there is one."""
+    return host.find(options.comfyui, clone_folder())
 
 
 def _add_comfy(parser: Parser) -> None:
@@ -55,8 +64,8 @@ def _add_comfy(parser: Parser) -> None:
 def _comfy(options: argparse.Namespace) -> int:
     from .demo import serve
 
-    own = host.find(options.comfyui, clone_folder())
-    return serve(own or host.provide(), options.port, own / "models" if own else None, cpu=options.cpu)
+    own = _own(options)
+    return serve(own or options.brought, options.port, own / "models" if own else None, cpu=options.cpu)
 
 
 def _add_test(parser: Parser) -> None:
@@ -133,8 +142,8 @@ def _add_train(parser: Parser) -> None:
 def _train(options: argparse.Namespace) -> int:
     from .train import run_train
 
-    own = host.find(options.comfyui, clone_folder())
-    return run_train(options, own or host.provide(), own=own is not None)
+    own = _own(options)
+    return run_train(options, own or options.brought, own=own is not None)
 
 
 def _add_train_demo(parser: Parser) -> None:
@@ -150,10 +159,12 @@ def _train_demo(options: argparse.Namespace) -> int:
 
 
 COMMANDS = {
-    "demo": Command("draw with the demo's weights in a real ComfyUI and show the result", "host", _add_cpu, _demo),
-    "comfy": Command("start ComfyUI with the pack, for use in a browser", "host", _add_comfy, _comfy),
+    "demo": Command(
+        "draw with the demo's weights in a real ComfyUI and show the result", "host", _add_cpu, _demo, True
+    ),
+    "comfy": Command("start ComfyUI with the pack, for use in a browser", "host", _add_comfy, _comfy, True),
     "convert": Command("write a ControlNet-XS file with the other set of names", "host", _add_convert, _convert),
-    "train": Command("train a ControlNeXt or a ControlNet-XS from a recipe", "host", _add_train, _train),
+    "train": Command("train a ControlNeXt or a ControlNet-XS from a recipe", "host", _add_train, _train, True),
     "train-demo": Command("make the weights of the demo again, in hours", "host", _add_train_demo, _train_demo),
     "bench": Command("measure speed and memory beside the bare model and stock ControlNet", "host", _add_bench, _bench),
     "gpu-day": Command(
@@ -171,8 +182,32 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         sub = commands.add_parser(name, help=command.help, description=command.help)
         sub.add_argument("--comfyui", type=Path, metavar="PATH", help="use this ComfyUI instead of downloading one")
         sub.add_argument("--venv", action="store_true", help="use the project's own .venv whatever Python runs this")
+        if command.newest:
+            sub.add_argument(
+                "--comfyui-release",
+                metavar="TAG|wheel",
+                help=f"bring this release of ComfyUI with git (default {releases.PINNED.tag}), or the wheel of "
+                f"ComfyUI {host.VERSION}",
+            )
         command.add(sub)
     return parser.parse_args(arguments)
+
+
+def bring_host(options: argparse.Namespace, arguments: Sequence[str]) -> tuple[Path | None, Sequence[str]]:
+    """Choose the ComfyUI to bring, say which and why, clone a release; sets options.brought, None for the wheel.
+
+    Returns the Python that must go on, None for the running one, and the arguments for it, which hold the choice. The
+    line was printed before where this is a Python of the project's own environments; of many processes one speaks.
+    """
+    choice = releases.choose(options.comfyui_release)
+    if not Path(sys.prefix).name.startswith(".venv") and os.environ.get("RANK", "0") == "0":
+        print(choice.line, flush=True)
+    again = arguments if options.comfyui_release else [arguments[0], "--comfyui-release", choice.flag, *arguments[1:]]
+    options.brought = None
+    if choice.release is None:
+        return None, again
+    options.brought = releases.clone(choice.release)
+    return releases.python_for(choice.release, options.venv), again
 
 
 def run_again_with(python: Path, arguments: Sequence[str]) -> int:
@@ -197,9 +232,14 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     command = COMMANDS[options.command]
     try:
-        python = environment.choose(command.level or "host", options.venv) if command.level or options.venv else None
+        bring = command.newest and _own(options) is None
+        python, again = bring_host(options, arguments) if bring else (None, arguments)
+        if (not bring or options.brought is None) and (command.level or options.venv):
+            python = environment.choose(command.level or "host", options.venv)
         if python is not None:
-            return run_again_with(python, arguments)
+            return run_again_with(python, again)
+        if bring and options.brought is None:
+            options.brought = host.provide()
         return command.run(options)
     except (SetupError, ComfyError) as error:
         print(f"run.py {options.command}: {error}", file=sys.stderr)

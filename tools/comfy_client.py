@@ -6,6 +6,7 @@ websocket runs inside `run`. Proxies from the environment are not used: the serv
 
 import asyncio
 import json
+import sys
 import time
 import urllib.error
 import urllib.parse
@@ -14,7 +15,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 Workflow = Mapping[str, Mapping[str, Any]]
 OnEvent = Callable[[str, dict[str, Any]], None]
@@ -209,17 +210,50 @@ def _refusal(path: str, code: int, body: bytes) -> ComfyError:
 
 
 class Progress:
-    """Prints one line when a node starts and one per sampling step. workflow: to name the nodes."""
+    """Shows which picture of a workflow is in work, on one line with the time left.
 
-    def __init__(self, workflow: Workflow) -> None:
-        self.workflow = workflow
-        self.started = time.monotonic()
+    pictures: name of each picture by the id of the node that samples it, in any order. The time left comes from the
+    sampling steps so far, and is shown from the second picture on. Where the output is no terminal it prints a line for
+    each picture.
+    """
+
+    def __init__(self, pictures: Mapping[str, str], out: TextIO | None = None) -> None:
+        self.pictures, self.out = pictures, out or sys.stdout
+        self.one_line = self.out.isatty()
+        self.begun: dict[str, None] = {}
+        self.started, self.shown = 0.0, ""
 
     def __call__(self, kind: str, data: dict[str, Any]) -> None:
         """As `on_event` of ComfyClient.run."""
         node = data.get("node")
-        if node is None or kind not in ("executing", "progress"):
+        if kind not in ("executing", "progress") or node is None or node not in self.pictures:
             return
-        name = self.workflow[node]["class_type"]
-        step = f"  {data['value']}/{data['max']}" if kind == "progress" else ""
-        print(f"  {time.monotonic() - self.started:6.1f} s  {name}{step}", flush=True)
+        now = time.monotonic()
+        self.started = self.started or now
+        self.begun[node] = None
+        part = data["value"] / data["max"] if kind == "progress" else 0.0
+        done = len(self.begun) - 1 + part
+        left = (now - self.started) * (len(self.pictures) / done - 1) if done >= 1 else None
+        self._show(f"picture {len(self.begun)} of {len(self.pictures)}: {self.pictures[node]}", left)
+
+    def _show(self, text: str, left: float | None) -> None:
+        if not self.one_line:
+            if text != self.shown:
+                print(f"  {text}{time_left(left)}", file=self.out, flush=True)
+            self.shown = text
+            return
+        line = f"  {text}{time_left(left)}"
+        print(f"\r{line:<{len(self.shown)}}", end="", file=self.out, flush=True)
+        self.shown = line
+
+    def end(self) -> None:
+        """Leave the line."""
+        if self.one_line and self.shown:
+            print(file=self.out, flush=True)
+
+
+def time_left(seconds: float | None) -> str:
+    """', about 40 s left'; empty for None, where nothing is known."""
+    if seconds is None:
+        return ""
+    return f", about {seconds:.0f} s left" if seconds < 100 else f", about {seconds / 60:.0f} min left"

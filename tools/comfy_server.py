@@ -110,7 +110,12 @@ class ComfyServer(ComfyClient):
                 stdout=sink,
                 stderr=subprocess.STDOUT if sink is not None else None,
                 cwd=base,
-                env={**PATIENT_THREADS, **os.environ, "PYTHONIOENCODING": "utf-8:backslashreplace"},
+                env={
+                    **PATIENT_THREADS,
+                    **os.environ,
+                    "PYTHONIOENCODING": "utf-8:backslashreplace",
+                    "PYTHONUNBUFFERED": "1",
+                },
                 start_new_session=os.name != "nt",
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
             )

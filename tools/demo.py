@@ -1,4 +1,4 @@
-"""`python run.py comfy`, the pack in a real ComfyUI for a person, and what it shares with the demo (demo_sheet.py)."""
+"""`python run.py comfy`, the pack in a real ComfyUI for a person."""
 
 import contextlib
 import json
@@ -10,9 +10,11 @@ from typing import Any
 from .comfy_client import Workflow
 from .comfy_server import COMFY_BASE, ComfyServer, device_arguments, prepare_base, require_free_port
 from .environment import ROOT
-from .tiny_models import make_demo_models
+from .quiet_start import Follower, QuietStart
 
 PHOTOGRAPH = ROOT / "demo" / "astronaut.jpg"
+PICTURES, PICTURES_SIDE, PICTURES_SEED = 12, 512, 77
+"""Drawn pictures that the template of training finds in its folder."""
 
 
 def for_this_system(workflow: Any) -> Workflow:
@@ -27,24 +29,54 @@ def for_this_system(workflow: Any) -> Workflow:
     return adapted
 
 
+def fill(base: Path) -> None:
+    """Put the demo's models and inputs for every template into a base directory; random weights of earlier versions
+    of this project go."""
+    from .demo_weights.shipped import install
+    from .tiny_models.demo import remove_demo_models
+    from .workflows.training import FOLDER
+
+    prepare_base(base)
+    remove_demo_models(base)
+    install(base)
+    shutil.copyfile(PHOTOGRAPH, base / "input" / PHOTOGRAPH.name)
+    draw_pictures(base / "input" / FOLDER)
+
+
+def draw_pictures(folder: Path) -> None:
+    """Pictures with captions to train on, unless the folder is there."""
+    from PIL import Image
+
+    from ..controlnext_core.picturebook import draw
+
+    if folder.exists():
+        return
+    folder.mkdir(parents=True)
+    for index in range(PICTURES):
+        picture = draw(PICTURES_SEED, index, PICTURES_SIDE)
+        Image.fromarray(picture.image).save(folder / f"{index + 1}.png")
+        (folder / f"{index + 1}.txt").write_text(picture.caption + "\n", "utf-8")
+
+
 def serve(host: Path, port: int, models: Path | None, cpu: bool) -> int:
     """Run the server in the foreground until Ctrl-C; return its exit status. models: the person's own, also listed."""
     require_free_port(port)
-    from .demo_sheet import demo_hints, uploads
-    from .demo_weights.shipped import install
-
     base = COMFY_BASE
-    prepare_base(base)
-    make_demo_models(base)
-    install(base)
-    shutil.copyfile(PHOTOGRAPH, base / "input" / PHOTOGRAPH.name)
-    for name, content in uploads(demo_hints()).items():
-        (base / "input" / name).write_bytes(content)
-    server = ComfyServer.start(host, base, port=port, models=models, arguments=device_arguments(cpu), wait=False)
+    fill(base)
+    log = base / "server.log"
+    arguments = device_arguments(cpu)
+    server = ComfyServer.start(host, base, port=port, models=models, arguments=arguments, log=log, wait=False)
+    quiet = QuietStart(ROOT)
+    console = Follower(log, quiet, lambda text: print(text, end="", flush=True))
+    console.start()
     try:
         server.wait_until_ready()
+        server.require_pack(ROOT)
         print(f"\nComfyUI with the pack: http://{server.address}   (Ctrl-C stops it)")
         print("Besides the stock nodes only this pack's are loaded.")
+        print(f"First picture: Templates, {ROOT.name} under Extensions, 'Demo, runs now', Run.")
+        if quiet.hidden:
+            print(f"{quiet.hidden} notices of parts that are not needed here are in {log}.")
         print(f"Put models into {base / 'models'}; results appear in {base / 'output'}.\n", flush=True)
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -54,3 +86,4 @@ def serve(host: Path, port: int, models: Path | None, cpu: bool) -> int:
         return 0
     finally:
         server.stop()
+        console.stop()

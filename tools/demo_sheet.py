@@ -8,7 +8,6 @@ scenes that no training saw.
 from __future__ import annotations
 
 import io
-import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image as Pictures
 
-    from .comfy_server import ComfyServer
+    from .comfy_client import ComfyClient
 
 SIDE, STEPS, CFG, SEED = 128, 14, 3.0, 5
 SCENE_SEED, SCENES = 99, (4, 12, 3)
@@ -30,6 +29,14 @@ SCENE_SEED, SCENES = 99, (4, 12, 3)
 INSET = 4
 """Side of a picture, as a multiple of the inset in its corner."""
 OUTPUT = ROOT / "demo_output"
+AFTERWARDS = """
+Done in {seconds:.0f} s. Open {sheet}
+  Each row has one drawing and one seed. The second picture is the prompt alone; in the following ones things stand
+  where the drawing has them, the more the higher the strength. F1 says how well the edges agree, 1 is perfect. A small
+  picture in a corner is what a control was given in place of the outlines.
+Next:
+  python run.py comfy   ComfyUI in your browser with these models: Templates, {pack} under Extensions, 'Demo, runs now'
+  README.md             controls for SD1.5, SDXL and video, and how to train your own"""
 Graph = dict[str, dict[str, Any]]
 Link = list[Any]
 
@@ -50,6 +57,15 @@ class Column:
     @property
     def file_name(self) -> str:
         return self.title.lower().replace(" + ", "_and_").replace(" ", "_").replace(".", "_")
+
+    @property
+    def words(self) -> str:
+        """Controls and strength: "edges and mask, strength 1"."""
+        used = {"edges": self.edges, "ControlNet-XS edges": self.xs, "mask": self.mask, "depth": self.depth}
+        names = [name for name, strength in used.items() if strength]
+        if not names:
+            return "without control"
+        return f"{' and '.join(names)}, strength {max(used.values()):g}{' and a LoRA' if self.lora else ''}"
 
     def given(self, hint: Hint) -> np.ndarray | None:
         """Picture that the controls see, (H, W, 3) bytes, if other than the row's outlines; a mask shows in gray."""
@@ -110,11 +126,6 @@ def draw_hint(index: int) -> Hint:
 def demo_hints() -> dict[int, Hint]:
     """The rows of the sheet."""
     return {row: draw_hint(index) for row, index in enumerate(SCENES)}
-
-
-def one_cell() -> Graph:
-    """The graph of one picture with ControlNeXt, small enough to look at on the page."""
-    return workflow({0: draw_hint(SCENES[0])}, (Column("ControlNeXt", edges=1.0),))
 
 
 def png(picture: np.ndarray) -> bytes:
@@ -260,7 +271,7 @@ def compose(
 
 
 def draw_cells(
-    server: ComfyServer, hints: Mapping[int, Hint], columns: tuple[Column, ...]
+    server: ComfyClient, hints: Mapping[int, Hint], columns: tuple[Column, ...]
 ) -> dict[tuple[int, int], bytes]:
     """PNG of every cell (row, column), drawn by a running server that has the demo's models."""
     from .comfy_client import Progress
@@ -268,8 +279,23 @@ def draw_cells(
     for name, content in uploads(hints).items():
         server.upload_image(content, name)
     graph = workflow(hints, columns)
-    run = server.run(graph, Progress(graph))
+    progress = Progress(pictures(graph, columns))
+    try:
+        run = server.run(graph, progress)
+    finally:
+        progress.end()
     return {place: server.image(entry) for place, entry in _saved(graph, run.outputs)}
+
+
+def pictures(graph: Graph, columns: tuple[Column, ...]) -> dict[str, str]:
+    """Id of each sampler -> what its picture shows, as words of a column."""
+    names = {}
+    for node in graph.values():
+        if node["class_type"] == "SaveImage":
+            _, place = node["inputs"]["filename_prefix"].removeprefix("sheet/").split("_")
+            sampler = graph[node["inputs"]["images"][0]]["inputs"]["samples"][0]
+            names[sampler] = columns[int(place)].words
+    return names
 
 
 def run_demo(host: Path, cpu: bool, output: Path = OUTPUT) -> Path:
@@ -290,13 +316,12 @@ def run_demo(host: Path, cpu: bool, output: Path = OUTPUT) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     for (row, place), content in cells.items():
         (output / f"{row + 1}_{COLUMNS[place].file_name}.png").write_bytes(content)
-    (output / "workflow_api.json").write_text(json.dumps(one_cell(), indent=1), "utf-8")
     sheet = output / "contact_sheet.png"
     compose(hints, COLUMNS, cells, f1).save(sheet)
     for place, column in enumerate(COLUMNS):
         mean = sum(f1[row, place] for row in hints) / len(hints)
         print(f"  edge F1 {mean:.2f}  {column.title}")
-    print(f"Done in {time.monotonic() - started:.1f} s: {sheet}")
+    print(AFTERWARDS.format(seconds=time.monotonic() - started, sheet=sheet, pack=ROOT.name))
     return sheet
 
 

@@ -62,6 +62,18 @@ def pinned(name: str, listing: Path | None = None) -> str:
     return match.group(1)
 
 
+def satisfied(listing: Path) -> bool:
+    """True: the running interpreter has every distribution of a requirements file, at the version of a `==` pin."""
+    for name, version in re.findall(r"^([A-Za-z0-9][A-Za-z0-9._-]*)(?:==([^\s;]+))?", listing.read_text("utf-8"), re.M):
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return False
+        if version and found != version:
+            return False
+    return True
+
+
 def serves(level: str) -> bool:
     """True: the running interpreter has all that `level` needs; the linter must be the pinned one."""
     if missing((*HOST_MODULES, *PACK_MODULES)):
@@ -133,13 +145,22 @@ def explain_pip_failure(log: str, folder: Path) -> str:
 
 
 def run_pip(python: Path, arguments: Sequence[str], log: Path) -> None:
-    """Run pip of `python`; raise SetupError that says why when it fails. log: the file that keeps its full output."""
+    """Run pip of `python`; raise SetupError that says why when it fails. log: the file that keeps its full output.
+
+    A terminal shows pip's own bars; elsewhere a line with the size is printed for each file that is downloaded.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
-    quiet = [] if sys.stdout.isatty() else ["--quiet", "--progress-bar", "off"]
-    command = [str(python), "-m", "pip", *arguments, *quiet, "--log", str(log)]
-    done = subprocess.run([*command, "--no-input", "--disable-pip-version-check"], check=False)
-    if done.returncode:
+    command = [str(python), "-m", "pip", *arguments, "--log", str(log), "--no-input", "--disable-pip-version-check"]
+    if sys.stdout.isatty():
+        status = subprocess.run(command, check=False).returncode
+    else:
+        with subprocess.Popen([*command, "--progress-bar", "off"], stdout=subprocess.PIPE) as process:
+            for line in process.stdout or ():
+                if line.lstrip().startswith(b"Downloading "):
+                    print(f"  {line.decode(errors='replace').strip()}", flush=True)
+        status = process.returncode
+    if status:
         text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
         why = explain_pip_failure(text, log.parent) if text else "pip is not available in this Python."
         raise SetupError(f"pip {arguments[0]} failed: {why}\n(full output: {log})")
@@ -147,13 +168,15 @@ def run_pip(python: Path, arguments: Sequence[str], log: Path) -> None:
 
 @dataclass(frozen=True)
 class Environment:
-    """The `.venv` of the clone at `root`."""
+    """An environment of the clone at `root`. lists: what goes into it; () = the pinned lists of tools/."""
 
     root: Path
+    name: str = ".venv"
+    lists: tuple[Path, ...] = ()
 
     @property
     def folder(self) -> Path:
-        return self.root / ".venv"
+        return self.root / self.name
 
     @property
     def python(self) -> Path:
@@ -168,7 +191,9 @@ class Environment:
         return Path(sys.prefix).resolve() == self.folder.resolve()
 
     def wanted(self, level: str) -> dict[str, str]:
-        """level -> hash of the pinned lists, for `level` and the ones below it."""
+        """level -> hash of the lists, for `level` and the ones below it."""
+        if self.lists:
+            return {level: hashlib.sha256(b"".join(listing.read_bytes() for listing in self.lists)).hexdigest()}
         lists = {
             "host": ("requirements-host.txt", "requirements-host-nodeps.txt"),
             "test": ("requirements-test.txt",),
@@ -212,20 +237,26 @@ class Environment:
     def _install(self, level: str) -> None:
         if not self.installed() or not self.works():
             self._create()
-        print(f"Installing the pinned packages into {self.folder} (once; the first time 0.5 to 3 GB).", flush=True)
+        print(f"Installing packages into {self.folder} (once; the first time 0.5 to 3 GB).", flush=True)
         done = {name: digest for name, digest in self.installed().items() if name in LEVELS}
         self.stamp.unlink(missing_ok=True)
         tools, log = self.root / "tools", self.root / ".cache" / "pip.log"
-        pins = ["-c", str(tools / "constraints.txt"), "-r", str(tools / "requirements-host.txt")]
         wanted = self.wanted(level)
+        if self.lists:
+            run_pip(self.python, ["install", *(word for listing in self.lists for word in ("-r", str(listing)))], log)
+            return self._write_stamp(wanted)
+        pins = ["-c", str(tools / "constraints.txt"), "-r", str(tools / "requirements-host.txt")]
         if done.get("host") != wanted["host"]:
             run_pip(self.python, ["install", *pins], log)
             nodeps = str(tools / "requirements-host-nodeps.txt")
             run_pip(self.python, ["install", "--no-deps", "-r", nodeps], log)
         if level == "test":
             run_pip(self.python, ["install", *pins, "-r", str(tools / "requirements-test.txt")], log)
+        self._write_stamp({**done, **wanted})
+
+    def _write_stamp(self, content: dict[str, str]) -> None:
         scratch = self.stamp.with_suffix(".tmp")
-        scratch.write_text(json.dumps({**done, **wanted}), encoding="utf-8")
+        scratch.write_text(json.dumps(content), encoding="utf-8")
         os.replace(scratch, self.stamp)
 
     def _create(self) -> None:

@@ -1,9 +1,10 @@
 """Start ComfyUI: `python launcher.py [--stop-with-input] MAIN_PY [ARGUMENTS]...`
 
-Two things that main.py does not do by itself. It declares the two torchvision operators without which torchvision
-does not import where its compiled part does not fit the installed torch. And, with --stop-with-input, it ends the
-server when its standard input closes, so that no server outlives the process that started it.
-Standard library only at import.
+Three things that main.py does not do by itself. It declares the two torchvision operators without which torchvision
+does not import where its compiled part does not fit the installed torch. It lets the host start where torchaudio is
+missing or does not fit torch: newer hosts import it at start, for models that this project never loads. And, with
+--stop-with-input, it ends the server when its standard input closes, so that no server outlives the process that
+started it. Standard library only at import.
 """
 
 import os
@@ -13,8 +14,8 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 OPERATORS = ("nms", "qnms")  # those that torchvision registers fake kernels for, whether they exist or not
@@ -52,6 +53,65 @@ def declare_missing_torchvision_ops() -> None:
         sys.meta_path.insert(0, _DeclareOperators())
 
 
+AUDIO = "torchaudio"
+
+
+class _AudioFinder(MetaPathFinder):
+    """Finds torchaudio, or an empty stand-in that says at its use what is missing."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name == AUDIO:
+            found = PathFinder.find_spec(name, path)
+            loader = _AudioLoader(None if found is None else found.loader)
+            if found is None:
+                return ModuleSpec(name, loader, is_package=True)
+            found.loader = loader
+            return found
+        if (
+            name.startswith(f"{AUDIO}.")
+            and name.count(".") == 1
+            and getattr(sys.modules.get(AUDIO), "_stand_in", False)
+        ):
+            return ModuleSpec(name, _AudioLoader(None), is_package=True)
+        return None
+
+
+class _AudioLoader(Loader):
+    """Runs the real loader; where there is none, or it fails, makes the module a stand-in."""
+
+    def __init__(self, real: Loader | None) -> None:
+        self.real = real
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        why = "is not installed"
+        if self.real is not None:
+            try:
+                return self.real.exec_module(module)
+            except (ImportError, OSError, RuntimeError, AttributeError) as error:
+                why = f"does not work here ({error})"
+        for name in [name for name in sys.modules if name.startswith(f"{AUDIO}.") and module.__name__ == AUDIO]:
+            del sys.modules[name]
+
+        def missing(name: str) -> object:
+            raise AttributeError(f"{AUDIO}.{name}: {AUDIO} {why}. Install the build that fits your torch.")
+
+        module.__dict__.update(_stand_in=True, __getattr__=missing, __path__=[])
+
+
+def allow_missing_torchaudio() -> None:
+    """Arrange for `import torchaudio` to work where it is missing or broken; its use then says so.
+
+    Costs nothing until torchaudio is imported. Calling it again is harmless.
+    """
+    if not any(isinstance(finder, _AudioFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AudioFinder())
+
+
 def _stop_when_input_closes() -> None:
     while os.read(0, 4096):
         pass
@@ -77,6 +137,7 @@ def main(arguments: Sequence[str]) -> None:
     sys.path[:] = [host, *(entry for entry in sys.path if os.path.realpath(entry) != here)]
     sys.argv[:] = rest
     declare_missing_torchvision_ops()
+    allow_missing_torchaudio()
     runpy.run_path(rest[0], run_name="__main__")
 
 

@@ -15,10 +15,12 @@ if __package__ in (None, ""):
 
 from comfyui_controlnext.tools.comfy_client import ComfyClient, ComfyError  # noqa: E402
 from comfyui_controlnext.tools.workflow_graph import ObjectInfo, Workflow, api_format, page_format  # noqa: E402
-from comfyui_controlnext.tools.workflows import controlnext, training, video, xs  # noqa: E402
+from comfyui_controlnext.tools.workflows import controlnext, demo, training, video, xs  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parents[1] / "example_workflows"
 WORKFLOWS: tuple[Callable[[], Workflow], ...] = (
+    demo.demo,
+    demo.demo_train,
     controlnext.sd15_canny,
     controlnext.sd15_depth,
     controlnext.sd15_pose,
@@ -41,9 +43,11 @@ def files(object_info: ObjectInfo) -> dict[Path, str]:
     written: dict[Path, str] = {}
     for describe in WORKFLOWS:
         workflow = describe()
-        for folder, made in ((FOLDER, page_format), (FOLDER / "api", api_format)):
-            text = json.dumps(made(workflow, object_info), indent=2, ensure_ascii=False) + "\n"
-            written[folder / f"{workflow.name}.json"] = text
+        for path, made in (
+            (FOLDER / f"{workflow.title}.json", page_format),
+            (FOLDER / "api" / f"{workflow.name}.json", api_format),
+        ):
+            written[path] = json.dumps(made(workflow, object_info), indent=2, ensure_ascii=False) + "\n"
     return written
 
 

@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from .comfy_server import COMFY_BASE, device_arguments
-from .environment import PATIENT_THREADS, SetupError
-from .launcher import declare_missing_torchvision_ops
+from .environment import PATIENT_THREADS, ROOT, SetupError
+from .launcher import allow_missing_torchaudio, declare_missing_torchvision_ops
+from .quiet_start import quiet_logging
 
-TINY = ("tiny_sd15.ckpt", "tiny_sd3.ckpt")
-"""Bases with random weights, made where they are missing."""
+TINY = "tiny_sd3.ckpt"
+"""A base with random weights for `tiny_transformer.toml`, made where it is missing, out of sight of the loaders."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +50,7 @@ def settings(given: list[str]) -> dict[str, object]:
 def bring_in_host(host: Path, base: Path, cpu: bool) -> None:
     """Make ComfyUI importable here, with its models and results in `base`, and the models that its own list adds."""
     declare_missing_torchvision_ops()
+    allow_missing_torchaudio()
     sys.path.insert(0, str(host))
     from comfy.cli_args import args
 
@@ -64,6 +66,14 @@ def bring_in_host(host: Path, base: Path, cpu: bool) -> None:
     register_folder()
 
 
+def tiny_base() -> Path:
+    """The file TINY of this clone, made where it is missing."""
+    from .tiny_models.transformers import make_sd3
+
+    path = COMFY_BASE / "tiny" / TINY
+    return path if path.is_file() else make_sd3(path)
+
+
 def run_train(options: argparse.Namespace, host: Path, own: bool) -> int:
     """Train; 0 when the file is there, 130 when the run was stopped and saved. own: the host is the person's.
 
@@ -73,19 +83,19 @@ def run_train(options: argparse.Namespace, host: Path, own: bool) -> int:
         os.environ.setdefault(name, value)
     from ..controlnext_training.config_files import make_config, read_recipe
     from .demo_weights.shipped import CHECKPOINT, install
-    from .tiny_models import make_demo_models
 
     recipe = options.recipe.resolve()
     base = host if own else COMFY_BASE
     try:
         config = make_config(settings(options.settings), read_recipe(recipe))
-        brought = config.base in (*TINY, CHECKPOINT)
-        if not own or brought:
-            make_demo_models(COMFY_BASE)
+        if not own or config.base == CHECKPOINT:
             install(COMFY_BASE, (CHECKPOINT,))
+        if config.base == CHECKPOINT:
+            config = replace(config, base=str(COMFY_BASE / "models" / "checkpoints" / CHECKPOINT))
+        elif config.base == TINY:
+            config = replace(config, base=str(tiny_base()))
+        quiet_logging(ROOT, COMFY_BASE / "train.log")
         bring_in_host(host, base, options.cpu)
-        if brought:
-            config = replace(config, base=str(COMFY_BASE / "models" / "checkpoints" / config.base))
         from ..controlnext_training.command import run_config
         from ..controlnext_training.train import Stopped, TrainingError
 

@@ -23,6 +23,7 @@ SIZES = {  # of nodes that show text or pictures; all others follow from their s
     "ControlNeXtTrain": (420, 760),  # room for the loss curve and the validation pictures
     "ControlNeXtLoader": (380, 260),  # room for the report that appears when it has run
     "ControlNetXSLoader": (380, 190),
+    "ControlNeXtSampleInputs": (300, 450),  # room for its picture
     "GetImageSize": (300, 130),
     "LossGraphNode": (420, 360),
     "LoadImage": (300, 320),
@@ -74,9 +75,11 @@ class Node:
 
 @dataclass
 class Workflow:
-    """Nodes in columns. columns: their titles; models: files that no widget names, reported all the same."""
+    """Nodes in columns. name: an identifier; title: its name on the page and of its file; columns: their titles;
+    models: files that no widget names, reported all the same."""
 
     name: str
+    title: str
     columns: tuple[str, ...]
     models: tuple[Model, ...] = ()
     nodes: list[Node] = field(default_factory=list)

@@ -96,7 +96,8 @@ def contact_sheet(dataset: ControlDataset, count: int = 12, columns: int = 3, si
         row, column = divmod(place, columns)
         for half, frames in enumerate((sample.frames, sample.hints)):
             picture = Image.fromarray(np.rint(frames[0].numpy() * 255).astype(np.uint8))
-            picture.thumbnail((side, side))
+            scale = side / max(picture.size)
+            picture = picture.resize((round(picture.width * scale), round(picture.height * scale)))
             sheet.paste(picture, (GAP + column * cell[0] + half * (side + GAP // 2), GAP + row * cell[1]))
     return sheet
 

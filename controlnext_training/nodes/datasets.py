@@ -24,6 +24,7 @@ from ..config_files import make_config
 from ..data.report import contact_sheet, report
 from ..data.samples import PAIRED, ControlDataset
 from ..data.tensors import TensorDataset
+from ..drawn import is_synthetic
 
 ROOTS_VARIABLE = "CONTROLNEXT_DATA_ROOTS"
 """Environment variable: further folders that datasets may be read from, separated as in PATH."""
@@ -74,6 +75,11 @@ def allowed_roots() -> tuple[Path, ...]:
     return (Path(folder_paths.get_input_directory()), *added)
 
 
+def source_of(folder: str) -> str:
+    """The data source behind the folder widget: a path, or scenes that the project draws. Raises ConfigError."""
+    return folder if is_synthetic(folder) else str(find_folder(folder))
+
+
 def find_folder(name: str) -> Path:
     """A dataset's path: absolute, or below one of the allowed roots. Raises ConfigError naming the roots."""
     roots = allowed_roots()
@@ -111,7 +117,8 @@ class ControlDatasetFolder(ControlNode):
                 io.String.Input(
                     "folder",
                     tooltip="Below ComfyUI's input folder, or below a folder listed in the environment variable "
-                    f"{ROOTS_VARIABLE}. images/ and hints/ side by side, or 1.png beside 1_hint.png.",
+                    f"{ROOTS_VARIABLE}. images/ and hints/ side by side, or 1.png beside 1_hint.png. "
+                    "synthetic:edges:200 draws 200 scenes with their edges (or mask, depth).",
                 ),
                 io.Combo.Input(
                     "hint", options=list(SETTINGS["hint"].choices), default=PAIRED, tooltip=SETTINGS["hint"].doc
@@ -147,7 +154,7 @@ class ControlDatasetFolder(ControlNode):
         cls, folder: str, hint: str, resolution: int, buckets: bool = True, caption_extension: str = ".txt"
     ) -> io.NodeOutput:
         settings = {
-            "data": (str(find_folder(folder)),),
+            "data": (source_of(folder),),
             "hint": hint,
             "resolution": resolution,
             "bucket_step": _step_for(resolution),

@@ -226,6 +226,9 @@ def _results(run: RunFiles, observer: NodeObserver, cls: type[io.ComfyNode]) -> 
 def _padded(picture: Any, side: int) -> Any:
     from PIL import Image as Pictures
 
+    scale = side / max(picture.size)
+    size = round(picture.width * scale), round(picture.height * scale)
     sheet = Pictures.new("RGB", (side, side), "white")
-    sheet.paste(picture.convert("RGB"), ((side - picture.width) // 2, (side - picture.height) // 2))
+    filled = picture.convert("RGB").resize(size, Pictures.Resampling.LANCZOS)
+    sheet.paste(filled, ((side - size[0]) // 2, (side - size[1]) // 2))
     return sheet

@@ -1,4 +1,4 @@
-"""The model folder of the demo."""
+"""The model folder of the tests' server."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ from .storage import write_atomically
 from .transformers import make_sd3
 
 STAMP = "tiny_models.version"
+MAKERS: dict[str, tuple[str, str, Callable[[Path], Path]]] = {
+    "checkpoint": ("checkpoints", "tiny_sd15.ckpt", make_sd15),
+    "transformer": ("checkpoints", "tiny_sd3.ckpt", make_sd3),
+    "control": ("controlnext", "demo/controlnet.safetensors", lambda path: make_controlnext(path, "gen2")),
+    "weights": ("controlnext", "demo/unet.safetensors", make_unet_difference),
+    "lora": ("loras", "tiny_lora.safetensors", make_lora),
+    "stock_control": ("controlnet", "tiny_controlnet.pth", make_stock_controlnet),
+}
+"""Role -> folder below `models`, name there, maker. All weights are random."""
 
 
 def make_demo_models(base_dir: Path) -> dict[str, str]:
@@ -20,23 +29,28 @@ def make_demo_models(base_dir: Path) -> dict[str, str]:
     Files that are there are kept, unless the makers changed since: a stamp holds the hash of their source.
     """
     models = Path(base_dir) / "models"
-    makers: dict[str, tuple[str, str, Callable[[Path], Path]]] = {
-        "checkpoint": ("checkpoints", "tiny_sd15.ckpt", make_sd15),
-        "transformer": ("checkpoints", "tiny_sd3.ckpt", make_sd3),
-        "control": ("controlnext", "demo/controlnet.safetensors", lambda path: make_controlnext(path, "gen2")),
-        "weights": ("controlnext", "demo/unet.safetensors", make_unet_difference),
-        "lora": ("loras", "tiny_lora.safetensors", make_lora),
-        "stock_control": ("controlnet", "tiny_controlnet.pth", make_stock_controlnet),
-    }
     stamp = models / STAMP
     version = _version()
     current = stamp.is_file() and stamp.read_text("utf-8") == version
-    for folder, name, make in makers.values():
+    for folder, name, make in MAKERS.values():
         path = models / folder / name
         if not (current and path.is_file()):
             make(path)
     write_atomically(stamp, lambda file: file.write_text(version, "utf-8"))
-    return {key: str(Path(name)) for key, (_, name, _) in makers.items()}
+    return {key: str(Path(name)) for key, (_, name, _) in MAKERS.items()}
+
+
+def remove_demo_models(base_dir: Path) -> None:
+    """Delete the random weights that an earlier version of this project put into `base_dir`/models.
+
+    The stamp tells that they are ours; without it nothing is touched.
+    """
+    models = Path(base_dir) / "models"
+    if not (models / STAMP).is_file():
+        return
+    for folder, name, _ in MAKERS.values():
+        (models / folder / name).unlink(missing_ok=True)
+    (models / STAMP).unlink()
 
 
 def _version() -> str:

@@ -10,12 +10,14 @@ from .parts import (
     SD15,
     SDXL,
     SDXL_DEPTH,
+    SIDE,
     edges,
     finish,
     load_control,
     load_lora,
     prompts,
     published,
+    sample,
     start,
     stock_apply,
 )
@@ -29,7 +31,7 @@ OWN_SD15_CANNY = "sd15_canny/controlnet.safetensors"
 
 def sd15_canny() -> Workflow:
     """Two nodes of ours: load, apply."""
-    workflow, base = start("sd15_canny", SD15)
+    workflow, base = start("sd15_canny", "SD1.5 canny, your own control", SD15)
     loader = workflow.add(
         MODELS, "ControlNeXtLoader", model=base["MODEL"], control_name=OWN_SD15_CANNY, weights_name="auto"
     )
@@ -43,7 +45,7 @@ above.
         120,
     )
     positive, negative, latent = prompts(workflow, base["CLIP"], SD15, "a portrait in a sunlit garden, detailed photo")
-    hint = edges(workflow)
+    hint = edges(workflow, SD15)
     workflow.add(HINT, "PreviewImage", images=hint)
     control = workflow.add(
         CONTROL, "ControlNeXtApply", model=loader["MODEL"], control_net=loader["CONTROL_NET"], image=hint
@@ -59,10 +61,12 @@ above.
 
 def sd15_depth() -> Workflow:
     """A depth map, the published SD1.5 files."""
-    workflow, base = start("sd15_depth", SD15, (SD15_DEPTH[1],))
+    workflow, base = start("sd15_depth", "SD1.5 depth, one control", SD15, (SD15_DEPTH[1],))
     loader = load_control(workflow, base["MODEL"], SD15_DEPTH)
-    positive, negative, latent = prompts(workflow, base["CLIP"], SD15, "a mossy stone courtyard at dawn, photo")
-    image = workflow.add(HINT, "LoadImage", "Depth map", image="depth.png")
+    positive, negative, latent = prompts(
+        workflow, base["CLIP"], SD15, "a small stone house and a tree on a meadow at dawn, photo"
+    )
+    image = sample(workflow, "depth", SIDE[SD15], "Sample depth map")
     workflow.note(HINT, CONDITION_IMAGE.format(what="depth"), 160)
     control = workflow.add(
         CONTROL, "ControlNeXtApply", model=loader["MODEL"], control_net=loader["CONTROL_NET"], image=image["IMAGE"]
@@ -72,7 +76,7 @@ def sd15_depth() -> Workflow:
 
 def sd15_pose() -> Workflow:
     """A pose picture, through the stock Apply node."""
-    workflow, base = start("sd15_pose", SD15, (SD15_POSE[1],))
+    workflow, base = start("sd15_pose", "SD1.5 pose, stock Apply node", SD15, (SD15_POSE[1],))
     loader = load_control(workflow, base["MODEL"], SD15_POSE)
     workflow.note(
         MODELS,
@@ -81,7 +85,7 @@ def sd15_pose() -> Workflow:
         110,
     )
     positive, negative, latent = prompts(workflow, base["CLIP"], SD15, "a woman in a blue coat, street, detailed photo")
-    image = workflow.add(HINT, "LoadImage", "Pose picture", image="pose.png")
+    image = sample(workflow, "pose", SIDE[SD15], "Sample pose")
     workflow.note(HINT, CONDITION_IMAGE.format(what="pose (OpenPose skeleton)"), 160)
     control = stock_apply(workflow, positive, negative, loader, image["IMAGE"], 1.0, "Apply ControlNet (stock)")
     workflow.note(
@@ -94,16 +98,17 @@ def sd15_pose() -> Workflow:
 
 
 def sd15_mask() -> Workflow:
-    """A mask painted on the page."""
-    workflow, base = start("sd15_mask", SD15, (SD15_MASK[1],))
+    """The mask of a figure."""
+    workflow, base = start("sd15_mask", "SD1.5 mask, one control", SD15, (SD15_MASK[1],))
     loader = load_control(workflow, base["MODEL"], SD15_MASK)
     positive, negative, latent = prompts(workflow, base["CLIP"], SD15, "a woman in a red dress, studio, detailed photo")
-    image = workflow.add(HINT, "LoadImage", "Paint the mask here", image="example.png")
+    image = sample(workflow, "photo", SIDE[SD15], "Sample photograph and its mask")
     workflow.note(
         HINT,
-        "**Paint the figure:** right-click the picture, *Open in MaskEditor*, paint, save. What is painted becomes "
-        "white, the rest black. A mask picture of your own can go to *image* directly.",
-        140,
+        "**For a picture of your own** put *Load Image* in place of the sample and paint the figure: right-click the "
+        "picture, *Open in MaskEditor*, paint, save. What is painted becomes white, the rest black. A mask picture "
+        "can go to *image* directly.",
+        160,
     )
     mask = workflow.add(HINT, "MaskToImage", mask=image["MASK"])
     workflow.add(HINT, "PreviewImage", images=mask["IMAGE"])
@@ -115,7 +120,7 @@ def sd15_mask() -> Workflow:
 
 def sdxl_canny() -> Workflow:
     """Edges from any picture, the published SDXL files."""
-    workflow, base = start("sdxl_canny", SDXL, (SDXL_CANNY[1],))
+    workflow, base = start("sdxl_canny", "SDXL canny, one control", SDXL, (SDXL_CANNY[1],))
     loader = load_control(workflow, base["MODEL"], SDXL_CANNY)
     workflow.note(
         MODELS,
@@ -124,7 +129,7 @@ def sdxl_canny() -> Workflow:
         110,
     )
     positive, negative, latent = prompts(workflow, base["CLIP"], SDXL, "a girl in a spring meadow, anime style")
-    hint = edges(workflow)
+    hint = edges(workflow, SDXL)
     workflow.add(HINT, "PreviewImage", images=hint)
     control = workflow.add(
         CONTROL,
@@ -140,10 +145,12 @@ def sdxl_canny() -> Workflow:
 
 def sdxl_depth() -> Workflow:
     """A depth map with a strength schedule."""
-    workflow, base = start("sdxl_depth", SDXL, (SDXL_DEPTH[1],))
+    workflow, base = start("sdxl_depth", "SDXL depth, strength over time", SDXL, (SDXL_DEPTH[1],))
     loader = load_control(workflow, base["MODEL"], SDXL_DEPTH)
-    positive, negative, latent = prompts(workflow, base["CLIP"], SDXL, "a diamond tower above a lava lake, night")
-    image = workflow.add(HINT, "LoadImage", "Depth map", image="depth.png")
+    positive, negative, latent = prompts(
+        workflow, base["CLIP"], SDXL, "a diamond house and tree above a lava lake, night"
+    )
+    image = sample(workflow, "depth", SIDE[SDXL], "Sample depth map")
     workflow.note(HINT, CONDITION_IMAGE.format(what="depth"), 160)
     options = workflow.add(
         CONTROL, "ControlNeXtOptions", control_net=loader["CONTROL_NET"], schedule="0:1, 0.6:1, 0.9:0.3"
@@ -162,19 +169,21 @@ def sdxl_depth() -> Workflow:
 
 def sdxl_lora_two_controls() -> Workflow:
     """A LoRA, canny and depth together."""
-    workflow, base = start("sdxl_lora_two_controls", SDXL, (SDXL_CANNY[1], SDXL_DEPTH[1]))
+    workflow, base = start("sdxl_lora_two_controls", "SDXL LoRA, canny and depth", SDXL, (SDXL_CANNY[1], SDXL_DEPTH[1]))
     lora = load_lora(workflow, base)
     canny = load_control(workflow, lora["MODEL"], SDXL_CANNY, "Load ControlNeXt (canny)")
     depth = load_control(workflow, canny["MODEL"], SDXL_DEPTH, "Load ControlNeXt (depth)")
-    positive, negative, latent = prompts(workflow, lora["CLIP"], SDXL, "a castle on a cliff above the sea")
+    positive, negative, latent = prompts(
+        workflow, lora["CLIP"], SDXL, "a stone house beside a tree on a meadow, a balloon above"
+    )
     workflow.note(
         PROMPTS,
         "**MODEL goes through both loaders**: each adds its UNet weights. LoRA and loaders may come in any order, the "
         "sum is the same. Where the picture gets harsh, lower **weights_strength**.",
         140,
     )
-    hint = edges(workflow, "Picture for the edges")
-    image = workflow.add(HINT, "LoadImage", "Depth map", image="depth.png")
+    hint = sample(workflow, "edges", SIDE[SDXL], "Sample edges")["IMAGE"]
+    image = sample(workflow, "depth", SIDE[SDXL], "Sample depth map")
     first = stock_apply(workflow, positive, negative, canny, hint, 0.35, "Apply ControlNet (canny)")
     second = stock_apply(
         workflow, first["positive"], first["negative"], depth, image["IMAGE"], 1.0, "Apply ControlNet (depth)"

@@ -1,5 +1,7 @@
 """Parts of the example workflows: published files, columns, the nodes that most of them have."""
 
+from typing import Any
+
 from ..workflow_graph import Model, Node, Output, Workflow
 
 HUB = "https://huggingface.co/"
@@ -35,15 +37,15 @@ COLUMNS = ("Models", "Prompts and size", "Hint", "Control", "Result")
 NEGATIVE = "lowres, blurry, deformed, text, watermark"
 SIDE = {SD15: 512, SDXL: 1024}
 CONDITION_IMAGE = """
-**Needs a {what} image.** Choose yours in *Load Image*; a preprocessor pack (for instance comfyui_controlnet_aux)
-makes one from a photograph. Its sides should have the proportions of the latent: it is scaled to fill it, the
-middle is kept.
+**For a {what} image of your own** put *Load Image* in place of the sample; a preprocessor pack (for instance
+comfyui_controlnet_aux) makes one from a photograph. Its sides should have the proportions of the latent: it is scaled
+to fill it, the middle is kept.
 """
 
 
-def start(name: str, base: Model, models: tuple[Model, ...] = ()) -> tuple[Workflow, Node]:
+def start(name: str, title: str, base: Model, models: tuple[Model, ...] = ()) -> tuple[Workflow, Node]:
     """A workflow with its checkpoint loader."""
-    workflow = Workflow(name, COLUMNS, models)
+    workflow = Workflow(name, title, COLUMNS, models)
     return workflow, workflow.add(MODELS, "CheckpointLoaderSimple", ckpt_name=base.name, models=(base,))
 
 
@@ -76,9 +78,14 @@ def prompts(workflow: Workflow, clip: Output, base: Model, text: str) -> tuple[O
     return positive["CONDITIONING"], negative["CONDITIONING"], latent["LATENT"]
 
 
-def edges(workflow: Workflow, title: str | None = None) -> Output:
-    """Canny edges of a picture that every ComfyUI has."""
-    image = workflow.add(HINT, "LoadImage", title, image="example.png")
+def sample(workflow: Workflow, kind: str, side: int, title: str, **inputs: Any) -> Node:
+    """An input that comes with the pack, square, in the column of hints."""
+    return workflow.add(HINT, "ControlNeXtSampleInputs", title, kind=kind, width=side, height=side, **inputs)
+
+
+def edges(workflow: Workflow, base: Model, title: str = "Sample photograph") -> Output:
+    """Canny edges of the photograph that comes with the pack."""
+    image = sample(workflow, "photo", SIDE[base], title)
     return workflow.add(HINT, "Canny", image=image["IMAGE"], low_threshold=0.2, high_threshold=0.5)["IMAGE"]
 
 

@@ -10,7 +10,7 @@ COLUMNS = ("Models", "Prompts and size", "Pictures", "Training and control", "Re
 
 def train_sd15() -> Workflow:
     """Train a canny control for SD1.5, then draw with it."""
-    workflow, base = start("train_sd15", SD15)
+    workflow, base = start("train_sd15", "SD1.5, train on your pictures", SD15)
     workflow.columns = COLUMNS
     workflow.note(
         MODELS,
@@ -28,7 +28,7 @@ drawn from them. For hints of your own choose `paired` and add `1_hint.png`. The
 """,
         150,
     )
-    hint = edges(workflow, "Picture to try it on")
+    hint = edges(workflow, SD15, "Picture to try it on")
     trained = workflow.add(
         CONTROL,
         "ControlNeXtTrain",

@@ -23,23 +23,22 @@ SVD = Model(
 MODELS, POSES, START, CONTROL = range(4)
 COLUMNS = ("Models", "Pose frames", "Start image and size", "Control", "Result")
 WIDTH, HEIGHT, GUIDANCE = 576, 1024, 3.0
-WINDOW, OVERLAP, LONG = 24, 6, 72
+WINDOW, OVERLAP, LONG, FPS = 24, 6, 72, 8
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Inputs of a video workflow before sampling, and the speed of its pose video."""
+    """Inputs of a video workflow before sampling."""
 
     model: Output
     positive: Output
     negative: Output
     latent: Output
     vae: Output
-    fps: Output
 
 
 def clip(workflow: Workflow, frames: int) -> Clip:
-    """Loaders, pose frames (the first `frames` of a video), start image, control."""
+    """Loaders, pose frames, start image, control."""
     base = workflow.add(MODELS, "ImageOnlyCheckpointLoader", models=(SVD,), ckpt_name=SVD.name)
     unet = workflow.add(MODELS, "ControlNeXtUNetLoader", models=(UNET,), weights_name=UNET.name)
     loader = workflow.add(
@@ -57,8 +56,10 @@ def clip(workflow: Workflow, frames: int) -> Clip:
         "the UNet has 6.1 GB; both go into `models/controlnext`.",
         170,
     )
-    hint, count, fps = pose_frames(workflow, frames)
-    image = workflow.add(START, "LoadImage", "Start image", image="example.png")
+    hint, count = pose_frames(workflow, frames)
+    image = workflow.add(
+        START, "ControlNeXtSampleInputs", "Sample start image", kind="photo", width=WIDTH, height=HEIGHT
+    )
     started = workflow.add(
         START,
         "SVD_img2vid_Conditioning",
@@ -74,33 +75,39 @@ def clip(workflow: Workflow, frames: int) -> Clip:
     )
     workflow.note(
         START,
-        "**Start image**: the person to animate. *video_frames* follows the pose frames. Motion bucket, fps and "
-        "augmentation are those of the release; leave them.",
+        "**Start image**: the person to animate; *Load Image* gives your own. *video_frames* follows the pose "
+        "frames. Motion bucket, fps and augmentation are those of the release; leave them.",
         120,
     )
     control = workflow.add(
         CONTROL, "ControlNeXtApply", model=loader["MODEL"], control_net=loader["CONTROL_NET"], image=hint
     )
-    return Clip(control["MODEL"], started["positive"], started["negative"], started["latent"], base["VAE"], fps)
+    return Clip(control["MODEL"], started["positive"], started["negative"], started["latent"], base["VAE"])
 
 
-def pose_frames(workflow: Workflow, frames: int) -> tuple[Output, Output, Output]:
-    """The first `frames` pictures of a video, how many these are, and their number per second."""
-    file = workflow.add(POSES, "LoadVideo", "Pose video", file="pose.mp4")
-    video = workflow.add(POSES, "GetVideoComponents", video=file["VIDEO"])
-    chosen = workflow.add(POSES, "ImageFromBatch", "Frames to use", image=video["images"], batch_index=0, length=frames)
-    size = workflow.add(POSES, "GetImageSize", image=chosen["IMAGE"])
+def pose_frames(workflow: Workflow, frames: int) -> tuple[Output, Output]:
+    """Pose frames, and how many these are."""
+    poses = workflow.add(
+        POSES,
+        "ControlNeXtSampleInputs",
+        "Sample poses",
+        kind="pose_clip",
+        width=WIDTH,
+        height=HEIGHT,
+        frames=frames,
+    )
+    size = workflow.add(POSES, "GetImageSize", image=poses["IMAGE"])
     workflow.note(
         POSES,
         """
-**Needs a pose video**: one skeleton picture per frame, the start image's own pose first, in the proportions of the
-result. *ControlNeXt Pose Align* makes such frames from the keypoints of a pose estimator (the DWPose node of a
-preprocessor pack): save them with *Create Video* and *Save Video*, or wire them straight into *Frames to use*. Pose
-pictures from other nodes are not aligned, and have red and blue exchanged.
+**For a pose video of your own** put *Load Video* and *Get Video Components* in place of the sample: one skeleton
+picture per frame, the start image's own pose first, in the proportions of the result. *ControlNeXt Pose Align* makes
+such frames from the keypoints of a pose estimator (the DWPose node of a preprocessor pack). Pose pictures from other
+nodes are not aligned, and have red and blue exchanged.
 """,
         230,
     )
-    return chosen["IMAGE"], size["batch_size"], video["fps"]
+    return poses["IMAGE"], size["batch_size"]
 
 
 def sampled(workflow: Workflow, clip: Clip, model: Output) -> Output:
@@ -124,7 +131,7 @@ def sampled(workflow: Workflow, clip: Clip, model: Output) -> Output:
 
 def svd_short_clip() -> Workflow:
     """As many frames as the model takes at once."""
-    workflow = Workflow("svd_short_clip", COLUMNS)
+    workflow = Workflow("svd_short_clip", "SVD pose, 24 frames", COLUMNS)
     made = clip(workflow, WINDOW)
     workflow.note(
         CONTROL,
@@ -138,7 +145,7 @@ def svd_short_clip() -> Workflow:
         "SaveAnimatedWEBP",
         images=images,
         filename_prefix=f"ControlNeXt/{workflow.name}",
-        fps=made.fps,
+        fps=FPS,
         lossless=False,
         quality=90,
         method="default",
@@ -148,7 +155,7 @@ def svd_short_clip() -> Workflow:
 
 def svd_long_clip() -> Workflow:
     """More frames than the model takes at once, in windows."""
-    workflow = Workflow("svd_long_clip", COLUMNS)
+    workflow = Workflow("svd_long_clip", "SVD pose, 72 frames in windows", COLUMNS)
     made = clip(workflow, LONG)
     windows = workflow.add(
         CONTROL,
@@ -163,10 +170,10 @@ def svd_long_clip() -> Workflow:
         CONTROL,
         "**72 frames in windows of 24** that share 6; in the joints `pyramid` weighs the middle of a window most. "
         "**repeat_first_hint** begins each window with the reference pose, as the authors' script does. For a longer "
-        "video raise *length* of *Frames to use*; memory for sampling stays that of one window.",
+        "video raise *frames* of *Sample poses*; memory for sampling stays that of one window.",
         190,
     )
     images = sampled(workflow, made, windows["MODEL"])
-    video = workflow.add(RESULT, "CreateVideo", images=images, fps=made.fps)
+    video = workflow.add(RESULT, "CreateVideo", images=images, fps=FPS)
     workflow.add(RESULT, "SaveVideo", video=video["VIDEO"], filename_prefix=f"ControlNeXt/{workflow.name}")
     return workflow

@@ -10,11 +10,13 @@ from .parts import (
     SD15,
     SDXL,
     SDXL_DEPTH,
+    SIDE,
     edges,
     finish,
     load_control,
     load_lora,
     prompts,
+    sample,
     start,
     stock_apply,
 )
@@ -41,7 +43,7 @@ def load_xs(workflow: Workflow, file: Model, title: str | None = None) -> Node:
 
 def xs_sd15_canny() -> Workflow:
     """Edges on SD1.5, the pack's own Apply node."""
-    workflow, base = start("xs_sd15_canny", SD15)
+    workflow, base = start("xs_sd15_canny", "SD1.5 canny, ControlNet-XS", SD15)
     control = load_xs(workflow, XS_SD15_CANNY)
     workflow.note(
         MODELS,
@@ -53,7 +55,7 @@ read from it.
         130,
     )
     positive, negative, latent = prompts(workflow, base["CLIP"], SD15, "a portrait in a sunlit garden, detailed photo")
-    hint = edges(workflow)
+    hint = edges(workflow, SD15)
     workflow.add(HINT, "PreviewImage", images=hint)
     applied = workflow.add(
         CONTROL, "ControlNeXtApply", model=base["MODEL"], control_net=control["CONTROL_NET"], image=hint
@@ -69,7 +71,7 @@ read from it.
 
 def xs_sdxl_canny() -> Workflow:
     """Edges on SDXL, the pack's own Apply node."""
-    workflow, base = start("xs_sdxl_canny", SDXL)
+    workflow, base = start("xs_sdxl_canny", "SDXL canny, ControlNet-XS", SDXL)
     control = load_xs(workflow, XS_SDXL_CANNY)
     workflow.note(
         MODELS,
@@ -77,8 +79,10 @@ def xs_sdxl_canny() -> Workflow:
         "file belongs into `models/controlnext`; `sdxl_encD_canny_20m.safetensors` is the smaller release.",
         130,
     )
-    positive, negative, latent = prompts(workflow, base["CLIP"], SDXL, "a lighthouse on a cliff, storm, oil painting")
-    hint = edges(workflow)
+    positive, negative, latent = prompts(
+        workflow, base["CLIP"], SDXL, "a portrait of a sailor in a storm, oil painting"
+    )
+    hint = edges(workflow, SDXL)
     workflow.add(HINT, "PreviewImage", images=hint)
     applied = workflow.add(
         CONTROL, "ControlNeXtApply", model=base["MODEL"], control_net=control["CONTROL_NET"], image=hint
@@ -88,10 +92,12 @@ def xs_sdxl_canny() -> Workflow:
 
 def xs_sdxl_depth() -> Workflow:
     """A depth map on SDXL, the stock Apply node."""
-    workflow, base = start("xs_sdxl_depth", SDXL)
+    workflow, base = start("xs_sdxl_depth", "SDXL depth, ControlNet-XS", SDXL)
     control = load_xs(workflow, XS_SDXL_DEPTH)
-    positive, negative, latent = prompts(workflow, base["CLIP"], SDXL, "a diamond tower above a lava lake, night")
-    image = workflow.add(HINT, "LoadImage", "Depth map", image="depth.png")
+    positive, negative, latent = prompts(
+        workflow, base["CLIP"], SDXL, "a diamond house and tree above a lava lake, night"
+    )
+    image = sample(workflow, "depth", SIDE[SDXL], "Sample depth map")
     workflow.note(HINT, CONDITION_IMAGE.format(what="depth"), 160)
     applied = stock_apply(workflow, positive, negative, control, image["IMAGE"], 1.0, "Apply ControlNet (stock)")
     workflow.note(CONTROL, STOCK_DOOR, 150)
@@ -100,13 +106,15 @@ def xs_sdxl_depth() -> Workflow:
 
 def xs_controlnext_lora() -> Workflow:
     """ControlNet-XS, ControlNeXt and a LoRA on one model, through both doors."""
-    workflow, base = start("xs_controlnext_lora", SDXL, (SDXL_DEPTH[1],))
+    workflow, base = start("xs_controlnext_lora", "SDXL LoRA, ControlNeXt and ControlNet-XS", SDXL, (SDXL_DEPTH[1],))
     lora = load_lora(workflow, base)
     depth = load_control(workflow, lora["MODEL"], SDXL_DEPTH, "Load ControlNeXt (depth)")
     canny = load_xs(workflow, XS_SDXL_CANNY, "Load ControlNet-XS (canny)")
-    positive, negative, latent = prompts(workflow, lora["CLIP"], SDXL, "a castle on a cliff above the sea")
-    hint = edges(workflow, "Picture for the edges")
-    image = workflow.add(HINT, "LoadImage", "Depth map", image="depth.png")
+    positive, negative, latent = prompts(
+        workflow, lora["CLIP"], SDXL, "a stone house beside a tree on a meadow, a balloon above"
+    )
+    hint = sample(workflow, "edges", SIDE[SDXL], "Sample edges")["IMAGE"]
+    image = sample(workflow, "depth", SIDE[SDXL], "Sample depth map")
     model = workflow.add(
         CONTROL,
         "ControlNeXtApply",

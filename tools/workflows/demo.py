@@ -1,0 +1,131 @@
+"""Workflows of the demo's models, which come with the project: they run in `run.py comfy` without a download."""
+
+from pathlib import Path
+
+from ...controlnext_training.config_files import read_recipe
+from ..demo_weights.shipped import CHECKPOINT, EDGES
+from ..workflow_graph import Node, Output, Workflow
+from .parts import COLUMNS, CONTROL, HINT, MODELS, PROMPTS, RESULT, sample
+from .training import COLUMNS as TRAINING_COLUMNS
+
+SIDE, STEPS, CFG = 128, 14, 3.0
+SCENE, PROMPT = "shapes", "a pink triangle, a red circle and a white circle on a yellow background"
+"""Sample that the demo's base can draw, and its caption."""
+TINY = Path(__file__).resolve().parents[2] / "controlnext_training" / "recipes" / "tiny.toml"
+WIDGETS = ("steps", "batch_size", "learning_rate", "control_learning_rate", "seed", "variant")
+ELSEWHERE = ("base", "data", "validation_data", "output_name", "resolution", "bucket_step", "hint")
+"""Keys of the recipe that other widgets of the graph hold."""
+
+
+def _base(workflow: Workflow) -> Node:
+    return workflow.add(MODELS, "CheckpointLoaderSimple", ckpt_name=CHECKPOINT)
+
+
+def _prompts(workflow: Workflow, clip: Output, side: int, count: int = 1) -> tuple[Output, Output, Output]:
+    positive = workflow.add(PROMPTS, "CLIPTextEncode", "Positive prompt", clip=clip, text=PROMPT)
+    negative = workflow.add(PROMPTS, "CLIPTextEncode", "Negative prompt", clip=clip, text="")
+    latent = workflow.add(PROMPTS, "EmptyLatentImage", width=side, height=side, batch_size=count)
+    return positive["CONDITIONING"], negative["CONDITIONING"], latent["LATENT"]
+
+
+def _finish(
+    workflow: Workflow, model: Output, prompts: tuple[Output, Output, Output], vae: Output, steps: int
+) -> Workflow:
+    positive, negative, latent = prompts
+    sampler = workflow.add(
+        RESULT,
+        "KSampler",
+        model=model,
+        positive=positive,
+        negative=negative,
+        latent_image=latent,
+        seed=7,
+        steps=steps,
+        cfg=CFG,
+        sampler_name="euler",
+        scheduler="normal",
+    )
+    image = workflow.add(RESULT, "VAEDecode", samples=sampler["LATENT"], vae=vae)
+    workflow.add(RESULT, "SaveImage", images=image["IMAGE"], filename_prefix=f"ControlNeXt/{workflow.name}")
+    return workflow
+
+
+def demo() -> Workflow:
+    """Load, sample hint, apply, result."""
+    workflow = Workflow("demo", "Demo, runs now", COLUMNS)
+    base = _base(workflow)
+    loader = workflow.add(MODELS, "ControlNeXtLoader", model=base["MODEL"], control_name=EDGES, weights_name="auto")
+    workflow.note(
+        MODELS,
+        "**Press Run.** These small models come with the project and **run.py comfy** puts them here. They know "
+        "coloured circles, squares and triangles at 128 pixels, and draw on a CPU in seconds. With a real checkpoint "
+        "the graph is the same.",
+        150,
+    )
+    prompts = _prompts(workflow, base["CLIP"], SIDE)
+    workflow.note(
+        PROMPTS,
+        "**The prompt names the things**, the hint says where they are. Try other colours: red, orange, yellow, green, "
+        "blue, purple, pink, brown, gray, white, black.",
+        120,
+    )
+    hint = sample(workflow, "edges", SIDE, "Sample hint", scene=SCENE)
+    applied = workflow.add(
+        CONTROL, "ControlNeXtApply", model=loader["MODEL"], control_net=loader["CONTROL_NET"], image=hint["IMAGE"]
+    )
+    workflow.note(
+        CONTROL,
+        "**Set strength to 0 and run again**: the same seed without control. Values between show how the drawing takes "
+        "over. Other controls of the demo are in the list of *Load ControlNeXt*: depth and mask, each with the *kind* "
+        "of that name.",
+        150,
+    )
+    return _finish(workflow, applied["MODEL"], prompts, base["VAE"], STEPS)
+
+
+def demo_train() -> Workflow:
+    """Train a control on drawn shapes, then draw with it."""
+    workflow = Workflow("demo_train", "Demo, train in two minutes", TRAINING_COLUMNS)
+    recipe = read_recipe(TINY)
+    base = _base(workflow)
+    workflow.note(
+        MODELS,
+        "**Press Run and watch** *Train Control*: a control for outlines is trained from nothing, on a CPU in about "
+        "two minutes, and tried at once. It stays in **models/controlnext**. A control for your own use needs hours on "
+        "a GPU; *SD1.5, train on your pictures* is that graph.",
+        160,
+    )
+    side = recipe["resolution"]
+    prompts = _prompts(workflow, base["CLIP"], side, count=4)
+    data = workflow.add(HINT, "ControlDatasetFolder", folder=recipe["data"][0], hint="paired", resolution=side)
+    workflow.note(
+        HINT,
+        f"**No pictures are needed**: **{recipe['data'][0]}** are 200 scenes that the project draws, with their "
+        "outlines. The name of a folder below ComfyUI's input folder stands here for pictures of your own.",
+        130,
+    )
+    hint = sample(workflow, "edges", side, "Sample hint", scene=SCENE)
+    trained = workflow.add(
+        CONTROL,
+        "ControlNeXtTrain",
+        model=base["MODEL"],
+        vae=base["VAE"],
+        clip=base["CLIP"],
+        dataset=data["dataset"],
+        output_name="my_first_control",
+        config=_settings(recipe),
+        **{name: recipe[name] for name in WIDGETS},
+    )
+    applied = workflow.add(
+        CONTROL, "ControlNeXtApply", model=trained["MODEL"], control_net=trained["CONTROL_NET"], image=hint["IMAGE"]
+    )
+    workflow.add(RESULT, "LossGraphNode", loss=trained["LOSS_MAP"], filename_prefix="ControlNeXt/loss")
+    return _finish(workflow, applied["MODEL"], prompts, base["VAE"], STEPS)
+
+
+def _settings(recipe: dict[str, object]) -> str:
+    """The keys of the recipe that no widget holds, as TOML."""
+    import json
+
+    rest = {key: value for key, value in recipe.items() if key not in (*WIDGETS, *ELSEWHERE)}
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in rest.items())
