@@ -19,6 +19,8 @@ PACKAGES = ("models", "controlnext_core", "controlnext_training", "nodes", "tool
 """Folders that mypy checks, where they exist."""
 TESTS = ROOT / "tests"
 STAGE = ROOT / ".cache" / "types"
+WORKERS = 2
+"""Processes that share the test files of a whole run; each takes up to 5 GB, its ComfyUI server included."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,19 @@ def run_pytest(options: CheckOptions) -> int:
     if options.expression:
         arguments += ["-k", options.expression]
     host = "" if options.fast else str(options.host())
-    return call(*arguments, CONTROLNEXT_COMFYUI=host, PYTHONSAFEPATH="1")
+    shared, variables = share(options, os.cpu_count() or 1)
+    return call(*arguments, *shared, CONTROLNEXT_COMFYUI=host, PYTHONSAFEPATH="1", **variables)
+
+
+def share(options: CheckOptions, cores: int) -> tuple[list[str], dict[str, str]]:
+    """pytest's options and the environment that share a whole run among WORKERS processes, a file staying in one.
+
+    A part of the tests, and a machine with fewer cores, has one process, whose output is told test by test.
+    """
+    if options.files or options.expression or cores < WORKERS:
+        return [], {}
+    threads = os.environ.get("OMP_NUM_THREADS", str(cores // WORKERS))
+    return ["-n", str(WORKERS), "--dist", "loadfile", "--no-loadscope-reorder"], {"OMP_NUM_THREADS": threads}
 
 
 STEPS = (
