@@ -30,6 +30,8 @@ def our_control(control_net: Any) -> HostControl:
 class ControlNeXtApply(ControlNode):
     """The door for workflows without a positive and a negative to route."""
 
+    SEARCH = ("controlnet", "apply control", "sdxl", "sd3", "flux", "qwen", "z-image")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -109,6 +111,8 @@ def _part_input(part: str) -> io.Float.Input:
 
 class ControlNeXtOptions(ControlNode):
     """Who gets the control, where, and how strongly over the run."""
+
+    SEARCH = ("controlnet", "schedule", "mask", "strength")
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -14,6 +14,8 @@ from ._api import ControlNode, io, wrong_choice
 class ControlNetXSLoader(ControlNode):
     """A ControlNet-XS from a file."""
 
+    SEARCH = ("controlnet", "canny", "depth", "controlnext")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

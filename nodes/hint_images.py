@@ -39,6 +39,8 @@ def hint_schema(kind: str, name: str, description: str, inputs: list[Any], outpu
 class ControlNeXtHintCanny(ControlNode):
     """Thin edges."""
 
+    SEARCH = ("canny", "edges", "preprocessor", "controlnet")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         thresholds = {"min": 0, "max": 1000, "step": 1}
@@ -71,6 +73,8 @@ class ControlNeXtHintCanny(ControlNode):
 
 class ControlNeXtHintSoftEdge(ControlNode):
     """Soft outlines without a network."""
+
+    SEARCH = ("hed", "soft edge", "edges", "preprocessor", "controlnet")
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -108,6 +112,8 @@ class ControlNeXtHintSoftEdge(ControlNode):
 class ControlNeXtHintLines(ControlNode):
     """Straight lines."""
 
+    SEARCH = ("lineart", "sketch", "edges", "preprocessor", "controlnet")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return hint_schema(
@@ -142,6 +148,8 @@ class ControlNeXtHintLines(ControlNode):
 class ControlNeXtHintBlur(ControlNode):
     """Without detail."""
 
+    SEARCH = ("tile", "upscale", "preprocessor", "controlnet")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return hint_schema(
@@ -173,6 +181,8 @@ class ControlNeXtHintBlur(ControlNode):
 
 class ControlNeXtHintMask(ControlNode):
     """Foreground and background."""
+
+    SEARCH = ("segmentation", "silhouette", "preprocessor", "controlnet")
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -207,6 +217,8 @@ class ControlNeXtHintMask(ControlNode):
 
 class ControlNeXtHintGray(ControlNode):
     """Light and shade."""
+
+    SEARCH = ("grayscale", "recolor", "preprocessor", "controlnet")
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -17,6 +17,8 @@ PoseKeypoint = io.Custom("POSE_KEYPOINT")
 class ControlNeXtPoseAlign(ControlNode):
     """Pose frames for ControlNeXt on SVD: a clip's poses fitted to the person in the reference image."""
 
+    SEARCH = ("pose", "openpose", "dwpose", "svd", "video", "preprocessor")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         side = {"min": MIN_SIDE, "max": 4096, "step": SIDE_STEP}
@@ -55,6 +57,8 @@ class ControlNeXtPoseAlign(ControlNode):
 
 class ControlNeXtSampleInputs(ControlNode):
     """Hints, a photograph and clips to try a graph with."""
+
+    SEARCH = ("example", "demo", "canny", "depth", "pose", "controlnet")
 
     @classmethod
     def define_schema(cls) -> io.Schema:

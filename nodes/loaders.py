@@ -19,6 +19,8 @@ from ._api import ControlNode, io, ui, wrong_choice
 class ControlNeXtLoader(ControlNode):
     """Encoder and UNet weights from files."""
 
+    SEARCH = ("controlnet", "canny", "depth", "pose", "lora", "sdxl", "sd3", "flux", "qwen", "z-image")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         names = folders.control_names()
@@ -104,6 +106,8 @@ class ControlNeXtLoader(ControlNode):
 class ControlNeXtInspect(ControlNode):
     """What is this file?"""
 
+    SEARCH = ("controlnet", "metadata", "info")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -136,6 +140,8 @@ class ControlNeXtInspect(ControlNode):
 
 class ControlNeXtSave(ControlNode):
     """One file, or the authors' two."""
+
+    SEARCH = ("controlnet", "export", "merge")
 
     @classmethod
     def define_schema(cls) -> io.Schema:

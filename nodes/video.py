@@ -13,6 +13,8 @@ from ._api import ControlNode, io, wrong_choice
 class ControlNeXtUNetLoader(ControlNode):
     """The full UNets that some ControlNeXt releases come with."""
 
+    SEARCH = ("controlnet", "svd", "video", "diffusion model")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -55,6 +57,8 @@ class ControlNeXtUNetLoader(ControlNode):
 
 class ControlNeXtVideoWindows(ControlNode):
     """Any number of frames, a window at a time."""
+
+    SEARCH = ("svd", "video", "context", "long video")
 
     @classmethod
     def define_schema(cls) -> io.Schema:

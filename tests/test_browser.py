@@ -183,6 +183,20 @@ def test_search_finds_the_nodes_and_drops_them(browser: Browser) -> None:
     browser.shot("search")
 
 
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [("canny", "ControlNeXt Canny Hint"), ("svd", "Load ControlNeXt UNet"), ("train", "Train Control")],
+)
+def test_search_finds_nodes_by_other_words(word: str, name: str, browser: Browser, server: "ComfyServer") -> None:
+    if "search_aliases" not in server.object_info()["ControlNeXtLoader"]:
+        pytest.skip("this ComfyUI searches names alone")
+    page = browser.page
+    page.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    page.get_by_placeholder(SEARCH).fill(word)
+    page.get_by_role("option").filter(has=page.get_by_text(name, exact=True)).first.wait_for()
+    page.keyboard.press("Escape")
+
+
 def test_every_node_shows_its_widgets_and_slots(browser: Browser, server: "ComfyServer") -> None:
     made = """(types) => { app.graph.clear(); return Object.fromEntries(types.map(type => {
         const node = LiteGraph.createNode(type); app.graph.add(node);

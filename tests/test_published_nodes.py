@@ -34,6 +34,21 @@ def test_the_page_gets_every_node_with_words_on_every_socket(server: ComfyServer
         assert server.request(f"/extensions/{ROOT.name}/docs/{name}.md"), name
 
 
+WANTED = ("canny", "depth", "pose", "edges", "preprocessor", "svd", "video", "train", "lora", "controlnet")
+"""Words that people search for and that stand in no name of ours."""
+
+
+def test_nodes_are_found_by_the_words_that_people_search_for(server: ComfyServer) -> None:
+    from comfyui_controlnext import controlnext_training, nodes
+
+    classes = nodes.NODE_CLASS_MAPPINGS | controlnext_training.NODE_CLASS_MAPPINGS
+    for name, info in ours(server).items():
+        assert classes[name].SEARCH, name
+        if "search_aliases" in info:  # newer hosts
+            assert info["search_aliases"] == list(classes[name].SEARCH)
+    assert {word for node in classes.values() for word in node.SEARCH}.issuperset(WANTED)
+
+
 PUBLISHED = {
     "ControlNeXtLoader": (
         "model control_name weights_name=auto weights_strength=1.0 variant=auto weights_kind=auto",

@@ -157,13 +157,13 @@ def test_fast_tests_ask_for_no_host(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_whole_run_is_shared_by_two_processes_where_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     whole = checks.CheckOptions(Path)
-    arguments, variables = checks.share(whole, cores=8)
-    assert arguments[:4] == ["-n", "2", "--dist", "loadfile"] and variables == {"OMP_NUM_THREADS": "4"}
-    assert checks.share(whole, cores=1) == ([], {})
-    assert checks.share(replace(whole, files=("tests/a.py",)), cores=8) == ([], {})
-    assert checks.share(replace(whole, expression="mask"), cores=8) == ([], {})
+    shared = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+    assert checks.share(whole, cores=8) == (shared, "4")
+    assert checks.share(whole, cores=1) == ([], "1")
+    assert checks.share(replace(whole, files=("tests/a.py",)), cores=8) == ([], "8")
+    assert checks.share(replace(whole, expression="mask"), cores=8) == ([], "8")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert checks.share(whole, cores=8)[1] == {"OMP_NUM_THREADS": "3"}
+    assert checks.share(whole, cores=8) == (shared, "3")
 
 
 def test_only_takes_steps_and_patterns_of_test_files() -> None:

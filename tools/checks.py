@@ -84,19 +84,19 @@ def run_pytest(options: CheckOptions) -> int:
     if options.expression:
         arguments += ["-k", options.expression]
     host = "" if options.fast else str(options.host())
-    shared, variables = share(options, os.cpu_count() or 1)
-    return call(*arguments, *shared, CONTROLNEXT_COMFYUI=host, PYTHONSAFEPATH="1", **variables)
+    shared, threads = share(options, os.cpu_count() or 1)
+    return call(*arguments, *shared, CONTROLNEXT_COMFYUI=host, PYTHONSAFEPATH="1", OMP_NUM_THREADS=threads)
 
 
-def share(options: CheckOptions, cores: int) -> tuple[list[str], dict[str, str]]:
-    """pytest's options and the environment that share a whole run among WORKERS processes, a file staying in one.
+def share(options: CheckOptions, cores: int) -> tuple[list[str], str]:
+    """pytest's options that share a whole run among WORKERS processes, a file staying in one, and threads of each.
 
     A part of the tests, and a machine with fewer cores, has one process, whose output is told test by test.
     """
+    threads = os.environ.get("OMP_NUM_THREADS")
     if options.files or options.expression or cores < WORKERS:
-        return [], {}
-    threads = os.environ.get("OMP_NUM_THREADS", str(cores // WORKERS))
-    return ["-n", str(WORKERS), "--dist", "loadfile", "--no-loadscope-reorder"], {"OMP_NUM_THREADS": threads}
+        return [], threads or str(cores)
+    return ["-n", str(WORKERS), "--dist", "loadfile", "--no-loadscope-reorder"], threads or str(cores // WORKERS)
 
 
 STEPS = (

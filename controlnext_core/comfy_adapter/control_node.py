@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from comfy_api.latest import io
 
@@ -18,12 +18,31 @@ METHODS = ("execute", "validate_inputs", "fingerprint_inputs")
 class ControlNode(io.ComfyNode):
     """A node whose results and errors hold no text that the host cannot write."""
 
+    SEARCH: ClassVar[tuple[str, ...]] = ()
+    """Words besides the node's name by which the page's search finds it, on hosts whose schema has `search_aliases`."""
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         for name in METHODS:
             method = cls.__dict__.get(name)
             if method is not None and not hasattr(method.__func__, "__wrapped__"):  # the host's copies have it
                 setattr(cls, name, classmethod(_speaking(method.__func__)))
+        method = cls.__dict__.get("define_schema")
+        if method is not None and not hasattr(method.__func__, "__wrapped__"):
+            cls.define_schema = classmethod(_searchable(method.__func__))
+
+
+def _searchable(method: Callable[[Any], io.Schema]) -> Callable[[Any], io.Schema]:
+    """The method, with the class's SEARCH in its schema where the host has a place for it."""
+
+    @functools.wraps(method)
+    def define(cls: Any) -> io.Schema:
+        schema = method(cls)
+        if hasattr(schema, "search_aliases"):
+            schema.search_aliases = list(cls.SEARCH)
+        return schema
+
+    return define
 
 
 def _speaking(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -105,6 +105,8 @@ def _is_inside(path: Path, roots: Sequence[Path]) -> bool:
 class ControlDatasetFolder(ControlNode):
     """Pictures with hints from a folder."""
 
+    SEARCH = ("train", "dataset", "controlnet", "lora")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -169,6 +171,8 @@ class ControlDatasetFolder(ControlNode):
 
 class ControlDatasetImages(ControlNode):
     """Pictures with hints from the graph."""
+
+    SEARCH = ("train", "dataset", "controlnet", "lora")
 
     @classmethod
     def define_schema(cls) -> io.Schema:
