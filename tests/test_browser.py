@@ -6,6 +6,7 @@ look at them after a change of the graphs. Needs a Chromium: Debian's package, o
 chromium`.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -220,12 +221,9 @@ def test_example_loads_whole_and_reports_missing_files(name: str, browser: Brows
     graph = page_graph(name)
     browser.open_example(name)
     reported = browser.missing_files()
-    wanted = [*graph["models"], *(entry for node in graph["nodes"] for entry in node["properties"].get("models", []))]
-    if not pinned_host:  # newer pages look at files that widgets name, and show no folder where they know no address
-        named = {str(value) for node in graph["nodes"] for value in node["widgets_values"]}
-        wanted = [entry for entry in wanted if entry["name"] in named]
+    wanted = [entry for node in graph["nodes"] for entry in node["properties"].get("models", [])]
     assert wanted
-    for entry in wanted:
+    for entry in wanted:  # newer pages show no folder where they know no address
         assert entry["name"] in reported
         assert f"{entry['directory']} / {entry['name']}" in reported or not pinned_host
     assert "not allowed" not in reported and "Invalid directory" not in reported
@@ -292,20 +290,26 @@ def test_the_training_demo_trains_from_its_template(browser: Browser, server: "C
     page.evaluate("(graph) => app.loadGraphData(graph)", graph)
     page.get_by_test_id("queue-button").click()
     shown = "(type) => app.graph.nodes.find(n => n.type === type).imgs?.[0]?.naturalWidth"
-    assert page.wait_for_function(shown, arg="SaveImage", timeout=240_000).json_value() == 64
+    assert page.wait_for_function(shown, arg="SaveImage", timeout=600_000).json_value() == 64
     for kind in ("ControlDatasetFolder", "ControlNeXtTrain"):
         assert page.evaluate(shown, kind) > 200
     browser.shot("demo_train", clip=page.evaluate(SHOW_ALL))
 
 
 def test_help_of_a_node_opens(browser: Browser) -> None:
+    from playwright import sync_api
+
     page = browser.page
     page.evaluate("""() => { app.graph.clear(); const node = LiteGraph.createNode("ControlNeXtLoader");
         node.pos = [700, 300]; app.graph.add(node); app.canvas.ds.scale = 1; app.canvas.ds.offset = [0, 0]; }""")
-    page.wait_for_timeout(300)
-    page.mouse.click(*page.evaluate(CENTER_OF_TITLE, "ControlNeXtLoader"))
-    browser.shot("selected")
-    page.get_by_test_id("info-button").click()
+    info = page.get_by_test_id("info-button")
+    for _ in range(5):  # a busy page takes a click on a node that it has not drawn yet for one on the canvas
+        page.wait_for_timeout(1000)
+        page.mouse.click(*page.evaluate(CENTER_OF_TITLE, "ControlNeXtLoader"))
+        with contextlib.suppress(sync_api.TimeoutError):
+            info.wait_for(timeout=5000)
+            break
+    info.click()
     page.get_by_role("heading", name="Common errors").wait_for()
     browser.shot("help")
 

@@ -144,9 +144,9 @@ def test_links_are_whole(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_published_files_are_reported_where_the_page_looks(name: str) -> None:
-    """The page reads `properties.models` whose name a widget shows, and the graph's own `models`."""
+    """The page reads `properties.models` whose name a widget shows."""
     graph = page(name)
-    found = list(graph["models"])
+    found: list[dict[str, str]] = []
     for node in graph["nodes"]:
         for entry in node["properties"].get("models", []):
             assert entry["name"] in node["widgets_values"]
@@ -161,7 +161,12 @@ def test_published_files_are_reported_where_the_page_looks(name: str) -> None:
     unpublished = {"ControlNeXtLoader"} if name == "sd15_canny" else set()  # no canny for SD1.5 has been
     for node in graph["nodes"]:
         if "Loader" in node["type"] and name not in DEMOS:
-            assert len(node["properties"].get("models", [])) == (node["type"] not in unpublished)
+            wanted = (
+                0
+                if node["type"] in unpublished
+                else sum(str(value).endswith((".safetensors", ".ckpt")) for value in node["widgets_values"])
+            )
+            assert len(node["properties"].get("models", [])) == wanted
     encoders = [entry for entry in found if entry["name"].endswith("/controlnet.safetensors")]
     assert len([entry for entry in found if entry["name"].endswith("/unet.safetensors")]) == len(encoders)
 
@@ -308,10 +313,10 @@ def test_api_workflow_runs(name: str, server: "ComfyServer", published: dict[str
         assert picture.size == (SIZE, SIZE)
         assert picture.convert("L").getextrema() != (0, 0)
     said = "\n".join(server.log_lines()[seen:])
-    loaders = sum(node["inputs"].get("weights_name") == "auto" for node in workflow.values())
-    bundled = name == "demo"
-    how = "bundled in the control file" if bundled else "unet.safetensors, the only one beside the control; difference"
-    assert said.count(how) == loaders
+    names = [str(n["inputs"]["weights_name"]) for n in workflow.values() if n["class_type"] == "ControlNeXtLoader"]
+    beside = "bundled in the control file" if name == "demo" else "unet.safetensors, the only one beside the control"
+    assert said.count(beside) == names.count("auto")
+    assert said.count("unet.safetensors, as chosen") == sum(n.endswith("unet.safetensors") for n in names)
     assert "had no effect" not in said and "hints for" not in said
 
 

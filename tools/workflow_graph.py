@@ -75,13 +75,11 @@ class Node:
 
 @dataclass
 class Workflow:
-    """Nodes in columns. name: an identifier; title: its name on the page and of its file; columns: their titles;
-    models: files that no widget names, reported all the same."""
+    """Nodes in columns. name: an identifier; title: its name on the page and of its file; columns: their titles."""
 
     name: str
     title: str
     columns: tuple[str, ...]
-    models: tuple[Model, ...] = ()
     nodes: list[Node] = field(default_factory=list)
 
     def add(
@@ -180,7 +178,6 @@ def page_format(workflow: Workflow, object_info: ObjectInfo) -> dict[str, Any]:
         "groups": groups,
         "config": {},
         "extra": {},
-        "models": [model.entry() for model in workflow.models],
         "version": 0.4,
     }
 

@@ -61,7 +61,7 @@ above.
 
 def sd15_depth() -> Workflow:
     """A depth map, the published SD1.5 files."""
-    workflow, base = start("sd15_depth", "SD1.5 depth, one control", SD15, (SD15_DEPTH[1],))
+    workflow, base = start("sd15_depth", "SD1.5 depth, one control", SD15)
     loader = load_control(workflow, base["MODEL"], SD15_DEPTH)
     positive, negative, latent = prompts(
         workflow, base["CLIP"], SD15, "a small stone house and a tree on a meadow at dawn, photo"
@@ -76,7 +76,7 @@ def sd15_depth() -> Workflow:
 
 def sd15_pose() -> Workflow:
     """A pose picture, through the stock Apply node."""
-    workflow, base = start("sd15_pose", "SD1.5 pose, stock Apply node", SD15, (SD15_POSE[1],))
+    workflow, base = start("sd15_pose", "SD1.5 pose, stock Apply node", SD15)
     loader = load_control(workflow, base["MODEL"], SD15_POSE)
     workflow.note(
         MODELS,
@@ -99,7 +99,7 @@ def sd15_pose() -> Workflow:
 
 def sd15_mask() -> Workflow:
     """The mask of a figure."""
-    workflow, base = start("sd15_mask", "SD1.5 mask, one control", SD15, (SD15_MASK[1],))
+    workflow, base = start("sd15_mask", "SD1.5 mask, one control", SD15)
     loader = load_control(workflow, base["MODEL"], SD15_MASK)
     positive, negative, latent = prompts(workflow, base["CLIP"], SD15, "a woman in a red dress, studio, detailed photo")
     image = sample(workflow, "photo", SIDE[SD15], "Sample photograph and its mask")
@@ -120,7 +120,7 @@ def sd15_mask() -> Workflow:
 
 def sdxl_canny() -> Workflow:
     """Edges from any picture, the published SDXL files."""
-    workflow, base = start("sdxl_canny", "SDXL canny, one control", SDXL, (SDXL_CANNY[1],))
+    workflow, base = start("sdxl_canny", "SDXL canny, one control", SDXL)
     loader = load_control(workflow, base["MODEL"], SDXL_CANNY)
     workflow.note(
         MODELS,
@@ -145,7 +145,7 @@ def sdxl_canny() -> Workflow:
 
 def sdxl_depth() -> Workflow:
     """A depth map with a strength schedule."""
-    workflow, base = start("sdxl_depth", "SDXL depth, strength over time", SDXL, (SDXL_DEPTH[1],))
+    workflow, base = start("sdxl_depth", "SDXL depth, strength over time", SDXL)
     loader = load_control(workflow, base["MODEL"], SDXL_DEPTH)
     positive, negative, latent = prompts(
         workflow, base["CLIP"], SDXL, "a diamond house and tree above a lava lake, night"
@@ -169,7 +169,7 @@ def sdxl_depth() -> Workflow:
 
 def sdxl_lora_two_controls() -> Workflow:
     """A LoRA, canny and depth together."""
-    workflow, base = start("sdxl_lora_two_controls", "SDXL LoRA, canny and depth", SDXL, (SDXL_CANNY[1], SDXL_DEPTH[1]))
+    workflow, base = start("sdxl_lora_two_controls", "SDXL LoRA, canny and depth", SDXL)
     lora = load_lora(workflow, base)
     canny = load_control(workflow, lora["MODEL"], SDXL_CANNY, "Load ControlNeXt (canny)")
     depth = load_control(workflow, canny["MODEL"], SDXL_DEPTH, "Load ControlNeXt (depth)")

@@ -43,16 +43,17 @@ to fill it, the middle is kept.
 """
 
 
-def start(name: str, title: str, base: Model, models: tuple[Model, ...] = ()) -> tuple[Workflow, Node]:
+def start(name: str, title: str, base: Model) -> tuple[Workflow, Node]:
     """A workflow with its checkpoint loader."""
-    workflow = Workflow(name, title, COLUMNS, models)
+    workflow = Workflow(name, title, COLUMNS)
     return workflow, workflow.add(MODELS, "CheckpointLoaderSimple", ckpt_name=base.name, models=(base,))
 
 
 def load_control(workflow: Workflow, model: Output, files: tuple[Model, Model], title: str | None = None) -> Node:
-    """The loader with published files; `auto` finds the UNet weights beside the encoder."""
+    """The loader with published files, both by name: pages offer to download the files that widgets name."""
+    encoder, weights = (file.name for file in files)
     return workflow.add(
-        MODELS, "ControlNeXtLoader", title, (files[0],), model=model, control_name=files[0].name, weights_name="auto"
+        MODELS, "ControlNeXtLoader", title, files, model=model, control_name=encoder, weights_name=weights
     )
 
 

@@ -106,7 +106,7 @@ def xs_sdxl_depth() -> Workflow:
 
 def xs_controlnext_lora() -> Workflow:
     """ControlNet-XS, ControlNeXt and a LoRA on one model, through both doors."""
-    workflow, base = start("xs_controlnext_lora", "SDXL LoRA, ControlNeXt and ControlNet-XS", SDXL, (SDXL_DEPTH[1],))
+    workflow, base = start("xs_controlnext_lora", "SDXL LoRA, ControlNeXt and ControlNet-XS", SDXL)
     lora = load_lora(workflow, base)
     depth = load_control(workflow, lora["MODEL"], SDXL_DEPTH, "Load ControlNeXt (depth)")
     canny = load_xs(workflow, XS_SDXL_CANNY, "Load ControlNet-XS (canny)")
