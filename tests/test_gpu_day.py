@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import runpy
 import sys
 import time
@@ -216,11 +217,13 @@ def test_report_is_a_name_of_bench(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 @pytest.fixture
 def real_sizes() -> Iterator[None]:
-    """Real sizes again after a benchmark has put small ones in their place."""
+    """Real sizes and the log's level again after a benchmark has put small sizes and silence in their place."""
     from comfyui_controlnext.benchmarks import real_size
 
     kept = [(table, dict(table)) for table in (real_size.UNETS, real_size.XS)]
+    level = logging.getLogger().level
     yield
+    logging.getLogger().setLevel(level)
     for table, before in kept:
         table.clear()  # type: ignore[attr-defined]
         table.update(before)  # type: ignore[attr-defined]

@@ -242,12 +242,12 @@ def test_a_row_outside_of_the_roots_says_the_same_whether_the_file_is_there(tmp_
     inside = tmp_path / "inside"
     inside.mkdir()
     (tmp_path / "there.png").write_bytes(png())
-    rows = [f'{{"file_name": "{tmp_path / name}"}}' for name in ("there.png", "absent.png")]
+    rows = [f'{{"file_name": "{tmp_path / name}"}}' for name in ("there.png", "wrong.png")]
     (inside / "metadata.jsonl").write_text("\n".join(rows))
     names, broken = found(inside, (inside,))
     lines = [line.partition(", row ")[2][3:] for line in broken.splitlines()]
     assert names == [] and len(lines) == 2
-    assert lines[0].replace("there", "") == lines[1].replace("absent", "") and "lies outside of" in lines[0]
+    assert lines[0].replace("there", "") == lines[1].replace("wrong", "") and "lies outside of" in lines[0]
 
 
 def test_one_bad_row_costs_that_row_alone(tmp_path: Path) -> None:

@@ -160,6 +160,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, origin: Release) -> lis
     monkeypatch.setattr(cli, "run_again_with", lambda python, arguments: seen.append((python, list(arguments))) or 7)
     demo = replace(cli.COMMANDS["demo"], run=lambda options: seen.append(options.brought) or 0)
     monkeypatch.setitem(cli.COMMANDS, "demo", demo)
+    monkeypatch.setattr(cli.sys, "prefix", "/usr")  # a Python of .venv was started by one that has said it
     return seen
 
 

@@ -245,8 +245,8 @@ def test_inspect_says_family_subset_rank_and_parts(stage: Any) -> None:
     from comfyui_controlnext.controlnext_core.comfy_adapter.files.inspecting import inspect_file
 
     for family, weights, slices, words in (
-        ("sd3", factors("sd3"), "{}", "changes 1 weights of SD3: subset attention_out, rank 3\n"),
-        ("z_image", factors("z_image"), "{}", "changes 1 weights of Z-Image: subset attention_out, rank 3\n"),
+        ("sd3", factors("sd3"), "{}", "changes 1 weights of SD3: subset to_out, rank 3\n"),
+        ("z_image", factors("z_image"), "{}", "changes 1 weights of Z-Image: subset to_out, rank 3\n"),
         ("lumina2", _refiner(), "{}", "changes 1 weights of Lumina2: subset refiners_too, rank 3\n"),
         ("flux", parts()[0], json.dumps(SLICES), "changes 2 weights of Flux.1: subset all, rank 3, parts of 2 fused"),
     ):

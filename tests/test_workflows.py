@@ -41,7 +41,7 @@ TINY: dict[str, dict[str, Any]] = {
     "KSampler": {"steps": STEPS},
     "ControlNeXtSampleInputs": {"width": SIZE, "height": SIZE},
     "ControlDatasetFolder": {"resolution": SIZE},
-    "ControlNeXtTrain": {"steps": 2, "batch_size": 1, "config": "validate_every = 0"},
+    "ControlNeXtTrain": {"steps": 2, "batch_size": 1, "config": "validate_every = 0", "resume": False},
     "SVD_img2vid_Conditioning": {"width": SIZE, "height": SIZE, "augmentation_level": 0.0},
     "ControlNeXtVideoWindows": {"length": 4, "overlap": 1},
     "SaveAnimatedWEBP": {"lossless": True},
