@@ -66,7 +66,7 @@ def test_readme_names_what_there_is() -> None:
 
 def test_readme_says_where_the_controls_of_the_examples_are() -> None:
     for workflow in (describe() for describe in make_workflows.WORKFLOWS):
-        files = {*workflow.models, *(model for node in workflow.nodes for model in node.models)}
+        files = {model for node in workflow.nodes for model in node.models}
         for file in (file for file in files if file.folder == "controlnext"):
             repository = file.url.partition("/resolve/")[0]
             assert repository in README, f"{workflow.name}: {file.url}"
