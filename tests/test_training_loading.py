@@ -126,7 +126,7 @@ def test_what_no_layer_casts_is_widened_at_once(tmp_path: Path) -> None:
         ({"F8_E4M3"}, None),
         (set(), None),
     ],
-    ids=str,
+    ids=lambda value: "+".join(sorted(value)) or "none" if isinstance(value, set) else str(value),
 )
 def test_only_a_unet_that_is_in_halves_throughout_is_kept_in_them(dtypes: set[str], expected: Any) -> None:
     from comfyui_controlnext.controlnext_training.base_model.base_files import UNET_PREFIX, half_dtype
