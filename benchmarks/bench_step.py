@@ -23,7 +23,7 @@ from comfyui_controlnext.benchmarks.host import Options, begin  # noqa: E402
 from comfyui_controlnext.benchmarks.paired import Case, measure, measure_own  # noqa: E402
 from comfyui_controlnext.benchmarks.real_size import make_control, make_stock, make_unet, make_xs  # noqa: E402
 from comfyui_controlnext.benchmarks.sampling import Setup, watching  # noqa: E402
-from comfyui_controlnext.benchmarks.transformers import TRANSFORMERS, make_transformer, width_of  # noqa: E402
+from comfyui_controlnext.benchmarks.transformers import TRANSFORMERS, make_model, width_of  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def cases_of(family: Family, options: Options) -> list[Case]:
     """The bare model first, then each control's first and second run."""
     if family.name in TRANSFORMERS:
         half = options.dtype is torch.float16  # whose range is too small for some of them
-        model = make_transformer(family.name, torch.bfloat16 if half else options.dtype, options.small)
+        model = make_model(family.name, torch.bfloat16 if half else options.dtype, options.small)
     else:
         model = make_unet(family.name, options.dtype)
     bare = Setup(family.name, model, *size_of(family, options))

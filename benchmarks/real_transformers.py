@@ -152,10 +152,6 @@ def make_transformer(row: Published, dtype: torch.dtype, device: torch.device = 
     model = settings.get_model({}, "", device=META)
     if device != META:
         share_weights(model.diffusion_model, dtype, device)
-        for module in model.diffusion_model.modules():  # positions
-            module._buffers.update(
-                {n: torch.zeros(b.shape, device=device) for n, b in module._buffers.items() if b.is_meta}
-            )
     return model
 
 

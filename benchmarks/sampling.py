@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .real_size import UNETS
-from .transformers import TOKENS, TRANSFORMERS
+from .transformers import TRANSFORMERS
 
 CFG = {"sd15": 7.0, "sdxl": 7.0, "svd": 2.5, **{name: row.cfg for name, row in TRANSFORMERS.items()}}
 KEY = "controlnext_benchmark"
@@ -95,9 +95,9 @@ def conditioning(family: str, seed: int) -> Any:
     """Stands for an encoded prompt."""
     generator = torch.Generator().manual_seed(seed)
     if family in TRANSFORMERS:
-        row = TRANSFORMERS[family]
+        row = TRANSFORMERS[family].published
         pooled = torch.randn(1, row.pooled, generator=generator) if row.pooled else None
-        return [[torch.randn(1, TOKENS, row.text, generator=generator), {"pooled_output": pooled}]]
+        return [[torch.randn(1, *row.text, generator=generator), {"pooled_output": pooled}]]
     layout = UNETS[family]
     tokens = 1 if family == "svd" else 77
     extra: dict[str, Any] = {}
