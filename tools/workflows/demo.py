@@ -1,14 +1,16 @@
 """Workflows of the demo's models, which come with the project: they run in `run.py comfy` without a download."""
 
 from pathlib import Path
+from typing import Any
 
 from ...controlnext_training.config_files import read_recipe
 from ..demo_weights.shipped import CHECKPOINT, EDGES
 from ..workflow_graph import Node, Output, Workflow
-from .parts import COLUMNS, CONTROL, HINT, MODELS, PROMPTS, RESULT, sample
+from .parts import COLUMNS, CONTROL, HINT, MODELS, PROMPTS, RESULT, finish, sample
 from .training import COLUMNS as TRAINING_COLUMNS
 
-SIDE, STEPS, CFG = 128, 14, 3.0
+SIDE = 128
+SAMPLER: dict[str, Any] = {"seed": 7, "steps": 14, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal"}
 SCENE, PROMPT = "shapes", "a pink triangle, a red circle and a white circle on a yellow background"
 """Sample that the demo's base can draw, and its caption."""
 TINY = Path(__file__).resolve().parents[2] / "controlnext_training" / "recipes" / "tiny.toml"
@@ -26,28 +28,6 @@ def _prompts(workflow: Workflow, clip: Output, side: int, count: int = 1) -> tup
     negative = workflow.add(PROMPTS, "CLIPTextEncode", "Negative prompt", clip=clip, text="")
     latent = workflow.add(PROMPTS, "EmptyLatentImage", width=side, height=side, batch_size=count)
     return positive["CONDITIONING"], negative["CONDITIONING"], latent["LATENT"]
-
-
-def _finish(
-    workflow: Workflow, model: Output, prompts: tuple[Output, Output, Output], vae: Output, steps: int
-) -> Workflow:
-    positive, negative, latent = prompts
-    sampler = workflow.add(
-        RESULT,
-        "KSampler",
-        model=model,
-        positive=positive,
-        negative=negative,
-        latent_image=latent,
-        seed=7,
-        steps=steps,
-        cfg=CFG,
-        sampler_name="euler",
-        scheduler="normal",
-    )
-    image = workflow.add(RESULT, "VAEDecode", samples=sampler["LATENT"], vae=vae)
-    workflow.add(RESULT, "SaveImage", images=image["IMAGE"], filename_prefix=f"ControlNeXt/{workflow.name}")
-    return workflow
 
 
 def demo() -> Workflow:
@@ -80,7 +60,7 @@ def demo() -> Workflow:
         "of that name.",
         150,
     )
-    return _finish(workflow, applied["MODEL"], prompts, base["VAE"], STEPS)
+    return finish(workflow, applied["MODEL"], *prompts, base["VAE"], **SAMPLER)
 
 
 def demo_train() -> Workflow:
@@ -120,7 +100,7 @@ def demo_train() -> Workflow:
         CONTROL, "ControlNeXtApply", model=trained["MODEL"], control_net=trained["CONTROL_NET"], image=hint["IMAGE"]
     )
     workflow.add(RESULT, "LossGraphNode", loss=trained["LOSS_MAP"], filename_prefix="ControlNeXt/loss")
-    return _finish(workflow, applied["MODEL"], prompts, base["VAE"], STEPS)
+    return finish(workflow, applied["MODEL"], *prompts, base["VAE"], **SAMPLER)
 
 
 def _settings(recipe: dict[str, object]) -> str:

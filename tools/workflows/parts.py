@@ -107,9 +107,16 @@ def stock_apply(
 
 
 def finish(
-    workflow: Workflow, model: Output, positive: Output, negative: Output, latent: Output, vae: Output
+    workflow: Workflow,
+    model: Output,
+    positive: Output,
+    negative: Output,
+    latent: Output,
+    vae: Output,
+    **settings: Any,
 ) -> Workflow:
-    """Sampler, decoder, picture."""
+    """Sampler, decoder, picture. settings: of the sampler, in place of the usual ones."""
+    usual: dict[str, Any] = {"seed": 42, "steps": 25, "cfg": 7.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"}
     sampler = workflow.add(
         RESULT,
         "KSampler",
@@ -117,11 +124,7 @@ def finish(
         positive=positive,
         negative=negative,
         latent_image=latent,
-        seed=42,
-        steps=25,
-        cfg=7.0,
-        sampler_name="dpmpp_2m",
-        scheduler="karras",
+        **usual | settings,
     )
     image = workflow.add(RESULT, "VAEDecode", samples=sampler["LATENT"], vae=vae)
     workflow.add(RESULT, "SaveImage", images=image["IMAGE"], filename_prefix=f"ControlNeXt/{workflow.name}")
