@@ -23,7 +23,7 @@ COLORS = 3.5
 
 
 class Averaging:
-    """What the host's VAE is to the trainer."""
+    """A linear autoencoder with the interface of the host's VAE: a latent cell is the mean colour of 8x8 pixels."""
 
     def __init__(self, model: Any, frames: bool, seed: int) -> None:
         self.format, self.frames = model.latent_format, frames
@@ -46,7 +46,7 @@ class Averaging:
 
 
 class Words:
-    """What the host's CLIP is to the trainer."""
+    """A text encoder with the interface of the host's CLIP: a fixed random vector for each word."""
 
     def __init__(self, width: int, pooled: int | None, seed: int) -> None:
         self.width, self.pooled = width, pooled
@@ -105,7 +105,7 @@ def train_narrow(folder: Path, family: str, watch: Any = None, base: Any = None,
 
 
 def with_model(base: Any, model: Any) -> Any:
-    """The same base with another MODEL."""
+    """A copy of `base` whose MODEL is `model`."""
     from dataclasses import replace
 
     return replace(base, model=model, _identities={})
@@ -120,7 +120,7 @@ def drawn_batch(loop: Any, count: int) -> Any:
 
 
 def on_the_host(model: Any, batch: Any) -> Tensor:
-    """What the host's own model makes of a batch's noise, with torch's attention, as inference runs it."""
+    """Output of the host's own apply_model for a batch, in inference mode and with torch's attention."""
     import comfy.model_management
     from comfy.samplers import cond_cat
     from comfyui_controlnext.controlnext_training.base_model.unet import plain_attention

@@ -16,7 +16,7 @@ WIDE = ("convrot_w4a4", "asym_w4a8_int8")
 
 
 def formats(pinned: bool) -> tuple[str, ...]:
-    """What this host can read on a CPU."""
+    """Quantised formats that this host reads on a CPU."""
     from comfy.ops import QUANT_ALGOS
 
     return (PLAIN_FP8, *((SCALED,) if pinned else ()), *QUANT_ALGOS)

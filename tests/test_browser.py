@@ -131,7 +131,10 @@ def of_ours(text: str) -> bool:
 
 
 def same_but_for_additions(sent: dict[str, Any], kept: dict[str, Any]) -> bool:
-    """Whether a graph of the API says what `kept` does: newer hosts change titles of nodes and add inputs to them."""
+    """True if both graphs of the API have the same nodes, and `sent` has every input of `kept` with its value.
+
+    Newer hosts change titles of core nodes and add inputs to them.
+    """
     return sent.keys() == kept.keys() and all(
         sent[number]["class_type"] == node["class_type"]
         and node["inputs"].items() <= dict(sent[number]["inputs"]).items()

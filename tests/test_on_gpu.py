@@ -1,4 +1,4 @@
-"""What a GPU alone can prove, on the device that the host samples on; `run.py gpu-day` runs these.
+"""Tests that need a GPU, on the device that the host samples on; `run.py gpu-day` runs them.
 
 In its dry run they go through on the CPU with what of them does not need CUDA itself.
 """

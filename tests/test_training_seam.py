@@ -105,7 +105,7 @@ def saved(controlled: Controlled, model: Any, folder: Path, variant: str, **sett
 
 
 def first_step(model: Any, case: Case) -> dict[str, Tensor]:
-    """What the stock KSampler gives the model in its first step, and what the model answers, with torch's attention."""
+    """Inputs of the model in the stock KSampler's first step, and its output, with torch's attention."""
     import nodes as host_nodes
 
     seen: dict[str, Tensor] = {}

@@ -167,7 +167,7 @@ def test_a_stopped_run_goes_on_to_the_same_file(tmp_path: Path) -> None:
 
 
 def test_states_from_before_a_setting_was_there_go_on(tmp_path: Path) -> None:
-    """What a state does not know has the default, with which it was run; another value belongs to another run."""
+    """Settings that an old state lacks have their default, with which it was run; another value is another run's."""
     from comfyui_controlnext.controlnext_training.config import ConfigError
     from comfyui_controlnext.controlnext_training.train import Stopped
 

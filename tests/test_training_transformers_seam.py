@@ -32,7 +32,7 @@ def given_to(family: str) -> dict[str, Tensor]:
 
 
 def first_step(model: Any, family: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the stock KSampler gives the model in its first step, and the network's own output, with torch's attention.
+    """Inputs of the model in the stock KSampler's first step, and the network's own output, with torch's attention.
 
     The first step of a flow is at sigma 1; the output is negated where the host does so after the network.
     """

@@ -65,7 +65,7 @@ def small(family: str) -> dict[str, Tensor]:
 
 
 def numbers_of(layer: Any) -> Tensor:
-    """What the stored weight of a layer stands for, in fp32."""
+    """Weight of a layer in fp32, dequantised or scaled where it is stored so."""
     if hasattr(layer.weight, "dequantize") and type(layer.weight.data) is not Tensor:
         return layer.weight.dequantize().float()
     scale = getattr(layer, "scale_weight", None)

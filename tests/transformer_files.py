@@ -45,7 +45,7 @@ _LUMINA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Small:
-    """What one file holds, and what text it takes."""
+    """Contents of one small file, and the text that its model takes."""
 
     network: str
     """Module and class of the host."""

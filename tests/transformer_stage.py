@@ -72,7 +72,7 @@ class Stage:
         return result["samples"]
 
     def guide(self, guider: Any, steps: int = 2) -> Tensor:
-        """What SamplerCustomAdvanced does with any guider: latents of one picture."""
+        """Latents of one picture, sampled with a guider as SamplerCustomAdvanced does."""
         import comfy.samplers
 
         sigmas = comfy.samplers.calculate_sigmas(self.model.get_model_object("model_sampling"), "normal", steps)

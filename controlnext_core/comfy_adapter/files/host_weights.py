@@ -142,7 +142,10 @@ class AddedInForward:
 
 
 def _scale_of(model: ModelPatcher, name: str, source: str) -> float:
-    """What the layer multiplies by, after its weight was given to functions: the scale of a scaled fp8 layer, or 1."""
+    """Scale of a scaled fp8 layer, which multiplies the stored weight after every weight function; 1 for other layers.
+
+    Raises CheckpointError for a layer that takes no weight functions.
+    """
     layer = comfy.utils.get_attr(model.model, name.rpartition(".")[0])
     if not hasattr(layer, "weight_function"):
         raise checkpoint.CheckpointError(
