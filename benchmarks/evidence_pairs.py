@@ -20,8 +20,9 @@ from torch import Tensor
 from ..controlnext_core.fidelity import ON, boundary_f1, dilated, edge_f1, mask_iou
 from ..controlnext_core.hints import HINTS
 from ..controlnext_core.hints.picture import luminance
+from ..controlnext_core.picturebook import Picture
 from ..controlnext_training.plots import Cell, picture_grid
-from ..controlnext_training.synthetic import Scene, draw
+from ..controlnext_training.synthetic import draw
 from ..tools.demo_sheet import CFG, SCENE_SEED, SEED, SIDE, STEPS, Hint, draw_hint
 from ..tools.demo_weights.other_base import OTHER, in_negative, make_other_base
 from ..tools.demo_weights.shipped import CHECKPOINT, EDGES, FOLDERS, LORA, MASK, XS, install
@@ -148,7 +149,7 @@ def near_f1(picture: Array, outlines: Array) -> float:
     return boundary_f1(found, wanted)
 
 
-def elsewhere_iou(picture: Array, scene: Scene, mask: Array) -> float:
+def elsewhere_iou(picture: Array, scene: Picture, mask: Array) -> float:
     """IoU of what is no background and mask (H, W, 3), bytes; around the shapes that are not in it nothing counts."""
     rest = (scene.mask > 127) & (mask[..., 0] <= 127)
     outside = ~dilated(rest, BAND)
@@ -161,14 +162,14 @@ def no_background(picture: Array) -> Array:
     return np.abs(picture - np.median(rim, axis=0)).max(axis=-1) > SHAPE
 
 
-STYLES: dict[str, Callable[[Scene], Array]] = {"night": at_night, "negative": in_negative}
+STYLES: dict[str, Callable[[Picture], Array]] = {"night": at_night, "negative": in_negative}
 
 
 def style_of(use: Use) -> str:
     return "night" if use.lora else "negative" if use.base == OTHER else ""
 
 
-def in_style(studio: Studio, picture: Array, scene: Scene, style: str) -> float:
+def in_style(studio: Studio, picture: Array, scene: Picture, style: str) -> float:
     """1 where the picture's latent is nearer to the scene in that style than to the scene as the base knows it."""
     latent = studio.latent(picture)
     plain, styled = (studio.latent(image / 255.0) for image in (scene.image, STYLES[style](scene)))

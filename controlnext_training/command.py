@@ -21,7 +21,7 @@ from .data.dataset import open_dataset
 from .data.index import Progress
 from .data.samples import ControlDataset
 from .distributed import ProcessGroup, join_group
-from .drawn import is_synthetic, open_drawn
+from .drawn import is_drawn, open_drawn
 from .results import RunFiles
 from .train import train
 
@@ -108,9 +108,9 @@ def open_data(
     """
     if not sources:
         raise ConfigError("data: is empty. Name a folder of pictures, a metadata.jsonl or a tar shard.")
-    if any(is_synthetic(source) for source in sources):
+    if any(is_drawn(source) for source in sources):
         if len(sources) > 1:
-            raise ConfigError("data: a synthetic source stands alone. Keep it, or the files.")
+            raise ConfigError("data: a drawn source stands alone. Keep it, or the files.")
         return open_drawn(sources[0], config.resolution, config.hint)
     return open_dataset(
         sources,
@@ -131,7 +131,7 @@ def seen_from(folder: Path, config: TrainConfig) -> TrainConfig:
     """The configuration with relative paths of its inputs resolved from `folder`."""
 
     def absolute(sources: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(source if is_synthetic(source) else str(folder / source) for source in sources)
+        return tuple(source if is_drawn(source) else str(folder / source) for source in sources)
 
     start = str(folder / config.init_control) if config.init_control else ""
     return replace(

@@ -103,7 +103,7 @@ class TrainConfig:
     # data
     data: tuple[str, ...] = setting(
         (),
-        "Folders, metadata.jsonl files or tar shards, relative to the recipe's folder; or synthetic:edges:200.",
+        "Folders, metadata.jsonl files or tar shards, relative to the recipe's folder; or picturebook:edges:200.",
         is_path=True,
     )
     validation_data: tuple[str, ...] = setting(

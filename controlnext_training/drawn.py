@@ -1,31 +1,37 @@
-"""Scenes that the project draws itself, as a dataset without files: `data = ["synthetic:edges:200"]`."""
+"""Pictures that the project draws itself, as a dataset without files: `data = ["synthetic:edges:200"]`.
+
+`synthetic` draws circles, squares and triangles, `picturebook` the illustrations of controlnext_core.picturebook.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..controlnext_core import picturebook
 from ..controlnext_core.hints import HINTS
+from ..controlnext_core.picturebook import HINTS as DRAWN_HINTS
+from ..controlnext_core.picturebook import Picture
 from .data.samples import PAIRED, DatasetError, Sample, digest
-from .synthetic import HINTS as DRAWN_HINTS
-from .synthetic import Scene, draw
+from .synthetic import draw
 
-SCHEME = "synthetic"
+SCHEMES: dict[str, Callable[[int, int, int], Picture]] = {"synthetic": draw, "picturebook": picturebook.draw}
+"""Name of a source -> (seed, index, side) -> the picture."""
 
 
 class DrawnDataset:
-    """Scene after scene of one seed, all of one size."""
+    """Pictures 0 to count - 1 of one scheme and seed, all of one size."""
 
-    def __init__(self, name: str, count: int, side: int, hint: str = PAIRED, seed: int = 0) -> None:
-        """name: which hint of a scene is its own, a key of synthetic.HINTS; side: pixels; hint: `paired` for that one,
-        or a kind that is computed."""
-        self.name, self.side, self.hint, self.seed = name, side, hint, seed
+    def __init__(self, scheme: str, name: str, count: int, side: int, hint: str = PAIRED, seed: int = 0) -> None:
+        """scheme: a key of SCHEMES; name: the drawn hint that `paired` means, of picturebook.HINTS; side: pixels;
+        hint: `paired`, or a kind that is computed."""
+        self.scheme, self.name, self.side, self.hint, self.seed = scheme, name, side, hint, seed
         self.sizes: Sequence[tuple[int, int]] = [(side, side)] * count
-        self.fingerprint = digest(SCHEME, name, count, side, hint, seed)
+        self.fingerprint = digest(scheme, name, count, side, hint, seed)
 
     @functools.cached_property
     def captions(self) -> Sequence[str]:
@@ -34,11 +40,11 @@ class DrawnDataset:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def _scene(self, index: int) -> Scene:
-        return draw(self.seed, index, self.side)
+    def _scene(self, index: int) -> Picture:
+        return SCHEMES[self.scheme](self.seed, index, self.side)
 
     def frame_keys(self, index: int, seed: int = 0, position: int = 0) -> tuple[str, ...]:
-        return (digest(SCHEME, self.seed, index, self.side, self.name, self.hint),)
+        return (digest(self.scheme, self.seed, index, self.side, self.name, self.hint),)
 
     def load(self, index: int, seed: int = 0, position: int = 0) -> Sample:
         scene = self._scene(index)
@@ -61,18 +67,18 @@ def _floats(picture: np.ndarray) -> Tensor:
     return torch.from_numpy(picture).float() / 255
 
 
-def is_synthetic(source: str) -> bool:
+def is_drawn(source: str) -> bool:
     """True: the data source is drawn by the project. False: it is read from files."""
-    return source.partition(":")[0] == SCHEME
+    return source.partition(":")[0] in SCHEMES
 
 
 def open_drawn(source: str, side: int, hint: str) -> DrawnDataset:
     """`synthetic:edges:200`, with `:SEED` where wanted. Raises DatasetError."""
-    parts = source.split(":")[1:]
+    scheme, *parts = source.split(":")
     if not (
         len(parts) in (2, 3) and parts[0] in DRAWN_HINTS and all(p.isdecimal() for p in parts[1:]) and int(parts[1])
     ):
         raise DatasetError(
-            f"data: {source!r} is not understood. Write {SCHEME}:HINT:COUNT, HINT one of {', '.join(DRAWN_HINTS)}."
+            f"data: {source!r} is not understood. Write {scheme}:HINT:COUNT, HINT one of {', '.join(DRAWN_HINTS)}."
         )
-    return DrawnDataset(parts[0], int(parts[1]), side, hint, int(parts[2]) if len(parts) == 3 else 0)
+    return DrawnDataset(scheme, parts[0], int(parts[1]), side, hint, int(parts[2]) if len(parts) == 3 else 0)

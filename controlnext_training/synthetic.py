@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from ..controlnext_core.picturebook import Picture
+
 # H W height and width of the picture
 Array = np.ndarray[Any, np.dtype[Any]]
-
-HINTS = ("edges", "mask", "depth")
-"""The hints of a scene."""
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 45, 45),
@@ -38,27 +37,6 @@ LARGEST_COUNT = 3
 OVERLAP = 0.85  # centres are at least this part of the sum of two radii apart, so that every shape can be recognised
 TEXTURE = 10.0  # highest deviation of a background from its colour, in steps of 255
 SHADING = 0.18  # part of its brightness that a shape loses towards its rim
-
-
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """One picture and what is known of it. All arrays are uint8."""
-
-    image: Array
-    """(H, W, 3)"""
-    edges: Array
-    """(H, W), the visible outlines of the shapes, white on black."""
-    mask: Array
-    """(H, W), 255 inside any shape."""
-    depth: Array
-    """(H, W), bright is near: a floor that comes nearer downwards, and bulging shapes before it."""
-    caption: str
-
-    def hint(self, name: str) -> Array:
-        """(H, W, 3) of one of HINTS. Raises ValueError for another name."""
-        if name not in HINTS:
-            raise ValueError(f"hint: {name!r} is unknown. A drawn scene has {', '.join(HINTS)}.")
-        return np.repeat(getattr(self, name)[..., None], 3, axis=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +71,7 @@ class _Numbers:
         return names.pop(int(self.next() * len(names)))
 
 
-def draw(seed: int, index: int, size: int | tuple[int, int]) -> Scene:
+def draw(seed: int, index: int, size: int | tuple[int, int]) -> Picture:
     """The scene of an index; size: the side of a square, or (H, W), in pixels."""
     height, width = (size, size) if isinstance(size, int) else size
     numbers = _Numbers(f"shapes/{seed}/{index}")
@@ -117,7 +95,7 @@ def draw(seed: int, index: int, size: int | tuple[int, int]) -> Scene:
         edges = np.maximum(edges * (1 - cover), np.clip(line / 2 + 0.5 - np.abs(outside), 0.0, 1.0))
         mask = np.maximum(mask, cover)
     caption = f"{_and([f'{_article(s.color)} {s.kind}' for s in shapes])} on {_article(background)} background"
-    return Scene(_bytes(image), _bytes(255 * edges), _bytes(255 * mask), _bytes(255 * depth), caption)
+    return Picture(_bytes(image), _bytes(255 * edges), _bytes(255 * mask), _bytes(255 * depth), caption)
 
 
 def write_folder(
@@ -125,7 +103,7 @@ def write_folder(
 ) -> Path:
     """Write scenes 0 to count - 1 as a folder to train from: images/00000.png with 00000.txt, hints/00000.png.
 
-    Returns the folder. Raises ValueError for a hint that is not in HINTS.
+    Returns the folder. Raises ValueError for a hint that a picture does not have.
     """
     from PIL import Image
 

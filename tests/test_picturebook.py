@@ -68,6 +68,14 @@ def test_things_are_nearer_than_what_is_behind_them(pictures: list[Any]) -> None
         assert picture.depth[inside].mean() > picture.depth[picture.mask == 0].mean()
 
 
+def test_the_pattern_of_a_wall_is_as_far_as_the_wall(pictures: list[Any]) -> None:
+    walls = [picture for picture in pictures if picture.caption.endswith("wall")]
+    assert len(walls) > 3
+    for picture in walls:
+        far = picture.depth[: SIDE // 3][picture.mask[: SIDE // 3] == 0]
+        assert np.percentile(far, 1) > 10
+
+
 def test_a_hint_has_three_channels_and_an_unknown_one_is_refused(pictures: list[Any]) -> None:
     assert pictures[0].hint("depth").shape == (SIDE, SIDE, 3)
     with pytest.raises(ValueError, match="edges, mask, depth"):

@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comfyui_controlnext.controlnext_training.synthetic import COLORS, HINTS, KINDS, Scene, draw, write_folder
+from comfyui_controlnext.controlnext_core.picturebook import HINTS, Picture
+from comfyui_controlnext.controlnext_training.data.samples import DatasetError
+from comfyui_controlnext.controlnext_training.drawn import SCHEMES, open_drawn
+from comfyui_controlnext.controlnext_training.synthetic import COLORS, KINDS, draw, write_folder
 
 SCENES = range(40)
 WORDS = re.compile(rf"an? ({'|'.join(COLORS)}) ({'|'.join(KINDS)}|background)")
 
 
-def named(scene: Scene) -> tuple[list[tuple[str, str]], str]:
+def named(scene: Picture) -> tuple[list[tuple[str, str]], str]:
     """Colours and kinds of the shapes, and the background's colour, as the caption says them."""
     found = WORDS.findall(scene.caption)
     assert found[-1][1] == "background"
@@ -28,7 +31,7 @@ def nearest_color(pixels: np.ndarray) -> str:
     return min(COLORS, key=lambda name: float(np.abs(np.asarray(COLORS[name]) - mean).sum()))
 
 
-def parts(scene: Scene) -> list[np.ndarray]:
+def parts(scene: Picture) -> list[np.ndarray]:
     """(H, W) masks of the connected parts of the mask, largest first."""
     import cv2
 
@@ -164,7 +167,7 @@ def test_a_larger_picture_shows_the_same_scene() -> None:
 
 
 def test_an_unknown_hint_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="hint: 'pose' is unknown. A drawn scene has edges, mask, depth"):
+    with pytest.raises(ValueError, match="hint: 'pose' is unknown. A drawn picture has edges, mask, depth"):
         write_folder(tmp_path, 1, 32, hint="pose")
 
 
@@ -188,3 +191,27 @@ def test_a_folder_is_written_the_same_twice(tmp_path: Path) -> None:
     first, second = (write_folder(tmp_path / name, 3, (48, 64), 1) for name in "ab")
     paths = [path.relative_to(first) for path in sorted(first.rglob("*.*"))]
     assert all((first / path).read_bytes() == (second / path).read_bytes() for path in paths)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("hint", HINTS)
+def test_a_drawn_source_holds_the_pictures_of_its_seed(scheme: str, hint: str) -> None:
+    dataset = open_drawn(f"{scheme}:{hint}:3:5", 64, "paired")
+    assert len(dataset) == 3
+    for index in range(3):
+        picture, sample = SCHEMES[scheme](5, index, 64), dataset.load(index)
+        assert dataset.captions[index] == sample.caption == picture.caption
+        assert torch.equal((sample.frames[0] * 255).round().byte(), torch.from_numpy(picture.image))
+        assert torch.equal((sample.hints[0] * 255).round().byte(), torch.from_numpy(picture.hint(hint)))
+
+
+def test_sources_of_two_schemes_are_told_apart() -> None:
+    first, second = (open_drawn(f"{scheme}:edges:3", 64, "paired") for scheme in SCHEMES)
+    assert first.fingerprint != second.fingerprint
+    assert first.frame_keys(0) != second.frame_keys(0)
+
+
+@pytest.mark.parametrize("wrong", ["picturebook", "picturebook:pose:3", "picturebook:edges:0", "picturebook:edges:3:x"])
+def test_a_drawn_source_that_is_not_understood_says_how_to_write_it(wrong: str) -> None:
+    with pytest.raises(DatasetError, match="Write picturebook:HINT:COUNT, HINT one of edges, mask, depth"):
+        open_drawn(wrong, 64, "paired")

@@ -39,7 +39,7 @@ def small(**settings: Any) -> TrainConfig:
 
 
 def drawn(count: int = 4) -> DrawnDataset:
-    return DrawnDataset("edges", count, SIDE)
+    return DrawnDataset("synthetic", "edges", count, SIDE)
 
 
 @dataclass

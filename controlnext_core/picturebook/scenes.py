@@ -278,9 +278,9 @@ def _weed(canvas: Canvas, numbers: Numbers, x: float, y: float) -> None:
 def _paper(canvas: Canvas, numbers: Numbers, color: Color, edge: float) -> None:
     """Wallpaper: stripes, dots or nothing."""
     kind, pattern = numbers.pick((0, 1, 2)), lighter(color, 0.3)
+    canvas.near = 40
     if kind == 0:
         for x in np.arange(0.0, canvas.width, 0.125):
-            canvas.near = 40
             canvas.shape(box(x, 0, x + 0.0625, edge), pattern, 0)
     if kind == 1:
         for row, y in enumerate(np.arange(0.05, edge - 0.03, 0.115)):

@@ -24,7 +24,7 @@ from ..config_files import make_config
 from ..data.report import contact_sheet, report
 from ..data.samples import PAIRED, ControlDataset
 from ..data.tensors import TensorDataset
-from ..drawn import is_synthetic
+from ..drawn import is_drawn
 
 ROOTS_VARIABLE = "CONTROLNEXT_DATA_ROOTS"
 """Environment variable: further folders that datasets may be read from, separated as in PATH."""
@@ -77,7 +77,7 @@ def allowed_roots() -> tuple[Path, ...]:
 
 def source_of(folder: str) -> str:
     """The data source behind the folder widget: a path, or scenes that the project draws. Raises ConfigError."""
-    return folder if is_synthetic(folder) else str(find_folder(folder))
+    return folder if is_drawn(folder) else str(find_folder(folder))
 
 
 def find_folder(name: str) -> Path:
@@ -120,7 +120,8 @@ class ControlDatasetFolder(ControlNode):
                     "folder",
                     tooltip="Below ComfyUI's input folder, or below a folder listed in the environment variable "
                     f"{ROOTS_VARIABLE}. images/ and hints/ side by side, or 1.png beside 1_hint.png. "
-                    "synthetic:edges:200 draws 200 scenes with their edges (or mask, depth).",
+                    "picturebook:edges:200 draws 200 illustrations with their edges (or mask, depth), "
+                    "synthetic:edges:200 plain shapes.",
                 ),
                 io.Combo.Input(
                     "hint", options=list(SETTINGS["hint"].choices), default=PAIRED, tooltip=SETTINGS["hint"].doc

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ...controlnext_core.picturebook import Picture
 from ...controlnext_training.seeding import generator
-from ...controlnext_training.synthetic import Scene, draw
+from ...controlnext_training.synthetic import draw
 from . import autoencoder
 from .assembling import write_checkpoint
 from .base import SIDE, contexts_of, latents_of, loss_at, new_unet, sigmas, text_model
@@ -30,7 +31,7 @@ SCENES, STEPS, BATCH = 512, 400, 16
 LEARNING_RATE, WARMUP = 3e-4, 20
 
 
-def in_negative(scene: Scene) -> np.ndarray:
+def in_negative(scene: Picture) -> np.ndarray:
     """(H, W, 3) bytes."""
     return 255 - scene.image
 

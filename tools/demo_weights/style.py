@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ...controlnext_core.picturebook import Picture
 from ...controlnext_training.seeding import generator
-from ...controlnext_training.synthetic import Scene, draw
+from ...controlnext_training.synthetic import draw
 from ..tiny_models.storage import save
 from . import autoencoder
 from .base import (
@@ -42,7 +43,7 @@ DARKER = 0.3
 SUFFIXES = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "in_layers.2.weight", "out_layers.3.weight")
 
 
-def at_night(scene: Scene) -> np.ndarray:
+def at_night(scene: Picture) -> np.ndarray:
     """(H, W, 3) bytes: the scene darker, its outlines white."""
     line = scene.edges.astype(np.float64)[..., None] / 255
     return np.floor(scene.image * DARKER * (1 - line) + 255 * line + 0.5).astype(np.uint8)
