@@ -23,7 +23,8 @@ from ..controlnext_core.hints.picture import luminance
 from ..controlnext_core.picturebook import Picture
 from ..controlnext_training.plots import Cell, picture_grid
 from ..controlnext_training.synthetic import draw
-from ..tools.demo_sheet import CFG, SCENE_SEED, SEED, SIDE, STEPS, Hint, draw_hint
+from ..tools.demo_boards import SCENE_SEED, SEED, SHAPES, Hint, draw_hint
+from ..tools.demo_sheet import CFG
 from ..tools.demo_weights.other_base import OTHER, in_negative, make_other_base
 from ..tools.demo_weights.shipped import CHECKPOINT, EDGES, FOLDERS, LORA, MASK, XS, install
 from ..tools.demo_weights.style import at_night
@@ -100,7 +101,7 @@ class Studio:
 
     @torch.inference_mode()
     def picture(self, use: Use, hint: Hint, seed: int) -> Array:
-        """(SIDE, SIDE, 3) in [0, 1]: what KSampler and VAEDecode make of it."""
+        """(H, W, 3) in [0, 1]: what KSampler and VAEDecode make of it."""
         import nodes as host_nodes
 
         model, clip, vae = self.checkpoint(use.base)
@@ -111,8 +112,8 @@ class Studio:
             model, control = self._load(name, model)
             given = torch.from_numpy(shown)[None].float() / 255
             conds = host_nodes.ControlNetApplyAdvanced().apply_controlnet(*conds, control, given, 1.0, 0.0, 1.0)
-        latent = {"samples": torch.zeros(1, 4, SIDE // 8, SIDE // 8)}
-        (sampled,) = host_nodes.KSampler().sample(model, seed, STEPS, CFG, "euler", "normal", *conds, latent)
+        latent = {"samples": torch.zeros(1, 4, SHAPES.side // 8, SHAPES.side // 8)}
+        (sampled,) = host_nodes.KSampler().sample(model, seed, SHAPES.steps, CFG, "euler", "normal", *conds, latent)
         (decoded,) = host_nodes.VAEDecode().decode(vae, sampled)
         return decoded[0].float().cpu().numpy()
 
@@ -138,7 +139,7 @@ class Studio:
 
 def scenes() -> list[int]:
     """Indices of the first COUNT scenes of which a part can be told from the rest."""
-    found = [index for index in range(10 * COUNT) if draw_hint(index).other_mask.any()]
+    found = [index for index in range(10 * COUNT) if draw_hint(SHAPES, index).other_mask.any()]
     return found[:COUNT]
 
 
@@ -181,7 +182,7 @@ def measure(studio: Studio, use: Use, indices: list[int]) -> tuple[dict[str, flo
     values: dict[str, list[float]] = {"f1": [], "near_f1": [], "iou": [], "in_style": []}
     pictures = []
     for index in indices:
-        scene, hint = draw(SCENE_SEED, index, SIDE), draw_hint(index)
+        scene, hint = draw(SCENE_SEED, index, SHAPES.side), draw_hint(SHAPES, index)
         picture = studio.picture(use, hint, SEED + index)
         pictures.append(picture)
         values["f1"].append(edge_f1(picture, hint.edges / 255.0))
@@ -220,7 +221,7 @@ def _hint_cells(group: str, indices: list[int]) -> list[list[Cell]]:
     def cell(picture: Array, title: str) -> Cell:
         return Cell(torch.from_numpy(picture).float() / 255, title)
 
-    hints = [draw_hint(index) for index in indices]
+    hints = [draw_hint(SHAPES, index) for index in indices]
     if group == TOGETHER:
         return [[cell(h.some_edges, "edges of one shape"), cell(h.other_mask, "mask of the others")] for h in hints]
     return [[cell(h.edges, "outlines")] for h in hints]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from comfyui_controlnext.tools import demo_sheet
-from comfyui_controlnext.tools.demo_sheet import Column, Hint
+from comfyui_controlnext.tools.demo_boards import SHAPES, Column, Hint, draw_hint
 from comfyui_controlnext.tools.demo_weights import shipped
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def two_or_more(count: int) -> dict[int, Hint]:
     hints: dict[int, Hint] = {}
     index = FIRST
     while len(hints) < count:
-        hint = demo_sheet.draw_hint(index)
+        hint = draw_hint(SHAPES, index)
         if hint.some_edges.any() and hint.other_mask.any():
             hints[len(hints)] = hint
         index += 1
@@ -54,7 +54,7 @@ def models(server: ComfyServer) -> None:
 
 def drawn(server: ComfyServer, count: int, *columns: Column) -> Drawn:
     hints = two_or_more(count)
-    f1 = demo_sheet.scores(hints, demo_sheet.draw_cells(server, hints, columns))
+    f1 = demo_sheet.scores(hints, demo_sheet.draw_cells(server, SHAPES, hints, columns))
     return Drawn({column: sum(f1[row, k] for row in hints) / count for k, column in enumerate(columns)})
 
 

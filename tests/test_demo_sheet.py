@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui_controlnext.tools import demo_sheet
+from comfyui_controlnext.tools.demo_boards import BOOK, SHAPES, draw_hint
 from comfyui_controlnext.tools.demo_weights import packing, shipped
 from comfyui_controlnext.tools.environment import SetupError
 from PIL import Image
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 MEGABYTE = 1e6
 
 
-def png(color: str, side: int = demo_sheet.SIDE) -> bytes:
+def png(color: str, side: int = SHAPES.side) -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", (side, side), color).save(stream, "PNG")
     return stream.getvalue()
@@ -60,9 +61,10 @@ def test_a_packed_tensor_without_its_factors_is_named() -> None:
 
 
 def test_the_shipped_weights_are_small_and_everything_the_demo_uses_is_there() -> None:
+    parts = {name for names in shipped.SOURCES.values() for name in names}
     files = {path.name: path.stat().st_size for path in shipped.SHIPPED.glob("*.safetensors")}
-    assert files.keys() == {shipped.UNET, shipped.AUTOENCODER} | shipped.FOLDERS.keys() - {shipped.CHECKPOINT}
-    assert sum(files.values()) < 40 * MEGABYTE
+    assert files.keys() == parts | shipped.FOLDERS.keys() - shipped.SOURCES.keys()
+    assert sum(files.values()) < 44 * MEGABYTE
 
 
 def test_models_are_unpacked_once_and_again_when_one_changes(tmp_path: Path) -> None:
@@ -85,8 +87,8 @@ def test_a_missing_file_says_where_it_comes_from(tmp_path: Path) -> None:
 
 
 def test_hints_of_a_scene_tell_its_shapes_apart() -> None:
-    for index in demo_sheet.SCENES:
-        hint = demo_sheet.draw_hint(index)
+    for index in SHAPES.scenes:
+        hint = draw_hint(SHAPES, index)
         outlined, masked = hint.some_edges.any(2), hint.other_mask.any(2)
         assert outlined.any() and masked.any(), "a scene of the demo has two shapes or more"
         assert not np.logical_and(outlined, masked).any()
@@ -94,31 +96,31 @@ def test_hints_of_a_scene_tell_its_shapes_apart() -> None:
 
 
 def test_the_sheet_shows_every_cell_in_its_place() -> None:
-    hints = {row: demo_sheet.draw_hint(index) for row, index in enumerate(demo_sheet.SCENES[:2])}
-    columns = demo_sheet.COLUMNS[:2]
+    hints = {row: draw_hint(SHAPES, index) for row, index in enumerate(SHAPES.scenes[:2])}
+    columns = SHAPES.columns[:2]
     colors = {(0, 0): "red", (0, 1): "lime", (1, 0): "blue", (1, 1): "yellow"}
     f1 = dict.fromkeys(colors, 0.5)
-    sheet = demo_sheet.compose(hints, columns, {place: png(color) for place, color in colors.items()}, f1)
+    sheet = demo_sheet.compose(SHAPES, hints, columns, {place: png(color) for place, color in colors.items()}, f1)
     found = {
         color: np.argwhere((np.asarray(sheet) == Image.new("RGB", (1, 1), color).getpixel((0, 0))).all(2))
         for color in colors.values()
     }
-    assert all(len(places) == demo_sheet.SIDE**2 for places in found.values())
+    assert all(len(places) == SHAPES.side**2 for places in found.values())
     top, left = (lambda color: found[color][0].tolist()[0]), (lambda color: found[color][0].tolist()[1])
     assert top("red") == top("lime") < top("blue") == top("yellow")
     assert left("red") == left("blue") < left("lime") == left("yellow")
 
 
 def test_a_corner_shows_what_a_control_was_given_where_it_is_not_the_outlines() -> None:
-    hint = demo_sheet.draw_hint(demo_sheet.SCENES[0])
-    columns = tuple(column for column in demo_sheet.COLUMNS if column.given(hint) is not None)
+    hint = draw_hint(SHAPES, SHAPES.scenes[0])
+    columns = tuple(column for column in SHAPES.columns if column.given(hint) is not None)
     assert {column.title for column in columns} == {"edges + mask", "depth"}
     cells = {(0, place): png("red") for place in range(len(columns))}
-    sheet = np.asarray(demo_sheet.compose({0: hint}, columns, cells, dict.fromkeys(cells, 0.5)))
-    side = demo_sheet.SIDE // demo_sheet.INSET
+    sheet = np.asarray(demo_sheet.compose(SHAPES, {0: hint}, columns, cells, dict.fromkeys(cells, 0.5)))
+    side = SHAPES.side // demo_sheet.INSET
     for place, column in enumerate(columns):
-        left = 10 + (place + 1) * (demo_sheet.SIDE + 10)
-        corner = sheet[26 + demo_sheet.SIDE - side : 26 + demo_sheet.SIDE, left + demo_sheet.SIDE - side :][:, :side]
+        left = 10 + (place + 1) * (SHAPES.side + 10)
+        corner = sheet[26 + SHAPES.side - side : 26 + SHAPES.side, left + SHAPES.side - side :][:, :side]
         small = np.asarray(Image.fromarray(column.given(hint)).resize((side, side)))
         assert np.array_equal(corner, small), column.title
 
@@ -129,9 +131,9 @@ def test_the_demo_draws_through_the_server_what_the_edges_show(
 ) -> None:
     """One row of the sheet: without and with ControlNeXt, as `run.py demo` queues it."""
     shipped.install(server.base)
-    hints = {0: demo_sheet.draw_hint(demo_sheet.SCENES[0])}
-    columns = (demo_sheet.COLUMNS[0], demo_sheet.COLUMNS[2])
-    f1 = demo_sheet.scores(hints, demo_sheet.draw_cells(server, hints, columns))
+    hints = {0: draw_hint(SHAPES, SHAPES.scenes[0])}
+    columns = SHAPES.columns[:2]
+    f1 = demo_sheet.scores(hints, demo_sheet.draw_cells(server, SHAPES, hints, columns))
     assert f1[0, 1] > f1[0, 0] + 0.2
     said = capsys.readouterr().out.splitlines()
     assert [line.partition(",")[0].strip() for line in said] == [
@@ -141,20 +143,29 @@ def test_the_demo_draws_through_the_server_what_the_edges_show(
 
 
 def test_every_picture_of_the_demo_has_its_words() -> None:
-    assert [column.words for column in demo_sheet.COLUMNS] == [
+    assert [column.words for column in BOOK.columns][1:] == [f"edges, strength {s}" for s in (0.3, 0.6, 1)]
+    assert [column.words for column in SHAPES.columns] == [
         "without control",
-        "edges, strength 0.5",
         "edges, strength 1",
         "ControlNet-XS edges, strength 1",
         "depth, strength 1",
         "edges and mask, strength 1",
         "edges, strength 1 and a LoRA",
     ]
-    hints = {row: demo_sheet.draw_hint(index) for row, index in enumerate(demo_sheet.SCENES)}
-    graph = demo_sheet.workflow(hints, demo_sheet.COLUMNS)
-    names = demo_sheet.pictures(graph, demo_sheet.COLUMNS)
-    assert len(names) == len(hints) * len(demo_sheet.COLUMNS)
+    hints = {row: draw_hint(SHAPES, index) for row, index in enumerate(SHAPES.scenes)}
+    graph = demo_sheet.workflow(SHAPES, hints, SHAPES.columns)
+    names = demo_sheet.pictures(graph, SHAPES.columns)
+    assert len(names) == len(hints) * len(SHAPES.columns)
     assert {graph[name]["class_type"] for name in names} == {"KSampler"}
+
+
+def test_parts_of_the_sheet_stand_below_each_other_and_whole() -> None:
+    parts = [("first", Image.new("RGB", (40, 30), "red")), ("second", Image.new("RGB", (60, 20), "lime"))]
+    sheet = np.asarray(demo_sheet.stacked(parts))
+    red, lime = ((sheet == color).all(2) for color in ((255, 0, 0), (0, 255, 0)))
+    assert red.sum() == 40 * 30 and lime.sum() == 60 * 20
+    assert np.argwhere(red)[-1][0] < np.argwhere(lime)[0][0]
+    assert sheet.shape[1] == 60
 
 
 def test_what_to_do_next_names_a_template_that_there_is() -> None:

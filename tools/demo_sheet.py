@@ -1,20 +1,20 @@
 """`python run.py demo`: drawn hints, and what stock nodes and ours make of them with the weights in `demo/weights`.
 
-One row per hint; columns as COLUMNS. Under every picture stands the F1 of its edges against the drawn ones; where a
-control was given something else than the row's outlines, a small picture in the corner shows it. All hints are of
-scenes that no training saw.
+A part of the sheet for each board, one row per hint. Under every picture stands the F1 of its edges against the drawn
+ones; where a control was given something else than the row's outlines, a small picture in the corner shows it. All
+hints are of scenes that no training saw.
 """
 
 from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .demo_weights.shipped import CHECKPOINT, DEPTH, EDGES, LORA, MASK, XS, install
+from .demo_boards import BOARDS, Board, Column, Hint, hints_of
+from .demo_weights.shipped import DEPTH, LORA, MASK, XS, install
 from .environment import ROOT
 
 if TYPE_CHECKING:
@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 
     from .comfy_client import ComfyClient
 
-SIDE, STEPS, CFG, SEED = 128, 14, 3.0, 5
-SCENE_SEED, SCENES = 99, (4, 12, 3)
-"""Of scenes that no training saw, and which of them."""
+CFG = 3.0
 INSET = 4
 """Side of a picture, as a multiple of the inset in its corner."""
 OUTPUT = ROOT / "demo_output"
@@ -39,93 +37,6 @@ Next:
   README.md             controls for SD1.5, SDXL and video, and how to train your own"""
 Graph = dict[str, dict[str, Any]]
 Link = list[Any]
-
-
-@dataclass(frozen=True)
-class Column:
-    """One way to use the hint. title: over its pictures; edges, mask, depth, xs: strengths, 0 = not used."""
-
-    title: str
-    edges: float = 0.0
-    mask: float = 0.0
-    depth: float = 0.0
-    xs: float = 0.0
-    lora: float = 0.0
-    split: bool = False
-    """The edges show some of the shapes and the mask the others."""
-
-    @property
-    def file_name(self) -> str:
-        return self.title.lower().replace(" + ", "_and_").replace(" ", "_").replace(".", "_")
-
-    @property
-    def words(self) -> str:
-        """Controls and strength: "edges and mask, strength 1"."""
-        used = {"edges": self.edges, "ControlNet-XS edges": self.xs, "mask": self.mask, "depth": self.depth}
-        names = [name for name, strength in used.items() if strength]
-        if not names:
-            return "without control"
-        return f"{' and '.join(names)}, strength {max(used.values()):g}{' and a LoRA' if self.lora else ''}"
-
-    def given(self, hint: Hint) -> np.ndarray | None:
-        """Picture that the controls see, (H, W, 3) bytes, if other than the row's outlines; a mask shows in gray."""
-        if self.split:
-            return hint.some_edges | hint.other_mask // 2
-        return hint.depth if self.depth else None
-
-
-COLUMNS = (
-    Column("without control"),
-    Column("ControlNeXt 0.5", edges=0.5),
-    Column("ControlNeXt 1.0", edges=1.0),
-    Column("ControlNet-XS", xs=1.0),
-    Column("depth", depth=1.0),
-    Column("edges + mask", edges=1.0, mask=1.0, split=True),
-    Column("with a LoRA", edges=1.0, lora=1.0),
-)
-
-
-@dataclass(frozen=True)
-class Hint:
-    """Inputs of a row. Pictures are (H, W, 3) bytes."""
-
-    caption: str
-    edges: np.ndarray
-    """Outlines of all shapes: what the F1 counts."""
-    some_edges: np.ndarray
-    """Outlines of one shape."""
-    other_mask: np.ndarray
-    """The other shapes, white on black."""
-    depth: np.ndarray
-    """Of all shapes and the floor, bright is near."""
-
-
-def draw_hint(index: int) -> Hint:
-    """The hints of an unseen scene; its shapes are told apart as the connected parts of its mask."""
-    import cv2
-    import numpy as np
-
-    from ..controlnext_training.synthetic import draw
-
-    scene = draw(SCENE_SEED, index, SIDE)
-    _, parts = cv2.connectedComponents((scene.mask > 127).astype(np.uint8))
-    near_first = cv2.dilate((parts == 1).astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
-
-    def rgb(plane: np.ndarray) -> np.ndarray:
-        return np.repeat(plane[..., None], 3, axis=2)
-
-    return Hint(
-        scene.caption,
-        scene.hint("edges"),
-        rgb(scene.edges * near_first),
-        rgb(scene.mask * ~near_first),
-        scene.hint("depth"),
-    )
-
-
-def demo_hints() -> dict[int, Hint]:
-    """The rows of the sheet."""
-    return {row: draw_hint(index) for row, index in enumerate(SCENES)}
 
 
 def png(picture: np.ndarray) -> bytes:
@@ -153,22 +64,22 @@ class _Graph:
         return name
 
 
-def workflow(hints: Mapping[int, Hint], columns: tuple[Column, ...]) -> Graph:
-    """Every cell of the sheet; SaveImage prefixes are `sheet/ROW_COLUMN`. Pictures of hints are those of `uploads`."""
+def workflow(board: Board, hints: Mapping[int, Hint], columns: tuple[Column, ...]) -> Graph:
+    """Every cell of a board; SaveImage prefixes are `sheet/ROW_COLUMN`. Pictures of hints are those of `uploads`."""
     graph = _Graph()
-    checkpoint = graph.add("CheckpointLoaderSimple", ckpt_name=CHECKPOINT)
-    latent = graph.add("EmptyLatentImage", width=SIDE, height=SIDE, batch_size=1)
+    checkpoint = graph.add("CheckpointLoaderSimple", ckpt_name=board.checkpoint)
+    latent = graph.add("EmptyLatentImage", width=board.side, height=board.side, batch_size=1)
     for row, hint in hints.items():
         for place, column in enumerate(columns):
-            model, positive, negative = _conditions(graph, checkpoint, row, hint.caption, column)
+            model, positive, negative = _conditions(graph, board, checkpoint, row, hint.caption, column)
             sampled = graph.add(
                 "KSampler",
                 model=model,
                 positive=positive,
                 negative=negative,
                 latent_image=[latent, 0],
-                seed=SEED + row,
-                steps=STEPS,
+                seed=board.seed + row,
+                steps=board.steps,
                 cfg=CFG,
                 sampler_name="euler",
                 scheduler="normal",
@@ -179,7 +90,9 @@ def workflow(hints: Mapping[int, Hint], columns: tuple[Column, ...]) -> Graph:
     return graph.nodes
 
 
-def _conditions(graph: _Graph, checkpoint: str, row: int, caption: str, column: Column) -> tuple[Link, Link, Link]:
+def _conditions(
+    graph: _Graph, board: Board, checkpoint: str, row: int, caption: str, column: Column
+) -> tuple[Link, Link, Link]:
     """(model, positive, negative) of one cell."""
     model: Link = [checkpoint, 0]
     positive: Link = [graph.add("CLIPTextEncode", clip=[checkpoint, 1], text=caption), 0]
@@ -188,7 +101,7 @@ def _conditions(graph: _Graph, checkpoint: str, row: int, caption: str, column: 
         lora = graph.add("LoraLoaderModelOnly", model=model, lora_name=LORA, strength_model=column.lora)
         model = [lora, 0]
     which = "some_edges" if column.split else "edges"
-    edges = ((EDGES, column.edges, which), (XS, column.xs, which))
+    edges = ((board.edges, column.edges, which), (XS, column.xs, which))
     used = (*edges, (MASK, column.mask, "other_mask"), (DEPTH, column.depth, "depth"))
     for name, strength, picture in used:
         if not strength:
@@ -235,16 +148,17 @@ def scores(hints: Mapping[int, Hint], cells: Mapping[tuple[int, int], bytes]) ->
 
 
 def compose(
+    board: Board,
     hints: Mapping[int, Hint],
     columns: tuple[Column, ...],
     cells: Mapping[tuple[int, int], bytes],
     f1: Mapping[tuple[int, int], float],
     zoom: int = 1,
 ) -> Pictures.Image:
-    """The sheet: titles, a row per hint, F1 under every picture, the caption under every row."""
+    """A board's part of the sheet: titles, a row per hint, F1 under every picture, the caption under every row."""
     from PIL import Image, ImageDraw, ImageFont
 
-    cell, gap, title, line = SIDE * zoom, 10, 26, 18
+    cell, gap, title, line = board.side * zoom, 10, 26, 18
     inset = cell // INSET
     font, small = ImageFont.load_default(size=13), ImageFont.load_default(size=12)
     width = (cell + gap) * (len(columns) + 1) + gap
@@ -270,15 +184,31 @@ def compose(
     return sheet
 
 
+def stacked(parts: Sequence[tuple[str, Pictures.Image]]) -> Pictures.Image:
+    """One sheet of (title, part), one below the other."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    line, gap = 34, 10
+    sheet = Image.new(
+        "RGB", (max(part.width for _, part in parts), sum(part.height + line for _, part in parts)), "white"
+    )
+    pen, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(size=16), 0
+    for title, part in parts:
+        pen.text((gap, top + gap), title, fill="black", font=font)
+        sheet.paste(part, (0, top + line))
+        top += line + part.height
+    return sheet
+
+
 def draw_cells(
-    server: ComfyClient, hints: Mapping[int, Hint], columns: tuple[Column, ...]
+    server: ComfyClient, board: Board, hints: Mapping[int, Hint], columns: tuple[Column, ...]
 ) -> dict[tuple[int, int], bytes]:
     """PNG of every cell (row, column), drawn by a running server that has the demo's models."""
     from .comfy_client import Progress
 
     for name, content in uploads(hints).items():
         server.upload_image(content, name)
-    graph = workflow(hints, columns)
+    graph = workflow(board, hints, columns)
     progress = Progress(pictures(graph, columns))
     try:
         run = server.run(graph, progress)
@@ -306,23 +236,30 @@ def run_demo(host: Path, cpu: bool, output: Path = OUTPUT) -> Path:
     base = fresh_base(DEMO_BASE)
     print("Unpacking the demo's models.", flush=True)
     install(base)
-    hints = demo_hints()
     print(f"Starting ComfyUI of {host}.", flush=True)
     arguments = [*device_arguments(cpu), "--disable-api-nodes"]
+    output.mkdir(parents=True, exist_ok=True)
     with ComfyServer.start(host, base, arguments=arguments, log=base / "server.log") as server:
         print(f"  {time.monotonic() - started:6.1f} s  it answers at http://{server.address}", flush=True)
-        cells = draw_cells(server, hints, COLUMNS)
-    f1 = scores(hints, cells)
-    output.mkdir(parents=True, exist_ok=True)
-    for (row, place), content in cells.items():
-        (output / f"{row + 1}_{COLUMNS[place].file_name}.png").write_bytes(content)
+        parts = [(board.title, _drawn(server, board, output)) for board in BOARDS]
     sheet = output / "contact_sheet.png"
-    compose(hints, COLUMNS, cells, f1).save(sheet)
-    for place, column in enumerate(COLUMNS):
-        mean = sum(f1[row, place] for row in hints) / len(hints)
-        print(f"  edge F1 {mean:.2f}  {column.title}")
+    stacked(parts).save(sheet)
     print(AFTERWARDS.format(seconds=time.monotonic() - started, sheet=sheet, pack=ROOT.name))
     return sheet
+
+
+def _drawn(server: ComfyClient, board: Board, output: Path) -> Pictures.Image:
+    """Draw a board, save its pictures in `output` and say its F1s; its part of the sheet."""
+    hints = hints_of(board)
+    cells = draw_cells(server, board, hints, board.columns)
+    f1 = scores(hints, cells)
+    for (row, place), content in cells.items():
+        name = f"{board.scheme}_{row + 1}_{board.columns[place].file_name}.png"
+        (output / name).write_bytes(content)
+    for place, column in enumerate(board.columns):
+        mean = sum(f1[row, place] for row in hints) / len(hints)
+        print(f"  edge F1 {mean:.2f}  {column.title}")
+    return compose(board, hints, board.columns, cells, f1)
 
 
 def _saved(graph: Graph, outputs: Mapping[str, Any]) -> Iterator[tuple[tuple[int, int], dict[str, str]]]:

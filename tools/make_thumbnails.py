@@ -18,10 +18,10 @@ if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
 from comfyui_controlnext.controlnext_core.hints.samples import sample  # noqa: E402
-from comfyui_controlnext.controlnext_training.synthetic import draw  # noqa: E402
+from comfyui_controlnext.controlnext_training.drawn import SCHEMES  # noqa: E402
 from comfyui_controlnext.tools import demo_sheet  # noqa: E402
 from comfyui_controlnext.tools.comfy_client import ComfyClient, ComfyError  # noqa: E402
-from comfyui_controlnext.tools.demo_sheet import Column, Hint  # noqa: E402
+from comfyui_controlnext.tools.demo_boards import BOOK, SCENE_SEED, SHAPES, Column, Hint, draw_hint  # noqa: E402
 from comfyui_controlnext.tools.make_workflows import FOLDER, WORKFLOWS  # noqa: E402
 
 EDGES, XS, DEPTH, MASK = Column("", edges=1), Column("", xs=1), Column("", depth=1), Column("", mask=1)
@@ -66,10 +66,11 @@ def drawn(client: ComfyClient, column: Column, scene: int) -> list[tuple[str, An
     """(words, picture) of the four parts, from the demo's model."""
     from PIL import Image
 
-    hint = demo_sheet.draw_hint(scene)
+    board = BOOK if column == EDGES else SHAPES
+    hint = draw_hint(board, scene)
     if column.mask and not column.split:  # of all shapes
-        hint = replace(hint, other_mask=draw(demo_sheet.SCENE_SEED, scene, demo_sheet.SIDE).hint("mask"))
-    cells = demo_sheet.draw_cells(client, {0: hint}, tuple(scaled(column, strength) for strength in STRENGTHS))
+        hint = replace(hint, other_mask=SCHEMES[board.scheme](SCENE_SEED, scene, board.side).hint("mask"))
+    cells = demo_sheet.draw_cells(client, board, {0: hint}, tuple(scaled(column, strength) for strength in STRENGTHS))
     words = ("prompt alone", "strength 0.5", "strength 1")
     results = [Image.open(io.BytesIO(cells[0, place])).convert("RGB") for place in range(len(STRENGTHS))]
     return [("hint", Image.fromarray(given(hint, column))), *zip(words, results, strict=True)]

@@ -82,16 +82,16 @@ def run_train(options: argparse.Namespace, host: Path, own: bool) -> int:
     for name, value in PATIENT_THREADS.items():  # before torch is there to read them
         os.environ.setdefault(name, value)
     from ..controlnext_training.config_files import make_config, read_recipe
-    from .demo_weights.shipped import CHECKPOINT, install
+    from .demo_weights.shipped import CHECKPOINT, SOURCES, install
 
     recipe = options.recipe.resolve()
     base = host if own else COMFY_BASE
     try:
         config = make_config(settings(options.settings), read_recipe(recipe))
-        if not own or config.base == CHECKPOINT:
-            install(COMFY_BASE, (CHECKPOINT,))
-        if config.base == CHECKPOINT:
-            config = replace(config, base=str(COMFY_BASE / "models" / "checkpoints" / CHECKPOINT))
+        if not own or config.base in SOURCES:
+            install(COMFY_BASE, (config.base if config.base in SOURCES else CHECKPOINT,))
+        if config.base in SOURCES:
+            config = replace(config, base=str(COMFY_BASE / "models" / "checkpoints" / config.base))
         elif config.base == TINY:
             config = replace(config, base=str(tiny_base()))
         quiet_logging(ROOT, COMFY_BASE / "train.log")

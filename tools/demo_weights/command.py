@@ -9,8 +9,8 @@ from pathlib import Path
 from ..comfy_server import COMFY_BASE
 
 STAGES = ("autoencoder", "decoder", "base", "ship-base", "style", "controls", "ship-controls")
-PICTUREBOOK = ("picture-autoencoder", "picture-base", "ship-pictures")
-"""Stages of the base that is to take the place of the shapes; `all` leaves them out."""
+PICTUREBOOK = ("picture-autoencoder", "picture-base", "picture-controls", "ship-pictures")
+"""Stages of the base of SD3's shape; `all` leaves them out. Controls train on the base that was shipped last."""
 ALL = "all"
 LONGEST = 100.0  # minutes
 
@@ -62,8 +62,11 @@ def run_stage(options: argparse.Namespace, host: Path) -> int:
 def _run_picturebook(stage: str, seconds: float) -> Path:
     from .painter import train_painter
     from .picture_base import train_base
-    from .shipped import ship_pictures
+    from .shipped import PICTURE_RECIPES, ship_pictures, train_controls
+    from .shipped import PICTUREBOOK as CHECKPOINT
 
+    if stage == "picture-controls":
+        return train_controls(PICTURE_RECIPES.values(), CHECKPOINT)
     if stage == "ship-pictures":
         return ship_pictures()
     return train_painter(seconds=seconds) if stage == "picture-autoencoder" else train_base(seconds)

@@ -32,16 +32,21 @@ MMDIT, PAINTER = "picturebook_mmdit.safetensors", "picturebook_autoencoder.safet
 PICTUREBOOK = "picturebook_sd3.ckpt"
 EDGES, MASK, DEPTH = "shapes_edges.safetensors", "shapes_mask.safetensors", "shapes_depth.safetensors"
 XS = "shapes_xs_edges.safetensors"
+PICTURE_EDGES = "picture_edges.safetensors"
 LORA = "shapes_night.safetensors"
-FOLDERS = {CHECKPOINT: "checkpoints", **dict.fromkeys((EDGES, MASK, DEPTH), "controlnext")}
-FOLDERS |= {XS: "controlnet", LORA: "loras"}
+FOLDERS = {
+    **dict.fromkeys((PICTUREBOOK, CHECKPOINT), "checkpoints"),
+    **dict.fromkeys((PICTURE_EDGES, EDGES, MASK, DEPTH), "controlnext"),
+    XS: "controlnet",
+    LORA: "loras",
+}
 """File of the demo -> its folder below `models`."""
-BOOK = {PICTUREBOOK: "checkpoints"}
-"""Files that `install` writes only when it is asked for: a checkpoint of SD3's shape."""
 SOURCES = {CHECKPOINT: (UNET, AUTOENCODER), PICTUREBOOK: (MMDIT, PAINTER)}
 """Checkpoint -> what it is made of."""
 RECIPES = {EDGES: "demo_edges", MASK: "demo_mask", DEPTH: "demo_depth", XS: "demo_xs"}
-"""Trained control -> the recipe that makes it, and the name of its result."""
+"""Trained control of the UNet -> the recipe that makes it, and the name of its result."""
+PICTURE_RECIPES = {PICTURE_EDGES: "picture_edges"}
+"""The same for the base of SD3's shape."""
 STAMP = "shapes.json"
 
 
@@ -54,7 +59,7 @@ def install(base: Path, names: Iterable[str] = tuple(FOLDERS), shipped: Path = S
     stamp = models / STAMP
     versions = json.loads(stamp.read_text("utf-8")) if stamp.is_file() else {}
     for name in names:
-        path, version = models / (FOLDERS | BOOK)[name] / name, _version(name, shipped)
+        path, version = models / FOLDERS[name] / name, _version(name, shipped)
         if path.is_file() and versions.get(name) == version:
             continue
         if name == CHECKPOINT:
@@ -82,28 +87,33 @@ def ship_base(folder: Path = FOLDER, shipped: Path = SHIPPED) -> Path:
 
 
 def ship_pictures(folder: Path = FOLDER, shipped: Path = SHIPPED) -> Path:
-    """Put what there is of the picturebook's autoencoder and base in `folder` into `shipped`."""
+    """Put what there is of the picturebook's autoencoder, base and controls into `shipped`."""
     made = {PAINTER: folder / "painter" / "painter.safetensors", MMDIT: folder / "picture_base" / MMDIT}
+    made |= {name: _trained(recipe) for name, recipe in PICTURE_RECIPES.items()}
     return _ship({name: _load(path) for name, path in made.items() if path.is_file()}, shipped)
 
 
-def train_controls() -> Path:
-    """Train the controls of RECIPES on the base as it ships, or go on; the folder of the trained files."""
+def train_controls(recipes: Iterable[str] = tuple(RECIPES.values()), base: str = CHECKPOINT) -> Path:
+    """Train the controls of these recipes on the base as it ships, or go on; the folder of the trained files."""
     from ...controlnext_training.command import run_config
     from ...controlnext_training.config_files import make_config, read_recipe
 
-    models = install(COMFY_BASE, (CHECKPOINT,))
-    for recipe in RECIPES.values():
+    models = install(COMFY_BASE, (base,))
+    for recipe in recipes:
         path = ROOT / "controlnext_training" / "recipes" / f"{recipe}.toml"
-        run_config(make_config({"base": str(models / "checkpoints" / CHECKPOINT)}, read_recipe(path)), path.parent)
+        run_config(make_config({"base": str(models / "checkpoints" / base)}, read_recipe(path)), path.parent)
     return models / "controlnext"
 
 
 def ship_controls(folder: Path = FOLDER, shipped: Path = SHIPPED) -> Path:
     """Put the LoRA of the style stage and the controls that `run.py train` made of RECIPES into `shipped`."""
-    made = {name: COMFY_BASE / "models" / "controlnext" / f"{recipe}.safetensors" for name, recipe in RECIPES.items()}
+    made = {name: _trained(recipe) for name, recipe in RECIPES.items()}
     sources = {LORA: folder / "style" / LORA, **made}
     return _ship({name: _load(path) for name, path in sources.items()}, shipped)
+
+
+def _trained(recipe: str) -> Path:
+    return COMFY_BASE / "models" / "controlnext" / f"{recipe}.safetensors"
 
 
 def ship_one(trained: Path, target: Path) -> Path:

@@ -1,0 +1,146 @@
+"""Boards of the demo: its bases, the ways their controls are used, and the drawn hints that they are given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .demo_weights.shipped import CHECKPOINT, EDGES, PICTURE_EDGES, PICTUREBOOK
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SEED = 5
+SCENE_SEED = 99
+"""Of scenes that no training saw."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One way to use the hint. title: over its pictures; edges, mask, depth, xs: strengths, 0 = not used."""
+
+    title: str
+    edges: float = 0.0
+    mask: float = 0.0
+    depth: float = 0.0
+    xs: float = 0.0
+    lora: float = 0.0
+    split: bool = False
+    """The edges show some of the shapes and the mask the others."""
+
+    @property
+    def file_name(self) -> str:
+        return self.title.lower().replace(" + ", "_and_").replace(" ", "_").replace(".", "_")
+
+    @property
+    def words(self) -> str:
+        """Controls and strength: "edges and mask, strength 1"."""
+        used = {"edges": self.edges, "ControlNet-XS edges": self.xs, "mask": self.mask, "depth": self.depth}
+        names = [name for name, strength in used.items() if strength]
+        if not names:
+            return "without control"
+        return f"{' and '.join(names)}, strength {max(used.values()):g}{' and a LoRA' if self.lora else ''}"
+
+    def given(self, hint: Hint) -> np.ndarray | None:
+        """Picture that the controls see, (H, W, 3) bytes, if other than the row's outlines; a mask shows in gray."""
+        if self.split:
+            return hint.some_edges | hint.other_mask // 2
+        return hint.depth if self.depth else None
+
+
+@dataclass(frozen=True)
+class Board:
+    """One base of the demo, and its part of the sheet."""
+
+    title: str
+    checkpoint: str
+    scheme: str
+    """What its pictures show, a key of controlnext_training.drawn.SCHEMES."""
+    side: int
+    """Of a picture, in pixels."""
+    steps: int
+    scenes: tuple[int, ...]
+    """A row each."""
+    columns: tuple[Column, ...]
+    edges: str
+    """File of its ControlNeXt for outlines."""
+    seed: int = SEED
+    """Of the first row's noise."""
+
+
+BOOK = Board(
+    "A base of SD3's shape, 11 MB, and its ControlNeXt, 8 MB",
+    PICTUREBOOK,
+    "picturebook",
+    192,
+    20,
+    (4, 12, 3),
+    (
+        Column("without control"),
+        Column("ControlNeXt 0.3", edges=0.3),
+        Column("ControlNeXt 0.6", edges=0.6),
+        Column("ControlNeXt 1.0", edges=1.0),
+    ),
+    PICTURE_EDGES,
+)
+SHAPES = Board(
+    "A base of SD1.5's shape that knows plain shapes, with every kind of control",
+    CHECKPOINT,
+    "synthetic",
+    128,
+    14,
+    (4, 12),
+    (
+        Column("without control"),
+        Column("ControlNeXt 1.0", edges=1.0),
+        Column("ControlNet-XS", xs=1.0),
+        Column("depth", depth=1.0),
+        Column("edges + mask", edges=1.0, mask=1.0, split=True),
+        Column("with a LoRA", edges=1.0, lora=1.0),
+    ),
+    EDGES,
+)
+BOARDS = (BOOK, SHAPES)
+
+
+@dataclass(frozen=True)
+class Hint:
+    """Inputs of a row. Pictures are (H, W, 3) bytes."""
+
+    caption: str
+    edges: np.ndarray
+    """Outlines of all shapes: what the F1 counts."""
+    some_edges: np.ndarray
+    """Outlines of one shape."""
+    other_mask: np.ndarray
+    """The other shapes, white on black."""
+    depth: np.ndarray
+    """Of all shapes and the floor, bright is near."""
+
+
+def draw_hint(board: Board, index: int) -> Hint:
+    """The hints of an unseen scene; its shapes are told apart as the connected parts of its mask."""
+    import cv2
+    import numpy as np
+
+    from ..controlnext_training.drawn import SCHEMES
+
+    scene = SCHEMES[board.scheme](SCENE_SEED, index, board.side)
+    _, parts = cv2.connectedComponents((scene.mask > 127).astype(np.uint8))
+    near_first = cv2.dilate((parts == 1).astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
+
+    def rgb(plane: np.ndarray) -> np.ndarray:
+        return np.repeat(plane[..., None], 3, axis=2)
+
+    return Hint(
+        scene.caption,
+        scene.hint("edges"),
+        rgb(scene.edges * near_first),
+        rgb(scene.mask * ~near_first),
+        scene.hint("depth"),
+    )
+
+
+def hints_of(board: Board) -> dict[int, Hint]:
+    """The rows of a board."""
+    return {row: draw_hint(board, index) for row, index in enumerate(board.scenes)}
