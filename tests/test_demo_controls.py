@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from comfyui_controlnext.tools import demo_sheet
-from comfyui_controlnext.tools.demo_boards import SHAPES, Column, Hint, draw_hint
+from comfyui_controlnext.tools.demo_boards import BOOK, SHAPES, Board, Column, Hint, draw_hint
 from comfyui_controlnext.tools.demo_weights import shipped
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.comfy
 
 NONE, NEXT, XS = Column("none"), Column("next", edges=1.0), Column("xs", xs=1.0)
+HALF = Column("half", edges=0.5)
 DEPTH = Column("depth", depth=1.0)
 OUTLINED, MASKED = Column("outlined", edges=1.0, split=True), Column("masked", mask=1.0, split=True)
 BOTH = Column("both", edges=1.0, mask=1.0, split=True)
@@ -52,9 +53,9 @@ def models(server: ComfyServer) -> None:
     shipped.install(server.base)
 
 
-def drawn(server: ComfyServer, count: int, *columns: Column) -> Drawn:
-    hints = two_or_more(count)
-    f1 = demo_sheet.scores(hints, demo_sheet.draw_cells(server, SHAPES, hints, columns))
+def drawn(server: ComfyServer, count: int, *columns: Column, board: Board = SHAPES) -> Drawn:
+    hints = two_or_more(count) if board is SHAPES else {row: draw_hint(board, FIRST + row) for row in range(count)}
+    f1 = demo_sheet.scores(hints, demo_sheet.draw_cells(server, board, hints, columns))
     return Drawn({column: sum(f1[row, k] for row in hints) / count for k, column in enumerate(columns)})
 
 
@@ -64,6 +65,15 @@ def test_pictures_follow_what_each_control_is_given(server: ComfyServer, models:
     assert found[NEXT] > found[NONE] + 0.3, found
     assert found[XS] > found[NONE] + 0.3, found
     assert found[DEPTH] > found[NONE] + 0.2, found
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_illustrations_follow_their_outlines_the_more_the_higher_the_strength(
+    server: ComfyServer, models: None, count: int
+) -> None:
+    found = drawn(server, count, NONE, HALF, NEXT, board=BOOK).f1
+    assert found[NEXT] > found[HALF] > found[NONE], found
+    assert found[NEXT] > found[NONE] + 0.2, found
 
 
 @pytest.mark.parametrize("count", COUNTS)
