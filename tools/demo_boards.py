@@ -55,7 +55,7 @@ class Board:
     title: str
     checkpoint: str
     scheme: str
-    """What its pictures show, a key of controlnext_training.drawn.SCHEMES."""
+    """Kind of its pictures, a key of controlnext_training.drawn.SCHEMES."""
     side: int
     """Of a picture, in pixels."""
     steps: int

@@ -46,7 +46,7 @@ SOURCES = {CHECKPOINT: (UNET, AUTOENCODER), PICTUREBOOK: (MMDIT, PAINTER)}
 RECIPES = {EDGES: "demo_edges", MASK: "demo_mask", DEPTH: "demo_depth", XS: "demo_xs"}
 """Trained control of the UNet -> the recipe that makes it, and the name of its result."""
 PICTURE_RECIPES = {PICTURE_EDGES: "picture_edges"}
-"""The same for the base of SD3's shape."""
+"""Trained control of the base of SD3's shape -> the recipe that makes it, and the name of its result."""
 STAMP = "shapes.json"
 
 
