@@ -23,6 +23,8 @@ class FamilyFacts:
     """Pixels of the picture along one side of a latent cell."""
     cells: Mapping[Site, int] = field(default_factory=dict)
     """Site -> pixels of the picture along one side of a feature cell there."""
+    frames: int | None = None
+    """Frames of a clip in each latent frame after the first, which has one; None: a latent is one picture."""
 
 
 def unet_cells(levels: int) -> dict[Site, int]:
@@ -37,7 +39,7 @@ def unet_cells(levels: int) -> dict[Site, int]:
 
 
 TOKEN_OF_2X2 = {Site.AFTER_JOINT_0: 16}
-"""Cells of a transformer whose token is a patch of 2 x 2 latent cells."""
+"""Cells of a transformer whose token is a patch of 2 x 2 latent cells, of 8 pixels each."""
 
 FAMILIES: dict[Family, FamilyFacts] = {
     Family.SD15: FamilyFacts(architecture="stable-diffusion-v1", context_width=768, cells=unet_cells(4)),
@@ -50,6 +52,8 @@ FAMILIES: dict[Family, FamilyFacts] = {
     Family.QWEN_IMAGE: FamilyFacts(architecture="qwen-image", cells=TOKEN_OF_2X2),
     Family.LUMINA2: FamilyFacts(architecture="lumina-2", cells=TOKEN_OF_2X2),
     Family.Z_IMAGE: FamilyFacts(architecture="z-image", cells=TOKEN_OF_2X2),
+    Family.WAN: FamilyFacts(architecture="wan-2.1", cells=TOKEN_OF_2X2, frames=4),
+    Family.WAN_5B: FamilyFacts(architecture="wan-2.2-5b", pixels=16, cells={Site.AFTER_JOINT_0: 32}, frames=4),
 }
 
 CONTEXT_FAMILIES: dict[int, Family] = {

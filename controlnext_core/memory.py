@@ -36,6 +36,16 @@ def feature_bytes(spec: Spec, out_channels: int, height: int, width: int, itemsi
     return out_channels * -(-height // side) * -(-width // side) * itemsize
 
 
+WIDE_TENSORS, WIDE_FP32_TENSORS = 1, 3
+"""Tensors of the base's width alive where the narrow map of a transformer's control gets that width: what the last
+convolution gives, in the compute dtype, and its standardisation in fp32. Source: benchmarks/bench_clip_memory.py"""
+
+
+def wide_bytes(spec: Spec, out_channels: int, height: int, width: int, itemsize: int) -> int:
+    """Most that is alive while one map of a hint of height x width pixels gets the width of a transformer."""
+    return feature_bytes(spec, out_channels, height, width, WIDE_TENSORS * itemsize + WIDE_FP32_TENSORS * 4)
+
+
 # ControlNet-XS. Source of the counts: benchmarks/bench_xs_memory.py
 
 XS_HINT_TENSORS = 3

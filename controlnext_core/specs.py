@@ -25,6 +25,8 @@ class Family(str, Enum):
     QWEN_IMAGE = "Qwen-Image"
     LUMINA2 = "Lumina2"
     Z_IMAGE = "Z-Image"
+    WAN = "Wan"
+    WAN_5B = "Wan 2.2 5B"
     OTHER = "other"
 
 
@@ -153,7 +155,7 @@ BUILDS: dict[str, ControlNeXtConfig] = {
     "gen2": ControlNeXtConfig(stages=(Stage(128, 128, 4), Stage(128, 256, 8)), stem=True),
     # SVD-v2 as published: the same keys, stem convolutions two and three without padding
     "gen2_unpadded": ControlNeXtConfig(stages=(Stage(128, 128, 4), Stage(128, 256, 8)), stem=True, stem_padded=False),
-    # ours: gen2 with a third stage, to a 16th of the hint, for bases of 32 pixels a token; no row uses it yet
+    # ours: gen2 with a third stage, to a 16th of the hint, for bases of 32 pixels a token
     "gen2_deep": ControlNeXtConfig(
         stages=(Stage(128, 128, 4), Stage(128, 256, 8), Stage(256, 256, 8)), stem=True, out_channels=2048
     ),
@@ -163,11 +165,13 @@ TOKENS = Fusion(site=Site.AFTER_JOINT_0, pool_first=True, eps=1e-12, project_las
 """The rule of `sd15` with the tokens of the picture in place of pixels; every transformer has it."""
 
 
-def _on_transformer(name: str, family: Family, title: str, source: str, blocks: int | None = None) -> Spec:
+def _on_transformer(
+    name: str, family: Family, title: str, source: str, blocks: int | None = None, build: str = "gen2"
+) -> Spec:
     return Spec(
         name=name,
         family=family,
-        build="gen2",
+        build=build,
         fusion=TOKENS,
         title=title,
         source=source,
@@ -260,6 +264,21 @@ SPECS: dict[str, Spec] = {
         ),
         _on_transformer("lumina2", Family.LUMINA2, "ControlNeXt Lumina2", "ours: the rule of `sd3`"),
         _on_transformer("z_image", Family.Z_IMAGE, "ControlNeXt Z-Image", "ours: the rule of `sd3`"),
+        _on_transformer(
+            "wan",
+            Family.WAN,
+            "ControlNeXt Wan 2.1 and 2.2",
+            "ours: the rule of `sd3`, over all frames of a clip; the paper ran on another video transformer",
+            blocks=20,
+        ),
+        _on_transformer(
+            "wan_5b",
+            Family.WAN_5B,
+            "ControlNeXt Wan 2.2 5B",
+            "ours: the rule of `wan`, with a third stage for tokens of 32 pixels",
+            blocks=15,
+            build="gen2_deep",
+        ),
     )
 }
 

@@ -30,7 +30,7 @@ def our_control(control_net: Any) -> HostControl:
 class ControlNeXtApply(ControlNode):
     """The door for workflows without a positive and a negative to route."""
 
-    SEARCH = ("controlnet", "apply control", "sdxl", "sd3", "flux", "qwen", "z-image")
+    SEARCH = ("controlnet", "apply control", "sdxl", "sd3", "flux", "qwen", "z-image", "wan", "video")
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -50,7 +50,8 @@ class ControlNeXtApply(ControlNode):
                 ),
                 io.Image.Input(
                     "image",
-                    tooltip="The hint: one for all, or one per image of the batch. Any size; gray, RGB or RGBA.",
+                    tooltip="The hint: one for all, or one per image of the batch or frame of the video. Any size; "
+                    "gray, RGB or RGBA.",
                 ),
                 io.Float.Input(
                     "strength",

@@ -19,7 +19,7 @@ from ._api import ControlNode, io, ui, wrong_choice
 class ControlNeXtLoader(ControlNode):
     """Encoder and UNet weights from files."""
 
-    SEARCH = ("controlnet", "canny", "depth", "pose", "lora", "sdxl", "sd3", "flux", "qwen", "z-image")
+    SEARCH = ("controlnet", "canny", "depth", "pose", "lora", "sdxl", "sd3", "flux", "qwen", "z-image", "wan", "video")
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -29,7 +29,7 @@ class ControlNeXtLoader(ControlNode):
             display_name="Load ControlNeXt",
             category="ControlNeXt",
             description="Loads a ControlNeXt encoder and adds the weights that belong to it to the model, a UNet or "
-            "a diffusion transformer (SD3, Flux.1, Chroma, Qwen-Image, Lumina2, Z-Image).",
+            "a diffusion transformer (SD3, Flux.1, Chroma, Qwen-Image, Lumina2, Z-Image, Wan).",
             inputs=[
                 io.Model.Input("model", tooltip="The checkpoint's MODEL; LoRA loaders may come before or after."),
                 io.Combo.Input(
@@ -60,7 +60,7 @@ class ControlNeXtLoader(ControlNode):
                     default="auto",
                     optional=True,
                     tooltip="Variant of the file. auto: from the file, or from the model where it cannot tell. sd3, "
-                    "flux, chroma, qwen_image, lumina2 and z_image are for diffusion transformers.",
+                    "flux, chroma, qwen_image, lumina2, z_image, wan and wan_5b are for diffusion transformers.",
                 ),
                 io.Combo.Input(
                     "weights_kind",

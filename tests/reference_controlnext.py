@@ -46,6 +46,8 @@ BUILDS: dict[str, Build] = {
     "SD15-T": Build(3_526_400, 52, 320, 1, False, GEN2, "norm and skip", False),
     "SVD-v2": Build(3_526_400, 52, 320, 0, False, GEN2, "norm and skip", False),
     "SVD-v2-T": Build(3_526_400, 52, 320, 1, False, GEN2, "norm and skip", False),
+    # not released: the second generation with a third stage
+    "TOKENS-32": Build(5_807_552, 64, 2048, 1, False, GEN1B, "norm and skip", False),
 }
 
 

@@ -13,7 +13,7 @@ from comfyui_controlnext.models.layers import timestep_embedding
 from comfyui_controlnext.tests import reference_controlnext as reference
 from torch import Tensor, nn
 
-OF_BUILD = {variant.build: name for name, variant in reference.VARIANTS.items()}
+OF_BUILD = {variant.build: name for name, variant in reference.VARIANTS.items()} | {"TOKENS-32": "wan_5b"}
 FAST = ("SD15-L", "SDXL-1", "SDXL-2", "SVD-v2")
 """One build of each kind of stem and middle."""
 
@@ -68,7 +68,8 @@ def test_names_shapes_and_parameter_count_are_the_published_ones(build: str) -> 
 def test_output_sizes_are_the_published_ones(
     height: int, width: int, padded: tuple[int, int], pooled: tuple[int, int], unpadded: tuple[int, int]
 ) -> None:
-    expected = {"SVD-v1": pooled, "SDXL-1": pooled, "SVD-v2": unpadded}
+    half = (-(-padded[0] // 2), -(-padded[1] // 2))
+    expected = {"SVD-v1": pooled, "SDXL-1": pooled, "SVD-v2": unpadded, "TOKENS-32": half}
     for build, facts in reference.BUILDS.items():
         net = ControlNeXt(config_of(SPECS[OF_BUILD[build]]), device="meta")
         out = net(torch.empty(1, 3, height, width, device="meta"), torch.empty(1, device="meta"))

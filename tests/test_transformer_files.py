@@ -13,6 +13,7 @@ from comfyui_controlnext.controlnext_core.detection import ControlFile, Detectio
 from comfyui_controlnext.controlnext_core.low_rank import LowRank, from_lora, read_differences, whole
 from comfyui_controlnext.controlnext_core.specs import SPECS, Family, Spec, with_trained_gain
 from comfyui_controlnext.tests import reference_controlnext as released
+from comfyui_controlnext.tests import reference_transformers as reference
 from torch import Tensor
 
 WIDTH, RANK = 48, 2
@@ -41,15 +42,22 @@ def differences() -> dict:
     }
 
 
-def encoder() -> dict[str, Tensor]:
-    return released.random_weights("SD15-T", out=WIDTH)
+def encoder(build: str = "SD15-T") -> dict[str, Tensor]:
+    return released.random_weights(build, out=WIDTH)
 
 
 def write(folder: Path, layout: str = "single", spec: Spec = SPECS["sd3"], changes: dict | None = None) -> ControlFile:
     given = differences() if changes is None else changes
     facts = {"controlnext.sources": "a test"}
     path = write_host_control(
-        folder / "my \u00e4 control", encoder(), given, spec, layout, torch.float32, facts, shape_of
+        folder / "my \u00e4 control",
+        encoder(reference.FAMILIES[spec.name].build),
+        given,
+        spec,
+        layout,
+        torch.float32,
+        facts,
+        shape_of,
     )
     return read_control_file(checkpoint.peek(path))
 
@@ -69,7 +77,10 @@ def test_a_file_is_what_was_written(spec: Spec, tmp_path: Path) -> None:
     again = read_differences(found, file.metadata.slices, shape_of, "x")
     assert again.keys() == differences().keys()
     assert all(torch.equal(whole(again[key]), whole(difference)) for key, difference in differences().items())
-    assert all(torch.equal(loaded[kept], encoder()[name]) for name, kept in file.encoder.items())
+    assert all(
+        torch.equal(loaded[kept], encoder(reference.FAMILIES[spec.name].build)[name])
+        for name, kept in file.encoder.items()
+    )
 
 
 def test_whole_differences_alone_are_no_low_rank(tmp_path: Path) -> None:

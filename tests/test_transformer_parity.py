@@ -37,7 +37,7 @@ def inference() -> Iterator[None]:
 
 @functools.cache
 def weights(family: str, seed: int = 11) -> dict[str, Tensor]:
-    return released.random_weights(reference.BUILD, seed=seed, out=NARROW[family].width)
+    return released.random_weights(reference.FAMILIES[family].build, seed=seed, out=NARROW[family].width)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def forward(family: str, given: Any, options: dict[str, Any], control: Any = Non
     model, stock = narrow_model(family), None
     if control is not None:
         control.pre_run(model, model.model_sampling.percent_to_sigma)
-        stock = control.get_control(given.x, given.sigma, {}, len(options["cond_or_uncond"]), options)
+        stock = control.get_control(given.x, given.sigma, given.more, len(options["cond_or_uncond"]), options)
     denoised = model.apply_model(
         given.x, given.sigma, c_crossattn=given.context, control=stock, transformer_options=options, **given.more
     )
@@ -74,8 +74,8 @@ def relative(one: Tensor, other: Tensor) -> float:
     return float((one.double() - other.double()).norm() / other.double().norm())
 
 
-def hints(count: int, size: tuple[int, int], seed: int = 5) -> Tensor:
-    return torch.rand(count, 3, 8 * size[0], 8 * size[1], generator=torch.Generator().manual_seed(seed))
+def hints(count: int, size: tuple[int, int], seed: int = 5, pixels: int = 8) -> Tensor:
+    return torch.rand(count, 3, pixels * size[0], pixels * size[1], generator=torch.Generator().manual_seed(seed))
 
 
 def compare(family: str, control: Any, size: tuple[int, int], batch: int, text: int, references: int = 0) -> float:
@@ -84,10 +84,11 @@ def compare(family: str, control: Any, size: tuple[int, int], batch: int, text: 
     rows = batch * len(chunks)
     given = inputs(family, size, rows, text, SIGMA, references=references)
     options: dict[str, Any] = {"cond_or_uncond": chunks, "sigmas": given.sigma}
-    hint = hints(batch, size)
+    hint = hints(batch, size, pixels=NARROW[family].pixels)
     bare = forward(family, given, dict(options))
     found = forward(family, given, dict(options), control.copy().set_cond_hint(hint, STRENGTH, (0.0, 1.0)))
-    encoded = reference.encode(weights(family), hint, SIGMA, reference.grid_of(size)).repeat(len(chunks), 1, 1)
+    build = reference.FAMILIES[family].build
+    encoded = reference.encode(weights(family), hint, SIGMA, reference.grid_of(size), build).repeat(len(chunks), 1, 1)
     terms = [reference.Term(encoded, torch.full((rows,), STRENGTH))]
     with reference.controlled(narrow_model(family), family, text, size, terms, references):
         expected = forward(family, given, dict(options))
@@ -123,7 +124,7 @@ def test_several_controls_each_measure_the_same_tokens_in_any_order(family: str,
     size, text = SIZES[2], TEXTS[0]
     given, grid = inputs(family, size, 2, text, SIGMA), reference.grid_of(size)
     options: dict[str, Any] = {"cond_or_uncond": [1, 0], "sigmas": given.sigma}
-    hint = hints(1, size)
+    hint, build = hints(1, size, pixels=NARROW[family].pixels), reference.FAMILIES[family].build
     masks = [torch.rand(1, 1, 9, 11, generator=torch.Generator().manual_seed(2)), None]
     ours = [
         control_of(family, seed).copy().with_options(masks=() if mask is None else (mask,))
@@ -137,7 +138,7 @@ def test_several_controls_each_measure_the_same_tokens_in_any_order(family: str,
     ours[1].set_previous_controlnet(ours[0])
     assert torch.equal(forward(family, given, dict(options), ours[1]), found)
     terms = [
-        reference.Term(reference.encode(weights(family, seed), hint, SIGMA, grid).repeat(2, 1, 1), gain, mask)
+        reference.Term(reference.encode(weights(family, seed), hint, SIGMA, grid, build).repeat(2, 1, 1), gain, mask)
         for seed, gain, mask in zip((11, 12), (torch.full((2,), 0.7), torch.full((2,), 0.4)), masks, strict=True)
     ]
     with reference.controlled(narrow_model(family), family, text, size, terms):

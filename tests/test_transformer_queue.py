@@ -1,7 +1,7 @@
 """A queue run for each family of transformers: the host's loaders, its sampler and its decoder around our nodes.
 
 The networks have their published width, one or two blocks, and random weights in windows (`transformer_files`); they
-take the text of CLIP-L, but for Qwen-Image, whose text encoder has seven billion numbers: its prompt is random.
+take the text of CLIP-L, but for Qwen-Image and Wan, whose text encoders have billions of numbers: their prompts are random.
 """
 
 from __future__ import annotations
@@ -33,18 +33,20 @@ FOLDERS = ("controlnext", "controlnet", "model_patches")
 FAMILIES = [
     pytest.param(name, marks=pytest.mark.long if SMALL[name].gigabytes > GIGABYTES else ())
     for name, spec in SPECS.items()
-    if spec.on_transformer
+    if spec.on_transformer and name != "wan_5b"  # the host makes its empty latents with its autoencoder alone
 ]
 SIDE = 8 * CELLS
-QWEN_TEXT = 3584
-"""Width of its text, which detection does not ask."""
+TEXTS = {"qwen_image": 3584, "wan": 4096}
+"""Width of the text, which detection does not ask."""
+FRAMES = 17
+"""Of a clip."""
 
 
 def make_control(path: Path, family: str) -> Path:
     """An encoder of random weights with a low-rank difference of the first block's attention, in one file."""
     width, generator = SMALL[family].width, torch.Generator().manual_seed(0)
     name = reference.FAMILIES[family].differences.replace("N", "0")
-    encoder = released.random_weights(reference.BUILD, out=width)
+    encoder = released.random_weights(reference.FAMILIES[family].build, out=width)
     factors = {
         f"base.{name}.up": torch.randn(width, RANK, generator=generator) * RANK**-0.5,
         f"base.{name}.down": torch.randn(RANK, width, generator=generator) * width**-0.5,
@@ -67,7 +69,7 @@ def prompts(family: str) -> Workflow:
     """The nodes `positive` and `negative` of a family."""
     row, graph = SMALL[family], {}
     if row.text_encoder is None:
-        words = {"tokens": 7, "width": QWEN_TEXT}
+        words = {"tokens": 7, "width": TEXTS[family]}
         return {name: node("ControlNeXtTestPrompt", seed=i, **words) for i, name in enumerate(("positive", "negative"))}
     graph["clip"] = node("CLIPLoader", clip_name="clip_l.pt", type=row.text_encoder)
     for name, text in (("positive", "a cat"), ("negative", "")):
@@ -84,6 +86,10 @@ def graph_of(family: str, hint: str, door: str = "stock", **loader: Any) -> Work
         "hint": node("LoadImage", image=hint),
         "empty": node("EmptySD3LatentImage", width=SIDE, height=SIDE, batch_size=1),
     }
+    if family == "wan":
+        graph["empty"] = node("EmptyHunyuanLatentVideo", width=SIDE, height=SIDE, length=FRAMES, batch_size=1)
+        graph["still"] = graph["hint"]
+        graph["hint"] = node("RepeatImageBatch", image=["still", 0], amount=FRAMES)
     if family == "z_image":
         graph["shift"] = node("ModelSamplingAuraFlow", model=model, shift=3.0)
         model = ["shift", 0]

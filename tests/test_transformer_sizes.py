@@ -36,6 +36,9 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "Qwen-Image": ("qwen_image", {"num_layers": 60}, 3072, 30),
     "Lumina2": ("lumina2", {"n_layers": 26}, 2304, 26),
     "Z-Image": ("z_image", {"n_layers": 30}, 3840, 30),
+    "Wan 2.1 1.3B": ("wan", {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30}, 1536, 20),
+    "Wan 2.1 14B": ("wan", {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}, 5120, 20),
+    "Wan 2.2 5B": ("wan_5b", {"dim": 3072, "ffn_dim": 14336, "num_heads": 24, "num_layers": 30}, 3072, 15),
 }
 
 

@@ -132,6 +132,12 @@ SMALL: dict[str, Small] = {
         width=128,
         text_encoder=None,
     ),
+    "wan_5b": Small(
+        "comfy.ldm.wan.model.WanModel",
+        {"model_type": "t2v", "dim": 128, "num_heads": 1, "ffn_dim": 128, "num_layers": 2, "in_dim": 48, "out_dim": 48},
+        width=128,
+        text_encoder=None,
+    ),
 }
 
 

@@ -75,9 +75,26 @@ class Narrow:
     pooled: int | None = None
     frames: bool = False
     """The latent has a dimension of frames."""
+    channels: int = LATENT_CHANNELS
+    pixels: int = 8
+    """Along one side of a latent cell."""
     references: bool = False
     """The pinned host takes latents of reference pictures."""
 
+
+_WAN: dict[str, Any] = {
+    "image_model": "wan2.1",
+    "model_type": "t2v",
+    "in_dim": 16,
+    "out_dim": 16,
+    "dim": WIDTH,
+    "ffn_dim": 128,
+    "num_heads": 1,
+    "num_layers": BLOCKS,
+    "patch_size": (1, 2, 2),
+    "freq_dim": 64,
+    "text_dim": TEXT,
+}
 
 NARROW: dict[str, Narrow] = {
     "sd3": Narrow(
@@ -131,23 +148,12 @@ NARROW: dict[str, Narrow] = {
         _LUMINA | _Z_IMAGE,
         width=2 * WIDTH,  # its modulation is 256 wide whatever the model is
     ),
-    "wan": Narrow(
-        "WAN21_T2V",
-        {
-            "image_model": "wan2.1",
-            "model_type": "t2v",
-            "in_dim": 16,
-            "out_dim": 16,
-            "dim": WIDTH,
-            "ffn_dim": 128,
-            "num_heads": 1,
-            "num_layers": BLOCKS,
-            "patch_size": (1, 2, 2),
-            "freq_dim": 64,
-            "text_dim": TEXT,
-        },
-        frames=True,
-    ),
+    "wan": Narrow("WAN21_T2V", _WAN, frames=True),
+    "wan_wide": Narrow("WAN21_T2V", _WAN | {"dim": 2 * WIDTH, "num_heads": 2}, width=2 * WIDTH, frames=True),
+    # text-to-video with a reference frame, as the Fun control models have it
+    "wan_reference": Narrow("WAN21_T2V", _WAN | {"in_dim_ref_conv": 16}, frames=True),
+    "wan_i2v": Narrow("WAN21_I2V", _WAN | {"model_type": "i2v", "in_dim": 36}, frames=True),
+    "wan_5b": Narrow("WAN22_T2V", _WAN | {"in_dim": 48, "out_dim": 48}, frames=True, channels=48, pixels=16),
 }
 
 
@@ -201,8 +207,10 @@ def inputs(
     sigma: float = 0.6,
     seed: int = 3,
     references: int = 0,
+    length: int = 1,
 ) -> Inputs:
-    """Random inputs. size: latent cells; text: tokens; references: pictures of a size of their own."""
+    """Random inputs. size: latent cells; text: tokens; references: pictures of a size of their own; length: latent
+    frames, where the family has some."""
     row = NARROW[family]
     generator = torch.Generator().manual_seed(seed)
 
@@ -221,5 +229,5 @@ def inputs(
         more["num_tokens"] = text
     if references:
         more["ref_latents"] = [randn(rows, LATENT_CHANNELS, *frames, 6, 4 + 2 * i) for i in range(references)]
-    x = randn(rows, LATENT_CHANNELS, *frames, *size)
+    x = randn(rows, row.channels, *((length,) if row.frames else ()), *size)
     return Inputs(x, torch.full((rows,), sigma), randn(rows, text, row.text), more)

@@ -13,7 +13,7 @@ from comfyui_controlnext.controlnext_core import checkpoint
 from comfyui_controlnext.controlnext_core.specs import SPECS
 from comfyui_controlnext.tests import reference_controlnext as released
 from comfyui_controlnext.tests import reference_transformers as reference
-from comfyui_controlnext.tests.transformer_fixtures import LATENT_CHANNELS, NARROW, narrow_model
+from comfyui_controlnext.tests.transformer_fixtures import NARROW, narrow_model
 from torch import Tensor
 
 FAMILIES = tuple(name for name, spec in SPECS.items() if spec.on_transformer)
@@ -39,7 +39,7 @@ class Stage:
 
     def file(self, seed: int = 11, weights: dict[str, Tensor] | None = None, slices: str = "{}") -> Path:
         path = self.folder / f"{self.family} {seed} {bool(weights)}.safetensors"
-        encoder = released.random_weights(reference.BUILD, seed=seed, out=self.row.width)
+        encoder = released.random_weights(reference.FAMILIES[self.family].build, seed=seed, out=self.row.width)
         if weights:
             encoder = {f"controlnext.{name}": tensor for name, tensor in encoder.items()}
             encoder |= {f"base.{name}": tensor for name, tensor in weights.items()}
@@ -58,12 +58,21 @@ class Stage:
         return load_controlnext(model or self.model, self.file(seed, weights, slices), **options)
 
     def sample(
-        self, model: Any = None, conds: Any = None, *, steps: int = 2, cfg: float = 3.0, batch: int = 1, first: int = 0
+        self,
+        model: Any = None,
+        conds: Any = None,
+        *,
+        steps: int = 2,
+        cfg: float = 3.0,
+        batch: int = 1,
+        first: int = 0,
+        length: int = 1,
     ) -> Tensor:
+        """length: latent frames, where the family has some."""
         import nodes as host_nodes
 
-        frames = (1,) if self.row.frames else ()
-        latent = torch.zeros(batch, LATENT_CHANNELS, *frames, CELLS, CELLS)
+        frames = (length,) if self.row.frames else ()
+        latent = torch.zeros(batch, self.row.channels, *frames, CELLS, CELLS)
         whole = {"samples": latent, "batch_index": list(range(first, first + batch))}
         positive, negative = conds or (self.positive, self.negative)
         (result,) = host_nodes.KSampler().sample(
@@ -77,7 +86,7 @@ class Stage:
 
         sigmas = comfy.samplers.calculate_sigmas(self.model.get_model_object("model_sampling"), "normal", steps)
         frames = (1,) if self.row.frames else ()
-        noise = torch.randn(1, LATENT_CHANNELS, *frames, CELLS, CELLS, generator=torch.Generator().manual_seed(1))
+        noise = torch.randn(1, self.row.channels, *frames, CELLS, CELLS, generator=torch.Generator().manual_seed(1))
         return guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, seed=1)
 
     def stock(self, control: Any, hint: Tensor, *settings: float) -> Any:

@@ -6,7 +6,7 @@ Tokens are (rows, N, D), a picture's row by row; text, references of other pictu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,28 @@ WRAPPERS_KEY = "controlnext_block"
 PATCH = 2
 """Latent cells along one side of a token."""
 
-Start = Callable[[Tensor, int], int]
-"""(tokens, how many are the picture's) -> place of the picture's first."""
+REFERENCE_KEY = "controlnext_reference"
+"""Our key in `transformer_options`: shape of the reference latent that the coming forward is given."""
+
+Start = Callable[[Tensor, int, Options], int]
+"""(tokens, how many are the picture's, options of the forward) -> place of the picture's first."""
 
 
-def from_the_front(tokens: Tensor, count: int) -> int:
+def note_reference(options: Options, given: Mapping[str, Any]) -> None:
+    """Pass on whether the coming forward has a reference latent; given: its conditions by the host's names."""
+    reference = given.get("reference_latent")
+    options[REFERENCE_KEY] = tuple(reference.shape) if isinstance(reference, Tensor) else None
+
+
+def from_the_front(tokens: Tensor, count: int, options: Options) -> int:
     """The picture's tokens come first."""
     return 0
+
+
+def after_the_reference(tokens: Tensor, count: int, options: Options) -> int:
+    """The tokens of a reference frame, (rows, C, H, W), come first where there is one."""
+    reference = options.get(REFERENCE_KEY)
+    return 0 if reference is None else (reference[-2] // PATCH) * (reference[-1] // PATCH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +50,7 @@ class FromTheEnd:
 
     multiple: int = 1
 
-    def __call__(self, tokens: Tensor, count: int) -> int:
+    def __call__(self, tokens: Tensor, count: int, options: Options) -> int:
         return tokens.shape[1] - math.ceil(count / self.multiple) * self.multiple
 
 
@@ -72,7 +87,7 @@ class PictureTokens:
         height, width = (math.ceil(side / PATCH) for side in forward.latent[-2:])
         frames = forward.latent[2] if len(forward.latent) == 5 else 1
         count = frames * height * width
-        start = self.start(tokens, count)
+        start = self.start(tokens, count, forward.options)
         return (start, count, width) if 0 <= start and start + count <= tokens.shape[1] else None
 
 

@@ -18,7 +18,16 @@ from ...families import FAMILIES
 from ...key_maps import KeyMap, mmdit_key_map
 from ...specs import Family, Site
 from .base import Base, Door, Place
-from .tokens import FromTheEnd, PictureTokens, Start, from_the_front, hook_block, patch_block, replace_block
+from .tokens import (
+    FromTheEnd,
+    PictureTokens,
+    Start,
+    after_the_reference,
+    from_the_front,
+    hook_block,
+    patch_block,
+    replace_block,
+)
 
 SITE = Site.AFTER_JOINT_0
 STREAMS = {"double": "double_blocks.", "single": "single_blocks."}
@@ -155,4 +164,38 @@ Z_IMAGE = transformer(
     subsets={"refiners_too": r"^(layers|noise_refiner)\.\d+\.attention\.out\.weight$"},
 )
 
-TRANSFORMERS: tuple[Base, ...] = (SD3, FLUX, CHROMA, QWEN_IMAGE, LUMINA2, Z_IMAGE)
+
+WAN_KINDS = ("t2v", "i2v", "vace", "camera", "camera_2.2", "s2v", "humo", "animate")
+"""The host's names of those whose clip's tokens follow a reference frame of `ref_conv`, where there is one, and come
+before all others. SCAIL, WanDancer and the second Animate put other frames first."""
+
+
+def _is_wan(model: Any, of_5b: bool) -> bool:
+    config = model.model_config.unet_config
+    known = _image_model(model) == "wan2.1" and config.get("model_type") in WAN_KINDS
+    return known and (config.get("out_dim") == WAN_5B_CHANNELS) is of_5b
+
+
+def _wan_places(family: Family, model: Any) -> dict[Site, Place]:
+    network = model.diffusion_model
+    start = from_the_front if getattr(network, "ref_conv", None) is None else after_the_reference
+    return first_block(family, network.dim, replace_block, start=start)
+
+
+def _wan(family: Family, of_5b: bool) -> Base:
+    return transformer(
+        family,
+        matches=functools.partial(_is_wan, of_5b=of_5b),
+        places=functools.partial(_wan_places, family),
+        attention_out=r"^blocks\.\d+\.self_attn\.o\.weight$",
+        sides={"joint": "blocks."},
+        subsets={"cross_too": r"^blocks\.\d+\.(self|cross)_attn\.o\.weight$"},
+    )
+
+
+WAN_5B_CHANNELS = 48
+"""Of the latents of Wan 2.2's own autoencoder; all others have 16."""
+WAN = _wan(Family.WAN, of_5b=False)
+WAN_5B = _wan(Family.WAN_5B, of_5b=True)
+
+TRANSFORMERS: tuple[Base, ...] = (SD3, FLUX, CHROMA, QWEN_IMAGE, LUMINA2, Z_IMAGE, WAN, WAN_5B)

@@ -10,6 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from ..bases.table import loaded_base
+from ..bases.tokens import note_reference
 from .halves import add_places_wrapper
 from .host_control import HostControl
 from .next_forward import KEY
@@ -107,6 +108,7 @@ class _Door:
         if ours.run is None:
             ours.pre_run(base, base.model_sampling.percent_to_sigma)
         options = dict(transformer_options or {})
+        note_reference(options, kwargs)
         ours.add_to(options, x, sigma_of(t, options))
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from comfy.cli_args import args
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...feature_cache import FeatureCache, GroupKey
 from ...memory import ROWS_AT_ONCE
+from .hint_inputs import Frames
 
 CACHE = FeatureCache(pinned=not getattr(args, "disable_pinned_memory", False))
 """Outlives nodes and runs: a queue run with another seed finds the features of the one before."""
@@ -22,20 +23,26 @@ LIVE: Counter[str] = Counter()
 """Networks alive, by the identity of what they compute."""
 
 
-class HintEncoder(Protocol):
+Row = int | Frames
+"""One hint, or a group of its frames whose features are averaged."""
+R = TypeVar("R", bound=Hashable)
+R_contra = TypeVar("R_contra", bound=Hashable, contravariant=True)
+
+
+class HintEncoder(Protocol[R_contra]):
     """What turns hints into features, for features of one size, kind and dtype."""
 
     def key(self, timestep: float) -> tuple[Hashable, ...]:
         """All that the features depend on beside the encoder, the hint and its row: timestep, sizes, dtype."""
 
-    def encode(self, rows: tuple[int, ...], timestep: float) -> Tensor:
+    def encode(self, rows: tuple[R_contra, ...], timestep: float) -> Tensor:
         """The features of these rows of the hint, (len(rows), ...). Asked for several timesteps in succession."""
 
 
 def cached_rows(
     group: GroupKey,
-    rows: tuple[int, ...],
-    encoder: HintEncoder,
+    rows: tuple[R, ...],
+    encoder: HintEncoder[R],
     timestep: float,
     later: Callable[[], list[float]],
     device: torch.device,
@@ -64,10 +71,10 @@ def cached_rows(
 
 
 def _encoded(
-    group: GroupKey, rows: tuple[int, ...], encoder: HintEncoder, timesteps: tuple[float, ...]
-) -> dict[int, Tensor]:
+    group: GroupKey, rows: tuple[R, ...], encoder: HintEncoder[R], timesteps: tuple[float, ...]
+) -> dict[R, Tensor]:
     """Row -> features at the first timestep; those, and as many of the others as there is room for, go to the cache."""
-    found: dict[int, Tensor] = {}
+    found: dict[R, Tensor] = {}
     last: Tensor | None = None
     for timestep in timesteps:
         common = encoder.key(timestep)

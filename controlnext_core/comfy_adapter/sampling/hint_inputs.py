@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+from ...families import FAMILIES
+from ...specs import Family
 
 
 def clean_hint(hint: Tensor, name: str) -> Tensor:
@@ -35,6 +39,28 @@ def clean_mask(mask: Tensor | None) -> Tensor | None:
     return None if bool((mask == 1).all()) else mask
 
 
+Frames = tuple[int, ...]
+"""Frames of a hint whose features are averaged; one that counts several times is there as often."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """Time in a latent (rows, C, T, H, W)."""
+
+    length: int
+    """Latent frames."""
+    frames: int
+    """Frames of the video in each latent frame after the first, which has one."""
+
+
+def clip_of(family: Family, latent: tuple[int, ...]) -> Clip | None:
+    """Time in a latent of this shape; None where each row is one picture."""
+    frames = FAMILIES[family].frames
+    if frames is None or len(latent) < 5 or latent[2] == 1:
+        return None
+    return Clip(latent[2], frames)
+
+
 def hint_rows(latents: int, hints: int, transformer_options: dict[str, Any]) -> tuple[int, ...]:
     """Which hint each latent of a chunk gets: one for all, or its own; inside a context window its frame's own.
 
@@ -42,21 +68,51 @@ def hint_rows(latents: int, hints: int, transformer_options: dict[str, Any]) -> 
     """
     if hints == 1:
         return (0,)
+    return tuple(frame % hints for frame in _frames_at_hand(latents, transformer_options))
+
+
+def clip_rows(clip: Clip, hints: int, transformer_options: dict[str, Any]) -> tuple[Frames, ...]:
+    """Which frames of a hint each latent frame of a clip gets; inside a context window its own.
+
+    Latent frame 0 is frame 0, latent frame k the frames frames * (k - 1) + 1 to frames * k. Source: the causal video
+    autoencoders of Wan and others. Where the hint ends before the clip does, its last frame is held.
+    """
+    if hints == 1:
+        return ((0,),) * clip.length
+    return tuple(_frames_of(k, hints, clip.frames) for k in _frames_at_hand(clip.length, transformer_options))
+
+
+def _frames_of(latent_frame: int, hints: int, frames: int) -> Frames:
+    last = frames * latent_frame
+    found = tuple(min(frame, hints - 1) for frame in range(max(0, last - frames + 1), last + 1))
+    return found[:1] if len(set(found)) == 1 else found
+
+
+def _frames_at_hand(count: int, transformer_options: dict[str, Any]) -> Frames:
+    """Places in the whole of the so many frames that a forward is given: those of a context window, or all."""
     host_window = transformer_options.get("context_window")
     window = getattr(host_window, "hint_list", getattr(host_window, "index_list", None))
     if window is None:
         window = (transformer_options.get("ad_params") or {}).get("sub_idxs")
-    frames = window if window is not None and len(window) == latents else range(latents)
-    return tuple(int(frame) % hints for frame in frames)
+    anchor = getattr(host_window, "causal_anchor_index", None)
+    if window is not None and anchor is not None and len(window) + 1 == count:  # a frame before the window's own
+        window = [anchor, *window]
+    frames = window if window is not None and len(window) == count else range(count)
+    return tuple(int(frame) for frame in frames)
 
 
 def frames_of(latents: int, transformer_options: dict[str, Any]) -> int | None:
     """Frames of the whole video, or images of the batch, that a chunk of so many latents is of; None: not known."""
     window = transformer_options.get("context_window")
     if window is not None:
-        return getattr(window, "frames", None)
+        return getattr(window, "frames", None) or getattr(window, "total_frames", None)
     params = transformer_options.get("ad_params") or {}
     return params.get("full_length") if params.get("sub_idxs") is not None else latents
+
+
+def frames_needed(clip: Clip, transformer_options: dict[str, Any]) -> int:
+    """Frames up to the last one that a clip's latent frames stand for."""
+    return clip.frames * max(_frames_at_hand(clip.length, transformer_options)) + 1
 
 
 def content_id(images: Iterable[Tensor]) -> str:

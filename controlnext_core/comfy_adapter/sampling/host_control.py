@@ -15,10 +15,11 @@ from ...memory import rows_at_once
 from ...specs import Gain
 from ..bases.base import LoadedBase
 from ..bases.table import loaded_base
+from ..bases.tokens import note_reference
 from .control_options import ControlOptions
 from .features import CACHE
 from .halves import chunk_gains, half_gains, needs_halves, places_hook
-from .hint_inputs import clean_hint, content_id, frames_of, hint_rows
+from .hint_inputs import Clip, Frames, clean_hint, clip_rows, content_id, frames_of, hint_rows
 from .networks import on_device
 from .run_state import SamplingRun, release_after_failure, sigma_of
 
@@ -36,6 +37,8 @@ class HostControl(ControlBase):
     gain: Gain = Gain()
     """The gain of each half at strength 1, with the learned `scale` of the file where it has one."""
     scale: float | None = None
+    hints_together = 1
+    """Hints that become one feature map: the frames of a latent frame, where a clip has some."""
     has_parts = False
     """True: `parts` and `time_mix` of the options mean something."""
 
@@ -123,6 +126,7 @@ class HostControl(ControlBase):
         previous = None
         if self.previous_controlnet is not None:
             previous = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, transformer_options)
+        note_reference(transformer_options, cond)
         self.add_to(transformer_options, x_noisy, sigma_of(t, transformer_options))
         return previous
 
@@ -231,10 +235,19 @@ class HostControl(ControlBase):
         gains = half_gains(self.options.apply_to, self.gain, self.scale)
         return chunk_gains(chunks, gains, transformer_options, self.name, self.options.apply_to)
 
-    def mask(self, latents: int, h: Tensor, transformer_options: dict[str, Any]) -> Tensor | None:
+    def clip_rows(self, clip: Clip, transformer_options: dict[str, Any]) -> tuple[Frames, ...]:
+        """The frames of the hint that each latent frame of a clip gets."""
+        assert self.run is not None
+        hints = self.cond_hint_original.shape[0]
+        self.run.count_frames(self.name, hints, clip, transformer_options)
+        return clip_rows(clip, hints, transformer_options)
+
+    def mask(
+        self, latents: int, h: Tensor, transformer_options: dict[str, Any], clip: Clip | None = None
+    ) -> Tensor | None:
         """The product of all masks at the size of h: (1 or latents, 1, H, W), or None."""
         assert self.run is not None
-        return self.run.mask(self.options.masks, latents, h, transformer_options)
+        return self.run.mask(self.options.masks, latents, h, transformer_options, clip)
 
     def inference_memory_requirements(self, dtype: torch.dtype) -> int:
         """Peak of an encoder's pass or of a forward, and room for the features that a run keeps on the device.
@@ -245,11 +258,13 @@ class HostControl(ControlBase):
         if hint is not None:
             dtype = dtype if dtype.itemsize > 1 else torch.float16  # a format of one byte is for storage alone
             row_bytes = hint.shape[-1] * hint.shape[-2] * self.bytes_per_pixel(dtype)
-            passes = row_bytes * min(hint.shape[0], rows_at_once(row_bytes))
+            together, hints = self.hints_together, hint.shape[0]
+            passes = row_bytes * min(hints, together * rows_at_once(row_bytes * together))
+            maps = 1 + -(-(hints - 1) // together)
             kept = 0
             if self.network.load_device.type != "cpu":
-                kept = min(self.kept_bytes(dtype) * hint.shape[0], CACHE.room())
-            own = max(passes, self.beside_bytes(dtype) * hint.shape[0]) + kept
+                kept = min(self.kept_bytes(dtype) * maps, CACHE.room())
+            own = max(passes, self.beside_bytes(dtype) * maps) + kept
         return own + super().inference_memory_requirements(dtype)
 
     def beside_bytes(self, dtype: torch.dtype) -> int:

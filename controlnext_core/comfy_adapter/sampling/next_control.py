@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -14,11 +14,12 @@ from torch import Tensor
 from ....models.controlnext import Begun
 from ...families import FAMILIES
 from ...injection import Term, pool_to, prepare
-from ...memory import NUMBERS_PER_PIXEL, feature_bytes, rows_at_once
+from ...memory import NUMBERS_PER_PIXEL, feature_bytes, rows_at_once, wide_bytes
 from ...specs import Spec
 from ..bases.base import LoadedBase, check_pair
 from ..feedback import warn_if_tiled
-from .features import cached_rows, group_of
+from .features import Row, cached_rows, group_of
+from .hint_inputs import Clip, clip_of
 from .host_control import STEPS_TO_KEEP, HostControl
 from .next_forward import Job, collect
 
@@ -45,6 +46,7 @@ class ControlNeXtControl(HostControl):
         self.name = net.name
         self.gain, self.scale = net.spec.fusion.gain, net.scale
         self.compression_ratio = FAMILIES[net.spec.family].pixels
+        self.hints_together = FAMILIES[net.spec.family].frames or 1
         self.set_hooks()
 
     def copy(self) -> ControlNeXtControl:
@@ -85,25 +87,31 @@ class ControlNeXtControl(HostControl):
         if not any(gains):
             return None
         self.run.added += 1
-        latents = h.shape[0] // len(chunks)
-        rows = self.hint_rows(latents, transformer_options)
+        latents, clip = h.shape[0] // len(chunks), clip_of(self.net.spec.family, tuple(x.shape))
+        if clip is None:
+            rows: tuple[Row, ...] = self.hint_rows(latents, transformer_options)
+        else:
+            rows = self.clip_rows(clip, transformer_options)
         return Term(
-            self.features(rows, h, x, sigma),
+            self.features(rows, h, x, sigma, clip),
             gains,
             self.net.spec.fusion,
-            self.mask(latents, h, transformer_options),
+            self.mask(latents, h, transformer_options, clip),
         )
 
-    def features(self, rows: tuple[int, ...], h: Tensor, x: Tensor, sigma: float) -> Tensor:
-        """Encoder output of each row's hint, normalised and pooled: (len(rows), C, H, W) in h's dtype; cached."""
+    def features(self, rows: tuple[Row, ...], h: Tensor, x: Tensor, sigma: float, clip: Clip | None = None) -> Tensor:
+        """Encoder output of each row's hint, normalised and pooled: (len(rows), C, H, W) in h's dtype; cached.
+
+        Of a clip it is (1, C, T * H, W): the rows are groups of frames, and the clip is one sample.
+        """
         assert self.run is not None
         group = group_of(self.net.uid, self.hint_id, self.network)
         pixels = x.shape[-2] * x.shape[-1] * self.compression_ratio**2
-        at_once = rows_at_once(pixels * self.bytes_per_pixel(h.dtype))
+        row_bytes = pixels * self.bytes_per_pixel(h.dtype) * (1 if clip is None else clip.frames)
         later = functools.partial(self.later_timesteps, sigma)
-        encoder = _Encoder(self, h, x)
+        encoder = _Encoder(self, h, x, clip)
         timestep = self.run.timestep(sigma)
-        kept = cached_rows(group, rows, encoder, timestep, later, h.device, self.run.recent, at_once)
+        kept = cached_rows(group, rows, encoder, timestep, later, h.device, self.run.recent, rows_at_once(row_bytes))
         if not self.net.spec.fusion.project_last:
             return kept
         key = (rows, *encoder.key(timestep))
@@ -126,14 +134,22 @@ class ControlNeXtControl(HostControl):
         out_channels = config.stages[-1].out_ch if self.net.spec.fusion.project_last else config.out_channels
         return STEPS_TO_KEEP * feature_bytes(self.net.spec, out_channels, height, width, dtype.itemsize)
 
+    def beside_bytes(self, dtype: torch.dtype) -> int:
+        if not self.net.spec.fusion.project_last:
+            return 0
+        height, width = self.cond_hint_original.shape[-2:]
+        return wide_bytes(self.net.spec, self.net.patcher.model.config.out_channels, height, width, dtype.itemsize)
+
 
 class _Encoder:
     """`HintEncoder` of a ControlNeXt; what no timestep changes is computed once for the rows at hand."""
 
-    def __init__(self, control: ControlNeXtControl, h: Tensor, x: Tensor) -> None:
-        self.control, self.x, self.dtype = control, x, h.dtype
-        self.size, self.fusion = (int(h.shape[-2]), int(h.shape[-1])), control.net.spec.fusion
-        self.rows: tuple[int, ...] = ()
+    def __init__(self, control: ControlNeXtControl, h: Tensor, x: Tensor, clip: Clip | None = None) -> None:
+        """h: (rows, C, H, W) at the site, with the latent frames of a clip below each other; x: the latent."""
+        self.control, self.x, self.dtype, self.clip = control, x, h.dtype, clip
+        height, self.fusion = int(h.shape[-2]), control.net.spec.fusion
+        self.size = (height // (1 if clip is None else clip.length), int(h.shape[-1]))
+        self.rows: tuple[Row, ...] = ()
         self.begun: Begun | None = None
 
     def key(self, timestep: float) -> tuple[Hashable, ...]:
@@ -141,17 +157,37 @@ class _Encoder:
         how = (self.dtype, fusion.normalization, fusion.pool_first, fusion.eps, fusion.project_last)
         return (round(timestep, 6), tuple(self.x.shape[-2:]), self.size, *how)
 
-    def encode(self, rows: tuple[int, ...], timestep: float) -> Tensor:
-        network = self.control.network.model
+    def encode(self, rows: tuple[Row, ...], timestep: float) -> Tensor:
+        network, frames = self.control.network.model, _distinct(rows)
         if rows != self.rows or self.begun is None:
             self.begun = None  # not beside the next: it is most of what a pass needs
-            self.rows, self.begun = rows, network.begin(self.control.sized_hint(rows, self.x, self.dtype))
+            self.rows, self.begun = rows, network.begin(self.control.sized_hint(frames, self.x, self.dtype))
         time = torch.full((1,), timestep, device=self.x.device)
         if self.fusion.project_last:
-            return pool_to(network.narrow(self.begun, time).float(), self.size).to(self.dtype).contiguous()
+            pooled = pool_to(network.narrow(self.begun, time).float(), self.size)
+            return _averaged(pooled, frames, rows).to(self.dtype).contiguous()
         return prepare(network.finish(self.begun, time), self.size, self.fusion).to(self.dtype).contiguous()
 
     def project(self, kept: Tensor) -> Tensor:
         """The features (rows, C, H, W) of a narrow map, which is all that `encode` gives where the base is wide."""
-        wide = prepare(self.control.network.model.project(kept), self.size, self.fusion)
+        size = self.size
+        if self.clip is not None:  # (T, C, H, W) -> (1, C, T * H, W), one sample
+            kept, size = kept.movedim(0, 1).flatten(1, 2)[None], (len(kept) * size[0], size[1])
+        wide = prepare(self.control.network.model.project(kept), size, self.fusion)
         return wide.to(self.dtype, memory_format=torch.channels_last)  # as tokens lie in memory
+
+
+def _distinct(rows: tuple[Row, ...]) -> tuple[int, ...]:
+    """The frames of the hint that rows are of; of a clip each once, whichever latent frames share it."""
+    if not any(isinstance(row, tuple) for row in rows):
+        return cast(tuple[int, ...], rows)
+    return tuple(dict.fromkeys(frame for row in rows if isinstance(row, tuple) for frame in row))
+
+
+def _averaged(maps: Tensor, frames: tuple[int, ...], rows: tuple[Row, ...]) -> Tensor:
+    """Maps (len(frames), C, H, W) of frames -> of rows: groups of frames are averaged, by how often each counts."""
+    groups = [row for row in rows if isinstance(row, tuple)]
+    if not groups:
+        return maps
+    place = {frame: number for number, frame in enumerate(frames)}
+    return torch.stack([maps[[place[frame] for frame in group]].mean(0) for group in groups])

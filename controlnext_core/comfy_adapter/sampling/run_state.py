@@ -17,7 +17,7 @@ from ... import encodable
 from ...injection import pool_to
 from ...schedule import percent_of
 from ..bases.base import LoadedBase
-from .hint_inputs import hint_rows
+from .hint_inputs import Clip, Frames, clip_rows, frames_needed, frames_of, hint_rows
 
 log = encodable.logger(__name__)
 
@@ -98,23 +98,52 @@ class SamplingRun:
             what = f"the last {hints - frames} are not used" if hints > frames else "they repeat from the start"
             log.warning("%s: %d hints for %d frames or images: %s.", name, hints, frames, what)
 
-    def mask(self, masks: tuple[Tensor, ...], latents: int, h: Tensor, options: dict[str, Any]) -> Tensor | None:
-        """The product of all masks at the size of h, by area: (1 or latents, 1, H, W), or None."""
+    def count_frames(self, name: str, hints: int, clip: Clip, options: dict[str, Any]) -> None:
+        """Say in the log, once a run, that a hint has fewer frames than its clip, or more."""
+        if self.counted or hints == 1:
+            return
+        needed = frames_needed(clip, options)
+        whole = frames_of(clip.length, options)
+        if hints < needed:
+            log.warning(
+                "%s: the hint has %d frames, the clip at least %d: its last frame is held.", name, hints, needed
+            )
+        elif whole is not None and hints > clip.frames * (whole - 1) + 1:
+            unused = hints - clip.frames * (whole - 1) - 1
+            log.warning("%s: the hint has %d frames: the last %d are not used.", name, hints, unused)
+        else:
+            return
+        self.counted = True
+
+    def mask(
+        self, masks: tuple[Tensor, ...], latents: int, h: Tensor, options: dict[str, Any], clip: Clip | None = None
+    ) -> Tensor | None:
+        """The product of all masks at the size of h, by area: (1 or latents, 1, H, W), or None.
+
+        Of a clip, whose latent frames lie below each other in h, it is (1, 1, T * H, W).
+        """
         if not masks:
             return None
-        rows = tuple(hint_rows(latents, mask.shape[0], options) for mask in masks)
+        rows = tuple(
+            hint_rows(latents, mask.shape[0], options) if clip is None else clip_rows(clip, mask.shape[0], options)
+            for mask in masks
+        )
         key = (rows, h.shape[-2:], h.device)
         if key not in self.masks:
-            sized = (
-                pool_to(mask[list(of_mask)], (h.shape[-2], h.shape[-1])).to(h.device)
-                for of_mask, mask in zip(rows, masks, strict=True)
-            )
+            size = (h.shape[-2] // (1 if clip is None else clip.length), h.shape[-1])
+            sized = (_sized_mask(mask, of_mask, size).to(h.device) for of_mask, mask in zip(rows, masks, strict=True))
             self.masks[key] = functools.reduce(torch.mul, sized)
         return self.masks[key]
 
     def _work_out(self, sigmas: tuple[float, ...]) -> None:
         numbers = self.base.row.encoder_time(self.model_sampling, torch.tensor(sigmas)).float().tolist()
         self.timesteps.update(zip(sigmas, numbers, strict=True))
+
+
+def _sized_mask(mask: Tensor, rows: tuple[int, ...] | tuple[Frames, ...], size: tuple[int, int]) -> Tensor:
+    """Rows of a mask (n, 1, h, w) at this size; groups of frames are averaged and put below each other."""
+    parts = [pool_to(mask[list(row)], size).mean(0, keepdim=True) for row in rows if isinstance(row, tuple)]
+    return torch.cat(parts, dim=-2) if parts else pool_to(mask[list(rows)], size)
 
 
 def sigma_of(t: Tensor, transformer_options: dict[str, Any]) -> float:

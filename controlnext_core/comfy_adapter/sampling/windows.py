@@ -18,6 +18,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ...families import FAMILIES
+from ..bases.table import loaded_base
+
 SCHEDULES = (
     host.ContextSchedules.STATIC_STANDARD,
     host.ContextSchedules.UNIFORM_STANDARD,
@@ -155,14 +158,25 @@ def problem_of(length: int, overlap: int, schedule: str, repeat_first_hint: bool
     return ""
 
 
+def _problem_of_model(model: ModelPatcher) -> str:
+    """A sentence where the frames of a model's clips are not the batch; empty where they may be."""
+    family = loaded_base(model.model).family
+    if family not in FAMILIES or FAMILIES[family].frames is None:
+        return ""
+    return (
+        f"the connected model is {family.value}, whose frames are inside one latent. Connect ComfyUI's own node WAN "
+        "Context Windows in place of this one: the control follows its windows, and each gets its own hints."
+    )
+
+
 def add_video_windows(
     model: ModelPatcher, length: int, overlap: int, schedule: str, fuse: str, repeat_first_hint: bool
 ) -> ModelPatcher:
     """A clone of `model` that samples videos longer than `length` frames in windows; shorter ones as before.
 
-    Raises ValueError for settings that do not go together.
+    Raises ValueError for settings that do not go together, and for models whose frames are not the batch.
     """
-    problem = problem_of(length, overlap, schedule, repeat_first_hint)
+    problem = problem_of(length, overlap, schedule, repeat_first_hint) or _problem_of_model(model)
     if problem:
         raise ValueError(problem)
     windowed = model.clone()
