@@ -41,6 +41,9 @@ NARROW: dict[str, dict[str, Any]] = {
     "Qwen-Image": {"num_attention_heads": 3, "num_layers": 8},
     "Lumina2": _JOINT | {"n_heads": 4, "n_kv_heads": 2},
     "Z-Image": _JOINT | {"n_heads": 3, "n_kv_heads": 3},
+    **dict.fromkeys(
+        ("Wan 2.1 1.3B", "Wan 2.1 14B", "Wan 2.2 5B"), {"dim": WIDTH, "ffn_dim": 4 * WIDTH, "num_heads": 3}
+    ),
 }
 """Published size -> what is less in its configuration."""
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..controlnext_core import checkpoint
 from ..controlnext_core.detection import read_control_file
+from ..controlnext_core.families import FAMILIES
 from ..controlnext_core.specs import SPECS, config_of
 from ..models.controlnext import ControlNeXt
 
@@ -37,6 +38,7 @@ class Published:
     """Tokens of a usual prompt, their width."""
     pooled: int | None = None
     frames: bool = False
+    channels: int = LATENT_CHANNELS
     later: dict[str, Any] = field(default_factory=dict)
     """Keys that hosts after the pinned one want in the configuration as well."""
 
@@ -119,6 +121,24 @@ _Z_IMAGE = _LUMINA | {
 _QWEN = {"image_model": "qwen_image", "in_channels": 64, "num_layers": 60}
 _LATER: dict[str, Any] = {"txt_ids_dims": []}
 
+
+def wan(variant: str, dim: int, ffn_dim: int, layers: int, channels: int = LATENT_CHANNELS) -> Published:
+    config = {
+        "image_model": "wan2.1",
+        "model_type": "t2v",
+        "patch_size": (1, PATCH, PATCH),
+        "dim": dim,
+        "ffn_dim": ffn_dim,
+        "freq_dim": 256,
+        "num_heads": dim // 128,
+        "num_layers": layers,
+        "in_dim": channels,
+        "out_dim": channels,
+    }
+    supported = "WAN21_T2V" if channels == LATENT_CHANNELS else "WAN22_T2V"
+    return Published(variant, supported, config, dim, (512, 4096), frames=True, channels=channels)
+
+
 PUBLISHED: dict[str, Published] = {
     "SD3-medium": sd3(24),
     "SD3.5-medium": sd3(24, second_attention=13),
@@ -128,6 +148,9 @@ PUBLISHED: dict[str, Published] = {
     "Qwen-Image": Published("qwen_image", "QwenImage", _QWEN, 3072, (128, 3584), frames=True),
     "Lumina2": Published("lumina2", "Lumina2", _LUMINA, 2304, (128, 2304)),
     "Z-Image": Published("z_image", "ZImage", _Z_IMAGE, 3840, (128, 2560)),
+    "Wan 2.1 1.3B": wan("wan", 1536, 8960, 30),
+    "Wan 2.1 14B": wan("wan", 5120, 13824, 40),
+    "Wan 2.2 5B": wan("wan_5b", 3072, 14336, 30, channels=48),
 }
 
 
@@ -173,12 +196,19 @@ def make_control(row: Published, folder: Path, dtype: torch.dtype, device: torch
 
 
 class TransformerScene:
-    """A transformer, one row at CFG 1, and its forwards. side: of the picture, in pixels."""
+    """A transformer, one row at CFG 1, and its forwards: of a picture, or of a clip for a base that makes some."""
 
     def __init__(
-        self, row: Published, side: int, dtype: torch.dtype = torch.bfloat16, device: torch.device = META
+        self,
+        row: Published,
+        side: int,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device = META,
+        clip: tuple[int, int, int] | None = None,
     ) -> None:
+        """side: of the picture, in pixels; clip: (frames, height, width) in place of it."""
         self.row, self.side, self.dtype, self.device = row, side, dtype, device
+        self.frames, *self.size = clip or (1, side, side)
         self.model = make_transformer(row, dtype, device)
 
     def tensor(self, *shape: int) -> Tensor:
@@ -186,8 +216,10 @@ class TransformerScene:
 
     @property
     def latent(self) -> Tensor:
-        frames = (1,) if self.row.frames else ()
-        return self.tensor(LATENT_CHANNELS, *frames, self.side // 8, self.side // 8)
+        facts = FAMILIES[SPECS[self.row.variant].family]
+        length = 1 if facts.frames is None else 1 + (self.frames - 1) // facts.frames
+        height, width = (side // facts.pixels for side in self.size)
+        return self.tensor(self.row.channels, *((length,) if self.row.frames else ()), height, width)
 
     def conditions(self) -> dict[str, Any]:
         """Inputs of the network beside latent, time and text."""
@@ -221,7 +253,8 @@ class TransformerScene:
         from .sampling import hint
 
         CACHE.clear()
-        control.set_cond_hint(hint(0, self.side, self.side, 1).movedim(-1, 1))
+        picture = hint(0, *self.size, 1).movedim(-1, 1)
+        control.set_cond_hint(picture if self.frames == 1 else picture[..., ::8, ::8].repeat(self.frames, 1, 1, 1))
         self.begin_run(control)
 
     def begin_run(self, control: Any) -> None:

@@ -13,6 +13,7 @@ BENCHMARKS = {
     "machine": "rates of arithmetic, memory, copies and launches",
     "counts": "multiply-adds and launches of each control, from shapes alone",
     "transformer_counts": "the same of transformers' controls, beside those of others for the same base",
+    "clip_memory": "memory and multiply-adds of controls for clips in one latent, from shapes alone",
     "memory": "peak memory over the bare model; on a GPU also measured",
     "import": "how long the import of the pack takes beyond the host",
     "load": "the loader node against the stock LoRA loader on as many keys",
