@@ -8,7 +8,6 @@ poses are in pixels of the output frame.
 from __future__ import annotations
 
 import json
-import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +34,8 @@ FIT_POINTS = (0, 1, 2, 5, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17)
 """Body points that are fitted: all but elbows and wrists, which move most. Source: SVD-v2's pose preprocessing."""
 NORMALISED_LIMIT = 2.0
 """Coordinates within +-2 are fractions of the canvas (points just outside it pass 1), larger ones are pixels."""
+LARGEST_SIDE = 10**6  # pixels of a canvas
+FARTHEST = 100.0  # canvases from the origin; a number beyond is no point of a person
 MIN_SIDE = 64
 SIDE_STEP = 8
 
@@ -117,11 +118,16 @@ def _parse_frame(item: Any, where: str) -> PoseFrame:
 
 def _canvas_side(frame: Mapping[str, Any], key: str, where: str) -> float:
     side = frame.get(key)
-    if isinstance(side, bool) or not isinstance(side, numbers.Real) or not 0 < float(side) < math.inf:
-        raise ValueError(
-            f"{where}: {key} is {side!r}. It must hold the size in pixels of the picture the pose is from."
-        )
+    if isinstance(side, bool) or not isinstance(side, numbers.Real) or not 0 < side <= LARGEST_SIDE:
+        raise ValueError(f"{where}: {key} is {_said(side)}. It must hold the pixels of the picture the pose is from.")
     return float(side)
+
+
+def _said(value: Any) -> str:
+    try:
+        return encodable.cut(repr(value))
+    except ValueError:  # Python writes no whole number of more digits than 4,300
+        return "a number of thousands of digits"
 
 
 def _parse_person(person: Any, canvas: np.ndarray, where: str) -> Pose | None:
@@ -141,8 +147,8 @@ def _parse_person(person: Any, canvas: np.ndarray, where: str) -> Pose | None:
 def _parse_points(value: Any, layouts: dict[int, Sequence[int]], canvas: np.ndarray, where: str) -> np.ndarray:
     """x, y, confidence per point, flat or nested -> (N, 3) in canvas heights, N the layout's; unseen points all zero.
 
-    canvas: (2,) width and height. Not seen are confidences of 0 or less, numbers that are not finite, the origin, and
-    (-1, -1) pixels, which one estimator writes with full confidence.
+    canvas: (2,) width and height. Not seen are confidences of 0 or less, numbers that are not finite, points farther
+    than FARTHEST canvases away, the origin, and (-1, -1) pixels, which one estimator writes with full confidence.
     """
     wanted = len(next(iter(layouts.values())))
     try:
@@ -156,7 +162,8 @@ def _parse_points(value: Any, layouts: dict[int, Sequence[int]], canvas: np.ndar
         raise ValueError(f"{where}: has {len(points)} points, expected {counts}. Use OpenPose's COCO layout.")
     points = points[list(layouts[len(points)])]
     xy, confidence = points[:, :2], points[:, 2:]
-    seen = np.isfinite(points).all(axis=1, keepdims=True) & (confidence > 0) & xy.any(axis=1, keepdims=True)
+    near = (np.abs(xy) <= FARTHEST * canvas).all(axis=1, keepdims=True)
+    seen = np.isfinite(points).all(axis=1, keepdims=True) & near & (confidence > 0) & xy.any(axis=1, keepdims=True)
     xy, confidence = np.where(seen, xy, 0.0), np.where(seen, confidence.clip(max=1.0), 0.0)
     pixels = xy * canvas if np.abs(xy).max() <= NORMALISED_LIMIT else xy
     confidence = np.where((np.abs(pixels + 1) < 1e-2).all(axis=1, keepdims=True), 0.0, confidence)
