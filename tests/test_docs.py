@@ -17,7 +17,13 @@ HELP = ROOT / "web" / "docs"
 README = (ROOT / "README.md").read_text("utf-8")
 CHINESE = re.compile("[\u4e00-\u9fff]")
 PAGE_LINES = 90
-TEXTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md"), *HELP.glob("*.md")]
+README_LINES = 200
+TEXTS = [
+    *ROOT.glob("*.md"),
+    ROOT / "controlnext_training" / "README.md",
+    *(ROOT / "docs").glob("*.md"),
+    *HELP.glob("*.md"),
+]
 
 
 def locale(language: str) -> dict[str, Any]:
@@ -46,13 +52,55 @@ def test_links_between_our_texts_lead_somewhere(path: Path) -> None:
             assert (path.parent / unquote(target)).exists(), f"{path.name} links to {target}"
 
 
-def test_readme_names_what_there_is() -> None:
+def page(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text("utf-8")
+
+
+def test_readme_is_read_in_a_minute() -> None:
+    """Length, order of the questions that a reader has, no words of our own."""
+    assert len(README.splitlines()) <= README_LINES
+    headings = re.findall("^## (.+)$", README, re.M)
+    assert headings[:4] == ["What you get", "What you need", "Install", "Which file first"]
+    assert "Questions" in headings and "Train your own, in ten lines" in headings
+    assert not re.search(r"\bdoors?\b", README)
+
+
+def test_readme_says_what_was_not_run() -> None:
+    assert "| Windows, macOS, Docker, the workflows in `.github`, publishing | **written and untried** |" in README
+    assert re.search(r"^\| GPUs: .*\*\*not run\*\*", README, re.M)
+    for asked in ("Flux", "SD3", "Pony, Illustrious", "GGUF", "AnimateDiff", "IPAdapter", "Inpainting"):
+        assert re.search(rf"^\* \*\*[^*]*{asked}[^*]*\*\* .", README, re.M), asked
+
+
+def test_readme_has_the_counted_figures() -> None:
+    """Ratios and MiB of the README are those of performance.md and of the table that the benchmark wrote."""
+    counted = (ROOT / "benchmarks" / "results" / "memory_2-cores-amd-epyc_202611.md").read_text("utf-8")
+    for base, name, control in (("SD1.5 512", "sd15", "ControlNeXt"), ("SDXL 1024", "sdxl", "ControlNeXt")):
+        first, second = re.findall(rf"^\| {base} \| {control} \| ([\d.]+) \| ([\d.]+) ", page("performance"), re.M)[0]
+        (stock,) = re.findall(rf"^\| {base} \| stock ControlNet \| ([\d.]+) ", page("performance"), re.M)
+        table = counted.partition(f"## {name}, ")[2].partition("\n## ")[0]
+        step, weights = re.findall(rf"^\| {name} +\| \d+ +\| \+(\d+) .*?\| (\d+) ", table, re.M)[0]
+        more, whole = re.findall(r"^\| stock ControlNet \| \d+ +\| \+(\d+) +\| (\d+) ", table, re.M)[0]
+        adds, stock_adds = int(step) + int(weights), int(more) + int(whole)
+        row = rf"\| {base.split()[0]}, .*\| {adds} \| {stock_adds:,} \| {first}, {second} \| {stock} \|"
+        assert re.search(row, README), (base, row)
+
+
+def test_index_names_every_page() -> None:
+    index = page("index")
+    for path in sorted((ROOT / "docs").glob("*.md")):
+        assert path.stem == "index" or f"]({path.name})" in index, path.name
+    assert "(docs/index.md)" in README
+
+
+def test_pages_name_what_there_is() -> None:
+    nodes, examples, commands = page("nodes"), page("examples"), page("run")
     for texts in locale("en").values():
-        assert texts["display_name"] in README
+        assert texts["display_name"] in nodes
     for describe in make_workflows.WORKFLOWS:
-        assert f"[{describe().title}](example_workflows/{quote(describe().title)}.json)" in README
+        assert f"[{describe().title}](../example_workflows/{quote(describe().title)}.json)" in examples
     for name, command in cli.COMMANDS.items():
-        assert f"run.py {name}" in README, command.help
+        assert f"run.py {name}" in commands, command.help
     for told in (
         host.WHEEL.replace("==", " "),
         f"ComfyUI {host.VERSION}",
@@ -61,16 +109,16 @@ def test_readme_names_what_there_is() -> None:
         "8.1 MB",
         releases.PINNED.tag,
     ):
-        assert told in README, told
+        assert told in commands, told
 
 
-def test_readme_says_where_the_controls_of_the_examples_are() -> None:
+def test_examples_page_says_where_the_controls_are() -> None:
     for workflow in (describe() for describe in make_workflows.WORKFLOWS):
         files = {model for node in workflow.nodes for model in node.models}
         for file in (file for file in files if file.folder == "controlnext"):
             repository = file.url.partition("/resolve/")[0]
-            assert repository in README, f"{workflow.name}: {file.url}"
-            assert (file.name.rpartition("/")[0] or file.name) in README, f"{workflow.name}: {file.name}"
+            assert repository in page("examples"), f"{workflow.name}: {file.url}"
+            assert (file.name.rpartition("/")[0] or file.name) in page("examples"), f"{workflow.name}: {file.name}"
 
 
 def test_changelog_has_the_present_version() -> None:
