@@ -21,6 +21,7 @@ from ..base_model.encode import BaseWithEncoders
 from ..command import run_of
 from ..config import SETTINGS, ConfigError, TrainConfig
 from ..config_files import make_config, parse_recipe
+from ..permission import refusal
 from ..results import RunFiles, show_curve
 from ..train import Stopped, train
 from .datasets import Dataset, Files, Images, as_image
@@ -159,6 +160,9 @@ class ControlNeXtTrain(ControlNode):
 
     @classmethod
     def validate_inputs(cls, variant: str | None = None, config: str | None = None) -> bool | str:
+        refused = refusal()
+        if refused:
+            return refused
         try:
             make_config(recipe_of_node(config or ""), {"variant": variant} if variant is not None else {})
         except ConfigError as error:
@@ -193,6 +197,9 @@ class ControlNeXtTrain(ControlNode):
             "output_name": output_name,
             "resume": resume,
         }
+        refused = refusal()  # a graph may reach a node without being queued, as from a pack that expands it
+        if refused:
+            raise ConfigError(refused)
         settings = make_config(recipe_of_node(config), widgets, dataset.settings)
         base = BaseWithEncoders(model, vae, clip, clip_vision)
         observer = NodeObserver(cls.hidden.unique_id)
