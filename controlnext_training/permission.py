@@ -20,8 +20,8 @@ def refusal(environment: Mapping[str, str] | None = None) -> str | None:
     chosen = known.get(NO_TRAINING, "").strip()
     if chosen not in ("", "0"):
         return (
-            f"{NO_TRAINING}={chosen[:40]} in the environment of this ComfyUI forbids training here. Queue the graph on a "
-            "host without it, or start this one without it."
+            f"{NO_TRAINING}={chosen[:40]} in the environment of this ComfyUI forbids training here. Queue the graph on "
+            "a host without it, or start this one without it."
         )
     if not chosen and known.get(WORKER, "").strip() not in ("", "0"):
         return (

@@ -133,6 +133,18 @@ def _gpu_day(options: argparse.Namespace) -> int:
     return run_gpu_day(options, lambda: host.provide(options.comfyui, clone_folder()))
 
 
+def _add_queue(parser: Parser) -> None:
+    from .queue_hosts import add_options
+
+    add_options(parser)
+
+
+def _queue(options: argparse.Namespace) -> int:
+    from .queue_hosts import run_queue
+
+    return run_queue(options)
+
+
 def _add_train(parser: Parser) -> None:
     from .train import add_options
 
@@ -167,6 +179,7 @@ COMMANDS = {
     "train": Command("train a ControlNeXt or a ControlNet-XS from a recipe", "host", _add_train, _train, True),
     "train-demo": Command("make the weights of the demo again, in hours", "host", _add_train_demo, _train_demo),
     "bench": Command("measure speed and memory beside the bare model and stock ControlNet", "host", _add_bench, _bench),
+    "queue": Command("run one workflow many times on several ComfyUIs that run", "", _add_queue, _queue),
     "gpu-day": Command(
         "measure and test all that needs a GPU, in slices, without a network", "", _add_gpu_day, _gpu_day
     ),

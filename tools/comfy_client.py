@@ -151,7 +151,7 @@ class ComfyClient:
         record = self.history(prompt_id)
         if record is None:
             raise ComfyError(f"ComfyUI has no record of workflow {prompt_id}: {self.whereabouts()}")
-        _raise_failure(record)
+        raise_failure(record)
         seconds = time.monotonic() - started
         return Run(prompt_id, record["outputs"], seconds, tuple(seen["cached"]), tuple(seen["executed"]), record)
 
@@ -181,7 +181,7 @@ async def _until_done(socket: Any, prompt_id: str, on_event: OnEvent | None) -> 
     raise ComfyError("ComfyUI closed the connection before the workflow was done.")
 
 
-def _raise_failure(record: Mapping[str, Any]) -> None:
+def raise_failure(record: Mapping[str, Any]) -> None:
     """Raise PromptError if the history record says that the workflow failed or was interrupted."""
     for kind, data in record["status"]["messages"]:
         if kind == "execution_error":
