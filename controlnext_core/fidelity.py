@@ -16,6 +16,7 @@ import numpy as np
 
 from .hints import HINTS, Hint
 from .hints.picture import as_rgb, luminance
+from .opencv import require_opencv
 
 TOLERANCE_PX = 2.0
 """How far two edges may lie apart and count as one. BSDS allows 0.0075 of the diagonal (5.4 pixels at 512x512), but
@@ -56,7 +57,7 @@ def boundary_f1(found: np.ndarray, wanted: np.ndarray, tolerance_px: float = TOL
 
 def dilated(region: np.ndarray, radius: float) -> np.ndarray:
     """Where a set pixel of (H, W) bool is no further than `radius` pixels away."""
-    import cv2
+    cv2 = require_opencv()
 
     reach = np.arange(-int(radius), int(radius) + 1)
     disc = (reach[:, None] ** 2 + reach**2 <= radius**2).astype(np.uint8)

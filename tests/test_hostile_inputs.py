@@ -176,7 +176,7 @@ def test_names_that_are_too_long_are_refused_in_few_words(name: str) -> None:
     assert "is too long" in problem and len(problem) < 250
 
 
-@pytest.mark.parametrize("name", ["control", "my control", "edges-v1.2", "画像", "cached", "sunet", "a.b"])
+@pytest.mark.parametrize("name", ["control", "my control", "edges-v1.2", "\u753b\u50cf", "cached", "sunet", "a.b"])
 def test_sound_names_are_taken(name: str) -> None:
     assert file_names.problem_of_control(name) == "" == file_names.problem_of_prefix(f"controlnext/%year%/{name}")
     assert file_names.problem_of_prefix(f"{name}/") == ""

@@ -191,7 +191,7 @@ def test_a_comfyui_python_lacking_only_ours_is_told_what_to_type(monkeypatch: py
     monkeypatch.setattr(environment, "missing", absent("cv2"))
     monkeypatch.setattr(Environment, "is_running", lambda self: False)
     monkeypatch.setattr(Environment, "ensure", lambda self, level: pytest.fail("installed something"))
-    with pytest.raises(SetupError, match=r'(?s)lacks cv2.*-m pip install -r ".*requirements\.txt".*--venv'):
+    with pytest.raises(SetupError, match=r"(?s)lacks cv2.*-m pip install opencv-python-headless\n.*--venv"):
         environment.choose("host", own=False)
 
 

@@ -145,6 +145,18 @@ def _queue(options: argparse.Namespace) -> int:
     return run_queue(options)
 
 
+def _add_archive(parser: Parser) -> None:
+    from .archive import add_options
+
+    add_options(parser)
+
+
+def _archive(options: argparse.Namespace) -> int:
+    from .archive import run_archive
+
+    return run_archive(options)
+
+
 def _add_train(parser: Parser) -> None:
     from .train import add_options
 
@@ -180,6 +192,7 @@ COMMANDS = {
     "train-demo": Command("make the weights of the demo again, in hours", "host", _add_train_demo, _train_demo),
     "bench": Command("measure speed and memory beside the bare model and stock ControlNet", "host", _add_bench, _bench),
     "queue": Command("run one workflow many times on several ComfyUIs that run", "", _add_queue, _queue),
+    "archive": Command("list and check the files that the registry would get", "", _add_archive, _archive),
     "gpu-day": Command(
         "measure and test all that needs a GPU, in slices, without a network", "", _add_gpu_day, _gpu_day
     ),

@@ -29,7 +29,8 @@ HOST_MODULES = (
     *("safetensors", "aiohttp", "requests", "yarl", "yaml", "PIL", "tqdm", "psutil", "alembic", "sqlalchemy", "av"),
     *("kornia", "spandrel", "pydantic", "pydantic_settings", "comfyui_frontend_package"),
 )
-PACK_MODULES = ("cv2", "einops")
+PACKAGES = {"cv2": "opencv-python-headless", "einops": "einops"}  # the first only where no other OpenCV is
+PACK_MODULES = tuple(PACKAGES)
 TEST_MODULES = ("pytest", "ruff", "mypy", "hypothesis", "diffusers", "playwright")
 
 # For processes that compute on the CPU: waiting threads sleep. Spinning ones cost a factor of 4 on a busy machine.
@@ -90,7 +91,7 @@ def pack_requirements_message() -> str | None:
         return None
     return (
         f"{sys.executable} runs ComfyUI but lacks {' and '.join(lacking)}. Nothing is installed there unasked. Type\n"
-        f'    "{sys.executable}" -m pip install -r "{ROOT / "requirements.txt"}"\n'
+        f'    "{sys.executable}" -m pip install {" ".join(PACKAGES[name] for name in lacking)}\n'
         "and run the same command again, or add --venv for an environment of the project's own."
     )
 

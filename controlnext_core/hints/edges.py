@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..opencv import require_opencv
 from .picture import as_bytes, as_hint, as_rgb, luminance
 
 CANNY_LOW = 100
@@ -32,7 +33,7 @@ def canny(image: np.ndarray, low_threshold: float = CANNY_LOW, high_threshold: f
     one. The ControlNet-XS authors drew low from 50..100 and high from 200..350 for each training picture.
     Raises ValueError if the low one is negative or above the high one.
     """
-    import cv2
+    cv2 = require_opencv()
 
     if not 0 <= low_threshold <= high_threshold:
         raise ValueError(
@@ -68,7 +69,7 @@ def directed_gradient(rgb: np.ndarray, sigma: float) -> np.ndarray:
     From the eigenvalues of the structure tensor, averaged over the channels. Source: Di Zenzo 1986 for several
     channels; Lindeberg 1998 for the product of gradient and scale.
     """
-    import cv2
+    cv2 = require_opencv()
 
     image = smoothed(rgb, sigma)
     dx, dy = (cv2.Sobel(image, cv2.CV_32F, *order, ksize=3, scale=1 / 8) for order in ((1, 0), (0, 1)))
@@ -80,7 +81,7 @@ def directed_gradient(rgb: np.ndarray, sigma: float) -> np.ndarray:
 
 def smoothed(values: np.ndarray, sigma: float) -> np.ndarray:
     """Gaussian of `sigma` pixels over (H, W) or (H, W, C); the border is mirrored."""
-    import cv2
+    cv2 = require_opencv()
 
     return cv2.GaussianBlur(values, (0, 0), sigma)
 
@@ -92,7 +93,7 @@ def lines(image: np.ndarray, min_length: float = LINE_MIN_LENGTH, thickness: int
     Unlike M-LSD it knows no scene: it finds every straight edge, curves as chains of short pieces.
     Raises ValueError if min_length is not in 0..100 or thickness below 1. Source: von Gioi et al., LSD, IPOL 2012.
     """
-    import cv2
+    cv2 = require_opencv()
 
     if not 0 <= min_length <= 100:
         raise ValueError(f"min_length: {min_length} must be in 0..100, in percent of the shorter side.")

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..opencv import require_opencv
 from .pose import BODY_POINTS, SEEN, Pose
 
 CANVAS_SHORT_SIDE = 2160
@@ -48,7 +49,7 @@ def draw_poses(poses: Sequence[Pose], size: tuple[int, int]) -> np.ndarray:
 
     size: (width, height) in pixels. Beside the result it holds one canvas, 14 MB times the aspect ratio.
     """
-    import cv2
+    cv2 = require_opencv()
 
     width, height = size
     ratio = CANVAS_SHORT_SIDE / min(size)
@@ -77,7 +78,7 @@ def draw_pose(canvas: np.ndarray, pose: Pose) -> None:
 
 def draw_body(canvas: np.ndarray, xy: np.ndarray, confidence: np.ndarray) -> None:
     """Sticks as filled ellipses, darkened, under the joints. xy: (18, 2) pixels; confidence: (18,), drawn from SEEN."""
-    import cv2
+    cv2 = require_opencv()
 
     for (start, end), colour in zip(LIMBS, COLOURS, strict=False):
         if min(confidence[start], confidence[end]) < SEEN:
@@ -95,7 +96,7 @@ def draw_body(canvas: np.ndarray, xy: np.ndarray, confidence: np.ndarray) -> Non
 
 def draw_hand(canvas: np.ndarray, xy: np.ndarray, confidence: np.ndarray) -> None:
     """Bones in the colours of the rainbow, points over them. xy: (21, 2) pixels; confidence: (21,), drawn above 0."""
-    import cv2
+    cv2 = require_opencv()
 
     for number, (start, end) in enumerate(HAND_EDGES):
         sure = confidence[start] * confidence[end]
@@ -110,7 +111,7 @@ def draw_hand(canvas: np.ndarray, xy: np.ndarray, confidence: np.ndarray) -> Non
 
 def draw_face(canvas: np.ndarray, xy: np.ndarray, confidence: np.ndarray) -> None:
     """White points. xy: (68, 2) pixels; confidence: (68,), drawn above 0."""
-    import cv2
+    cv2 = require_opencv()
 
     for point, sure in zip(xy, confidence, strict=True):
         if sure > 0:

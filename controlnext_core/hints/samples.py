@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..opencv import require_opencv
 from ..picturebook import Picture, draw
 from ..picturebook.canvas import Canvas, ellipse, polygon, smooth
 from ..picturebook.colors import COLORS
@@ -132,7 +133,7 @@ def _photo(size: tuple[int, int], scene: str, frames: int) -> Sample:
 
 def _pose(size: tuple[int, int], scene: str, frames: int) -> Sample:
     """A standing, waving person with the sticks and colours of other OpenPose pictures, for controls on images."""
-    import cv2
+    cv2 = require_opencv()
 
     width, height = size
     ratio = POSE_CANVAS / min(size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..opencv import require_opencv
 from .picture import as_bytes, as_hint, as_rgb, checked, luminance
 
 BLUR_SIZE = 8
@@ -19,7 +20,7 @@ def blur(image: np.ndarray, size: int = BLUR_SIZE, style: str = BLUR_STYLES[0]) 
     down by `size` (mean over areas) and up again (linear), the hint of tile and upscaling controls.
     Raises ValueError for another style or a size below 1.
     """
-    import cv2
+    cv2 = require_opencv()
 
     if style not in BLUR_STYLES:
         raise ValueError(f"style: {style!r} is not one of {', '.join(BLUR_STYLES)}.")
@@ -62,7 +63,7 @@ def mask(image: np.ndarray, given: np.ndarray | None = None, invert: bool = Fals
 
 def brighter_part(values: np.ndarray) -> np.ndarray:
     """(H, W) in 0..1 -> where it is above Otsu's threshold, as bool; nowhere if all values are equal in 8 bits."""
-    import cv2
+    cv2 = require_opencv()
 
     tones = as_bytes(values)
     threshold, _ = cv2.threshold(tones, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..opencv import require_opencv
 from .colors import INK, Color
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -69,7 +70,7 @@ class Canvas:
 
     def shape(self, points: Points, color: Color, line: float = LINE, shade: Color | None = None) -> None:
         """A filled polygon with its outline. line: width, 0 for none. shade: of the side away from the light."""
-        import cv2
+        cv2 = require_opencv()
 
         fixed = self._fixed(points)
         cv2.fillPoly(self.image, [fixed], color, cv2.LINE_AA, SHIFT)
@@ -86,7 +87,7 @@ class Canvas:
         self._stroke(self._fixed(points), False, color, width, is_edge)
 
     def _stroke(self, fixed: Array, closed: bool, color: Color, width: float, is_edge: bool = True) -> None:
-        import cv2
+        cv2 = require_opencv()
 
         thick = max(round(width * self.side), 1)
         cv2.polylines(self.image, [fixed], closed, color, thick, cv2.LINE_AA, SHIFT)
@@ -96,7 +97,7 @@ class Canvas:
 
     def _shadow(self, points: Points, color: Color) -> None:
         """Paint what of the polygon is not covered by itself when moved towards the light, up and to the left."""
-        import cv2
+        cv2 = require_opencv()
 
         low, high = points.min(0), points.max(0)
         corner = np.maximum(np.floor(low * self.side).astype(int) - 1, 0)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ...controlnext_core.opencv import require_opencv
 from .buckets import Fit
 from .samples import first_line
 
@@ -146,7 +147,7 @@ def resize(values: np.ndarray, size: tuple[int, int], smooth: bool) -> np.ndarra
     Shrinking takes the mean over the area of each new pixel. Enlarging is cubic if `smooth` (pictures), else the
     nearest pixel (hints and masks: thin lines stay lines, and no values arise between two labels).
     """
-    import cv2
+    cv2 = require_opencv()
 
     enlarge = cv2.INTER_CUBIC if smooth else cv2.INTER_NEAREST_EXACT
     old = values.shape[:2]
