@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from comfyui_controlnext.tools import archive
 from comfyui_controlnext.tools.environment import SetupError
 
 ROOT = Path(__file__).resolve().parents[1]
+COMFY_TEST = shutil.which("comfy-test", path=str(Path(sys.executable).parent)) or shutil.which("comfy-test")
 pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the archive is made from a git clone")
 
 
@@ -65,6 +68,16 @@ def test_lines_of_another_form_are_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / ".comfyignore").write_text(line, encoding="utf-8")
     with pytest.raises(SetupError, match="does not know"):
         archive.read_patterns(tmp_path)
+
+
+@pytest.mark.skipif(COMFY_TEST is None, reason="comfy-test is not installed; CONTRIBUTING.md says how")
+def test_the_archive_passes_comfy_tests_static_levels(tmp_path: Path) -> None:
+    archive.write_zip(tmp_path / "pack.zip", list(archive.archive_files()))
+    with zipfile.ZipFile(tmp_path / "pack.zip") as packed:
+        packed.extractall(tmp_path / "pack")
+    command = [str(COMFY_TEST), "lint", "--strict", str(tmp_path / "pack")]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False)
+    assert done.returncode == 0 and "[SYNTAX] PASSED" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.comfy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from comfyui_controlnext.controlnext_core import opencv
-from comfyui_controlnext.tools import environment, make_icon
+from comfyui_controlnext.tools import environment, make_icon, releases
 from PIL import Image
 
 tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
@@ -149,3 +150,35 @@ def test_workflows_pass_actionlint() -> None:
         [str(ACTIONLINT), "-color=false", *map(str, WORKFLOWS)], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_the_image_has_the_release_that_was_tested_and_does_not_train() -> None:
+    image = text("Dockerfile")
+    assert f"ARG COMFYUI={releases.PINNED.tag}\n" in image and f"ARG COMFYUI_COMMIT={releases.PINNED.commit}\n" in image
+    assert f"{releases.PINNED.repository} /comfyui" in image
+    assert "CONTROLNEXT_NO_TRAINING=1" in image and opencv.PACKAGE in image
+    assert re.findall(r"^FROM \S+ AS (\w+)$", image, re.M) == ["cpu", "cuda"] and "\nFROM ${BASE}\n" in image
+    share = yaml.safe_load(image.partition("<<'END' /comfyui/share.yaml\n")[2].partition("\nEND\n")[0])["share"]
+    assert share["base_path"] == "/models" and {"checkpoints", "controlnet", "controlnext", "loras"} <= share.keys()
+
+
+@pytest.mark.comfy
+@pytest.mark.skipif(sys.platform == "win32", reason="the image is Linux")
+def test_the_command_of_the_image_is_understood_by_the_host(host: Path, tmp_path: Path) -> None:
+    """The image's command line, with folders of this test in place of the image's, starts the host."""
+    shell, flag, line = json.loads(re.findall(r"^CMD (.+)$", text("Dockerfile"), re.M)[0])
+    assert (shell, flag) == ("sh", "-c")
+    words = line.replace("${COMFYUI_DEVICE}", "--cpu").split()
+    assert words[:3] == ["exec", "/venv/bin/python", "main.py"]
+    for name in ("input", "output", "state"):
+        (tmp_path / name / "user").mkdir(parents=True)
+        words = [re.sub(rf"^(sqlite:///)?/{name}\b", rf"\g<1>{tmp_path}/{name}", word) for word in words]
+    (tmp_path / "share.yaml").write_text(f"share:\n  base_path: {tmp_path}\n  loras: loras\n", encoding="utf-8")
+    words = [{"share.yaml": str(tmp_path / "share.yaml")}.get(word, word) for word in words]
+    command = [sys.executable, str(ROOT / "tools" / "launcher.py"), str(host / "main.py"), *words[3:]]
+    extra = ["--quick-test-for-ci", "--disable-all-custom-nodes", "--disable-api-nodes"]
+    done = subprocess.run(
+        [*command, *extra], capture_output=True, text=True, encoding="utf-8", errors="replace", check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "state" / "comfyui.db").exists()
