@@ -122,6 +122,39 @@ def test_nothing_hangs_when_every_host_is_lost(tmp_path: Path) -> None:
     assert not board.done and sorted(board.waiting) == [0, 1, 2, 3]
 
 
+def test_ctrl_c_takes_the_run_out_of_its_host(tmp_path: Path) -> None:
+    posted: list[tuple[str, Any]] = []
+
+    class Busy(FakeHost):
+        def history(self, prompt_id: str) -> Any:
+            board.stop()  # as Ctrl-C does, while the run is computed
+            return None
+
+        def get(self, path: str) -> Any:
+            return {"queue_running": [[0, "0"]], "queue_pending": []}
+
+        def post(self, path: str, body: Any) -> None:
+            posted.append((path, body))
+
+    board = queue_hosts.Board([0, 1])
+    runs = queue_hosts.runs_of({"a": {"class_type": "KSampler", "inputs": {"seed": 0}}}, 2)
+    queue_hosts.serve_runs(Busy("busy"), runs, board, tmp_path, lambda text: None)
+    assert posted == [("/queue", {"delete": ["0"]}), ("/interrupt", {"prompt_id": "0"})]
+    assert not board.done and not board.failed and board.take() is None
+
+
+def test_a_host_that_has_forgotten_the_run_is_lost(tmp_path: Path) -> None:
+    class Forgetful(FakeHost):
+        def history(self, prompt_id: str) -> Any:
+            return None
+
+        def get(self, path: str) -> Any:
+            return {"queue_running": [], "queue_pending": [[1, "another"]]}
+
+    board = share([Forgetful("new")], 2, tmp_path)
+    assert not board.done and not board.failed and board.waiting == [0, 1]
+
+
 @pytest.mark.comfy
 def test_two_servers_share_runs_and_a_models_folder(
     host: Path, server: ComfyServer, tiny: TinyModels, tmp_path: Path

@@ -99,7 +99,7 @@ def test_a_hint_says_that_opencv_is_missing(monkeypatch: pytest.MonkeyPatch) -> 
         HINTS["canny"](np.zeros((8, 8, 3), np.float32))
 
 
-def test_opencv_is_reached_by_one_door_alone() -> None:
+def test_opencv_is_reached_through_one_function_alone() -> None:
     for folder in ("controlnext_core", "controlnext_training", "nodes", "models"):
         for path in (ROOT / folder).rglob("*.py"):
             found = re.search(r"^\s*(import cv2|from cv2)", path.read_text("utf-8"), re.M)

@@ -52,7 +52,7 @@ def is_ignored(name: str, patterns: Sequence[str]) -> bool:
     for pattern in (pattern.strip("/") for pattern in patterns):
         parts = name.split("/")
         above = ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
-        if pattern in above or any(fnmatch.fnmatchcase(part, pattern) for part in parts if "/" not in pattern):
+        if pattern in above or any(fnmatch.fnmatchcase(part, pattern) for part in parts):
             return True
     return False
 
