@@ -208,7 +208,8 @@ class TransformerScene:
     ) -> None:
         """side: of the picture, in pixels; clip: (frames, height, width) in place of it."""
         self.row, self.side, self.dtype, self.device = row, side, dtype, device
-        self.frames, *self.size = clip or (1, side, side)
+        self.frames, height, width = clip or (1, side, side)
+        self.size = (height, width)
         self.model = make_transformer(row, dtype, device)
 
     def tensor(self, *shape: int) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from ..controlnext_core.families import FAMILIES
 from ..controlnext_core.specs import PAPER_FUSION, SPECS
 
 XS = "xs"
 """The variant that trains a ControlNet-XS and not a ControlNeXt."""
 
-VARIANTS = (*SPECS, XS)
+VARIANTS = (*(name for name, spec in SPECS.items() if FAMILIES[spec.family].frames is None), XS)
+"""Variants that can be trained: not those for clips in one latent, whose rows are no frames."""
 
 AUTO = "auto"
 
