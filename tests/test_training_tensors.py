@@ -50,8 +50,8 @@ def test_one_three_and_four_channels_become_rgb(channels: int) -> None:
     assert torch.equal(found, hints[0].expand(-1, -1, 3) if channels == 1 else hints[0, ..., :3])
 
 
-def test_values_outside_of_the_range_are_clipped_and_inputs_stay_as_they_were() -> None:
-    images = batch() * 3 - 1
+def test_values_a_little_outside_of_the_range_are_clipped_and_inputs_stay_as_they_were() -> None:
+    images = batch() * 1.5 - 0.3
     before = images.clone()
     sample = TensorDataset(images, images).load(0)
     assert sample.frames.min() == sample.hints.min() == 0 and sample.frames.max() == sample.hints.max() == 1
@@ -91,6 +91,8 @@ def test_consecutive_images_make_clips() -> None:
         ((batch(), batch(), ["a", "b"]), "captions: are 2 for 3"),
         ((batch(), batch(), [], batch()), "masks: has the shape"),
         ((batch(), batch() * float("nan")), "hints: holds values that are no numbers"),
+        ((batch() * 255, batch()), r"images: holds values from 0 to \d+, not in 0\.\.1"),
+        ((batch(), batch() - 1), "hints: holds values from -1 to -0"),
         ((batch(3, 7, 64), batch()), "images: are 64x7"),
     ],
 )

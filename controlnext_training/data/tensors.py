@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...controlnext_core.hints.picture import CLIPPED
 from .buckets import LATENT_STEP, Fit
 from .pictures import cut
 from .samples import DatasetError, Sample, digest
@@ -97,6 +98,9 @@ def _checked(tensor: Tensor, name: str, dims: int) -> Tensor:
     values = tensor.detach().to("cpu", torch.float32)
     if not bool(torch.isfinite(values).all()):
         raise DatasetError(f"{name}: holds values that are no numbers (NaN). They come from a run that failed.")
+    low, high = float(values.min()), float(values.max())
+    if not CLIPPED[0] <= low <= high <= CLIPPED[1]:
+        raise DatasetError(f"{name}: holds values from {low:g} to {high:g}, not in 0..1. Scale them to 0..1.")
     return values.clamp(0, 1)
 
 
