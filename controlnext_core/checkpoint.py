@@ -203,7 +203,7 @@ def _existing_file(path: Path) -> Path:
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder, not a weight file. Choose a {' or '.join(SUFFIXES[:1])} file.")
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file. Press R in ComfyUI to refresh its lists, then choose again.")
+        raise CheckpointError(f"{path}: no such file. Put it there, or choose another.")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: is empty (0 bytes): the download did not finish. Download it again.")
     if path.suffix.lower() not in SUFFIXES:

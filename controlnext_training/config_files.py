@@ -31,8 +31,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
         if path.stat().st_size > 4 * MAX_RECIPE:
             raise ConfigError(f"is {path.stat().st_size:,} bytes long, and no recipe.")
         return parse_recipe(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file. Name a recipe (.toml) that is there.") from error
     except (OSError, ConfigError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def parse_recipe(text: str) -> dict[str, Any]:

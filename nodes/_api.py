@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any
 
 from comfy_api.latest import io, ui
 
 from ..controlnext_core.comfy_adapter.control_node import ControlNode
 
-__all__ = ["ControlNode", "io", "ui", "wrong_choice"]
+__all__ = ["ControlNode", "blame", "io", "refuse_wrong_choice", "ui", "wrong_choice"]
 
 
 def wrong_choice(**chosen: tuple[str | None, Collection[str]]) -> str:
@@ -22,3 +23,25 @@ def wrong_choice(**chosen: tuple[str | None, Collection[str]]) -> str:
         for name, (value, options) in chosen.items()
         if value is not None and value not in options
     )
+
+
+def refuse_wrong_choice(**chosen: tuple[str, Collection[str]]) -> None:
+    """Raise ValueError for a wrong value of a combo, {input: (value, options)}: for `execute`.
+
+    The host puts an error of `validate_inputs` on every input that the method takes. A node that has a text to check
+    there takes that alone, and checks its combos here; later hosts have checked them before.
+    """
+    if wrong := wrong_choice(**chosen):
+        raise ValueError(wrong)
+
+
+def blame(parse: Callable[[str], Any], text: str | None) -> bool | str:
+    """Answer of `validate_inputs` about its one text: True, or the words of the ValueError that `parse` raises.
+
+    text: None for an input that is connected and has no value yet.
+    """
+    try:
+        parse(text or "")
+    except ValueError as error:
+        return str(error)
+    return True

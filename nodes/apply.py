@@ -8,7 +8,7 @@ from ..controlnext_core.comfy_adapter.sampling.attach import attach
 from ..controlnext_core.comfy_adapter.sampling.host_control import HostControl
 from ..controlnext_core.schedule import parse_schedule
 from ..controlnext_core.specs import Halves
-from ._api import ControlNode, io, wrong_choice
+from ._api import ControlNode, blame, io, refuse_wrong_choice
 
 MASK_TOOLTIP = "Where the control acts: 1 fully, 0 not at all. Masks of Options and Apply multiply."
 
@@ -156,12 +156,8 @@ class ControlNeXtOptions(ControlNode):
         )
 
     @classmethod
-    def validate_inputs(cls, apply_to: str | None = None, schedule: str | None = None) -> bool | str:
-        try:
-            parse_schedule(schedule or "")
-        except ValueError as error:
-            return str(error)
-        return wrong_choice(apply_to=(apply_to, [half.value for half in Halves])) or True
+    def validate_inputs(cls, schedule: str | None = None) -> bool | str:
+        return blame(parse_schedule, schedule)
 
     @classmethod
     def execute(
@@ -175,6 +171,7 @@ class ControlNeXtOptions(ControlNode):
         decoder_strength: float = 1.0,
         time_mix: float = FOLLOW_STRENGTH,
     ) -> io.NodeOutput:
+        refuse_wrong_choice(apply_to=(apply_to, [half.value for half in Halves]))
         options: dict[str, Any] = {
             "apply_to": Halves(apply_to),
             "masks": () if mask is None else (mask,),

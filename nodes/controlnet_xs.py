@@ -8,7 +8,7 @@ from ..controlnext_core.comfy_adapter.feedback import tell
 from ..controlnext_core.comfy_adapter.files import folders
 from ..controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
 from ..controlnext_core.xs_specs import NORM_RULES, parse_heads
-from ._api import ControlNode, io, wrong_choice
+from ._api import ControlNode, blame, io, refuse_wrong_choice
 
 
 class ControlNetXSLoader(ControlNode):
@@ -50,12 +50,8 @@ class ControlNetXSLoader(ControlNode):
         )
 
     @classmethod
-    def validate_inputs(cls, norm_rule: str | None = None, num_heads: str | None = None) -> bool | str:
-        try:
-            parse_heads(num_heads or "")
-        except ValueError as error:
-            return str(error)
-        return wrong_choice(norm_rule=(norm_rule, ["auto", *NORM_RULES])) or True
+    def validate_inputs(cls, num_heads: str | None = None) -> bool | str:
+        return blame(parse_heads, num_heads)
 
     @classmethod
     def fingerprint_inputs(cls, control_name: str, **_: Any) -> str:
@@ -63,6 +59,7 @@ class ControlNetXSLoader(ControlNode):
 
     @classmethod
     def execute(cls, control_name: str, norm_rule: str = "auto", num_heads: str = "") -> io.NodeOutput:
+        refuse_wrong_choice(norm_rule=(norm_rule, ["auto", *NORM_RULES]))
         loaded = load_controlnet_xs(folders.control_path(control_name), norm_rule, num_heads)
         tell(loaded.report, cls.hidden.unique_id)
         return io.NodeOutput(loaded.control)

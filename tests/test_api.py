@@ -229,12 +229,10 @@ def test_a_stock_controlnet_in_our_apply_node_is_refused(server: ComfyServer, gr
     ("at", "values", "words"),
     [
         ("options", {"schedule": "0:1; 1:0"}, "schedule: '0:1; 1:0' is not a percent:strength pair"),
-        ("options", {"apply_to": "left"}, "apply_to: 'left' is not one of auto, both, positive, negative"),
         ("load", {"variant": "sd16"}, "variant: 'sd16' is not one of auto, sd15, "),
         ("load", {"weights_kind": "half"}, "weights_kind: 'half' is not one of auto, difference, full"),
         ("keep", {"layout": "zip"}, "layout: 'zip' is not one of single, published"),
         ("keep", {"dtype": "int4"}, "dtype: 'int4' is not one of fp16, bf16, fp32"),
-        ("xs", {"norm_rule": "mine"}, "norm_rule: 'mine' is not one of auto, official, diffusers"),
         ("unet", {"weight_dtype": "int4"}, "weight_dtype: 'int4' is not one of default, fp8_e4m3fn, "),
         ("windows", {"schedule": "spiral"}, "schedule: 'spiral' is not one of standard_static, "),
         ("windows", {"fuse": "glue"}, "fuse: 'glue' is not one of pyramid, relative, flat, overlap-linear"),

@@ -112,7 +112,7 @@ def refusal(path: Path) -> str:
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_files_that_are_none_say_so(folder: Path, suffix: str) -> None:
     path = folder / f"x{suffix}"
-    assert "no such file. Press R" in refusal(path)
+    assert "no such file. Put it there" in refusal(path)
     path.write_bytes(b"")
     assert "is empty (0 bytes)" in refusal(path) and "Download it again" in refusal(path)
     path.unlink()

@@ -258,7 +258,7 @@ def test_a_file_that_is_gone_is_said_so() -> None:
     from comfyui_controlnext.nodes.video import ControlNeXtUNetLoader
 
     with pytest.raises(
-        CheckpointError, match=r"gone\.bin: no such file in models/controlnext or models/diffusion_models.*press R"
+        CheckpointError, match=r"gone\.bin: no such file in models/controlnext or models/diffusion_models.*Put it there"
     ):
         ControlNeXtUNetLoader.execute("gone.bin", "default")
     assert "gone.bin: no such file" in ControlNeXtUNetLoader.fingerprint_inputs("gone.bin")

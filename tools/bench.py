@@ -4,6 +4,7 @@ import argparse
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +32,8 @@ ON_REQUEST = {"convergence": "how soon each way of control is heard, on the demo
 """Benchmarks of the same form that run only when they are named."""
 REPORT = "report"
 """In the place of a name: no benchmark, but the tables of docs/performance.md from the results of GPUs."""
+FIRST_SIGN, LONGEST_PAUSE = 4.0, 60.0
+"""Seconds before the first line of progress, and most of them between two."""
 SHARED = ("quick", "cpu")
 VALUES = ("json", "dtype", "repeats", "cases", "threads")
 TRAINING = ("parts", "base", "steps", "batch", "scenes", "looks", "folder")
@@ -96,4 +99,20 @@ def _run(name: str, arguments: list[str]) -> int:
     print(f"== {name}: {BENCHMARKS.get(name) or ON_REQUEST[name]}", flush=True)
     script = ROOT / "benchmarks" / (f"bench_{name}.py" if name in BENCHMARKS else f"{name}.py")
     environment = {**PATIENT_THREADS, **os.environ, "PYTHONSAFEPATH": "1"}
-    return subprocess.run([sys.executable, str(script), *arguments], env=environment, check=False).returncode
+    return _watch(name, [sys.executable, str(script), *arguments], environment)
+
+
+def _watch(name: str, command: list[str], environment: dict[str, str]) -> int:
+    """Run a benchmark and say at growing intervals, from seconds to a minute, that it runs; its exit status."""
+    began, pause = time.monotonic(), FIRST_SIGN
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            while True:
+                try:
+                    return process.wait(timeout=pause)
+                except subprocess.TimeoutExpired:
+                    print(f"   {name}: running for {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+                    pause = min(2 * pause, LONGEST_PAUSE)
+        except BaseException:
+            process.kill()
+            raise

@@ -11,12 +11,21 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from . import environment, host, releases
 from .comfy_client import ComfyError
 from .environment import ROOT, SetupError
 
-Parser = argparse.ArgumentParser
+
+class Parser(argparse.ArgumentParser):
+    """A parser that shows its whole help where a command with an epilog lacks what it needs."""
+
+    def error(self, message: str) -> NoReturn:
+        if self.epilog and "required" in message:
+            self.print_help(sys.stderr)
+            self.exit(2, f"\n{self.prog}: error: CONFIG.toml is missing. Name a recipe.\n")
+        super().error(message)
 
 
 @dataclass(frozen=True)

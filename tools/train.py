@@ -14,6 +14,8 @@ from .environment import PATIENT_THREADS, ROOT, SetupError
 from .launcher import allow_missing_torchaudio, declare_missing_torchvision_ops
 from .quiet_start import quiet_logging
 
+RECIPES = ROOT / "controlnext_training" / "recipes"
+
 TINY = "tiny_sd3.ckpt"
 """A base with random weights for `tiny_transformer.toml`, made where it is missing, out of sight of the loaders."""
 
@@ -21,7 +23,10 @@ TINY = "tiny_sd3.ckpt"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options before the settings; the settings need torch and are read once it can be imported."""
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
-    parser.add_argument("recipe", type=Path, metavar="CONFIG.toml", help="a recipe; see controlnext_training/recipes")
+    parser.usage = "run.py train [--comfyui PATH] [--cpu] CONFIG.toml [--SETTING VALUE ...]"
+    listing = ", ".join(sorted(path.name for path in RECIPES.glob("*.toml")))
+    parser.epilog = f"Recipes in controlnext_training/recipes: {listing}."
+    parser.add_argument("recipe", type=Path, metavar="CONFIG.toml", help="a recipe, such as those below")
     parser.add_argument(
         "settings",
         nargs=argparse.REMAINDER,

@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 from comfy_api.latest import io
 
 from ..encodable import encodable_parts, make_encodable
+from .short_paths import short_error, short_paths
 
 METHODS = ("execute", "validate_inputs", "fingerprint_inputs")
 """Methods that the host calls, and whose results and errors it shows."""
 
 
 class ControlNode(io.ComfyNode):
-    """A node whose results and errors hold no text that the host cannot write."""
+    """A node whose results and errors hold no text that the host cannot write, and no long path of the host's files."""
 
     SEARCH: ClassVar[tuple[str, ...]] = ()
     """Words besides the node's name by which the page's search finds it, on hosts whose schema has `search_aliases`."""
@@ -53,7 +54,7 @@ def _speaking(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return _encodable_result(method(*args, **inputs))
         except Exception as error:
-            said = make_encodable(error)
+            said = make_encodable(short_error(error))
             if said is error:
                 raise
         raise said
@@ -64,7 +65,7 @@ def _speaking(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _encodable_result(result: Any) -> Any:
     if not isinstance(result, io.NodeOutput):
-        return encodable_parts(result)
+        return encodable_parts(short_paths(result) if isinstance(result, str) else result)
     result.args = tuple(encodable_parts(part) for part in result.args)
     if result.ui is not None:
         shown = result.ui if isinstance(result.ui, dict) else result.ui.as_dict()

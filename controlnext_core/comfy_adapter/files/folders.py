@@ -13,6 +13,7 @@ from ...checkpoint import SUFFIXES, CheckpointError, peek
 from ...detection import ControlFile, holds_encoder, read_control_file
 from ...encodable import cut, encodable, is_encodable
 from ...file_names import UNET_START
+from ...xs_detection import is_xs
 from ..feedback import log_once
 
 FOLDER = "controlnext"
@@ -60,8 +61,8 @@ def find(name: str, folders: Sequence[str]) -> Path:
         if (Path(parent) / name).is_dir():
             return Path(parent) / name  # whoever opens it says that it is a folder
     raise CheckpointError(
-        f"{name}: no such file in {' or '.join('models/' + folder for folder in folders)}. Put it there and press R "
-        "in ComfyUI, or choose another file."
+        f"{name}: no such file in {' or '.join('models/' + folder for folder in folders)}. Put it there, or choose "
+        "another file."
     )
 
 
@@ -94,13 +95,14 @@ def choose_weights(file: ControlFile, weights_name: str) -> ChosenWeights:
     """Resolve the `weights_name` widget: `auto`, `none` or a file of the control folders.
 
     auto: the weights bundled in the control file; else the file that its metadata names; else the only
-    `unet*.safetensors` beside it that is no control itself; else none. Never from another folder.
+    `unet*.safetensors` beside it that is no control itself; else none. Never from another folder. Raises
+    CheckpointError for a file that is gone, or is a control itself.
     """
     path = file.header.path
     if weights_name == NONE:
         return ChosenWeights(None, False, "none, as chosen")
     if weights_name != AUTO:
-        return ChosenWeights(control_path(weights_name), False, f"{weights_name}, as chosen")
+        return ChosenWeights(_weights_path(weights_name), False, f"{weights_name}, as chosen")
     if file.weights:
         return ChosenWeights(path, True, f"{len(file.weights)} tensors bundled in the control file")
     if file.metadata.weights_file:
@@ -115,6 +117,24 @@ def choose_weights(file: ControlFile, weights_name: str) -> ChosenWeights:
     if len(beside) == 1:
         return ChosenWeights(beside[0], False, f"{beside[0].name}, the only one beside the control")
     return ChosenWeights(None, False, f"none ({len(beside)} files unet*.safetensors beside the control)")
+
+
+def _weights_path(name: str) -> Path:
+    """The weights file behind a widget's name. Raises CheckpointError where it is a control, and says which widget."""
+    path = control_path(name)
+    header = peek(path)
+    if is_xs(header.shapes):
+        raise CheckpointError(
+            f"{path}: is a ControlNet-XS, which brings no weights of a base. Load it with Load ControlNet-XS, and set "
+            "weights_name to auto."
+        )
+    if holds_encoder(header):
+        whole = read_control_file(header).weights
+        what = (
+            "a whole control, encoder and weights in one file" if whole else "an encoder and holds no weights of a base"
+        )
+        raise CheckpointError(f"{path}: is {what}: choose it as control_name, and set weights_name to auto.")
+    return path
 
 
 def _is_control(path: Path) -> bool:
