@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..controlnext_core.comfy_adapter.feedback import tell
 from ..controlnext_core.comfy_adapter.sampling.attach import attach
+from ..controlnext_core.comfy_adapter.sampling.cautions import control_cautions, model_cautions, schedule_cautions
 from ..controlnext_core.comfy_adapter.sampling.host_control import HostControl
 from ..controlnext_core.schedule import parse_schedule
 from ..controlnext_core.specs import Halves
@@ -30,7 +32,7 @@ def our_control(control_net: Any) -> HostControl:
 class ControlNeXtApply(ControlNode):
     """The door for workflows without a positive and a negative to route."""
 
-    SEARCH = ("controlnet", "apply control", "sdxl", "sd3", "flux", "qwen", "z-image", "wan", "video")
+    SEARCH = ("controlnext", "controlnet", "apply control", "sdxl", "sd3", "flux", "qwen", "z-image")
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -80,6 +82,7 @@ class ControlNeXtApply(ControlNode):
                 io.Mask.Input("mask", optional=True, tooltip=MASK_TOOLTIP),
             ],
             outputs=[io.Model.Output(tooltip="The controlled model; connect it to a sampler.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -94,8 +97,10 @@ class ControlNeXtApply(ControlNode):
         mask: Any = None,
     ) -> io.NodeOutput:
         control = our_control(control_net).with_options(masks=() if mask is None else (mask,))
-        hint = image.movedim(-1, 1)
-        return io.NodeOutput(attach(model, control.set_cond_hint(hint, strength, (start_percent, end_percent))))
+        control.set_cond_hint(image.movedim(-1, 1), strength, (start_percent, end_percent))
+        controlled = attach(model, control)
+        tell("", cls.node_id(), [*control_cautions(control), *model_cautions(control, model)])
+        return io.NodeOutput(controlled)
 
 
 def _part_input(part: str) -> io.Float.Input:
@@ -153,6 +158,7 @@ class ControlNeXtOptions(ControlNode):
                 ),
             ],
             outputs=[io.ControlNet.Output(tooltip="The control with these options.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -181,4 +187,7 @@ class ControlNeXtOptions(ControlNode):
             options["time_mix"] = time_mix
         if schedule.strip():
             options["schedule"] = parse_schedule(schedule)
-        return io.NodeOutput(our_control(control_net).with_options(**options))
+        control = our_control(control_net).with_options(**options)
+        empty = ["the mask is 0 everywhere: the control never acts."] if control.options.masked_out else []
+        tell("", cls.node_id(), [*empty, *schedule_cautions(control.options.schedule)])
+        return io.NodeOutput(control)

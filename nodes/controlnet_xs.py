@@ -14,7 +14,7 @@ from ._api import ControlNode, blame, io, refuse_wrong_choice
 class ControlNetXSLoader(ControlNode):
     """A ControlNet-XS from a file."""
 
-    SEARCH = ("controlnet", "canny", "depth", "controlnext")
+    SEARCH = ("controlnet", "canny", "edges", "depth")
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -61,5 +61,5 @@ class ControlNetXSLoader(ControlNode):
     def execute(cls, control_name: str, norm_rule: str = "auto", num_heads: str = "") -> io.NodeOutput:
         refuse_wrong_choice(norm_rule=(norm_rule, ["auto", *NORM_RULES]))
         loaded = load_controlnet_xs(folders.control_path(control_name), norm_rule, num_heads)
-        tell(loaded.report, cls.hidden.unique_id)
+        tell(loaded.report, cls.node_id())
         return io.NodeOutput(loaded.control)

@@ -19,7 +19,20 @@ from ._api import ControlNode, io, ui, wrong_choice
 class ControlNeXtLoader(ControlNode):
     """Encoder and UNet weights from files."""
 
-    SEARCH = ("controlnet", "canny", "depth", "pose", "lora", "sdxl", "sd3", "flux", "qwen", "z-image", "wan", "video")
+    SEARCH = (
+        "controlnext",
+        "controlnet",
+        "canny",
+        "edges",
+        "depth",
+        "pose",
+        "lora",
+        "sdxl",
+        "sd3",
+        "flux",
+        "qwen",
+        "z-image",
+    )
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -99,7 +112,7 @@ class ControlNeXtLoader(ControlNode):
     ) -> io.NodeOutput:
         path = folders.control_path(control_name)
         loaded = loading.load_controlnext(model, path, weights_name, weights_strength, variant, weights_kind)
-        tell(loaded.report, cls.hidden.unique_id)
+        tell(loaded.report, cls.node_id(), loaded.cautions)
         return io.NodeOutput(loaded.model, loaded.control)
 
 
@@ -134,7 +147,7 @@ class ControlNeXtInspect(ControlNode):
     @classmethod
     def execute(cls, control_name: str) -> io.NodeOutput:
         text = inspecting.inspect_file(folders.control_path(control_name))
-        tell(text, cls.hidden.unique_id)
+        tell(text, cls.node_id())
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 
@@ -204,5 +217,5 @@ class ControlNeXtSave(ControlNode):
             path = saving.save_control(control_net, model, filename_prefix, layout, dtype)
         else:
             raise ValueError("control_net: is a stock ControlNet. Connect Load ControlNeXt or Load ControlNet-XS.")
-        tell(f"saved {path}", cls.hidden.unique_id)
+        tell(f"saved {path}", cls.node_id())
         return io.NodeOutput(str(path), ui=ui.PreviewText(str(path)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from ..sampling.next_control import ControlNeXtControl, LoadedControlNeXt
 from .folders import ChosenWeights, choose_weights
 from .host_weights import host_named, put_on
 from .weights import add_differences, base_weights
+from .whole_unets import load_unet
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Loaded:
     model: ModelPatcher
     control: ControlNeXtControl
     report: str
+    cautions: tuple[str, ...] = ()
+    """Warnings for the user."""
 
 
 def load_controlnext(
@@ -58,7 +61,9 @@ def load_controlnext(
     if chosen.path is None or weights_strength == 0:
         whose = "base" if control.net.spec.on_transformer else "UNet"
         report.append(f"{whose} weights: {chosen.why if chosen.path is None else 'off (strength 0)'}")
-        return Loaded(model.clone(), control, "\n".join(report))
+        cautions = _without_weights(file, chosen, model)
+        return Loaded(model.clone(), control, "\n".join(report), cautions)
+    control = ControlNeXtControl(replace(control.net, weights_source=str(chosen.path)))
     if (named := host_named(file, chosen)) is not None:
         patched, line = put_on(model, named, chosen, weights_kind, weights_strength)
         return Loaded(patched, control, "\n".join([*report, line]))
@@ -68,7 +73,23 @@ def load_controlnext(
         f"strength {weights_strength:g}"
     )
     patched = add_differences(model, found.tensors, weights_strength, str(chosen.path))
-    return Loaded(patched, control, "\n".join(report))
+    return Loaded(patched, control, "\n".join(report), found.cautions)
+
+
+def _without_weights(file: ControlFile, chosen: ChosenWeights, model: ModelPatcher) -> tuple[str, ...]:
+    """A warning for a control that was published with UNet weights, and is loaded without them.
+
+    The authors' files have no metadata of ours, and all of them come with weights. A whole UNet of Load ControlNeXt
+    UNet holds them already.
+    """
+    published = file.metadata.spec is None and not all(spec.on_transformer for spec in file.candidates)
+    whole_unet = (getattr(model, "cached_patcher_init", None) or (None,))[0] is load_unet
+    if chosen.path is not None or whole_unet or not (published or file.weights):
+        return ()
+    return (
+        f"{file.header.path.name}: was published with UNet weights and is loaded without them: the control is weak or "
+        "wrong so. Choose them as weights_name, or put them beside the control as unet.safetensors.",
+    )
 
 
 @dataclass(frozen=True)
@@ -80,6 +101,8 @@ class FoundDifferences:
     kind: WeightsKind
     in_file: int
     """Number of tensors in the file."""
+    cautions: tuple[str, ...] = ()
+    """Warnings for the user."""
 
 
 def differences_of(
@@ -90,7 +113,27 @@ def differences_of(
     kind = _kind_of(file, chosen, weights_kind)
     if kind is None:
         kind = decide_kind(tensors, published_base(tensors, key_map, base, source), source)
-    return FoundDifferences(host_differences(tensors, key_map, base, kind, source), kind, len(tensors))
+    found = host_differences(tensors, key_map, base, kind, source)
+    cautions: tuple[str, ...] = ()
+    if weights_kind != "auto":
+        cautions = _other_kind(tensors, published_base(tensors, key_map, base, source), kind, source)
+    return FoundDifferences(found, kind, len(tensors), cautions)
+
+
+def _other_kind(
+    tensors: Mapping[str, torch.Tensor], base: BaseWeights, kind: WeightsKind, source: str
+) -> tuple[str, ...]:
+    """A warning where the weights look like the kind that was not chosen; none where they cannot be told."""
+    try:
+        seen = decide_kind(tensors, base, source)
+    except checkpoint.CheckpointError:
+        return ()
+    if seen is kind:
+        return ()
+    return (
+        f"{source}: weights_kind is {kind.value}, but the weights look like {seen.value}: the model is spoilt so. Set "
+        "weights_kind to auto.",
+    )
 
 
 def _weights_of(file: ControlFile, chosen: ChosenWeights) -> Mapping[str, torch.Tensor]:

@@ -10,10 +10,9 @@ from comfy.model_patcher import ModelPatcher, get_key_weight
 from torch import Tensor
 
 from ...low_rank import Differences
-from ..sampling.next_forward import KEY
+from ..sampling.cautions import WEIGHTS_KEY
 
 PLAIN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-WEIGHTS_KEY = f"{KEY}_weights"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from ...memory import rows_at_once
 from ...specs import Gain
 from ..bases.base import LoadedBase
 from ..bases.table import loaded_base
-from ..bases.tokens import note_reference
+from ..feedback import warn_once
+from .cautions import control_cautions, has_one_colour, model_cautions, patcher_of
 from .control_options import ControlOptions
 from .features import CACHE
 from .halves import chunk_gains, half_gains, needs_halves, places_hook
@@ -37,8 +38,8 @@ class HostControl(ControlBase):
     gain: Gain = Gain()
     """The gain of each half at strength 1, with the learned `scale` of the file where it has one."""
     scale: float | None = None
-    hints_together = 1
-    """Hints that become one feature map: the frames of a latent frame, where a clip has some."""
+    weights_source: str | None = None
+    """The file whose weights the loader put on its MODEL; None for no weights."""
     has_parts = False
     """True: `parts` and `time_mix` of the options mean something."""
 
@@ -65,7 +66,8 @@ class HostControl(ControlBase):
         for other shapes and for hints with NaN.
         """
         super().set_cond_hint(clean_hint(cond_hint, self.name), strength, timestep_percent_range)
-        self.__dict__.pop("hint_id", None)
+        for known in ("hint_id", "one_colour"):
+            self.__dict__.pop(known, None)
         return self
 
     def copy_to(self, c: ControlBase) -> None:
@@ -109,12 +111,19 @@ class HostControl(ControlBase):
         # channels last, as an IMAGE lies in memory; one at a time: a copy of a long video would be gigabytes
         return content_id(frame.movedim(0, -1) for frame in self.cond_hint_original)
 
+    @functools.cached_property
+    def one_colour(self) -> bool:
+        """True: the hint is the same everywhere, once per Apply."""
+        return has_one_colour(self.cond_hint_original)
+
     # -- life cycle, called by the host ---------------------------------------------------------------------
 
     def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
         super().pre_run(model, percent_to_timestep_function)
         base = loaded_base(model)
         self.check(base)
+        for caution in (*control_cautions(self), *model_cautions(self, patcher_of(model))):
+            warn_once(caution)
         self.run = SamplingRun(base, model.model_sampling)
         release_after_failure(self, model)
         CACHE.begin_run()

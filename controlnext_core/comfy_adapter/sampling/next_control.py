@@ -35,6 +35,8 @@ class LoadedControlNeXt:
     """Content hash of the weights with what else changes the features: build and dtype."""
     scale: float | None
     """The learned gain of the file, for the variants that have one."""
+    weights_source: str | None = None
+    """The file whose weights the loader put on its MODEL; None for no weights."""
 
 
 class ControlNeXtControl(HostControl):
@@ -43,7 +45,7 @@ class ControlNeXtControl(HostControl):
     def __init__(self, net: LoadedControlNeXt) -> None:
         super().__init__()
         self.net = net
-        self.name = net.name
+        self.name, self.weights_source = net.name, net.weights_source
         self.gain, self.scale = net.spec.fusion.gain, net.scale
         self.compression_ratio = FAMILIES[net.spec.family].pixels
         self.hints_together = FAMILIES[net.spec.family].frames or 1

@@ -1,0 +1,69 @@
+"""Warnings about settings with which a control does nothing, or does harm: for the node and the log."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...schedule import Schedule
+from .next_forward import KEY
+
+if TYPE_CHECKING:
+    from .host_control import HostControl
+
+WEIGHTS_KEY = f"{KEY}_weights"
+"""Attachment of a MODEL: control weights that our loaders put on it."""
+MAX_STRENGTH = 10
+"""Largest strength that the Apply nodes offer; more in a schedule is taken for a slip."""
+
+
+def control_cautions(control: HostControl) -> list[str]:
+    """Sentences about the hint, the range, the masks and the schedule of a control; empty where all is well."""
+    start, end = control.timestep_percent_range
+    found = []
+    if start > end:
+        found.append(
+            f"start_percent {start:g} is after end_percent {end:g}: the control never acts. Exchange the two numbers."
+        )
+    if control.options.masked_out:
+        found.append("the mask is 0 everywhere: the control never acts. Check the mask, or disconnect it.")
+    if control.cond_hint_original is not None and control.one_colour:
+        found.append("the hint has one colour everywhere and says nothing. Check the node that makes it.")
+    found += schedule_cautions(control.options.schedule)
+    return [f"{control.name}: {sentence}" for sentence in found]
+
+
+def schedule_cautions(schedule: Schedule) -> list[str]:
+    """A sentence about strengths of a schedule that are beyond what the Apply nodes offer."""
+    high = [f"{strength:g} at {percent:g}" for percent, strength in schedule.points if strength > MAX_STRENGTH]
+    if not high:
+        return []
+    return [f"schedule: strength {high[0]} is above {MAX_STRENGTH}. Pairs are percent:strength; is it a slip?"]
+
+
+def model_cautions(control: HostControl, patcher: ModelPatcher | None) -> list[str]:
+    """A sentence where the sampled MODEL lacks the weights that the loader put on its own one."""
+    source = control.weights_source
+    if source is None or patcher is None:
+        return []
+    sources = [weights.source for weights in patcher.get_attachment(WEIGHTS_KEY) or ()]
+    if source in sources:
+        return []
+    return [
+        f"{control.name}: the model lacks the weights that came with this control: its wire went past the loader. "
+        "Connect MODEL from Load ControlNeXt."
+    ]
+
+
+def has_one_colour(hint: Tensor) -> bool:
+    """True: every pixel of every image has the same value. hint: (n, C, H, W)."""
+    first = hint[:1, :, :1, :1]
+    return bool(torch.all(hint == first))
+
+
+def patcher_of(model: Any) -> ModelPatcher | None:
+    """The patcher of a host's BaseModel while it samples; None elsewhere."""
+    return getattr(model, "current_patcher", None)
