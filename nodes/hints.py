@@ -58,7 +58,7 @@ class ControlNeXtPoseAlign(ControlNode):
 class ControlNeXtSampleInputs(ControlNode):
     """Hints, a photograph and clips to try a graph with."""
 
-    SEARCH = ("example", "demo", "canny", "depth", "pose", "controlnet")
+    SEARCH = ("example", "demo", "canny", "edges", "depth", "pose", "controlnet")
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -95,7 +95,7 @@ def recipe_of_node(text: str) -> dict[str, Any]:
 class ControlNeXtTrain(ControlNode):
     """Train a ControlNeXt or a ControlNet-XS and load what was saved."""
 
-    SEARCH = ("train", "fine-tune", "controlnet", "lora", "controlnext")
+    SEARCH = ("train", "fine-tune", "controlnet", "lora")
 
     @classmethod
     def define_schema(cls) -> io.Schema:
