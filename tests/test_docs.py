@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 HELP = ROOT / "web" / "docs"
 README = (ROOT / "README.md").read_text("utf-8")
-CHINESE = re.compile("[\u4e00-\u9fff]")
+LETTERS = {
+    "zh": re.compile("[\u4e00-\u9fff]"),
+    "ja": re.compile("[\u3040-\u30ff]"),
+    "ko": re.compile("[\uac00-\ud7a3]"),
+}
+"""Letters of which each text of a language has some: Han, kana, Hangul."""
 PAGE_LINES = 90
 README_LINES = 200
 TEXTS = [
@@ -30,19 +35,24 @@ def locale(language: str) -> dict[str, Any]:
     return json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text("utf-8"))
 
 
-def leaves(texts: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], str]:
-    """{path of keys: text}"""
-    if not isinstance(texts, dict):
-        return {path: texts}
-    return {place: text for key, value in texts.items() for place, text in leaves(value, (*path, key)).items()}
+@pytest.mark.parametrize("language", make_locales.LANGUAGES)
+def test_translations_are_of_the_present_english(language: str) -> None:
+    assert make_locales.out_of_date(language) == []
+    letters = LETTERS[language]
+    plain = {key: text for key, text in make_locales.texts_of(language).items() if not key.endswith(".name")}
+    assert [key for key, text in plain.items() if not letters.search(text)] == []
 
 
-def test_chinese_has_the_keys_of_english() -> None:
-    english, chinese = leaves(locale("en")), leaves(locale("zh"))
-    assert chinese.keys() == english.keys()
-    assert all(text.strip() for text in chinese.values())
-    untranslated = [place for place, text in chinese.items() if place[-1] != "name" and not CHINESE.search(text)]
-    assert untranslated == []
+def test_a_changed_lost_or_left_over_text_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {language: make_locales.texts_of(language) for language in ("en", "ja")}
+    mask, strength = "ControlNeXtApply.inputs.mask.tooltip", "ControlNeXtApply.inputs.strength.tooltip"
+    texts["en"][mask] += " More."
+    texts["ja"][strength] = ""
+    texts["ja"]["Gone.description"] = "x"
+    monkeypatch.setattr(make_locales, "texts_of", texts.__getitem__)
+    said = make_locales.out_of_date("ja")
+    assert [line.partition(":")[0] for line in said] == [strength, "Gone.description", mask]
+    assert "no ja text for '1 as released, 0 no control.'" in said[0] and "--translated ja" in said[2]
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
@@ -157,7 +167,7 @@ def test_the_host_serves_help_texts_and_workflows(server: "ComfyServer") -> None
     for path in HELP.glob("*.md"):
         assert server.request(f"/extensions/{pack}/docs/{path.name}") == path.read_bytes()
     translations = server.get("/i18n")
-    for language in ("en", "zh"):
+    for language in ("en", *make_locales.LANGUAGES):
         for name, texts in locale(language).items():
             assert translations[language]["nodeDefs"][name] == texts
     names = [describe().title for describe in make_workflows.WORKFLOWS]

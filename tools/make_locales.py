@@ -1,9 +1,13 @@
 """Write locales/en/nodeDefs.json: `python tools/make_locales.py [ADDRESS]`
 
 ADDRESS is a running ComfyUI with this pack (default 127.0.0.1:8188). The English texts are those of the nodes; other
-languages are written by hand to the same keys. Tests fail where the English file differs or another one lacks a key.
+languages are written by hand to the same keys. `python tools/make_locales.py --translated ja` notes that the Japanese
+texts are translations of the present English ones, in tools/translated_from.json: a hash of the English text by
+language and key. Tests fail where the English file differs, and name each text that another language lacks or that was
+translated from another English text.
 """
 
+import hashlib
 import json
 import runpy
 import sys
@@ -19,6 +23,8 @@ from comfyui_controlnext.tools.comfy_client import ComfyClient, ComfyError  # no
 ROOT = Path(__file__).resolve().parents[1]
 CATEGORY = "ControlNeXt"
 PATH = ROOT / "locales" / "en" / "nodeDefs.json"
+LANGUAGES = ("zh", "ja", "ko")
+TRANSLATED = ROOT / "tools" / "translated_from.json"
 
 
 def own_nodes(object_info: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,6 +57,48 @@ def english(object_info: Mapping[str, Any]) -> str:
     return json.dumps(texts, indent=2, ensure_ascii=False) + "\n"
 
 
+def texts_of(language: str) -> dict[str, str]:
+    """The texts of a language by key: `ControlNeXtApply.inputs.mask.tooltip`."""
+    found: dict[str, str] = {}
+
+    def take(values: Mapping[str, Any], keys: tuple[str, ...]) -> None:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                take(value, (*keys, key))
+            else:
+                found[".".join((*keys, key))] = value
+
+    take(json.loads(PATH.parents[1].joinpath(language, "nodeDefs.json").read_text("utf-8")), ())
+    return found
+
+
+def stamp(text: str) -> str:
+    """A short hash of an English text."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:8]
+
+
+def out_of_date(language: str) -> list[str]:
+    """Sentences that name each text of a language that is missing, left over, or translated from other English."""
+    english, theirs = texts_of("en"), texts_of(language)
+    noted = json.loads(TRANSLATED.read_text("utf-8")).get(language, {})
+    missing = [f"{key}: no {language} text for {text!r}" for key, text in english.items() if not theirs.get(key)]
+    left = [f"{key}: a {language} text of no node" for key in theirs.keys() - english.keys()]
+    changed = [
+        f"{key}: translate {text!r} again into {language}, then run tools/make_locales.py --translated {language}"
+        for key, text in english.items()
+        if key in theirs and noted.get(key) != stamp(text)
+    ]
+    return [*missing, *sorted(left), *changed]
+
+
+def note_translated(language: str) -> None:
+    """Note the present English texts as those that the language's texts were made from."""
+    noted = json.loads(TRANSLATED.read_text("utf-8")) if TRANSLATED.is_file() else {}
+    theirs = texts_of(language)
+    noted[language] = {key: stamp(text) for key, text in texts_of("en").items() if key in theirs}
+    TRANSLATED.write_text(json.dumps(noted, indent=1) + "\n", encoding="utf-8", newline="\n")
+
+
 def main(address: str = "127.0.0.1:8188") -> None:
     """Ask the server at `address` for its nodes and write the file."""
     PATH.parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +108,10 @@ def main(address: str = "127.0.0.1:8188") -> None:
 
 if __name__ == "__main__":
     try:
-        main(*sys.argv[1:2])
+        if sys.argv[1:2] == ["--translated"]:
+            for language in sys.argv[2:]:
+                note_translated(language)
+        else:
+            main(*sys.argv[1:2])
     except ComfyError as error:
         sys.exit(str(error))
