@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from .settings import ConfigError
 
-class MissingOptimizerError(ImportError):
+
+class MissingOptimizerError(ConfigError):
     """The optimizer's package is not installed or does not work here. The message says what to install."""
 
 
@@ -36,6 +38,28 @@ OPTIMIZERS: dict[str, OptimizerSource] = {
 """Name in a recipe -> where it comes from."""
 
 
+def check_optimizer(name: str, rates: Sequence[float]) -> Any:
+    """The optimizer's class; rates: learning rates of all groups.
+
+    Raises MissingOptimizerError, and ValueError for rates that the optimizer does not take.
+    """
+    row = OPTIMIZERS[name]
+    found = sorted(set(rates))
+    if row.own_rate and len(found) > 1:
+        raise ValueError(
+            f"{name} finds the learning rate itself and takes one factor for all weights, but learning_rate and "
+            f"control_learning_rate are {' and '.join(f'{rate:g}' for rate in found)}. Set both to 1."
+        )
+    try:
+        return getattr(importlib.import_module(row.package), row.name)
+    except (ImportError, AttributeError, RuntimeError, OSError) as error:
+        package = row.package.split(".")[0]
+        raise MissingOptimizerError(
+            f"optimizer: {name} needs the package {package}, which did not load ({error}). Run "
+            f"`pip install -U {package}` in ComfyUI's Python, or choose adamw."
+        ) from error
+
+
 def build(
     name: str,
     groups: Sequence[Mapping[str, Any]],
@@ -48,27 +72,13 @@ def build(
 
     Raises MissingOptimizerError, and ValueError for rates that the optimizer does not take.
     """
-    row = OPTIMIZERS[name]
-    rates = sorted({float(group["lr"]) for group in groups})
-    if row.own_rate and len(rates) > 1:
-        raise ValueError(
-            f"{name} finds the learning rate itself and takes one factor for all weights, but learning_rate and "
-            f"control_learning_rate are {' and '.join(f'{rate:g}' for rate in rates)}. Set both to 1."
-        )
-    try:
-        made = getattr(importlib.import_module(row.package), row.name)
-    except (ImportError, AttributeError, RuntimeError, OSError) as error:
-        package = row.package.split(".")[0]
-        raise MissingOptimizerError(
-            f"optimizer: {name} needs the package {package}, which did not load ({error}). Run "
-            f"`pip install -U {package}` in ComfyUI's Python, or choose adamw."
-        ) from error
+    made = check_optimizer(name, [float(group["lr"]) for group in groups])
     optimizer: torch.optim.Optimizer = made(
         [dict(group) for group in groups],
         betas=betas,
         eps=eps,
         weight_decay=weight_decay,
-        **row.options,
+        **OPTIMIZERS[name].options,
     )
     if hasattr(optimizer, "train"):  # schedule-free; see weights_to_read
         optimizer.train()

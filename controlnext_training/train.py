@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import state
-from .base_model.controlled import check_fits
+from .base_model.before import check_before
 from .base_model.controls import MakeControl, new_control
 from .base_model.encode import BaseWithEncoders, device_of_host, is_interruption, is_out_of_memory, make_room
 from .config import TrainConfig
@@ -76,8 +76,7 @@ def train(
     group = group or ProcessGroup()
     with run_lock(files.folder) if group.is_main else contextlib.nullcontext():
         torch.manual_seed(config.seed)  # for code that uses torch's global random state, such as the host's layers
-        check_fits(base.model, config)
-        base.check()
+        check_before(base, config)
         saved = open_run(files, config, base, group, observer)
         cache = Cache(files.cache) if config.cache else MemoryCache()
         samples = encode_samples(base, data, held_out, config, cache, group, observer)

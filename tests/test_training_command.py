@@ -134,6 +134,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(host: Path, recipe: Path) -> 
         (["--base", "nothing.safetensors"], "base: neither"),
         (["--base", "damaged.safetensors"], "damaged.safetensors: cannot be read"),
         (["--base", "other.safetensors"], "other.safetensors is no model that ComfyUI knows"),
+        (["--base", "page.ckpt"], "is a page of the web (HTML)"),
+        (["--optimizer", "prodigy"], "needs the package prodigyopt"),
+        (["--variant", "sd15", "--trainable", "re:nothing_of_this"], "selects none of the"),
         (["--variant", "sdxl"], "is a SDXL control (sdxl), but the connected model is SD1.5"),
         (["--comfyui", "x"], "stands before CONFIG.toml"),
         (["steps=5"], "Write settings as --steps 1000"),
@@ -142,6 +145,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(host: Path, recipe: Path) -> 
 def test_what_is_wrong_is_said_in_a_sentence(host: Path, recipe: Path, arguments: list[str], says: str) -> None:
     recipe.with_name("damaged.safetensors").write_bytes(b"not a model")
     checkpoint.save(recipe.with_name("other.safetensors"), {"a": torch.zeros(2)}, {})
+    recipe.with_name("page.ckpt").write_bytes(b"\n<!DOCTYPE html><html>")
     status, printed = train(host, str(recipe), *arguments)
     assert status == 1 and says in printed and "Traceback" not in printed, printed
     assert "encoding" not in printed, "it is said before work begins"

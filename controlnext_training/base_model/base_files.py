@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from .encode import BaseWithEncoders, device_of_host
 PARTS = ("model", "clip", "vae", "vision")
 """Parts of a checkpoint, in the order in which the host's loader returns them."""
 UNET_PREFIX = "model.diffusion_model."
+UNREADABLE = (RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError)
+"""Errors of the host's loader, and of torch's below it, for bytes that are no model."""
 HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -55,6 +58,7 @@ class _Files:
     @classmethod
     def of(cls, config: TrainConfig, folder: Path) -> _Files:
         path = _find("base", config.base, ("checkpoints", "diffusion_models"), folder)
+        refuse_other_content("base", path)
         header = checkpoint.peek(path) if path.suffix == ".safetensors" else None  # names a damaged file in words
         on_cpu = device_of_host().type == "cpu"
         halves = half_dtype(header) if header is not None and config.checkpointing and on_cpu else None
@@ -82,7 +86,7 @@ class _Files:
                 output_clipvision="vision" in wanted,
                 model_options=self.options,
             )
-        except RuntimeError as error:
+        except UNREADABLE as error:
             raise ConfigError(f"base: {self.base} is no model that ComfyUI knows. Choose another.") from error
         return model, clip, None if getattr(vae, "first_stage_model", None) is None else vae, vision
 
@@ -98,6 +102,25 @@ class _Files:
             paths = [str(path) for path in self.clip]
             return comfy.sd.load_clip(paths, embeddings, clip_type=getattr(comfy.sd.CLIPType, kind))
         return self.read(name)[PARTS.index(name)]
+
+
+STARTS: dict[bytes, str] = {
+    b"\x89PNG": "is a picture (PNG)",
+    b"\xff\xd8\xff": "is a picture (JPEG)",
+    b"<!doctype": "is a page of the web (HTML), as a failed download leaves it",
+    b"<html": "is a page of the web (HTML), as a failed download leaves it",
+    b"version https://git-lfs": "is a pointer of git-lfs and not the file itself; `git lfs pull` fetches that",
+}
+"""First bytes of a file, in small letters where they are text -> kind of file that is taken for weights by mistake."""
+
+
+def refuse_other_content(key: str, path: Path) -> None:
+    """Raise ConfigError, which names the key, for a file that is a picture, a page or a pointer of git-lfs."""
+    with open(path, "rb") as file:
+        start = file.read(64).lstrip()
+    for known, kind in STARTS.items():
+        if start.startswith(known) or start.lower().startswith(known):
+            raise ConfigError(f"{key}: {path} {kind}. Download the model again, or choose another file.")
 
 
 def half_dtype(header: checkpoint.Header) -> torch.dtype | None:

@@ -1,0 +1,47 @@
+"""Checks of a run before anything is encoded: what is asked for is there and fits the base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ...controlnext_core.comfy_adapter.bases.table import loaded_base
+from ..choices import XS
+from ..config import ConfigError, TrainConfig
+from ..optimizers import check_optimizer
+from .controlled import check_fits, names_that_train
+from .controls import new_control
+from .encode import BaseWithEncoders
+
+
+def check_before(base: BaseWithEncoders, config: TrainConfig) -> None:
+    """Raise ConfigError, CheckpointError or ValueError for what a run would otherwise find after hours of encoding.
+
+    These are: the control's family, the encoders, `trainable` with `blocks`, `init_control`, and the optimizer.
+    """
+    check_fits(base.model, config)
+    base.check()
+    base_trains = config.variant != XS and config.trainable != "none"
+    rates = [config.control_learning_rate, *([config.learning_rate] if base_trains else [])]
+    check_optimizer(config.optimizer, rates)
+    _check_selection(base.model, config)
+    _check_start(base.model, config)
+
+
+def _check_selection(model: ModelPatcher, config: TrainConfig) -> None:
+    if config.variant != XS:
+        names_that_train(loaded_base(model.model), model.model.diffusion_model, config)
+
+
+def _check_start(model: ModelPatcher, config: TrainConfig) -> None:
+    """Read the control file to start from into a control, which is dropped."""
+    if not config.init_control:
+        return
+    if not Path(config.init_control).is_file():
+        raise ConfigError(
+            f"init_control: {config.init_control} is no file. Set it to a control file, relative to the recipe's "
+            "folder, or leave it empty to start from fresh weights."
+        )
+    new_control(config, loaded_base(model.model), torch.device("cpu"))
