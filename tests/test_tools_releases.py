@@ -189,3 +189,15 @@ def test_demo_comfy_and_train_choose_and_the_others_take_the_wheel() -> None:
 
 def test_a_clone_asks_for_no_password() -> None:
     assert releases._environment()["GIT_TERMINAL_PROMPT"] == "0" and "PATH" in os.environ
+
+
+@pytest.mark.parametrize("flag", ["--comfyui", "--comfyui-release=wheel", "--venv", "--cpu"])
+def test_a_misplaced_option_of_train_is_told_before_git_is_asked(
+    flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(cli, "bring_host", lambda *given: asked.append(given))
+    monkeypatch.setattr(cli, "_own", lambda options: asked.append(options))
+    assert cli.main(["train", "recipe.toml", "--steps", "5", flag, "x"]) == 1
+    said = capsys.readouterr()
+    assert f"{flag}: stands before CONFIG.toml" in said.err and said.out == "" and asked == []

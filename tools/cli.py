@@ -33,7 +33,8 @@ class Command:
     """level: which pinned lists it needs ("host" or "test"), empty for none: this Python runs it, whatever it has;
     add: its own options; run: returns the exit status.
 
-    newest: True means that it brings the pinned release of ComfyUI where git reaches that, and else the wheel.
+    newest: True means that it brings the pinned release of ComfyUI where git reaches that, and else the wheel; check:
+    raises SetupError for options that cannot be, before anything is brought.
     """
 
     help: str
@@ -41,6 +42,7 @@ class Command:
     add: Callable[[Parser], None]
     run: Callable[[argparse.Namespace], int]
     newest: bool = False
+    check: Callable[[argparse.Namespace], None] = lambda options: None
 
 
 def clone_folder() -> Path:
@@ -172,6 +174,12 @@ def _add_train(parser: Parser) -> None:
     add_options(parser)
 
 
+def _check_train(options: argparse.Namespace) -> None:
+    from .train import check_order
+
+    check_order(options)
+
+
 def _train(options: argparse.Namespace) -> int:
     from .train import run_train
 
@@ -197,7 +205,9 @@ COMMANDS = {
     ),
     "comfy": Command("start ComfyUI with the pack, for use in a browser", "host", _add_comfy, _comfy, True),
     "convert": Command("write a ControlNet-XS file with the other set of names", "host", _add_convert, _convert),
-    "train": Command("train a ControlNeXt or a ControlNet-XS from a recipe", "host", _add_train, _train, True),
+    "train": Command(
+        "train a ControlNeXt or a ControlNet-XS from a recipe", "host", _add_train, _train, True, _check_train
+    ),
     "train-demo": Command("make the weights of the demo again, in hours", "host", _add_train_demo, _train_demo),
     "bench": Command("measure speed and memory beside the bare model and stock ControlNet", "host", _add_bench, _bench),
     "queue": Command("run one workflow many times on several ComfyUIs that run", "", _add_queue, _queue),
@@ -267,6 +277,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     command = COMMANDS[options.command]
     try:
+        command.check(options)
         bring = command.newest and _own(options) is None
         python, again = bring_host(options, arguments) if bring else (None, arguments)
         if (not bring or options.brought is None) and (command.level or options.venv):

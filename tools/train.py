@@ -18,6 +18,7 @@ RECIPES = ROOT / "controlnext_training" / "recipes"
 
 TINY = "tiny_sd3.ckpt"
 """A base with random weights for `tiny_transformer.toml`, made where it is missing, out of sight of the loaders."""
+BEFORE_RECIPE = ("comfyui", "comfyui_release", "venv", "cpu")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +36,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _name(flag: str) -> str:
+    return flag.lstrip("-").partition("=")[0].replace("-", "_")
+
+
+def check_order(options: argparse.Namespace) -> None:
+    """Raise SetupError for an option of run.py among the settings, before anything is brought or downloaded."""
+    for flag in options.settings:
+        if flag.startswith("--") and _name(flag) in BEFORE_RECIPE:
+            raise SetupError(f"{flag}: stands before CONFIG.toml. Type run.py train {flag} ... CONFIG.toml")
+
+
 def settings(given: list[str]) -> dict[str, object]:
     """The settings that stand after the recipe; ends the process with the list of them for --help."""
     from ..controlnext_training.config_files import add_flags, checked, flags_given
@@ -43,9 +55,7 @@ def settings(given: list[str]) -> dict[str, object]:
     add_flags(parser)
     options, unknown = parser.parse_known_args(given)
     if unknown:
-        name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
-        if name in ("comfyui", "venv", "cpu"):
-            raise SetupError(f"{unknown[0]}: stands before CONFIG.toml. Type run.py train {unknown[0]} ... CONFIG.toml")
+        name = _name(unknown[0])
         if not unknown[0].startswith("-"):
             raise SetupError(f"{unknown[0]!r} after CONFIG.toml is not understood. Write settings as --steps 1000")
         checked(name, None)  # says which setting may be meant
