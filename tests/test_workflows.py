@@ -44,6 +44,7 @@ TINY: dict[str, dict[str, Any]] = {
     "ControlNeXtTrain": {"steps": 2, "batch_size": 1, "config": "validate_every = 0", "resume": False},
     "SVD_img2vid_Conditioning": {"width": SIZE, "height": SIZE, "augmentation_level": 0.0},
     "ControlNeXtVideoWindows": {"length": 4, "overlap": 1},
+    "LatentUpscaleBy": {"scale_by": 1.0},
     "SaveAnimatedWEBP": {"lossless": True},
 }
 SAVERS = ("SaveImage", "SaveAnimatedWEBP", "SaveVideo")
@@ -74,7 +75,7 @@ def test_a_title_is_a_file_name_on_every_system_and_every_input_comes_with_the_p
 def test_every_kind_of_control_is_shown_through_both_doors() -> None:
     used = {name: {node["class_type"] for node in prompt(name).values()} for name in NAMES}
     xs = [name for name in NAMES if name.startswith("xs_")]
-    assert {"xs_sd15_canny", "xs_sdxl_canny", "xs_sdxl_depth", "xs_controlnext_lora"} == set(xs)
+    assert {"xs_sd15_canny", "xs_sdxl_canny", "xs_sdxl_depth", "xs_sdxl_two", "xs_controlnext_lora"} == set(xs)
     assert all("ControlNetXSLoader" in used[name] for name in xs)
     for names in (xs, [name for name in NAMES if name.startswith("sd")]):
         assert {door for name in names for door in used[name]} >= set(APPLIERS)

@@ -31,19 +31,22 @@ SHOWN: dict[str, tuple[Column, int]] = {
     "demo_train": (EDGES, 12),
     "sd15_canny": (EDGES, 3),
     "sd15_depth": (DEPTH, 4),
+    "sd15_depth_in_mask": (DEPTH, 12),
     "sd15_mask": (MASK, 3),
     "sdxl_canny": (EDGES, 23),
+    "sdxl_second_pass": (EDGES, 12),
     "sdxl_depth": (DEPTH, 12),
     "sdxl_lora_two_controls": (TWO, 4),
     "xs_sd15_canny": (XS, 3),
     "xs_sdxl_canny": (XS, 4),
     "xs_sdxl_depth": (DEPTH, 23),
+    "xs_sdxl_two": (XS, 23),
     "xs_controlnext_lora": (XS, 12),
     "train_sd15": (EDGES, 33),
 }
 """Workflow -> the demo's controls that stand for its own, and the number of a scene that no training saw."""
 CLIP = ("photo", "pose_clip", "pose_clip", "pose_clip")
-SAMPLES = {"sd15_pose": ("pose",), "svd_short_clip": CLIP, "svd_long_clip": CLIP}
+SAMPLES = {"sd15_pose": ("pose",), "sd15_pose_positive": ("pose",), "svd_short_clip": CLIP, "svd_long_clip": CLIP}
 """Workflow -> kinds of its sample inputs, where the demo has no control of the kind."""
 STRENGTHS = (0.0, 0.5, 1.0)
 SIDE, GAP, QUALITY = 238, 4, 82

@@ -1,4 +1,4 @@
-"""Write example_workflows/: `python tools/make_workflows.py [ADDRESS]`
+"""Write example_workflows/ and subgraphs/: `python tools/make_workflows.py [ADDRESS]`
 
 ADDRESS is a running ComfyUI with this pack (default 127.0.0.1:8188, `python run.py comfy` starts one); it is asked for
 its nodes, nothing else. Each workflow is described once, in tools/workflows/; a test fails where the files differ.
@@ -14,8 +14,9 @@ if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
 from comfyui_controlnext.tools.comfy_client import ComfyClient, ComfyError  # noqa: E402
+from comfyui_controlnext.tools.workflow_blueprints import Blueprint, blueprint_format  # noqa: E402
 from comfyui_controlnext.tools.workflow_graph import ObjectInfo, Workflow, api_format, page_format  # noqa: E402
-from comfyui_controlnext.tools.workflows import controlnext, demo, training, video, xs  # noqa: E402
+from comfyui_controlnext.tools.workflows import blueprints, controlnext, demo, training, video, xs  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parents[1] / "example_workflows"
 WORKFLOWS: tuple[Callable[[], Workflow], ...] = (
@@ -23,23 +24,29 @@ WORKFLOWS: tuple[Callable[[], Workflow], ...] = (
     demo.demo_train,
     controlnext.sd15_canny,
     controlnext.sd15_depth,
+    controlnext.sd15_depth_in_mask,
     controlnext.sd15_pose,
+    controlnext.sd15_pose_positive,
     controlnext.sd15_mask,
     controlnext.sdxl_canny,
+    controlnext.sdxl_second_pass,
     controlnext.sdxl_depth,
     controlnext.sdxl_lora_two_controls,
     xs.xs_sd15_canny,
     xs.xs_sdxl_canny,
     xs.xs_sdxl_depth,
+    xs.xs_sdxl_two,
     xs.xs_controlnext_lora,
     video.svd_short_clip,
     video.svd_long_clip,
     training.train_sd15,
 )
+BLUEPRINTS: tuple[Callable[[], Blueprint], ...] = (blueprints.controlnext_from_picture, blueprints.xs_from_picture)
+SUBGRAPHS = FOLDER.with_name("subgraphs")
 
 
 def files(object_info: ObjectInfo) -> dict[Path, str]:
-    """Every file of example_workflows/ that this script writes, with its text."""
+    """Every file that this script writes, with its text."""
     written: dict[Path, str] = {}
     for describe in WORKFLOWS:
         workflow = describe()
@@ -47,8 +54,14 @@ def files(object_info: ObjectInfo) -> dict[Path, str]:
             (FOLDER / f"{workflow.title}.json", page_format),
             (FOLDER / "api" / f"{workflow.name}.json", api_format),
         ):
-            written[path] = json.dumps(made(workflow, object_info), indent=2, ensure_ascii=False) + "\n"
+            written[path] = _text(made(workflow, object_info))
+    for blueprint in (describe() for describe in BLUEPRINTS):
+        written[SUBGRAPHS / f"{blueprint.inner.title}.json"] = _text(blueprint_format(blueprint, object_info))
     return written
+
+
+def _text(graph: object) -> str:
+    return json.dumps(graph, indent=2, ensure_ascii=False) + "\n"
 
 
 def main(address: str = "127.0.0.1:8188") -> None:

@@ -1,8 +1,8 @@
 """A workflow described once, written twice: as a graph for the page and in the API's format.
 
 Which inputs are widgets, their order and the outputs come from what a running host says of its nodes (/object_info),
-so that a description names inputs and outputs only. Positions follow from columns: each column is a group on the
-page, its nodes stacked from top to bottom. Standard library only.
+so that a description names inputs and outputs only. Positions follow from the groups (`workflow_layout`), and so do the
+lanes of wires (`workflow_wires`). Standard library only.
 """
 
 import uuid
@@ -10,31 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .workflow_layout import ARRANGEMENT, NOTE, WIDTH, Column, Member, place, size_of
+from .workflow_wires import SLOT, as_reroutes, group_box, node_box, route, wires_of
+
 ObjectInfo = Mapping[str, Mapping[str, Any]]
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 OPTIONAL_SHAPE = 7  # how the page draws the dot of an input that may stay empty
 
-TITLE, SLOT, WIDGET = 30, 20, 24  # heights in the page's units
-WIDTH = 300
-GAP, PADDING, GROUP_TITLE = 40, 20, 50
-SIZES = {  # of nodes that show text or pictures; all others follow from their slots
-    "CLIPTextEncode": (380, 140),
-    "ControlDatasetFolder": (380, 440),  # room for its sheet of pictures
-    "ControlNeXtTrain": (420, 760),  # room for the loss curve and the validation pictures
-    "ControlNeXtLoader": (380, 260),  # room for the report that appears when it has run
-    "ControlNetXSLoader": (380, 190),
-    "ControlNeXtSampleInputs": (300, 450),  # room for its picture
-    "GetImageSize": (300, 130),
-    "LossGraphNode": (420, 360),
-    "LoadImage": (300, 320),
-    "LoadVideo": (300, 620),  # as high as the page makes it for a portrait video
-    "PreviewImage": (300, 260),
-    "SaveAnimatedWEBP": (420, 460),
-    "SaveImage": (420, 460),
-    "SaveVideo": (420, 460),
-}
-NOTE, NOTE_COLOR, NOTE_BACKGROUND = "MarkdownNote", "#432", "#653"
-GROUP_COLORS = ("#3f789e", "#b58b2a", "#8888aa", "#a1309b", "#88aa88")
+NOTE_COLOR, NOTE_BACKGROUND = "#332d20", "#4a4230"
+OLD_WIDGET = 24  # height of a widget in the older renderer, for the wires that end at one
 
 
 @dataclass(frozen=True)
@@ -60,14 +44,15 @@ class Output:
 
 @dataclass
 class Node:
-    """One node; `node["MODEL"]` is its output of that name."""
+    """One node; `node["MODEL"]` is its output of that name. stack: the first (0) or second (1) of its group."""
 
     id: int
     type: str
-    column: int
+    group: int
     inputs: dict[str, Any]
     title: str | None = None
     models: tuple[Model, ...] = ()
+    stack: int | None = None
 
     def __getitem__(self, name: str) -> Output:
         return Output(self, name)
@@ -75,24 +60,25 @@ class Node:
 
 @dataclass
 class Workflow:
-    """Nodes in columns. name: an identifier; title: its name on the page and of its file; columns: their titles."""
+    """Nodes in groups. name: an identifier; title: its name on the page and of its file; groups: their titles."""
 
     name: str
     title: str
-    columns: tuple[str, ...]
+    groups: tuple[str, ...]
     nodes: list[Node] = field(default_factory=list)
+    arrangement: tuple[Column, ...] = ARRANGEMENT
 
     def add(
-        self, column: int, type: str, title: str | None = None, models: tuple[Model, ...] = (), **inputs: Any
+        self, group: int, type: str, title: str | None = None, models: tuple[Model, ...] = (), **inputs: Any
     ) -> Node:
-        """Add a node below those that its column has; give every input that differs from the node's default."""
-        node = Node(len(self.nodes) + 1, type, column, inputs, title, models)
+        """Add a node to a group; give every input that differs from the node's default."""
+        node = Node(len(self.nodes) + 1, type, group, inputs, title, models)
         self.nodes.append(node)
         return node
 
-    def note(self, column: int, text: str, height: int) -> None:
-        """Add a note. text: Markdown."""
-        self.add(column, NOTE, "Note", text=text.strip(), height=height)
+    def note(self, group: int, title: str, text: str, height: int) -> Node:
+        """Add a note. title: what it is about; text: Markdown, with names in bold: code is hard to read on notes."""
+        return self.add(group, NOTE, title, text=text.strip(), height=height)
 
 
 def split_inputs(info: Mapping[str, Any]) -> tuple[dict[str, tuple[Any, ...]], dict[str, tuple[Any, ...]]]:
@@ -167,17 +153,15 @@ def page_format(workflow: Workflow, object_info: ObjectInfo) -> dict[str, Any]:
                 entry["link"] = len(links)
                 origin = nodes[output.node.id]["outputs"][origin_slot]
                 origin["links"] = [*(origin["links"] or []), len(links)]
-    groups = _place(workflow, nodes)
+    graph = {"nodes": list(nodes.values()), "links": links, "groups": _place(workflow, nodes)}
     return {
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"controlnext/{workflow.name}")),
         "revision": 0,
         "last_node_id": len(workflow.nodes),
         "last_link_id": len(links),
-        "nodes": list(nodes.values()),
-        "links": links,
-        "groups": groups,
+        **graph,
         "config": {},
-        "extra": {},
+        "extra": _lanes(graph, _widget_heights(workflow, object_info)),
         "version": 0.4,
     }
 
@@ -216,8 +200,8 @@ def _page_node(node: Node, object_info: ObjectInfo) -> dict[str, Any]:
         made["properties"]["models"] = [model.entry() for model in node.models]
     made["widgets_values"] = values
     rows = max(len(sockets), len(info["output"]))
-    height = SLOT * rows + (WIDGET * len(values) + 8 if values else 0) + 6
-    made["size"] = list(SIZES.get(node.type, (WIDTH, height)))
+    footer = info["python_module"].startswith("custom_nodes.") or bool(node.models)
+    made["size"] = size_of(node.type, rows, len(values), footer)
     return made
 
 
@@ -227,21 +211,32 @@ def _input(name: str, kind: str, optional: bool) -> dict[str, Any]:
 
 
 def _place(workflow: Workflow, nodes: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Set positions column by column; return one group per column."""
-    groups: list[dict[str, Any]] = []
-    left = 0
-    for column, title in enumerate(workflow.columns):
-        members = [nodes[node.id] for node in workflow.nodes if node.column == column]
-        width = max(node["size"][0] for node in members)
-        top = GROUP_TITLE
-        for node in members:
-            node["size"][0] = width
-            node["pos"] = [left + PADDING, top + TITLE]
-            top += TITLE + node["size"][1] + GAP
-        bounding = [left, 0, width + 2 * PADDING, top - GAP + PADDING]
-        color = GROUP_COLORS[column % len(GROUP_COLORS)]
-        groups.append(
-            {"id": column + 1, "title": title, "bounding": bounding, "color": color, "font_size": 24, "flags": {}}
-        )
-        left += width + 2 * PADDING + GAP
-    return groups
+    """Set positions of the page nodes; return the groups."""
+    wires = [(value.node, node) for node in workflow.nodes for value in node.inputs.values() if is_output(value)]
+    feeding = {origin.id for origin, node in wires if origin.group == node.group}
+    members = [Member(nodes[node.id], node.group, node.stack, node.id in feeding) for node in workflow.nodes]
+    return place(workflow.groups, workflow.arrangement, members)
+
+
+def is_output(value: Any) -> bool:
+    """True for an input that a wire goes into."""
+    return isinstance(value, Output)
+
+
+def _widget_heights(workflow: Workflow, object_info: ObjectInfo) -> dict[tuple[int, str], float]:
+    """Where wires go into widgets: how far below the top of the node, by its number and the widget's name."""
+    found: dict[tuple[int, str], float] = {}
+    for node in workflow.nodes:
+        if node.type != NOTE:
+            info = object_info[node.type]
+            sockets, widgets = split_inputs(info)
+            above = SLOT * max(len(sockets), len(info["output"])) + OLD_WIDGET // 2
+            found |= {(node.id, name): above + OLD_WIDGET * place for place, name in enumerate(widgets)}
+    return found
+
+
+def _lanes(graph: Mapping[str, Any], widget_heights: Mapping[tuple[int, str], float]) -> dict[str, Any]:
+    """Reroute points for the wires that would pass behind a node or through a group of others."""
+    wires = wires_of(graph, widget_heights)
+    boxes = {node["id"]: node_box(node) for node in graph["nodes"]}
+    return as_reroutes(wires, route(wires, boxes, [group_box(group) for group in graph["groups"]]))

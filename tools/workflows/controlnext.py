@@ -2,22 +2,24 @@
 
 from ..workflow_graph import Workflow
 from .parts import (
-    CONDITION_IMAGE,
     CONTROL,
     HINT,
     MODELS,
-    PROMPTS,
+    RESULT,
     SD15,
     SDXL,
     SDXL_DEPTH,
     SIDE,
+    condition_note,
     edges,
     finish,
+    latent_beside_sampler,
     load_control,
     load_lora,
     prompts,
     published,
     sample,
+    sampler,
     start,
     stock_apply,
 )
@@ -37,12 +39,12 @@ def sd15_canny() -> Workflow:
     )
     workflow.note(
         MODELS,
+        "Bring your own control",
         """
-**Bring your own control.** No canny control for SD1.5 has been published. Put one that you trained into
-`models/controlnext/sd15_canny/` (controlnet.safetensors, and unet.safetensors if there is one), or choose another file
-above.
+No canny control for SD1.5 has been published. Put one that you trained into **models/controlnext/sd15_canny**
+(controlnet.safetensors, and unet.safetensors if there is one), or choose another file here.
 """,
-        120,
+        150,
     )
     positive, negative, latent = prompts(workflow, base["CLIP"], SD15, "a portrait in a sunlit garden, detailed photo")
     hint = edges(workflow, SD15)
@@ -51,8 +53,9 @@ above.
         CONTROL, "ControlNeXtApply", model=loader["MODEL"], control_net=loader["CONTROL_NET"], image=hint
     )
     workflow.note(
-        CONTROL,
-        "**strength** 1 is as trained, 0 switches the control off. *Apply ControlNeXt* controls every conditioning of "
+        RESULT,
+        "Strength",
+        "**1** is as trained, **0** switches the control off. *Apply ControlNeXt* controls every conditioning of "
         "the model, so the prompts go straight to the sampler.",
         120,
     )
@@ -67,7 +70,7 @@ def sd15_depth() -> Workflow:
         workflow, base["CLIP"], SD15, "a small stone house and a tree on a meadow at dawn, photo"
     )
     image = sample(workflow, "depth", SIDE[SD15], "Sample depth map")
-    workflow.note(HINT, CONDITION_IMAGE.format(what="depth"), 160)
+    condition_note(workflow, "depth")
     control = workflow.add(
         CONTROL, "ControlNeXtApply", model=loader["MODEL"], control_net=loader["CONTROL_NET"], image=image["IMAGE"]
     )
@@ -80,21 +83,71 @@ def sd15_pose() -> Workflow:
     loader = load_control(workflow, base["MODEL"], SD15_POSE)
     workflow.note(
         MODELS,
-        "Pose often works with the encoder alone: set **weights_name** to `none` to keep more of the checkpoint's own "
-        "style, at looser control.",
-        110,
+        "More of the checkpoint's style",
+        "Pose often works with the encoder alone: set **weights_name** to **none** to keep more of the checkpoint's "
+        "own style, at looser control.",
+        120,
     )
     positive, negative, latent = prompts(workflow, base["CLIP"], SD15, "a woman in a blue coat, street, detailed photo")
     image = sample(workflow, "pose", SIDE[SD15], "Sample pose")
-    workflow.note(HINT, CONDITION_IMAGE.format(what="pose (OpenPose skeleton)"), 160)
+    condition_note(workflow, "pose")
     control = stock_apply(workflow, positive, negative, loader, image["IMAGE"], 1.0, "Apply ControlNet (stock)")
     workflow.note(
-        CONTROL,
-        "The control also goes into the **stock** Apply node: then each conditioning is controlled by itself, and "
-        "areas, masks, timestep ranges and stock ControlNets chain as usual.",
-        130,
+        RESULT,
+        "Why the stock node",
+        "Each conditioning is controlled by itself here: areas, masks, timestep ranges and stock ControlNets chain as "
+        "usual.",
+        110,
     )
     return finish(workflow, loader["MODEL"], control["positive"], control["negative"], latent, base["VAE"])
+
+
+def sd15_pose_positive() -> Workflow:
+    """A pose that leaves the negative prompt alone."""
+    workflow, base = start("sd15_pose_positive", "SD1.5 pose, positive prompt only", SD15)
+    loader = load_control(workflow, base["MODEL"], SD15_POSE)
+    positive, negative, latent = prompts(workflow, base["CLIP"], SD15, "a dancer in a red dress, stage, detailed photo")
+    image = sample(workflow, "pose", SIDE[SD15], "Sample pose")
+    condition_note(workflow, "pose")
+    options = workflow.add(CONTROL, "ControlNeXtOptions", control_net=loader["CONTROL_NET"], apply_to="positive")
+    control = workflow.add(
+        CONTROL, "ControlNeXtApply", model=loader["MODEL"], control_net=options["CONTROL_NET"], image=image["IMAGE"]
+    )
+    workflow.note(
+        RESULT,
+        "Which prompt is controlled",
+        "**apply_to** at **positive** lets guidance push towards the hint: more control at the same strength. With "
+        "**both** the pose is held without that push.",
+        120,
+    )
+    made = finish(workflow, control["MODEL"], positive, negative, latent, base["VAE"])
+    return latent_beside_sampler(made)
+
+
+def sd15_depth_in_mask() -> Workflow:
+    """A depth map that counts in a part of the picture."""
+    workflow, base = start("sd15_depth_in_mask", "SD1.5 depth, inside a mask", SD15)
+    loader = load_control(workflow, base["MODEL"], SD15_DEPTH)
+    positive, negative, latent = prompts(
+        workflow, base["CLIP"], SD15, "a small stone house and a tree on a meadow at dawn, photo"
+    )
+    image = sample(workflow, "depth", SIDE[SD15], "Sample depth map and its mask")
+    workflow.note(
+        HINT,
+        "Where the control counts",
+        "**mask** white: controlled; black: free. For a mask of your own put *Load Image* in place of the sample, "
+        "right-click the picture and paint in *Open in MaskEditor*. Grey counts in part.",
+        150,
+    )
+    control = workflow.add(
+        CONTROL,
+        "ControlNeXtApply",
+        model=loader["MODEL"],
+        control_net=loader["CONTROL_NET"],
+        image=image["IMAGE"],
+        mask=image["MASK"],
+    )
+    return finish(workflow, control["MODEL"], positive, negative, latent, base["VAE"])
 
 
 def sd15_mask() -> Workflow:
@@ -105,12 +158,13 @@ def sd15_mask() -> Workflow:
     image = sample(workflow, "photo", SIDE[SD15], "Sample photograph and its mask")
     workflow.note(
         HINT,
-        "**For a picture of your own** put *Load Image* in place of the sample and paint the figure: right-click the "
-        "picture, *Open in MaskEditor*, paint, save. What is painted becomes white, the rest black. A mask picture "
-        "can go to *image* directly.",
-        160,
+        "A picture of your own",
+        "Put *Load Image* in place of the sample and paint the figure: right-click the picture, *Open in MaskEditor*, "
+        "paint, save. What is painted becomes white, the rest black. A mask picture can go to *image* directly.",
+        170,
     )
     mask = workflow.add(HINT, "MaskToImage", mask=image["MASK"])
+    mask.stack = 1
     workflow.add(HINT, "PreviewImage", images=mask["IMAGE"])
     control = workflow.add(
         CONTROL, "ControlNeXtApply", model=loader["MODEL"], control_net=loader["CONTROL_NET"], image=mask["IMAGE"]
@@ -124,8 +178,8 @@ def sdxl_canny() -> Workflow:
     loader = load_control(workflow, base["MODEL"], SDXL_CANNY)
     workflow.note(
         MODELS,
-        "This control was trained on anime pictures: an SDXL **anime checkpoint** suits it better than the base model "
-        "chosen here.",
+        "The checkpoint for this control",
+        "It was trained on anime pictures: an SDXL **anime checkpoint** suits it better than the base model here.",
         110,
     )
     positive, negative, latent = prompts(workflow, base["CLIP"], SDXL, "a girl in a spring meadow, anime style")
@@ -139,7 +193,7 @@ def sdxl_canny() -> Workflow:
         image=hint,
         strength=0.35,
     )
-    workflow.note(CONTROL, "The authors recommend **strength 0.35** for canny on SDXL.", 90)
+    workflow.note(RESULT, "Why 0.35", "The authors recommend **strength 0.35** for canny on SDXL.", 90)
     return finish(workflow, control["MODEL"], positive, negative, latent, base["VAE"])
 
 
@@ -151,20 +205,49 @@ def sdxl_depth() -> Workflow:
         workflow, base["CLIP"], SDXL, "a diamond house and tree above a lava lake, night"
     )
     image = sample(workflow, "depth", SIDE[SDXL], "Sample depth map")
-    workflow.note(HINT, CONDITION_IMAGE.format(what="depth"), 160)
+    condition_note(workflow, "depth")
     options = workflow.add(
         CONTROL, "ControlNeXtOptions", control_net=loader["CONTROL_NET"], schedule="0:1, 0.6:1, 0.9:0.3"
     )
     workflow.note(
-        CONTROL,
-        "**schedule**: full strength up to 60 % of sampling, then down to 0.3, so that the last steps are free for "
-        "detail. Empty = constant. This node can be left out.",
-        120,
+        RESULT,
+        "Strength over time",
+        "**schedule**: full up to 60 % of sampling, then down to 0.3, so that the last steps are free for detail. "
+        "Empty is constant.",
+        110,
     )
     control = workflow.add(
         CONTROL, "ControlNeXtApply", model=loader["MODEL"], control_net=options["CONTROL_NET"], image=image["IMAGE"]
     )
     return finish(workflow, control["MODEL"], positive, negative, latent, base["VAE"])
+
+
+def sdxl_second_pass() -> Workflow:
+    """Edges that hold while the picture grows."""
+    workflow, base = start("sdxl_second_pass", "SDXL canny, second pass half as large again", SDXL)
+    loader = load_control(workflow, base["MODEL"], SDXL_CANNY)
+    positive, negative, latent = prompts(workflow, base["CLIP"], SDXL, "a girl in a spring meadow, anime style")
+    hint = edges(workflow, SDXL)
+    control = workflow.add(
+        CONTROL,
+        "ControlNeXtApply",
+        model=loader["MODEL"],
+        control_net=loader["CONTROL_NET"],
+        image=hint,
+        strength=0.35,
+    )
+    first = sampler(workflow, control["MODEL"], positive, negative, latent, "First pass")
+    larger = workflow.add(RESULT, "LatentUpscaleBy", samples=first["LATENT"], upscale_method="bicubic", scale_by=1.5)
+    workflow.note(
+        MODELS,
+        "One control for both passes",
+        "The hint is fitted to whatever size is sampled, so one *Apply* serves both. **denoise 0.5** keeps the first "
+        "picture and redraws its detail; the edges keep it from doubling.",
+        130,
+    )
+    made = finish(workflow, control["MODEL"], positive, negative, larger["LATENT"], base["VAE"], denoise=0.5)
+    made.nodes[-3].title = "Second pass"
+    return made
 
 
 def sdxl_lora_two_controls() -> Workflow:
@@ -177,14 +260,16 @@ def sdxl_lora_two_controls() -> Workflow:
         workflow, lora["CLIP"], SDXL, "a stone house beside a tree on a meadow, a balloon above"
     )
     workflow.note(
-        PROMPTS,
-        "**MODEL goes through both loaders**: each adds its UNet weights. LoRA and loaders may come in any order, the "
-        "sum is the same. Where the picture gets harsh, lower **weights_strength**.",
-        140,
+        RESULT,
+        "MODEL goes through both loaders",
+        "Each adds its UNet weights. LoRA and loaders may come in any order, the sum is the same. Where the picture "
+        "gets harsh, lower **weights_strength**.",
+        120,
     )
-    hint = sample(workflow, "edges", SIDE[SDXL], "Sample edges")["IMAGE"]
+    edge_sample = sample(workflow, "edges", SIDE[SDXL], "Sample edges")
+    edge_sample.stack, canny.stack = 0, 1
     image = sample(workflow, "depth", SIDE[SDXL], "Sample depth map")
-    first = stock_apply(workflow, positive, negative, canny, hint, 0.35, "Apply ControlNet (canny)")
+    first = stock_apply(workflow, positive, negative, canny, edge_sample["IMAGE"], 0.35, "Apply ControlNet (canny)")
     second = stock_apply(
         workflow, first["positive"], first["negative"], depth, image["IMAGE"], 1.0, "Apply ControlNet (depth)"
     )

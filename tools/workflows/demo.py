@@ -6,8 +6,10 @@ from typing import Any
 from ...controlnext_training.config_files import read_recipe
 from ..demo_weights.shipped import CHECKPOINT, EDGES
 from ..workflow_graph import Node, Output, Workflow
-from .parts import COLUMNS, CONTROL, HINT, MODELS, PROMPTS, RESULT, finish, sample
-from .training import COLUMNS as TRAINING_COLUMNS
+from .parts import CONTROL, GROUPS, HINT, MODELS, PROMPTS, RESULT, finish, sample
+from .training import ARRANGEMENT as TRAINING
+from .training import GROUPS as TRAINING_GROUPS
+from .training import prompts_first
 
 SIDE = 128
 SAMPLER: dict[str, Any] = {"seed": 7, "steps": 14, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal"}
@@ -32,56 +34,61 @@ def _prompts(workflow: Workflow, clip: Output, side: int, count: int = 1) -> tup
 
 def demo() -> Workflow:
     """Load, sample hint, apply, result."""
-    workflow = Workflow("demo", "Demo, runs now", COLUMNS)
+    workflow = Workflow("demo", "Demo, runs now", GROUPS)
     base = _base(workflow)
     loader = workflow.add(MODELS, "ControlNeXtLoader", model=base["MODEL"], control_name=EDGES, weights_name="auto")
     workflow.note(
         MODELS,
-        "**Press Run.** These small models come with the project and **run.py comfy** puts them here. They know "
-        "coloured circles, squares and triangles at 128 pixels, and draw on a CPU in seconds. With a real checkpoint "
-        "the graph is the same.",
+        "Press Run",
+        "These small models come with the project and **run.py comfy** puts them here. They know coloured circles, "
+        "squares and triangles at 128 pixels, and draw on a CPU in seconds. With a real checkpoint the graph is the "
+        "same.",
         150,
     )
     prompts = _prompts(workflow, base["CLIP"], SIDE)
     workflow.note(
         PROMPTS,
+        "Words and places",
         "**The prompt names the things**, the hint says where they are. Try other colours: red, orange, yellow, green, "
         "blue, purple, pink, brown, gray, white, black.",
-        120,
+        110,
     )
     hint = sample(workflow, "edges", SIDE, "Sample hint", scene=SCENE)
     applied = workflow.add(
         CONTROL, "ControlNeXtApply", model=loader["MODEL"], control_net=loader["CONTROL_NET"], image=hint["IMAGE"]
     )
     workflow.note(
-        CONTROL,
-        "**Set strength to 0 and run again**: the same seed without control. Values between show how the drawing takes "
-        "over. Other controls of the demo are in the list of *Load ControlNeXt*: depth and mask, each with the *kind* "
-        "of that name.",
-        150,
+        RESULT,
+        "Without control, and with another",
+        "**Set strength to 0 and run again**: the same seed without control. *Load ControlNeXt* lists further controls "
+        "of the demo, depth and mask, each with the *kind* of that name.",
+        130,
     )
     return finish(workflow, applied["MODEL"], *prompts, base["VAE"], **SAMPLER)
 
 
 def demo_train() -> Workflow:
     """Train a control on drawn shapes, then draw with it."""
-    workflow = Workflow("demo_train", "Demo, train in two minutes", TRAINING_COLUMNS)
+    workflow = Workflow("demo_train", "Demo, train in two minutes", TRAINING_GROUPS, arrangement=TRAINING)
     recipe = read_recipe(TINY)
     base = _base(workflow)
     workflow.note(
         MODELS,
-        "**Press Run and watch** *Train Control*: a control for outlines is trained from nothing, on a CPU in about "
-        "two minutes, and tried at once. It stays in **models/controlnext**. A control for your own use needs hours on "
-        "a GPU; *SD1.5, train on your pictures* is that graph.",
-        160,
+        "Press Run and watch",
+        "A control for outlines is trained from nothing, on a CPU in about two minutes, and tried at once. It stays "
+        "in **models/controlnext**. A control for your own use needs hours on a GPU; *SD1.5, train on your pictures* "
+        "is that graph.",
+        170,
     )
     side = recipe["resolution"]
     prompts = _prompts(workflow, base["CLIP"], side, count=4)
+    prompts_first(workflow)
     data = workflow.add(HINT, "ControlDatasetFolder", folder=recipe["data"][0], hint="paired", resolution=side)
     workflow.note(
         HINT,
-        f"**No pictures are needed**: **{recipe['data'][0]}** are 200 scenes that the project draws, with their "
-        "outlines. The name of a folder below ComfyUI's input folder stands here for pictures of your own.",
+        "No pictures are needed",
+        f"**{recipe['data'][0]}** are 200 scenes that the project draws, with their outlines. The name of a folder "
+        "below ComfyUI's input folder stands here for pictures of your own.",
         130,
     )
     hint = sample(workflow, "edges", side, "Sample hint", scene=SCENE)
@@ -97,9 +104,8 @@ def demo_train() -> Workflow:
         **{name: recipe[name] for name in WIDGETS},
     )
     applied = workflow.add(
-        CONTROL, "ControlNeXtApply", model=trained["MODEL"], control_net=trained["CONTROL_NET"], image=hint["IMAGE"]
+        RESULT, "ControlNeXtApply", model=trained["MODEL"], control_net=trained["CONTROL_NET"], image=hint["IMAGE"]
     )
-    workflow.add(RESULT, "LossGraphNode", loss=trained["LOSS_MAP"], filename_prefix="ControlNeXt/loss")
     return finish(workflow, applied["MODEL"], *prompts, base["VAE"], **SAMPLER)
 
 

@@ -1,4 +1,4 @@
-"""Parts of the example workflows: published files, columns, the nodes that most of them have."""
+"""Parts of the example workflows: published files, groups, the nodes that most of them have."""
 
 from typing import Any
 
@@ -33,19 +33,19 @@ OFFSET_LORA = Model(
 SDXL_DEPTH = published("ControlAny-SDXL/vidit_depth")
 
 MODELS, PROMPTS, HINT, CONTROL, RESULT = range(5)
-COLUMNS = ("Models", "Prompts and size", "Hint", "Control", "Result")
+GROUPS = ("Models", "Prompts and size", "Hint", "Control", "Result")
 NEGATIVE = "lowres, blurry, deformed, text, watermark"
 SIDE = {SD15: 512, SDXL: 1024}
 CONDITION_IMAGE = """
-**For a {what} image of your own** put *Load Image* in place of the sample; a preprocessor pack (for instance
-comfyui_controlnet_aux) makes one from a photograph. Its sides should have the proportions of the latent: it is scaled
-to fill it, the middle is kept.
+Put *Load Image* in place of the sample. A preprocessor pack, for instance **comfyui_controlnet_aux**, makes a {what}
+image from a photograph. It should have the proportions of the latent: it is scaled to fill that, the middle is kept.
 """
+OWN_HINT = "A {what} image of your own"
 
 
 def start(name: str, title: str, base: Model) -> tuple[Workflow, Node]:
     """A workflow with its checkpoint loader."""
-    workflow = Workflow(name, title, COLUMNS)
+    workflow = Workflow(name, title, GROUPS)
     return workflow, workflow.add(MODELS, "CheckpointLoaderSimple", ckpt_name=base.name, models=(base,))
 
 
@@ -59,7 +59,7 @@ def load_control(workflow: Workflow, model: Output, files: tuple[Model, Model], 
 
 def load_lora(workflow: Workflow, base: Node) -> Node:
     """The LoRA that was published with SDXL, at half strength."""
-    return workflow.add(
+    lora = workflow.add(
         MODELS,
         "LoraLoader",
         models=(OFFSET_LORA,),
@@ -69,6 +69,13 @@ def load_lora(workflow: Workflow, base: Node) -> Node:
         strength_model=0.5,
         strength_clip=0.5,
     )
+    lora.stack = 0
+    return lora
+
+
+def condition_note(workflow: Workflow, what: str) -> None:
+    """Say how to get a hint of one's own."""
+    workflow.note(HINT, OWN_HINT.format(what=what), CONDITION_IMAGE.format(what=what), 170)
 
 
 def prompts(workflow: Workflow, clip: Output, base: Model, text: str) -> tuple[Output, Output, Output]:
@@ -80,14 +87,16 @@ def prompts(workflow: Workflow, clip: Output, base: Model, text: str) -> tuple[O
 
 
 def sample(workflow: Workflow, kind: str, side: int, title: str, **inputs: Any) -> Node:
-    """An input that comes with the pack, square, in the column of hints."""
+    """An input that comes with the pack, square, in the group of hints."""
     return workflow.add(HINT, "ControlNeXtSampleInputs", title, kind=kind, width=side, height=side, **inputs)
 
 
 def edges(workflow: Workflow, base: Model, title: str = "Sample photograph") -> Output:
     """Canny edges of the photograph that comes with the pack."""
     image = sample(workflow, "photo", SIDE[base], title)
-    return workflow.add(HINT, "Canny", image=image["IMAGE"], low_threshold=0.2, high_threshold=0.5)["IMAGE"]
+    canny = workflow.add(HINT, "Canny", image=image["IMAGE"], low_threshold=0.2, high_threshold=0.5)
+    canny.stack = 1
+    return canny["IMAGE"]
 
 
 def stock_apply(
@@ -106,6 +115,28 @@ def stock_apply(
     )
 
 
+def sampler(
+    workflow: Workflow,
+    model: Output,
+    positive: Output,
+    negative: Output,
+    latent: Output,
+    title: str | None = None,
+    **settings: Any,
+) -> Node:
+    """The sampler. settings: in place of the usual ones."""
+    usual: dict[str, Any] = {"seed": 42, "steps": 25, "cfg": 7.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"}
+    wires: dict[str, Any] = {"model": model, "positive": positive, "negative": negative, "latent_image": latent}
+    return workflow.add(RESULT, "KSampler", title, **wires, **usual | settings)
+
+
+def latent_beside_sampler(workflow: Workflow) -> Workflow:
+    """Move the size to the result, where the group of prompts and the control below it would be too high."""
+    (latent,) = (node for node in workflow.nodes if node.type == "EmptyLatentImage")
+    latent.group, latent.stack = RESULT, 0
+    return workflow
+
+
 def finish(
     workflow: Workflow,
     model: Output,
@@ -116,16 +147,8 @@ def finish(
     **settings: Any,
 ) -> Workflow:
     """Sampler, decoder, picture. settings: of the sampler, in place of the usual ones."""
-    usual: dict[str, Any] = {"seed": 42, "steps": 25, "cfg": 7.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"}
-    sampler = workflow.add(
-        RESULT,
-        "KSampler",
-        model=model,
-        positive=positive,
-        negative=negative,
-        latent_image=latent,
-        **usual | settings,
-    )
-    image = workflow.add(RESULT, "VAEDecode", samples=sampler["LATENT"], vae=vae)
+    sampled = sampler(workflow, model, positive, negative, latent, **settings)
+    image = workflow.add(RESULT, "VAEDecode", samples=sampled["LATENT"], vae=vae)
+    image.stack = 1
     workflow.add(RESULT, "SaveImage", images=image["IMAGE"], filename_prefix=f"ControlNeXt/{workflow.name}")
     return workflow

@@ -1,30 +1,42 @@
 """A workflow that trains: a control of one's own from a folder of pictures, tried in the same graph."""
 
 from ..workflow_graph import Workflow
-from .parts import CONTROL, HINT, MODELS, RESULT, SD15, edges, finish, prompts, start
+from ..workflow_layout import Column
+from .parts import CONTROL, HINT, MODELS, PROMPTS, RESULT, SD15, edges, finish, prompts, start
 
 FOLDER = "my_pictures"
 """Below the host's input folder."""
-COLUMNS = ("Models", "Prompts and size", "Pictures", "Training and control", "Result")
+GROUPS = ("Models", "Prompts and size", "Pictures", "Training", "Try it")
+ARRANGEMENT = (Column((MODELS, HINT), 2), Column((CONTROL,), 1), Column((PROMPTS, RESULT), 2))
+
+
+def prompts_first(workflow: Workflow) -> None:
+    """Put the prompts at the side of the sampler, which stands below them."""
+    for node in workflow.nodes:
+        if node.group == PROMPTS and node.type == "CLIPTextEncode":
+            node.stack = 0
 
 
 def train_sd15() -> Workflow:
     """Train a canny control for SD1.5, then draw with it."""
     workflow, base = start("train_sd15", "SD1.5, train on your pictures", SD15)
-    workflow.columns = COLUMNS
+    workflow.groups, workflow.arrangement = GROUPS, ARRANGEMENT
     workflow.note(
         MODELS,
-        "**Any checkpoint of the family** can be the base, with LoRAs before the trainer. It is only read. For SDXL "
-        "set *variant* to `sdxl` and *resolution* to 1024.",
+        "Which checkpoint",
+        "**Any of the family** can be the base, with LoRAs before the trainer. It is only read. For SDXL set *variant* "
+        "to **sdxl** and *resolution* to 1024.",
         120,
     )
     positive, negative, latent = prompts(workflow, base["CLIP"], SD15, "a portrait in a sunlit garden, detailed photo")
+    prompts_first(workflow)
     data = workflow.add(HINT, "ControlDatasetFolder", folder=FOLDER, hint="canny", resolution=512)
     workflow.note(
         HINT,
+        "Pictures to learn from",
         f"""
-**Pictures to learn from** lie in ComfyUI's `input/{FOLDER}`, each with a caption: `1.png` and `1.txt`. The edges are
-drawn from them. For hints of your own choose `paired` and add `1_hint.png`. The node shows what it found.
+They lie in ComfyUI's **input/{FOLDER}**, each with a caption: **1.png** and **1.txt**. The edges are drawn from them.
+For hints of your own choose **paired** and add **1_hint.png**. The node shows what it found.
 """,
         150,
     )
@@ -44,12 +56,12 @@ drawn from them. For hints of your own choose `paired` and add `1_hint.png`. The
     )
     workflow.note(
         CONTROL,
-        "**Queue it and watch**: loss, time left and validation pictures appear on the node. *Cancel* saves first; "
-        "queue again to go on. The file ends in `models/controlnext`, for *Load ControlNeXt* in other graphs.",
-        140,
+        "Press Run and watch",
+        "Loss, time left and validation pictures appear on the node. *Cancel* saves first; queue again to go on. The "
+        "file ends in **models/controlnext**, for *Load ControlNeXt* in other graphs.",
+        110,
     )
     applied = workflow.add(
-        CONTROL, "ControlNeXtApply", model=trained["MODEL"], control_net=trained["CONTROL_NET"], image=hint
+        RESULT, "ControlNeXtApply", model=trained["MODEL"], control_net=trained["CONTROL_NET"], image=hint
     )
-    workflow.add(RESULT, "LossGraphNode", loss=trained["LOSS_MAP"], filename_prefix="ControlNeXt/loss")
     return finish(workflow, applied["MODEL"], positive, negative, latent, base["VAE"])

@@ -7,6 +7,7 @@ on Karras' noise levels, time ids 6 (the host takes one off its fps), 128 and 0.
 from dataclasses import dataclass
 
 from ..workflow_graph import Model, Output, Workflow
+from ..workflow_layout import Column
 from .parts import HUB, RESULT
 
 FP16 = f"{HUB}Kijai/ControlNeXt-SVD-V2-Comfy/resolve/main/"
@@ -21,7 +22,8 @@ SVD = Model(
     f"{HUB}stabilityai/stable-video-diffusion-img2vid-xt/resolve/main/svd_xt.safetensors",
 )
 MODELS, POSES, START, CONTROL = range(4)
-COLUMNS = ("Models", "Pose frames", "Start image and size", "Control", "Result")
+GROUPS = ("Models", "Pose frames and start image", "Start and size", "Control", "Result")
+ARRANGEMENT = (Column((MODELS, POSES), 2), Column((CONTROL, START), 1), Column((RESULT,), 2))
 WIDTH, HEIGHT, GUIDANCE = 576, 1024, 3.0
 WINDOW, OVERLAP, LONG, FPS = 24, 6, 72, 8
 
@@ -51,15 +53,16 @@ def clip(workflow: Workflow, frames: int) -> Clip:
     )
     workflow.note(
         MODELS,
-        "**This release is a whole UNet** in place of the checkpoint's; of that, CLIP vision and VAE are used "
-        "(svd_xt_1_1 does as well). The files are fp16 copies of `ControlNeXt-SVD/v2` in Pbihao/ControlNeXt, where "
-        "the UNet has 6.1 GB; both go into `models/controlnext`.",
-        170,
+        "A whole UNet",
+        "It stands in place of the checkpoint's; of that, CLIP vision and VAE are used (svd_xt_1_1 does as well). The "
+        "files are fp16 copies of **ControlNeXt-SVD/v2**; both go into **models/controlnext**.",
+        130,
     )
     hint, count = pose_frames(workflow, frames)
     image = workflow.add(
-        START, "ControlNeXtSampleInputs", "Sample start image", kind="photo", width=WIDTH, height=HEIGHT
+        POSES, "ControlNeXtSampleInputs", "Sample start image", kind="photo", width=WIDTH, height=HEIGHT
     )
+    image.stack = 0
     started = workflow.add(
         START,
         "SVD_img2vid_Conditioning",
@@ -75,9 +78,9 @@ def clip(workflow: Workflow, frames: int) -> Clip:
     )
     workflow.note(
         START,
-        "**Start image**: the person to animate; *Load Image* gives your own. *video_frames* follows the pose "
-        "frames. Motion bucket, fps and augmentation are those of the release; leave them.",
-        120,
+        "The person to animate",
+        "*Load Image* gives your own. Motion bucket, fps and augmentation are those of the release; leave them.",
+        90,
     )
     control = workflow.add(
         CONTROL, "ControlNeXtApply", model=loader["MODEL"], control_net=loader["CONTROL_NET"], image=hint
@@ -96,16 +99,18 @@ def pose_frames(workflow: Workflow, frames: int) -> tuple[Output, Output]:
         height=HEIGHT,
         frames=frames,
     )
+    poses.stack = 1
     size = workflow.add(POSES, "GetImageSize", image=poses["IMAGE"])
     workflow.note(
-        POSES,
+        START,
+        "A pose video of your own",
         """
-**For a pose video of your own** put *Load Video* and *Get Video Components* in place of the sample: one skeleton
-picture per frame, the start image's own pose first, in the proportions of the result. *ControlNeXt Pose Align* makes
-such frames from the keypoints of a pose estimator (the DWPose node of a preprocessor pack). Pose pictures from other
-nodes are not aligned, and have red and blue exchanged.
+Put *Load Video* and *Get Video Components* in place of the sample: one skeleton picture per frame, the start image's
+own pose first, in the proportions of the result. *ControlNeXt Pose Align* makes such frames from the keypoints of a
+pose estimator (DWPose of a preprocessor pack). Pose pictures of other nodes are not aligned, and have red and blue
+exchanged.
 """,
-        230,
+        250,
     )
     return poses["IMAGE"], size["batch_size"]
 
@@ -126,17 +131,20 @@ def sampled(workflow: Workflow, clip: Clip, model: Output) -> Output:
         sampler_name="euler",
         scheduler="karras",
     )
-    return workflow.add(RESULT, "VAEDecode", samples=sampler["LATENT"], vae=clip.vae)["IMAGE"]
+    image = workflow.add(RESULT, "VAEDecode", samples=sampler["LATENT"], vae=clip.vae)
+    image.stack = 1
+    return image["IMAGE"]
 
 
 def svd_short_clip() -> Workflow:
     """As many frames as the model takes at once."""
-    workflow = Workflow("svd_short_clip", "SVD pose, 24 frames", COLUMNS)
+    workflow = Workflow("svd_short_clip", "SVD pose, 24 frames", GROUPS, arrangement=ARRANGEMENT)
     made = clip(workflow, WINDOW)
     workflow.note(
-        CONTROL,
-        "**24 frames** are what this release was trained on at once; *svd_long_clip* goes on. **strength** 1 is as "
-        "released (the 0.2 of the authors' code is in it).",
+        RESULT,
+        "24 frames",
+        "This is what the release was trained on at once; *SVD pose, 72 frames in windows* goes on. **strength** 1 is "
+        "as released: the 0.2 of the authors' code is in it.",
         120,
     )
     images = sampled(workflow, made, made.model)
@@ -155,10 +163,10 @@ def svd_short_clip() -> Workflow:
 
 def svd_long_clip() -> Workflow:
     """More frames than the model takes at once, in windows."""
-    workflow = Workflow("svd_long_clip", "SVD pose, 72 frames in windows", COLUMNS)
+    workflow = Workflow("svd_long_clip", "SVD pose, 72 frames in windows", GROUPS, arrangement=ARRANGEMENT)
     made = clip(workflow, LONG)
     windows = workflow.add(
-        CONTROL,
+        RESULT,
         "ControlNeXtVideoWindows",
         model=made.model,
         length=WINDOW,
@@ -167,13 +175,15 @@ def svd_long_clip() -> Workflow:
         repeat_first_hint=True,
     )
     workflow.note(
-        CONTROL,
-        "**72 frames in windows of 24** that share 6; in the joints `pyramid` weighs the middle of a window most. "
-        "**repeat_first_hint** begins each window with the reference pose, as the authors' script does. For a longer "
-        "video raise *frames* of *Sample poses*; memory for sampling stays that of one window.",
+        RESULT,
+        "72 frames in windows of 24",
+        "They share 6; in the joints **pyramid** weighs the middle of a window most. **repeat_first_hint** begins each "
+        "window with the reference pose, as the authors' script does. For a longer video raise *frames* of *Sample "
+        "poses*; memory for sampling stays that of one window.",
         190,
     )
     images = sampled(workflow, made, windows["MODEL"])
     video = workflow.add(RESULT, "CreateVideo", images=images, fps=FPS)
+    video.stack = 1
     workflow.add(RESULT, "SaveVideo", video=video["VIDEO"], filename_prefix=f"ControlNeXt/{workflow.name}")
     return workflow

@@ -2,15 +2,16 @@
 
 from ..workflow_graph import Model, Node, Workflow
 from .parts import (
-    CONDITION_IMAGE,
     CONTROL,
     HINT,
     HUB,
     MODELS,
+    RESULT,
     SD15,
     SDXL,
     SDXL_DEPTH,
     SIDE,
+    condition_note,
     edges,
     finish,
     load_control,
@@ -31,8 +32,8 @@ XS_SD15_CANNY = released("sd15_encD_canny_53m.ckpt")
 XS_SDXL_CANNY = released("sdxl_encD_canny_48m.safetensors")
 XS_SDXL_DEPTH = released("sdxl_encD_depth_48m.safetensors")
 STOCK_DOOR = """
-**The stock Apply node** takes the control too: then each conditioning is controlled by itself, and areas, masks,
-timestep ranges and stock ControlNets chain as usual. MODEL goes to the sampler unchanged.
+Each conditioning is controlled by itself here: areas, masks, timestep ranges and stock ControlNets chain as usual.
+MODEL goes to the sampler unchanged.
 """
 
 
@@ -47,12 +48,13 @@ def xs_sd15_canny() -> Workflow:
     control = load_xs(workflow, XS_SD15_CANNY)
     workflow.note(
         MODELS,
+        "Get the file",
         """
-**Get the file:** [sd15_encD_canny_53m.ckpt](https://huggingface.co/CVL-Heidelberg/ControlNet-XS/tree/main) (211 MB)
-into `models/controlnext`. It is published as .ckpt only, which ComfyUI does not download by itself; only tensors are
+[sd15_encD_canny_53m.ckpt](https://huggingface.co/CVL-Heidelberg/ControlNet-XS/tree/main) (211 MB)
+into **models/controlnext**. It is published as .ckpt only, which ComfyUI does not download by itself; only tensors are
 read from it.
 """,
-        130,
+        150,
     )
     positive, negative, latent = prompts(workflow, base["CLIP"], SD15, "a portrait in a sunlit garden, detailed photo")
     hint = edges(workflow, SD15)
@@ -61,8 +63,9 @@ read from it.
         CONTROL, "ControlNeXtApply", model=base["MODEL"], control_net=control["CONTROL_NET"], image=hint
     )
     workflow.note(
-        CONTROL,
-        "**strength** 1 is as trained, 0 switches the control off. *ControlNeXt Options*, between loader and Apply, "
+        RESULT,
+        "Strength",
+        "**1** is as trained, **0** switches the control off. *ControlNeXt Options*, between loader and Apply, "
         "has strengths of its own for the encoder, middle and decoder of the model.",
         130,
     )
@@ -75,9 +78,10 @@ def xs_sdxl_canny() -> Workflow:
     control = load_xs(workflow, XS_SDXL_CANNY)
     workflow.note(
         MODELS,
-        "**ControlNet-XS brings no UNet weights**: MODEL goes from the checkpoint straight to *Apply ControlNeXt*. The "
-        "file belongs into `models/controlnext`; `sdxl_encD_canny_20m.safetensors` is the smaller release.",
-        130,
+        "No UNet weights",
+        "MODEL goes from the checkpoint straight to *Apply ControlNeXt*. The file belongs into **models/controlnext**; "
+        "**sdxl_encD_canny_20m.safetensors** is the smaller release.",
+        120,
     )
     positive, negative, latent = prompts(
         workflow, base["CLIP"], SDXL, "a portrait of a sailor in a storm, oil painting"
@@ -98,10 +102,34 @@ def xs_sdxl_depth() -> Workflow:
         workflow, base["CLIP"], SDXL, "a diamond house and tree above a lava lake, night"
     )
     image = sample(workflow, "depth", SIDE[SDXL], "Sample depth map")
-    workflow.note(HINT, CONDITION_IMAGE.format(what="depth"), 160)
+    condition_note(workflow, "depth")
     applied = stock_apply(workflow, positive, negative, control, image["IMAGE"], 1.0, "Apply ControlNet (stock)")
-    workflow.note(CONTROL, STOCK_DOOR, 150)
+    workflow.note(RESULT, "Why the stock node", STOCK_DOOR, 120)
     return finish(workflow, base["MODEL"], applied["positive"], applied["negative"], latent, base["VAE"])
+
+
+def xs_sdxl_two() -> Workflow:
+    """Two ControlNet-XS in a chain of stock nodes."""
+    workflow, base = start("xs_sdxl_two", "SDXL canny and depth, two ControlNet-XS", SDXL)
+    canny = load_xs(workflow, XS_SDXL_CANNY, "Load ControlNet-XS (canny)")
+    depth = load_xs(workflow, XS_SDXL_DEPTH, "Load ControlNet-XS (depth)")
+    positive, negative, latent = prompts(
+        workflow, base["CLIP"], SDXL, "a stone house beside a tree on a meadow, a balloon above"
+    )
+    edge_sample = sample(workflow, "edges", SIDE[SDXL], "Sample edges")
+    edge_sample.stack = 0
+    image = sample(workflow, "depth", SIDE[SDXL], "Sample depth map")
+    first = stock_apply(workflow, positive, negative, canny, edge_sample["IMAGE"], 0.7, "Apply ControlNet (canny)")
+    second = stock_apply(
+        workflow, first["positive"], first["negative"], depth, image["IMAGE"], 0.7, "Apply ControlNet (depth)"
+    )
+    workflow.note(
+        RESULT,
+        "Two at a time",
+        "Their order makes no difference. Two controls push more than one: **strength 0.7** each is a start.",
+        110,
+    )
+    return finish(workflow, base["MODEL"], second["positive"], second["negative"], latent, base["VAE"])
 
 
 def xs_controlnext_lora() -> Workflow:
@@ -113,7 +141,8 @@ def xs_controlnext_lora() -> Workflow:
     positive, negative, latent = prompts(
         workflow, lora["CLIP"], SDXL, "a stone house beside a tree on a meadow, a balloon above"
     )
-    hint = sample(workflow, "edges", SIDE[SDXL], "Sample edges")["IMAGE"]
+    edge_sample = sample(workflow, "edges", SIDE[SDXL], "Sample edges")
+    edge_sample.stack, depth.stack = 0, 1
     image = sample(workflow, "depth", SIDE[SDXL], "Sample depth map")
     model = workflow.add(
         CONTROL,
@@ -123,11 +152,12 @@ def xs_controlnext_lora() -> Workflow:
         control_net=depth["CONTROL_NET"],
         image=image["IMAGE"],
     )
-    applied = stock_apply(workflow, positive, negative, canny, hint, 1.0, "Apply ControlNet (XS canny)")
+    applied = stock_apply(workflow, positive, negative, canny, edge_sample["IMAGE"], 1.0, "Apply ControlNet (XS canny)")
     workflow.note(
-        CONTROL,
-        "**Both doors in one graph**: the depth control goes into the MODEL, the canny control into the conditionings. "
-        "Either could take the other door. Where the picture gets harsh, lower a **strength**.",
-        140,
+        RESULT,
+        "Two ways in",
+        "The depth control goes into the **MODEL**, the canny control into the **conditionings**. Either could take "
+        "the other way. Where the picture gets harsh, lower a **strength**.",
+        120,
     )
     return finish(workflow, model["MODEL"], applied["positive"], applied["negative"], latent, base["VAE"])
