@@ -21,27 +21,31 @@ from .choices import SIDES, SUBSETS
 from .config import ConfigError, parse_blocks
 from .patterns import Pattern
 from .seeding import generator
+from .widened import SCALE, widened
 
 
 class AddBase(nn.Module):
     """Parametrization: base + difference in fp32."""
 
     base: Tensor
+    scale: Tensor | None
 
-    def __init__(self, base: Tensor) -> None:
+    def __init__(self, base: Tensor, scale: Tensor | None = None) -> None:
+        """scale: what the stored base is multiplied by; None = by nothing."""
         super().__init__()
         self.register_buffer("base", base, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
 
     def forward(self, difference: Tensor) -> Tensor:
         """difference: any shape, fp32. Returns the layer's weight in fp32 on the difference's device."""
-        return self.base.to(difference.device, torch.float32) + difference
+        return widened(self.base, self.scale, difference.device, torch.float32) + difference
 
 
 class AddProduct(AddBase):
     """Parametrization: base + up @ down in fp32."""
 
-    def __init__(self, base: Tensor, up: Tensor, down: Tensor) -> None:
-        super().__init__(base)
+    def __init__(self, base: Tensor, up: Tensor, down: Tensor, scale: Tensor | None = None) -> None:
+        super().__init__(base, scale)
         self.start = (up, down)
 
     def forward(self, up: Tensor, down: Tensor) -> Tensor:  # type: ignore[override]
@@ -139,12 +143,14 @@ def train_differences(
         path, _, leaf = name.rpartition(".")
         module = network.get_submodule(path)
         base: Tensor = getattr(module, leaf).detach()
+        scale = getattr(module, SCALE, None) if leaf == "weight" else None
         if rank and base.ndim == 2 and rank < min(base.shape):
-            up, down = _train_product(module, leaf, base, *_factors(base.shape, rank, device, seed, name))
+            factors = _factors(base.shape, rank, device, seed, name)
+            up, down = _train_product(module, leaf, AddProduct(base, *factors, scale))
             parameters[name + UP], parameters[name + DOWN] = up, down
             continue
         module.register_parameter(leaf, nn.Parameter(torch.zeros(base.shape, dtype=torch.float32, device=device)))
-        parametrize.register_parametrization(module, leaf, AddBase(base))
+        parametrize.register_parametrization(module, leaf, AddBase(base, scale))
         parameters[name] = module.parametrizations[leaf].original  # type: ignore[union-attr, index]
     return Differences(parameters)
 
@@ -158,10 +164,8 @@ def _factors(shape: torch.Size, rank: int, device: torch.device, seed: int, name
     return torch.zeros(shape[0], rank, device=device), (down * shape[1] ** -0.5).to(device)
 
 
-def _train_product(
-    module: nn.Module, leaf: str, base: Tensor, up: Tensor, down: Tensor
-) -> tuple[nn.Parameter, nn.Parameter]:
+def _train_product(module: nn.Module, leaf: str, added: AddProduct) -> tuple[nn.Parameter, nn.Parameter]:
     """The two parameters; `unsafe`, since the weight that they make is in fp32 whatever the base's is in."""
-    parametrize.register_parametrization(module, leaf, AddProduct(base, up, down), unsafe=True)
+    parametrize.register_parametrization(module, leaf, added, unsafe=True)
     made: Any = module.parametrizations[leaf]  # type: ignore[index]
     return made.original0.requires_grad_(True), made.original1.requires_grad_(True)

@@ -7,7 +7,7 @@ import gc
 import hashlib
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ...controlnext_core.comfy_adapter.files.weights import base_weights, stored_names, stored_weight
+from ...controlnext_core.unet_weights import HOST_PREFIX
 from ..config import ConfigError
 from .families import TrainedFamily, family_of
 
@@ -104,23 +106,36 @@ class BaseWithEncoders:
             self._identities[what] = _identity(self._weights(what))
         return self._identities[what]
 
-    def _weights(self, what: str) -> Mapping[str, Tensor]:
+    def _weights(self, what: str) -> Iterable[tuple[str, Tensor]]:
+        """Names and tensors in the order of the names."""
         if what == "model":
-            return {name: patches[0][0] for name, patches in self.model.get_key_patches("diffusion_model.").items()}
+            return _network_weights(self.model)
         module = {
             "vae": lambda: self.encoder("vae").first_stage_model,
             "text": lambda: self.encoder("clip").cond_stage_model,
             "vision": lambda: self.encoder("vision").model,
         }[what]()
-        return module.state_dict()
+        return sorted(module.state_dict().items())
 
 
-def _identity(weights: Mapping[str, Tensor]) -> str:
+def _network_weights(model: ModelPatcher) -> Iterator[tuple[str, Tensor]]:
+    """Tensors as they are stored; of a format that is a tensor of the host's own, the numbers it stands for."""
+    numbers = base_weights(model)
+    for name in stored_names(model, HOST_PREFIX):
+        weight, _ = stored_weight(model, name) or (None, None)
+        if weight is not None and type(weight.detach()) is not Tensor:
+            weight = numbers(name)
+        if weight is not None:
+            yield name, weight
+
+
+def _identity(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """weights: in the order of their names."""
     digest = hashlib.blake2b(digest_size=12)
-    for name in sorted(weights):
-        flat = weights[name].detach().reshape(-1)
+    for name, tensor in weights:
+        flat = tensor.detach().reshape(-1)
         picked = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].float().cpu()
-        digest.update(f"{name}{list(weights[name].shape)}".encode())
+        digest.update(f"{name}{list(tensor.shape)}".encode())
         digest.update(picked.numpy().tobytes())
     return digest.hexdigest()
 

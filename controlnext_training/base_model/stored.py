@@ -13,11 +13,13 @@ from typing import Any
 
 import comfy.ops
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrize
 
 from ...controlnext_core.comfy_adapter.sampling.layers import WholeLayers
+from ..widened import SCALE, widened
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,8 @@ def copies_not_kept(layer: nn.Module, x: Tensor) -> Iterator[None]:
             yield
         return
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    if weight.dtype == x.dtype and weight.device == x.device:
+    scale: Tensor | None = getattr(layer, SCALE, None)
+    if scale is None and weight.dtype == x.dtype and weight.device == x.device:
         yield
         return
     mine = x.untyped_storage().data_ptr()
@@ -53,7 +56,7 @@ def copies_not_kept(layer: nn.Module, x: Tensor) -> Iterator[None]:
     def unpack(kept: Tensor | _Copy) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
-        return weight.to(x_device, x_dtype).as_strided(kept.size, kept.stride, kept.offset)
+        return widened(weight, scale, x_device, x_dtype).as_strided(kept.size, kept.stride, kept.offset)
 
     x_device, x_dtype = x.device, x.dtype
     with saved_tensors_hooks(pack, unpack):
@@ -66,7 +69,11 @@ class operations(WholeLayers):  # noqa: N801  # as the host names its own
     class Linear(WholeLayers.Linear):
         def forward(self, x: Tensor) -> Any:
             with copies_not_kept(self, x):
-                return super().forward(x)
+                scale: Tensor | None = getattr(self, SCALE, None)
+                if scale is None or parametrize.is_parametrized(self):
+                    return super().forward(x)
+                bias = None if self.bias is None else self.bias.to(x.device, x.dtype)
+                return F.linear(x, widened(self.weight, scale, x.device, x.dtype), bias)
 
     class Conv2d(comfy.ops.manual_cast.Conv2d):
         def forward(self, x: Tensor) -> Any:

@@ -7,17 +7,19 @@ both share memory.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.lora
 import comfy.ops
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
-from comfy.model_patcher import ModelPatcher, get_key_weight
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from ...controlnext_core.comfy_adapter.files.weights import base_weights
+from ...controlnext_core.comfy_adapter.files.weights import base_weights, is_plain, stored_weight
 from ...controlnext_core.unet_weights import HOST_PREFIX
+from ..widened import SCALE, widened
 from .families import family_of
 from .stored import operations
 
@@ -38,37 +40,77 @@ def training_unet(model: ModelPatcher, dtype: torch.dtype, device: torch.device,
     look_up = _weights_of(model)
     with torch.no_grad():
         for name, old in (*unet.named_parameters(), *unet.named_buffers()):
-            weight = look_up(HOST_PREFIX + name)
-            if weight is None:
+            found = look_up(HOST_PREFIX + name)
+            if found is None:
                 raise ValueError(f"the connected model has no weight '{name}'. Load it from an ordinary checkpoint.")
-            weight = _patched(model, HOST_PREFIX + name, weight)
-            as_it_is = narrow and weight.dtype.itemsize < dtype.itemsize and _is_cast(unet, name)
-            stored = weight.to(device, weight.dtype if as_it_is else dtype)
-            _put(unet, name, _ordinary(stored), isinstance(old, nn.Parameter))
+            if model.patches.get(HOST_PREFIX + name):
+                found = Found(_patched(model, HOST_PREFIX + name, found.numbers()))
+            if not (narrow and found.tensor.dtype.itemsize < dtype.itemsize and _is_cast(unet, name, found)):
+                found = Found(found.numbers().to(device, dtype))
+            _put(unet, name, _ordinary(found.tensor.to(device)), isinstance(old, nn.Parameter))
+            if found.scale is not None:
+                owner = unet.get_submodule(name.rpartition(".")[0])
+                owner.register_buffer(SCALE, _ordinary(found.scale.to(device)), persistent=False)
     return unet.eval().requires_grad_(False)
 
 
-def _weights_of(model: ModelPatcher) -> Callable[[str], Tensor | None]:
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A weight as it is stored, or in a format to compute in."""
+
+    tensor: Tensor
+    scale: Tensor | None = None
+    """What the stored numbers are multiplied by; None: they stand for themselves."""
+
+    def numbers(self) -> Tensor:
+        """The numbers, in fp32 where there is a scale."""
+        if self.scale is None:
+            return self.tensor
+        return widened(self.tensor, self.scale, self.tensor.device, torch.float32)
+
+
+def _weights_of(model: ModelPatcher) -> Callable[[str], Found | None]:
     """Look up a weight or buffer by its host name, before any patch; None for a name that the model lacks.
 
-    Weights in fp8 without a scale stay in fp8: widening them is exact, and can wait until they are used.
+    Weights of a byte stay in it where widening them gives, in every bit, the numbers that the host computes with.
     """
     weights, rest = base_weights(model), dict(model.model.diffusion_model.named_buffers())
-    stored = model.get_key_patches(HOST_PREFIX)
 
-    def look_up(name: str) -> Tensor | None:
-        if name in stored and _is_plain_fp8(model, name, stored[name][0][0]):
-            return stored[name][0][0].detach().cpu()
-        found = weights(name)
-        return rest.get(name.removeprefix(HOST_PREFIX)) if found is None else found  # not every buffer is stored
+    def look_up(name: str) -> Found | None:
+        stored = stored_weight(model, name)
+        if stored is not None and _is_plain_fp8(*stored):
+            return Found(stored[0].detach().cpu())
+        numbers = weights(name)
+        if numbers is None:
+            buffer = rest.get(name.removeprefix(HOST_PREFIX))  # not every buffer is stored
+            return None if buffer is None else Found(buffer)
+        narrow = None if stored is None or is_plain(stored[0]) else _in_a_byte(model, name, stored[0])
+        same = narrow is not None and torch.equal(narrow.numbers(), numbers)
+        return narrow if same and narrow is not None else Found(numbers)
 
     return look_up
 
 
-def _is_plain_fp8(model: ModelPatcher, name: str, weight: Tensor) -> bool:
+def _is_plain_fp8(weight: Tensor, convert: Any) -> bool:
     """True: these are the numbers themselves. False: another format, or the layer has a scale for them."""
-    _, _, convert = get_key_weight(model.model, name)
     return type(weight.detach()) is Tensor and weight.dtype in FP8 and convert is None
+
+
+def _in_a_byte(model: ModelPatcher, name: str, weight: Tensor) -> Found | None:
+    """The bytes and the scale of a weight in the host's scaled fp8 or int8; None for other formats.
+
+    Relies on the host's layer having `scale_weight`, or on its quantised tensor having `_qdata` and, in `_params` or
+    before ComfyUI 0.10 in `_layout_params`, `scale`.
+    """
+    layer = model.model.get_submodule(name.rpartition(".")[0])
+    data = getattr(weight, "_qdata", weight).detach().cpu()
+    params = getattr(weight, "_params", None) or getattr(weight, "_layout_params", None)
+    of_tensor = params.get("scale") if isinstance(params, dict) else getattr(params, "scale", None)
+    scale = getattr(layer, "scale_weight", None) if of_tensor is None else of_tensor
+    if data.dtype not in (*FP8, torch.int8) or data.shape != weight.shape or not isinstance(scale, Tensor):
+        return None
+    scale = scale.detach().cpu().float()
+    return Found(data, scale) if scale.numel() == 1 or scale.shape == (data.shape[0], 1) else None
 
 
 def _patched(model: ModelPatcher, name: str, weight: Tensor) -> Tensor:
@@ -87,9 +129,11 @@ def _ordinary(tensor: Tensor) -> Tensor:
     return plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
-def _is_cast(unet: nn.Module, name: str) -> bool:
-    """True: the layer of this weight casts it to the dtype of its input."""
-    return isinstance(unet.get_submodule(name.rpartition(".")[0]), comfy.ops.CastWeightBiasOp)
+def _is_cast(unet: nn.Module, name: str, found: Found) -> bool:
+    """True: the layer of this weight widens it to the dtype of its input."""
+    layer = unet.get_submodule(name.rpartition(".")[0])
+    kinds = comfy.ops.CastWeightBiasOp if found.scale is None else operations.Linear
+    return isinstance(layer, kinds)
 
 
 def _put(root: nn.Module, name: str, tensor: Tensor, is_parameter: bool) -> None:

@@ -41,6 +41,12 @@ def stored_weight(model: ModelPatcher, name: str) -> tuple[Tensor, Callable[...,
     return (weight, convert) if isinstance(weight, Tensor) else None
 
 
+def stored_names(model: ModelPatcher, prefix: str) -> list[str]:
+    """Host names of the weights and buffers that begin with `prefix`, sorted; scales that no layer has are left out."""
+    names = sorted(model.model_state_dict(prefix))
+    return [name for name in names if stored_weight(model, name) is not None]
+
+
 def is_plain(weight: Tensor) -> bool:
     """True for a weight whose format is one to compute in."""
     return type(weight.detach()) is Tensor and weight.dtype in PLAIN_DTYPES
