@@ -123,16 +123,20 @@ def test_what_no_layer_casts_is_widened_at_once(tmp_path: Path) -> None:
         ({"BF16"}, torch.bfloat16),
         ({"F32"}, None),
         ({"F16", "F32"}, None),
-        ({"F8_E4M3"}, None),
+        ({"F8_E4M3"}, torch.float8_e4m3fn),
+        ({"F8_E4M3", "F32"}, None),
         (set(), None),
     ],
     ids=lambda value: "+".join(sorted(value)) or "none" if isinstance(value, set) else str(value),
 )
-def test_only_a_unet_that_is_in_halves_throughout_is_kept_in_them(dtypes: set[str], expected: Any) -> None:
-    from comfyui_controlnext.controlnext_training.base_model.base_files import UNET_PREFIX, half_dtype
+def test_only_a_network_that_is_of_one_dtype_throughout_is_kept_in_it(dtypes: set[str], expected: Any) -> None:
+    """Elsewhere than on a CPU the host keeps halves by itself, and fp8 only where it must."""
+    from comfyui_controlnext.controlnext_training.base_model.base_files import UNET_PREFIX, own_dtype
 
     found = {f"{UNET_PREFIX}{number}": dtype for number, dtype in enumerate(sorted(dtypes))}
-    assert half_dtype(Header(Path("x"), {}, {**found, "first_stage_model.x": "F32"})) is expected
+    header = Header(Path("x"), {}, {**found, "first_stage_model.x": "F32"})
+    assert own_dtype(header, on_cpu=True) is expected
+    assert own_dtype(header, on_cpu=False) is (expected if expected is torch.float8_e4m3fn else None)
 
 
 class Looking(Watcher):

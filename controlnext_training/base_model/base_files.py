@@ -22,6 +22,7 @@ UNET_PREFIX = "model.diffusion_model."
 UNREADABLE = (RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError)
 """Errors of the host's loader, and of torch's below it, for bytes that are no model."""
 HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
+BYTES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
 def load_base(config: TrainConfig, folder: Path) -> BaseWithEncoders:
@@ -61,10 +62,10 @@ class _Files:
         refuse_other_content("base", path)
         header = checkpoint.peek(path) if path.suffix == ".safetensors" else None  # names a damaged file in words
         on_cpu = device_of_host().type == "cpu"
-        halves = half_dtype(header) if header is not None and config.checkpointing and on_cpu else None
+        own = own_dtype(header, on_cpu) if header is not None and config.checkpointing else None
         clip = tuple(_find("clip", name, ("text_encoders",), folder) for name in config.clip)
         vae = _find("vae", config.vae, ("vae",), folder) if config.vae else None
-        return cls(path, header, clip, vae, {"dtype": halves} if halves else {})
+        return cls(path, header, clip, vae, {"dtype": own} if own else {})
 
     @property
     def apart(self) -> tuple[str, ...]:
@@ -104,33 +105,14 @@ class _Files:
         return self.read(name)[PARTS.index(name)]
 
 
-STARTS: dict[bytes, str] = {
-    b"\x89PNG": "is a picture (PNG)",
-    b"\xff\xd8\xff": "is a picture (JPEG)",
-    b"<!doctype": "is a page of the web (HTML), as a failed download leaves it",
-    b"<html": "is a page of the web (HTML), as a failed download leaves it",
-    b"version https://git-lfs": "is a pointer of git-lfs and not the file itself; `git lfs pull` fetches that",
-}
-"""First bytes of a file, in small letters where they are text -> kind of file that is taken for weights by mistake."""
+def own_dtype(header: checkpoint.Header, on_cpu: bool) -> torch.dtype | None:
+    """Dtype of all weights of a file's network, where the host might widen them: fp8, and on a CPU fp16 or bf16.
 
-
-def refuse_other_content(key: str, path: Path) -> None:
-    """Raise ConfigError, which names the key, for a file that is a picture, a page or a pointer of git-lfs."""
-    with open(path, "rb") as file:
-        start = file.read(64).lstrip()
-    for known, kind in STARTS.items():
-        if start.startswith(known) or start.lower().startswith(known):
-            raise ConfigError(f"{key}: {path} {kind}. Download the model again, or choose another file.")
-
-
-def half_dtype(header: checkpoint.Header) -> torch.dtype | None:
-    """fp16 or bf16 where all weights of a file's network have it, else None. The host would widen them on a CPU.
-
-    The numbers are the same; with checkpointing the trainer widens each where it is used.
+    None elsewhere. The numbers are the same; with checkpointing the trainer widens each where it is used.
     """
     inside = [name for name in header.dtypes if name.startswith(UNET_PREFIX)] or list(header.dtypes)
     found = {header.dtypes[name] for name in inside}
-    return HALVES.get(found.pop()) if len(found) == 1 else None
+    return (BYTES | (HALVES if on_cpu else {})).get(found.pop()) if len(found) == 1 else None
 
 
 def _find(key: str, name: str, kinds: tuple[str, ...], folder: Path) -> Path:
