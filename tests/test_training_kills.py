@@ -85,11 +85,15 @@ def processes(host: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 STEPS, EVERY = 14, 2
 
 
-def recipe_in(folder: Path, tiny: TinyModels) -> Path:
+BASES = {"xs": "checkpoint", "sd3": "transformer"}
+"""Variant -> the small model that it is trained on."""
+
+
+def recipe_in(folder: Path, tiny: TinyModels, variant: str = "xs") -> Path:
     """A short run, quick in a step, slow enough in saving that some kills come while a state is written."""
     config = TrainConfig(
-        variant="xs",
-        base=str(tiny.models / "checkpoints" / tiny.names["checkpoint"]),
+        variant=variant,
+        base=str(tiny.models / "checkpoints" / tiny.names[BASES[variant]]),
         data=("synthetic:edges:5",),
         resolution=64,
         steps=STEPS,
@@ -124,21 +128,25 @@ def uninterrupted(
     processes: Processes, tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, float]:
     """The folder of a run that nobody disturbed, and its seconds."""
-    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    processes.start(recipe_in(folder, tiny))
+    return undisturbed(processes, tiny, tmp_path_factory.mktemp("uninterrupted") / "run", "xs")
+
+
+def undisturbed(processes: Processes, tiny: TinyModels, folder: Path, variant: str) -> tuple[Path, float]:
+    """A run that nobody disturbs: its folder, and its seconds."""
+    processes.start(recipe_in(folder, tiny, variant))
     started = time.monotonic()
     assert processes.wait() == 0, (folder / "recipe.out").read_text("utf-8")
     return folder, time.monotonic() - started
 
 
 def killed_again_and_again(
-    processes: Processes, tiny: TinyModels, folder: Path, seconds: float, kills: int, seed: int
+    processes: Processes, tiny: TinyModels, folder: Path, seconds: float, kills: int, seed: int, variant: str = "xs"
 ) -> list[int]:
     """Kill a run at random moments, look at what is left each time, let it end; steps that were saved at each kill.
 
     seconds: what a run takes; one that has its last state already may be killed while it writes the trained file.
     """
-    recipe, moments, saved = recipe_in(folder, tiny), random.Random(seed), [0]
+    recipe, moments, saved = recipe_in(folder, tiny, variant), random.Random(seed), [0]
     run = folder / "runs" / "control"
     for _ in range(kills):
         processes.start(recipe)
@@ -191,4 +199,15 @@ def test_twenty_kills_lose_at_most_the_steps_since_the_last_save(
 ) -> None:
     saved = killed_again_and_again(processes, tiny, tmp_path / "killed", uninterrupted[1], kills=5, seed=seed)
     ends_as(tmp_path / "killed", uninterrupted[0])
+    assert len(saved) == 5
+
+
+@pytest.mark.comfy
+@pytest.mark.long
+def test_a_run_on_a_transformer_killed_at_any_moment_goes_on_to_the_bit_identical_end(
+    processes: Processes, tiny: TinyModels, tmp_path: Path
+) -> None:
+    whole, seconds = undisturbed(processes, tiny, tmp_path / "whole", "sd3")
+    saved = killed_again_and_again(processes, tiny, tmp_path / "killed", seconds, kills=5, seed=6, variant="sd3")
+    ends_as(tmp_path / "killed", whole)
     assert len(saved) == 5

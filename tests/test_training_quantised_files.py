@@ -21,8 +21,8 @@ pytestmark = pytest.mark.comfy
 
 PLAIN, MIXED, INT8 = "fp8_e4m3fn", "float8_e4m3fn", "int8_tensorwise"
 FILES = (PLAIN, SCALED, MIXED, INT8)
-ROUNDING = 1e-5
-"""Error of a loss, and of a trained tensor by its norm: the same numbers, in memory of another alignment."""
+ROUNDING, TRAINED = 1e-5, 1e-4
+"""Relative errors of a loss, and of a trained tensor after three steps of Adam: the host may multiply in another order."""
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_the_control_is_that_of_the_numbers_in_fp32(
     assert losses[0] == pytest.approx(losses[1], rel=ROUNDING)
     for name, tensor in weights[0].items():
         expected = weights[1][name]
-        assert float((tensor - expected).norm()) <= ROUNDING * max(float(expected.norm()), 1.0), name
+        assert float((tensor - expected).norm()) <= TRAINED * max(float(expected.norm()), 1.0), name
     assert held[0] == held[1] / (4 if checkpointing else 1)
 
 
