@@ -128,10 +128,11 @@ METRICS: dict[str, Metric] = {
     "mask": mask_agreement,
     "gray": tone_correlation,
     "depth": tone_correlation,
+    "low_resolution": tone_correlation,
     "paired": picture_edge_f1,
 }
 """Kind of hint -> metric. Each name in HINTS is there with the defaults of its drawing: an image scores 1 against a
-hint drawn from itself. `depth` and `paired` are for hints from elsewhere."""
+hint drawn from itself. `depth` and `paired` are for hints from elsewhere, `low_resolution` for degraded pictures."""
 
 
 def _one_channel(values: np.ndarray) -> np.ndarray:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from ..controlnext_core.encodable import cut
 from ..controlnext_core.file_names import problem_of_control
-from ..controlnext_core.hints import HINTS
 from .choices import AUTO, BLOCK_GROUPS, FUSIONS, LAYOUTS, VARIANTS, rank_of, subsets_of
+from .data.degraded import COMPUTED
 from .data.samples import PAIRED
 from .objective import OBJECTIVES, TIMESTEP_LAWS
 from .optimizers import OPTIMIZERS
@@ -113,8 +113,9 @@ class TrainConfig:
     )
     hint: str = setting(
         PAIRED,
-        "Source of the hint: paired (a picture of its own), or canny, soft_edge, lines, blur, mask, gray.",
-        choices=(PAIRED, *HINTS),
+        "Source of the hint: paired (a picture of its own), or drawn from the picture: canny, soft_edge, lines, blur, "
+        "mask, gray, or low_resolution (blurred, shrunk, with noise and JPEG, for super-resolution).",
+        choices=(PAIRED, *COMPUTED),
     )
     resolution: int = setting(
         512,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..controlnext_core import picturebook
-from ..controlnext_core.hints import HINTS
 from ..controlnext_core.picturebook import HINTS as DRAWN_HINTS
 from ..controlnext_core.picturebook import Picture
+from .data.degraded import COMPUTED
 from .data.samples import PAIRED, DatasetError, Sample, digest
 from .synthetic import draw
 
@@ -50,7 +50,7 @@ class DrawnDataset:
         scene = self._scene(index)
         picture = _floats(scene.image)
         own = _floats(scene.hint(self.name))
-        hint = own if self.hint == PAIRED else torch.from_numpy(HINTS[self.hint](picture.numpy()))
+        hint = own if self.hint == PAIRED else torch.from_numpy(COMPUTED[self.hint](picture.numpy()))
         return Sample(
             frames=picture[None],
             hints=hint[None],

@@ -120,7 +120,7 @@ def test_every_kind_of_hint_has_a_metric_that_an_image_meets_with_its_own_hint(
 
 
 def test_hints_from_elsewhere_have_metrics_too(photograph: np.ndarray) -> None:
-    assert METRICS.keys() == HINTS.keys() | {"depth", "paired"}
+    assert METRICS.keys() == HINTS.keys() | {"depth", "low_resolution", "paired"}
     assert METRICS["depth"](photograph, HINTS["gray"](photograph) ** 3) == pytest.approx(1, abs=1e-3)
     assert METRICS["paired"](photograph, photograph) == 1
 

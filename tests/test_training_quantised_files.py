@@ -22,7 +22,8 @@ pytestmark = pytest.mark.comfy
 PLAIN, MIXED, INT8 = "fp8_e4m3fn", "float8_e4m3fn", "int8_tensorwise"
 FILES = (PLAIN, SCALED, MIXED, INT8)
 ROUNDING, TRAINED = 1e-5, 1e-4
-"""Relative errors of a loss, and of a trained tensor after three steps of Adam: the host may multiply in another order."""
+"""Relative errors of a loss, and of a trained tensor after three steps of Adam, which divides small gradients by
+their own size: the host may multiply in another order."""
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ...controlnext_core import encodable
-from ...controlnext_core.hints import HINTS
 from .buckets import Fit, bucket_sizes, choose, fit
 from .clips import Clip, Frames, clips
+from .degraded import COMPUTED
 from .index import Index, Progress
 from .pictures import BLACK, WHITE, Picture, cut, luminance
 from .samples import PAIRED, Broken, BrokenSample, ControlDataset, DatasetError, Facts, Sample, digest
@@ -52,7 +52,7 @@ class Reading:
     reference: str = "random"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("hint", (PAIRED, *HINTS)), ("mask", MASKS), ("reference", REFERENCES)):
+        for name, allowed in (("hint", (PAIRED, *COMPUTED)), ("mask", MASKS), ("reference", REFERENCES)):
             if getattr(self, name) not in allowed:
                 raise DatasetError(f"{name}: {getattr(self, name)!r} is unknown. Choose one of {', '.join(allowed)}.")
         if self.clip_frames < 1 or self.clip_stride < 1:
@@ -60,7 +60,7 @@ class Reading:
 
     def hint_identity(self) -> str:
         """The kind and, where it is computed, what it is computed with."""
-        return self.hint if self.hint == PAIRED else f"{self.hint}{inspect.signature(HINTS[self.hint])}"
+        return self.hint if self.hint == PAIRED else f"{self.hint}{inspect.signature(COMPUTED[self.hint])}"
 
 
 class FileDataset:
@@ -117,8 +117,8 @@ class FileDataset:
     def _computed(self, frame: np.ndarray, inside: np.ndarray | None) -> np.ndarray:
         """The hint of one frame; a mask or alpha channel is the foreground where that is what the hint shows."""
         if self.reading.hint == "mask":
-            return HINTS["mask"](frame, given=inside)
-        return HINTS[self.reading.hint](frame)
+            return COMPUTED["mask"](frame, given=inside)
+        return COMPUTED[self.reading.hint](frame)
 
     def _chosen(self, item: Item, seed: int, position: int) -> tuple[int, ...]:
         how = self.reading
