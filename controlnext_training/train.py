@@ -19,6 +19,7 @@ from . import state
 from .base_model.before import check_before
 from .base_model.controls import MakeControl, new_control
 from .base_model.encode import BaseWithEncoders, device_of_host, is_interruption, is_out_of_memory, make_room
+from .base_model.needs import step_shape, told
 from .config import TrainConfig
 from .data.cache import Cache
 from .data.samples import ControlDataset
@@ -212,7 +213,11 @@ def _check(run: TrainingRun, norm: float, outputs: Outputs) -> None:
 
 
 def _measure_a_step(run: TrainingRun, outputs: Outputs) -> None:
-    """Compute the next step's gradients, drop them, and say how much time and memory a step takes."""
+    """Compute the next step's gradients, drop them, and say how much time and memory a step takes.
+
+    What it needs by the law is said first, since a step may not fit.
+    """
+    expected = _expected(run, outputs)
     meter = Meter(run.controlled.device)
     gradients(run, run.step)
     run.optimizer.zero_grad(set_to_none=True)
@@ -223,7 +228,21 @@ def _measure_a_step(run: TrainingRun, outputs: Outputs) -> None:
         f"{trained:,} numbers train; one step takes {seconds:.2f} s, {left} steps about {duration(seconds * left)}; "
         f"peak memory {peak / 2**30:.2f} GiB"
     )
-    outputs.journal.write("dry_run", run.step, seconds_per_step=seconds, peak_bytes=peak, trained=trained)
+    facts = {"seconds_per_step": seconds, "peak_bytes": peak, "trained": trained, "expected_bytes": expected}
+    outputs.journal.write("dry_run", run.step, **facts)
+
+
+def _expected(run: TrainingRun, outputs: Outputs) -> int | None:
+    """Bytes that a step needs by `memory_law`, told; None where the run is of another kind than it was made for."""
+    if not run.config.checkpointing or not run.requests(run.step):
+        return None
+    sample = run.samples.store.sample(*run.requests(run.step)[0])
+    shape = step_shape(run.controlled, sample.latent, sample.given, sample.hint, run.config)
+    if shape is None:
+        return None
+    need, line = told(shape, run.config, run.controlled.device)
+    outputs.observer.say(line)
+    return need.total
 
 
 def _tell(run: TrainingRun, norm: float, seconds: float, outputs: Outputs) -> None:

@@ -118,7 +118,7 @@ def test_the_parts_come_in_their_order(factor: int) -> None:
     small = convolved(picture, 1.3)[..., 0].reshape(height // factor, factor, width // factor, factor).mean(axis=(1, 3))
     expected = enlarged(coded(small, 80), factor).clip(0, 1)
     errors = np.abs(degraded(picture, how)[..., 0] - expected)
-    assert float(errors.mean()) < 0.2 * BYTE and float(errors.max()) <= 6 * BYTE, "a step of JPEG may round either way"
+    assert float(errors.mean()) < 0.5 * BYTE and float(errors.max()) <= 8 * BYTE, "a step of JPEG may round either way"
 
 
 def test_the_noise_is_gaussian_seeded_and_before_the_compression() -> None:

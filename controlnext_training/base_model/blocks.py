@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import comfy.model_management
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
+
+from .offload import Fetched
 
 Forward = Callable[..., Any]
 
@@ -47,16 +50,23 @@ def host_in_training() -> Iterator[None]:
 
 
 def prepare_blocks(
-    network: nn.Module, kinds: tuple[type[nn.Module], ...], recompute: bool, writes_in_place: bool = False
+    network: nn.Module,
+    kinds: tuple[type[nn.Module], ...],
+    recompute: bool,
+    writes_in_place: bool = False,
+    fetched_on: torch.device | None = None,
 ) -> int:
     """Make blocks of these kinds ready for a backward pass; returns their number.
 
     recompute: True computes their activations again in the backward pass in place of keeping them; writes_in_place:
-    True means that they add to what they are given, which is answered by `OutOfPlace`.
+    True means that they add to what they are given, which is answered by `OutOfPlace`. fetched_on: device on which
+    their weights, which wait in host memory, are while a block computes; None: they stay where they are.
     """
     found = [module for module in _outermost(network, kinds)]
-    for module in found:
+    fetched = Fetched(found, fetched_on) if fetched_on is not None else None
+    for number, module in enumerate(found):
         forward = _trained(module.forward, writes_in_place)
+        forward = _fetched(forward, fetched, number) if fetched is not None else forward
         module.forward = _recomputed(forward) if recompute else forward
     return len(found)
 
@@ -73,6 +83,14 @@ def _outermost(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterato
 def _trained(forward: Forward, writes_in_place: bool) -> Forward:
     def run(*args: Any, **kwargs: Any) -> Any:
         with host_in_training(), OutOfPlace() if writes_in_place else contextlib.nullcontext():
+            return forward(*args, **kwargs)
+
+    return run
+
+
+def _fetched(forward: Forward, fetched: Fetched, number: int) -> Forward:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with fetched.on_device(number):
             return forward(*args, **kwargs)
 
     return run

@@ -90,7 +90,9 @@ class Controlled(nn.Module):
         self.differences: Differences = train_differences(self.unet, names, device, rank, config.seed)
         if config.init_control and trains_base:
             start_from(self.differences, Path(config.init_control), self.facts, model)
-        prepare_blocks(self.unet, self.family.blocks, config.checkpointing, self.family.writes_in_place)
+        fetched_on = device if config.offload else None
+        family = self.family
+        self.blocks = prepare_blocks(self.unet, family.blocks, config.checkpointing, family.writes_in_place, fetched_on)
         self.net = self.control.net
         # not sub-modules: they are the host's, and hold the network again
         sampling = _sampling_of(model)

@@ -46,6 +46,9 @@ class TrainedFamily:
     """True: these blocks add to what they are given. False: they make new tensors."""
     guided: bool = False
     """True: the network is told a guidance scale, with which it was distilled."""
+    inside: float = 0.0
+    """Numbers that one block keeps while it is computed again, for each token and channel; 0 = not counted. See
+    `memory_law`."""
     clip_type: str = ""
     """The host's name (`comfy.sd.CLIPType`) of the text encoders, where they come as files of their own."""
 
@@ -85,12 +88,12 @@ FAMILIES: dict[Family, TrainedFamily] = {
     Family.SD21: _PICTURES,
     Family.SDXL: _PICTURES,
     Family.SVD: _SVD,
-    Family.SD3: _transformer(JointBlock, clip_type="SD3"),
-    Family.FLUX: _transformer(*_STREAMS, writes_in_place=True, guided=True, clip_type="FLUX"),
-    Family.CHROMA: _transformer(*_STREAMS, writes_in_place=True, clip_type="CHROMA"),
-    Family.QWEN_IMAGE: _transformer(QwenImageTransformerBlock, clip_type="QWEN_IMAGE"),
-    Family.LUMINA2: _transformer(JointTransformerBlock, clip_type="LUMINA2"),
-    Family.Z_IMAGE: _transformer(JointTransformerBlock, clip_type="LUMINA2"),
+    Family.SD3: _transformer(JointBlock, clip_type="SD3", inside=36.5),
+    Family.FLUX: _transformer(*_STREAMS, writes_in_place=True, guided=True, clip_type="FLUX", inside=27.5),
+    Family.CHROMA: _transformer(*_STREAMS, writes_in_place=True, clip_type="CHROMA", inside=27.5),
+    Family.QWEN_IMAGE: _transformer(QwenImageTransformerBlock, clip_type="QWEN_IMAGE", inside=22.0),
+    Family.LUMINA2: _transformer(JointTransformerBlock, clip_type="LUMINA2", inside=36.5),
+    Family.Z_IMAGE: _transformer(JointTransformerBlock, clip_type="LUMINA2", inside=34.0),
 }
 
 PREDICTS = {

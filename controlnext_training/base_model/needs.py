@@ -1,0 +1,57 @@
+"""The memory of a run's step on a transformer by `memory_law`, from the networks and samples of the run itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import comfy.model_management
+import torch
+from torch import Tensor, nn
+
+from ..config import TrainConfig
+from ..memory_law import Need, StepShape, advice, needed
+from .controlled import Controlled
+
+PATCH = 2
+"""Latent cells along a side of a token, of every family here."""
+
+
+def step_shape(
+    controlled: Controlled, latent: Tensor, given: Mapping[str, Tensor], hint: Tensor, config: TrainConfig
+) -> StepShape | None:
+    """The step of a run whose samples are like this one; None for a family whose memory was not counted.
+
+    latent: (F, C, ..., H, W); given: the encoded conditions; hint: (F, 3, 8H, 8W).
+    """
+    if not controlled.family.inside:
+        return None
+    text = given.get("context")
+    height, width = latent.shape[-2:]
+    tokens = -(-height // PATCH) * -(-width // PATCH) + (0 if text is None else int(text.shape[-2]))
+    frozen = [*_frozen(controlled.unet, controlled.device, config.offload)]
+    return StepShape(
+        rows=config.batch_size,
+        tokens=tokens,
+        width=max(place.width for place in controlled.facts.places.values()),
+        blocks=controlled.blocks,
+        inside=controlled.family.inside,
+        pixels=int(hint.shape[-1] * hint.shape[-2]),
+        itemsize=controlled.dtype.itemsize,
+        frozen=sum(frozen) * (2 if config.offload else 1) // (max(controlled.blocks, 1) if config.offload else 1),
+        largest=max(tensor.numel() for tensor in controlled.unet.parameters()),
+        trained=sum(p.numel() for p in (*controlled.net.parameters(), *controlled.differences.parameters.values())),
+    )
+
+
+def _frozen(network: nn.Module, device: torch.device, offload: bool) -> list[int]:
+    """Bytes of each frozen tensor: on the device, or of all that wait in host memory where two blocks' come."""
+    tensors = [*network.parameters(), *network.buffers()]
+    return [t.nbytes for t in tensors if not t.requires_grad and (offload or t.device == device)]
+
+
+def told(step: StepShape, config: TrainConfig, device: torch.device) -> tuple[Need, str]:
+    """(what a step needs, a line that says so and, where the device has less, which setting to change)."""
+    need = needed(step)
+    available = int(comfy.model_management.get_total_memory(device))
+    change = advice(step, config.offload, available)
+    return need, f"by the law a step needs {need}; the device has {available / 2**30:.1f} GiB. {change}".strip()
