@@ -234,7 +234,7 @@ def _measure_a_step(run: TrainingRun, outputs: Outputs) -> None:
 
 def _expected(run: TrainingRun, outputs: Outputs) -> int | None:
     """Bytes that a step needs by `memory_law`, told; None where the run is of another kind than it was made for."""
-    if not run.config.checkpointing or not run.requests(run.step):
+    if not (run.config.checkpointing and run.controlled.family.inside and run.requests(run.step)):
         return None
     sample = run.samples.store.sample(*run.requests(run.step)[0])
     shape = step_shape(run.controlled, sample.latent, sample.given, sample.hint, run.config)
