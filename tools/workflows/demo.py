@@ -4,53 +4,58 @@ from pathlib import Path
 from typing import Any
 
 from ...controlnext_training.config_files import read_recipe
-from ..demo_weights.shipped import CHECKPOINT, EDGES
+from ..demo_weights.shipped import CHECKPOINT, PICTURE_EDGES, PICTUREBOOK
 from ..workflow_graph import Node, Output, Workflow
 from .parts import CONTROL, GROUPS, HINT, MODELS, PROMPTS, RESULT, finish, sample
 from .training import ARRANGEMENT as TRAINING
 from .training import GROUPS as TRAINING_GROUPS
 from .training import prompts_first
 
-SIDE = 128
-SAMPLER: dict[str, Any] = {"seed": 7, "steps": 14, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal"}
-SCENE, PROMPT = "shapes", "a pink triangle, a red circle and a white circle on a yellow background"
+SIDE = 192
+SAMPLER: dict[str, Any] = {"seed": 7, "steps": 20, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal"}
+SCENE, PROMPT = "boat", "a red boat and a yellow balloon on the sea under a blue sky"
 """Sample that the demo's base can draw, and its caption."""
+SHAPES, SHAPES_PROMPT = "shapes", "a pink triangle, a red circle and a white circle on a yellow background"
+"""Sample and caption for the base on which a control is trained in two minutes."""
 TINY = Path(__file__).resolve().parents[2] / "controlnext_training" / "recipes" / "tiny.toml"
 WIDGETS = ("steps", "batch_size", "learning_rate", "control_learning_rate", "seed", "variant")
 ELSEWHERE = ("base", "data", "validation_data", "output_name", "resolution", "bucket_step", "hint")
 """Keys of the recipe that other widgets of the graph hold."""
 
 
-def _base(workflow: Workflow) -> Node:
-    return workflow.add(MODELS, "CheckpointLoaderSimple", ckpt_name=CHECKPOINT)
+def _base(workflow: Workflow, checkpoint: str) -> Node:
+    return workflow.add(MODELS, "CheckpointLoaderSimple", ckpt_name=checkpoint)
 
 
-def _prompts(workflow: Workflow, clip: Output, side: int, count: int = 1) -> tuple[Output, Output, Output]:
-    positive = workflow.add(PROMPTS, "CLIPTextEncode", "Positive prompt", clip=clip, text=PROMPT)
+def _prompts(
+    workflow: Workflow, clip: Output, text: str, latents: str, side: int, count: int = 1
+) -> tuple[Output, Output, Output]:
+    positive = workflow.add(PROMPTS, "CLIPTextEncode", "Positive prompt", clip=clip, text=text)
     negative = workflow.add(PROMPTS, "CLIPTextEncode", "Negative prompt", clip=clip, text="")
-    latent = workflow.add(PROMPTS, "EmptyLatentImage", width=side, height=side, batch_size=count)
+    latent = workflow.add(PROMPTS, latents, width=side, height=side, batch_size=count)
     return positive["CONDITIONING"], negative["CONDITIONING"], latent["LATENT"]
 
 
 def demo() -> Workflow:
     """Load, sample hint, apply, result."""
     workflow = Workflow("demo", "Demo, runs now", GROUPS)
-    base = _base(workflow)
-    loader = workflow.add(MODELS, "ControlNeXtLoader", model=base["MODEL"], control_name=EDGES, weights_name="auto")
+    base = _base(workflow, PICTUREBOOK)
+    loader = workflow.add(
+        MODELS, "ControlNeXtLoader", model=base["MODEL"], control_name=PICTURE_EDGES, weights_name="auto"
+    )
     workflow.note(
         MODELS,
         "Press Run",
-        "These small models come with the project and **run.py comfy** puts them here. They know coloured circles, "
-        "squares and triangles at 128 pixels, and draw on a CPU in seconds. With a real checkpoint the graph is the "
-        "same.",
+        "These small models come with the project and **run.py comfy** puts them here. They draw "
+        "illustrations of 192 pixels in SD3's way, on a CPU in seconds. With a real checkpoint the graph is the same.",
         150,
     )
-    prompts = _prompts(workflow, base["CLIP"], SIDE)
+    prompts = _prompts(workflow, base["CLIP"], PROMPT, "EmptySD3LatentImage", SIDE)
     workflow.note(
         PROMPTS,
         "Words and places",
         "**The prompt names the things**, the hint says where they are. Try other colours: red, orange, yellow, green, "
-        "blue, purple, pink, brown, gray, white, black.",
+        "blue, purple, pink, brown, white; a *scene* house, cat, fish or flower wants their names.",
         110,
     )
     hint = sample(workflow, "edges", SIDE, "Sample hint", scene=SCENE)
@@ -60,8 +65,8 @@ def demo() -> Workflow:
     workflow.note(
         RESULT,
         "Without control, and with another",
-        "**Set strength to 0 and run again**: the same seed without control. *Load ControlNeXt* lists further controls "
-        "of the demo, depth and mask, each with the *kind* of that name.",
+        "**Set strength to 0 and run again**: the same seed without control. Values between show how the drawing takes "
+        "over. *Load ControlNeXt* says which file it found and what it is for.",
         130,
     )
     return finish(workflow, applied["MODEL"], *prompts, base["VAE"], **SAMPLER)
@@ -71,7 +76,7 @@ def demo_train() -> Workflow:
     """Train a control on drawn shapes, then draw with it."""
     workflow = Workflow("demo_train", "Demo, train in two minutes", TRAINING_GROUPS, arrangement=TRAINING)
     recipe = read_recipe(TINY)
-    base = _base(workflow)
+    base = _base(workflow, CHECKPOINT)
     workflow.note(
         MODELS,
         "Press Run and watch",
@@ -81,7 +86,7 @@ def demo_train() -> Workflow:
         170,
     )
     side = recipe["resolution"]
-    prompts = _prompts(workflow, base["CLIP"], side, count=4)
+    prompts = _prompts(workflow, base["CLIP"], SHAPES_PROMPT, "EmptyLatentImage", side, count=4)
     prompts_first(workflow)
     data = workflow.add(HINT, "ControlDatasetFolder", folder=recipe["data"][0], hint="paired", resolution=side)
     workflow.note(
@@ -91,7 +96,7 @@ def demo_train() -> Workflow:
         "below ComfyUI's input folder stands here for pictures of your own.",
         130,
     )
-    hint = sample(workflow, "edges", side, "Sample hint", scene=SCENE)
+    hint = sample(workflow, "edges", side, "Sample hint", scene=SHAPES)
     trained = workflow.add(
         CONTROL,
         "ControlNeXtTrain",
@@ -106,7 +111,7 @@ def demo_train() -> Workflow:
     applied = workflow.add(
         RESULT, "ControlNeXtApply", model=trained["MODEL"], control_net=trained["CONTROL_NET"], image=hint["IMAGE"]
     )
-    return finish(workflow, applied["MODEL"], *prompts, base["VAE"], **SAMPLER)
+    return finish(workflow, applied["MODEL"], *prompts, base["VAE"], **{**SAMPLER, "steps": 14})
 
 
 def _settings(recipe: dict[str, object]) -> str:
