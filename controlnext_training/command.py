@@ -19,8 +19,9 @@ from .base_model.base_files import control_folder, load_base, runs_folder
 from .config import ConfigError, TrainConfig
 from .data.dataset import open_dataset
 from .data.index import Progress
+from .data.report import report
 from .data.samples import ControlDataset
-from .distributed import ProcessGroup, join_group
+from .distributed import ProcessGroup, join_group, together
 from .drawn import is_drawn, open_drawn
 from .results import RunFiles
 from .train import train
@@ -171,9 +172,10 @@ def _run(config: TrainConfig, folder: Path, console: Console, group: ProcessGrou
     base = load_base(config, folder)
     run = run_of(config, base, folder)
     frames, index = base.family.frames(config), run.folder.parent / INDEX
-    data = open_data(config.data, config, frames, index)
-    held_out = open_data(config.validation_data, config, frames, index) if config.validation_data else None
-    console.say(f"{len(data)} samples; the run is kept in {run.folder}")
-    for path, why in getattr(data, "broken", ()):
-        console.say(f"left out: {path}: {why}")
+    data = together(group, lambda: open_data(config.data, config, frames, index))
+    held_out = None
+    if config.validation_data:
+        held_out = together(group, lambda: open_data(config.validation_data, config, frames, index))
+    console.say(f"the run is kept in {run.folder}")
+    console.say(report(data).text)
     return train(base, data, held_out, config, run, console, group)

@@ -16,7 +16,7 @@ from ..controlnext_core.file_names import problem_of_control
 from .choices import AUTO, BLOCK_GROUPS, FUSIONS, LAYOUTS, VARIANTS, rank_of, subsets_of
 from .data.degraded import COMPUTED
 from .data.samples import PAIRED
-from .objective import OBJECTIVES, TIMESTEP_LAWS
+from .objective import LOG_NORMAL, OBJECTIVES, TIMESTEP_LAWS
 from .optimizers import OPTIMIZERS
 from .patterns import MAX_LETTERS, Pattern, PatternError
 from .schedules import SCHEDULES, Schedule
@@ -108,7 +108,7 @@ class TrainConfig:
     )
     validation_data: tuple[str, ...] = setting(
         (),
-        "The same for validation; empty = the first of the data, which then do not train, if there are enough.",
+        "The same for validation; empty = some of the data, drawn by the seed, which then do not train, if enough.",
         is_path=True,
     )
     hint: str = setting(
@@ -185,9 +185,23 @@ class TrainConfig:
     )
     timesteps: str = setting(
         AUTO,
-        "Distribution of the timesteps: auto (uniform; svd_cosine for SVD), uniform, logit_normal or svd_cosine.",
-        choices=(AUTO, *TIMESTEP_LAWS),
+        "Distribution of the timesteps: auto (uniform; svd_cosine for SVD), uniform, logit_normal, svd_cosine, or "
+        "log_normal (EDM).",
+        choices=(AUTO, *TIMESTEP_LAWS, LOG_NORMAL),
     )
+    stratified_timesteps: bool = setting(
+        False,
+        "Draw the timesteps of a forward pass from equal parts of their distribution, one from each: less noise in the "
+        "gradient of batches. Off = independent draws.",
+    )
+    log_normal_mean: float = setting(
+        -1.2, "log_normal: mean of the logarithm of sigma. Source: Karras et al. 2022 (EDM), table 1.", low=-20, high=20
+    )
+    log_normal_std: float = setting(
+        1.2, "log_normal: standard deviation of the logarithm of sigma. Source: the same.", low=1e-3, high=20
+    )
+    sigma_min: float = setting(0.0, "Smallest noise level (sigma) that trains; 0 = the model's own.", low=0, high=1e6)
+    sigma_max: float = setting(0.0, "Largest noise level (sigma) that trains; 0 = the model's own.", low=0, high=1e6)
     guidance: float = setting(
         1.0,
         "Guidance scale that a guidance-distilled base (Flux.1 dev) is told while the control trains; other bases are "

@@ -21,6 +21,50 @@ MAX_DOTS = 64
 MAX_KEY, MAX_TEXT = 100, 8192
 """Letters of a key that are compared with the known ones, and of a value."""
 
+FOREIGN: dict[str, str] = {
+    "lr": "learning_rate (the base's weights) and control_learning_rate (the control)",
+    "unet_lr": "learning_rate",
+    "controlnet_lr": "control_learning_rate",
+    "epochs": "steps: samples / batch_size steps are one epoch",
+    "num_train_epochs": "steps: samples / batch_size steps are one epoch",
+    "max_train_epochs": "steps: samples / batch_size steps are one epoch",
+    "max_train_steps": "steps",
+    "train_steps": "steps",
+    "train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulation",
+    "gradient_checkpointing": "checkpointing",
+    "mixed_precision": "precision",
+    "ema": "ema_decay, such as 0.999",
+    "use_ema": "ema_decay, such as 0.999",
+    "optimizer_type": "optimizer",
+    "lr_scheduler": "schedule",
+    "lr_warmup_steps": "warmup_steps",
+    "lr_num_cycles": "schedule_cycles",
+    "lr_power": "schedule_power",
+    "snr_gamma": "min_snr_gamma",
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+    "adam_weight_decay": "weight_decay",
+    "adam_epsilon": "adam_eps",
+    "max_train_samples": "max_samples",
+    "checkpointing_steps": "save_every",
+    "checkpoints_total_limit": "keep_states",
+    "resume_from_checkpoint": "resume",
+    "output_dir": "output_folder",
+    "train_data_dir": "data",
+    "dataset": "data",
+    "pretrained_model_name_or_path": "base",
+    "base_model": "base",
+    "controlnext_scale": "gain",
+    "controlnet_model_name_or_path": "init_control",
+    "proportion_empty_prompts": "caption_dropout",
+    "network_dim": "rank",
+    "lora_rank": "rank",
+    "num_workers": "nothing: the samples of the next step are read while this one computes",
+    "dataloader_num_workers": "nothing: the samples of the next step are read while this one computes",
+}
+"""Settings of other trainers -> what to write in their place."""
+
 KINDS: dict[str, type] = get_type_hints(TrainConfig)
 """Key -> its type."""
 
@@ -82,6 +126,8 @@ def _toml() -> ModuleType:
 def checked(key: str, value: Any) -> Any:
     """The value in the type of its key. Raises ConfigError for an unknown key and for another type."""
     if key not in KINDS:
+        if key in FOREIGN:
+            raise ConfigError(f"{key}: is no setting here. Write {FOREIGN[key]}.")
         close = difflib.get_close_matches(key[:MAX_KEY], KINDS, 1)
         raise ConfigError(f"{cut(key)}: is no setting." + (f" Did you mean {close[0]}?" if close else ""))
     kind = KINDS[key]

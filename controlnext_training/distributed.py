@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -89,6 +89,30 @@ class ProcessGroup:
         if off and isinstance(module, DistributedDataParallel):
             return module.no_sync()
         return contextlib.nullcontext()
+
+
+def together(group: ProcessGroup, open_data: Callable[[], T]) -> T:
+    """Result of `open_data` in every process: first in rank 0, then in one of each other machine, then in the rest.
+
+    Those that come later find in the index on the disk what the first have read. Raises what `open_data` raises; where
+    another process fails, ValueError with that process's words.
+    """
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    turn = 0 if group.is_main else 1 if local == 0 else 2
+    found: list[T] = []
+    for now in range(3 if group.size > 1 else 1):
+        failure: Exception | None = None
+        if now == turn:
+            try:
+                found.append(open_data())
+            except Exception as error:
+                failure = error
+        words = [text for text in group.gather(str(failure) if failure else "") if text]
+        if failure is not None:
+            raise failure
+        if words:
+            raise ValueError(words[0])
+    return found[0]
 
 
 @contextlib.contextmanager

@@ -187,6 +187,31 @@ def _svd_cosine(u: Tensor, sigmas: Tensor) -> Tensor:
     return log_sigma.exp().to(sigmas)
 
 
+LOG_NORMAL = "log_normal"
+"""Name of the law of EDM, which takes two numbers of the configuration."""
+
+
+def log_normal(u: Tensor, sigmas: Tensor, mean: float, std: float) -> Tensor:
+    """log sigma is normal, cut to the table's range by drawing from the part of the distribution inside.
+
+    u: (B,) float64 in (0, 1); sigmas: the table (T,), ascending. Source: Karras et al. 2022 (EDM), table 1.
+    """
+    ends = torch.stack([sigmas[0], sigmas[-1]]).double().cpu().clamp(min=1e-12).log()
+    low, high = torch.special.ndtr((ends - mean) / std)
+    drawn = (mean + std * torch.special.ndtri(low + u * (high - low))).exp()
+    return drawn.clamp(float(sigmas[0]), float(sigmas[-1])).to(sigmas)
+
+
+def within(sigmas: Tensor, low: float, high: float) -> Tensor:
+    """The part of an ascending table from `low` to `high`; 0 = its own end. Empty where there is none."""
+    return sigmas[(sigmas >= low) & (sigmas <= (high or math.inf))]
+
+
+def stratified(u: float, place: int, count: int) -> float:
+    """A number of the place-th of `count` equal parts of (0, 1), for u in (0, 1)."""
+    return (place + u) / count
+
+
 TIMESTEP_LAWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "uniform": _uniform,
     "logit_normal": _logit_normal,

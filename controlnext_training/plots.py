@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 BACKGROUND, INK, FAINT = (255, 255, 255), (40, 40, 40), (225, 225, 225)
 RAW, SMOOTH, VALIDATION = (176, 205, 236), (31, 94, 170), (214, 92, 20)
+BARE = (110, 130, 60)
+NAMES = ("Training loss (weighted mean squared error of the network's output)", "steps of the optimizer")
+NAMED_FROM = 300  # pixels of height from which there is room for a title and names of axes
 FINER = 3  # lines are drawn this many times larger and shrunk: PIL's own are jagged
 SMOOTHING = 0.03  # the smoothed line averages over about this part of the points
 MAX_POINTS = 4000  # more cannot be seen, and a long run draws its curve often
@@ -41,8 +44,11 @@ def loss_curve(
     losses: Sequence[float],
     validation: Sequence[tuple[float, float]] = (),
     size: tuple[int, int] = (720, 400),
+    without: Sequence[tuple[float, float]] = (),
 ) -> Image:
     """The losses, their smoothed line and the validation losses (step, loss) over the steps; size: (width, height).
+
+    validation, without: losses with the control and without it, over the same samples and noise.
 
     Losses that are no numbers are left out; outliers above the frame are cut off, so that the rest can be seen.
     """
@@ -50,9 +56,16 @@ def loss_curve(
     raw = _finite(list(zip(steps, losses, strict=True)))
     smooth, checked = _smoothed(raw)[::every], _finite(validation)
     raw = raw[::every]
-    lines: tuple[Line, ...] = (("loss", raw, RAW), ("smoothed", smooth, SMOOTH), ("validation", checked, VALIDATION))
-    ends = _range([y for _, y in smooth] + [y for _, y in checked], [y for _, y in raw])
-    return _chart(lines, ends, size, thick=("smoothed",), dotted=("validation",))
+    bare = _finite(without)
+    lines: tuple[Line, ...] = (
+        ("mean of the steps", raw, RAW),
+        ("smoothed", smooth, SMOOTH),
+        ("validation", checked, VALIDATION),
+        ("without control", bare, BARE),
+    )
+    ends = _range([y for _, points, _ in lines[1:] for _, y in points], [y for _, y in raw])
+    dotted = ("validation", "without control")
+    return _chart(lines, ends, size, thick=("smoothed",), dotted=dotted, names=NAMES if size[1] >= NAMED_FROM else ())
 
 
 def line_chart(lines: Sequence[Line], size: tuple[int, int] = (720, 400)) -> Image:
@@ -64,9 +77,15 @@ def line_chart(lines: Sequence[Line], size: tuple[int, int] = (720, 400)) -> Ima
 
 
 def _chart(
-    lines: Sequence[Line], ends: Point, size: tuple[int, int], thick: Sequence[str], dotted: Sequence[str]
+    lines: Sequence[Line],
+    ends: Point,
+    size: tuple[int, int],
+    thick: Sequence[str],
+    dotted: Sequence[str],
+    names: Sequence[str] = (),
 ) -> Image:
-    """ends: lowest and highest value of the frame; thick, dotted: names of lines that are so."""
+    """ends: lowest and highest value of the frame; thick, dotted: names of lines that are so; names: title with the
+    value axis, and name of the other axis."""
     from PIL import Image, ImageDraw
 
     font, (low, high) = _font(max(10, size[1] // 30)), ends
@@ -75,7 +94,9 @@ def _chart(
     left = 14 + round(max(font.getlength(_number(y)) for y in y_ticks))
     legend = _legend(lines, font, left, size[0] - 18)
     rows = 1 + max((row for _, row, _, _ in legend), default=0)
-    box = (left, round(font.size * (0.6 + 1.6 * rows)), size[0] - 18, size[1] - round(font.size * 2.2))
+    title = 1.5 if names else 0.0  # lines of text
+    top, bottom = round(font.size * (0.6 + title + 1.6 * rows)), size[1] - round(font.size * (2.2 + 0.8 * title))
+    box = (left, top, size[0] - 18, bottom)
 
     def place(point: Point) -> Point:
         x = box[0] + (point[0] - first) / (last - first) * (box[2] - box[0])
@@ -100,8 +121,11 @@ def _chart(
         draw.text((box[0] - 5, place((first, tick))[1] / FINER), _number(tick), INK, font, anchor="rm")
     for tick in x_ticks:
         draw.text((place((tick, low))[0] / FINER, box[3] + 4), _number(tick), INK, font, anchor="ma")
+    if names:
+        draw.text((left, font.size * 0.4), names[0], INK, font, anchor="la")
+        draw.text(((box[0] + box[2]) / 2, size[1] - 3), names[1], INK, font, anchor="md")
     for x, row, text, key in legend:
-        middle = font.size * (1.05 + 1.6 * row)
+        middle = font.size * (1.05 + title + 1.6 * row)
         if key is not None:
             draw.rectangle((x, middle - font.size * 0.15, x + font.size, middle + font.size * 0.15), key)
         draw.text((x + font.size * 1.4 if key else x, middle), text, INK, font, anchor="lm")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import difflib
 import json
 import os
 import signal
@@ -18,9 +19,10 @@ import socket
 import struct
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,12 @@ class Server:
             ) from None
         return json.loads(content) if content.strip() else None
 
+    def inputs_of(self, kind: str) -> set[str]:
+        """Names of the inputs of a class of nodes; empty for a class that the server does not have."""
+        about = self.ask(f"/object_info/{urllib.parse.quote(kind)}") or {}
+        groups = about.get(kind, {}).get("input", {})
+        return {name for key in ("required", "optional") for name in groups.get(key, {})}
+
 
 def refusal(answer: str) -> str:
     """Reasons why the server refuses a graph, from its answer."""
@@ -75,9 +83,10 @@ def refusal(answer: str) -> str:
     return "\n".join(lines)
 
 
-def changed(graph: Graph, settings: list[str]) -> Graph:
+def changed(graph: Graph, settings: list[str], inputs_of: Callable[[str], Iterable[str]] = lambda kind: ()) -> Graph:
     """The graph with some inputs set: NODE.INPUT=VALUE, NODE an id or a class, VALUE JSON or else text.
 
+    inputs_of: names of a class's inputs, asked for one that the graph does not set; () where they are not known.
     Raises QueueError where there is no such node or input.
     """
     for setting in settings:
@@ -92,6 +101,11 @@ def changed(graph: Graph, settings: list[str]) -> Graph:
         except ValueError:
             value = text
         for node in nodes:
+            known_inputs = {*node["inputs"]} if key in node["inputs"] else {*inputs_of(node["class_type"])}
+            if known_inputs and key not in known_inputs:
+                close = difflib.get_close_matches(key, known_inputs, 1)
+                meant = f"did you mean {close[0]}?" if close else f"it has {', '.join(sorted(known_inputs))}"
+                raise QueueError(f"--set {setting}: {node['class_type']} has no input {key}; {meant}")
             node["inputs"][key] = value
     return graph
 
@@ -169,8 +183,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="repeatable")
     options = parser.parse_args(arguments)
     try:
-        graph = changed(json.loads(options.graph.read_text("utf-8")), options.set)
-        return asyncio.run(follow(Server(options.server), graph))
+        server = Server(options.server)
+        graph = changed(json.loads(options.graph.read_text("utf-8")), options.set, server.inputs_of)
+        return asyncio.run(follow(server, graph))
     except KeyboardInterrupt:
         return 130
     except (QueueError, OSError, ValueError) as error:

@@ -24,6 +24,8 @@ from .validation import NO_EFFECT, Validation
 
 NAME_FILE = "run.txt"
 CURVE = "loss.png"
+WORSE = 1e-3
+"""Relative difference of losses above which a control is worse than none, and not rounding or noise."""
 RUN_KEY = f"{PREFIX}run"
 """Metadata key of a trained file: identity of the run that made it."""
 
@@ -135,6 +137,12 @@ def show_validation(found: Validation, step: int, files: RunFiles, journal: Jour
             "warning: the control has no effect yet: with and without it the loss is the same. If that stays so, "
             "raise control_learning_rate or gain, and look whether the hints are empty."
         )
+    elif found.loss > found.loss_without * (1 + WORSE):
+        observer.say(
+            "warning: the control is worse than without: the loss with it is higher. In the first steps that passes. "
+            "If it stays so, look in the validation pictures whether hints belong to their pictures, and lower "
+            "control_learning_rate or gain."
+        )
     if found.grid is not None:
         path = files.folder / f"validation-{step:08d}.png"
         with journals.lenient(path):
@@ -148,8 +156,9 @@ def show_curve(files: RunFiles) -> Path:
     """Draw loss.png from the log."""
     steps = journals.read(files.folder, "step", "loss")
     validated = journals.read(files.folder, "validation", "loss")
+    without = journals.read(files.folder, "validation", "loss_without")
     path = files.folder / CURVE
-    loss_curve(list(steps), list(steps.values()), list(validated.items())).save(path)
+    loss_curve(list(steps), list(steps.values()), list(validated.items()), without=list(without.items())).save(path)
     return path
 
 

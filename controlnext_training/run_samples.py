@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from .base_model.encode import BaseWithEncoders
 from .config import TrainConfig
 from .data.samples import ControlDataset
 from .distributed import ProcessGroup
 from .encoded import Store, TensorCache
 from .journal import Observer
+from .split import SavedData, split
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class RunSamples:
     training: list[int]
     validation_store: Store
     validation: list[int]
+    tensors: dict[str, Tensor]
+    """Identities of all samples and of those held out, for saved states."""
     left_out: int
     """Number of samples that cannot be read."""
 
@@ -32,15 +37,21 @@ def encode_samples(
     cache: TensorCache,
     group: ProcessGroup,
     observer: Observer,
+    saved: SavedData | None = None,
 ) -> RunSamples:
     """Encode every sample that the cache lacks, and say which cannot be read.
 
-    held_out: for validation; None to take some of `data`. Raises DatasetError where no sample can be read.
+    held_out: for validation; None to take some of `data`; saved: samples of the state to resume.
+
+    Raises DatasetError where no sample can be read.
     """
     store = validation_store = Store(base, data, config, cache)
     count = min(len(data), config.max_samples or len(data))
     readable, broken = store.prepare(range(count), group, observer)
-    training, validation = split(readable, config, held_out is not None)
+    parts = split(data, count, readable, config, held_out is not None, saved)
+    validation = parts.validation
+    for line in parts.said:
+        observer.say(line)
     if held_out is not None and config.validate_every:
         validation_store = Store(base, held_out, config, cache)
         first = range(min(len(held_out), config.validation_samples))
@@ -48,12 +59,4 @@ def encode_samples(
         broken += unreadable
     for name, why in broken:
         observer.say(f"left out: {name}: {why}")
-    return RunSamples(store, training, validation_store, validation, len(broken))
-
-
-def split(indices: list[int], config: TrainConfig, held_out: bool) -> tuple[list[int], list[int]]:
-    """(training, validation) samples. Of fewer than ten none is held out: validation then uses training samples."""
-    if held_out or not config.validate_every:
-        return indices, []
-    spare = min(config.validation_samples, len(indices) // 10)
-    return indices[spare:], indices[: spare or config.validation_samples]
+    return RunSamples(store, parts.training, validation_store, validation, parts.tensors, len(broken))

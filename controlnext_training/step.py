@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from . import objective as objectives
 from .base_model.controlled import Controlled, Sizes
 from .choices import AUTO
-from .config import TrainConfig
+from .config import ConfigError, TrainConfig
 from .encoded import Encoded
-from .objective import OBJECTIVES, TIMESTEP_LAWS, Parameterisation
+from .objective import LOG_NORMAL, OBJECTIVES, TIMESTEP_LAWS, Parameterisation
 from .seeding import generator
 
 
@@ -26,16 +26,28 @@ class DiffusionObjective:
     sigmas: Tensor
     """The base's table, ascending."""
     timesteps: str
+    log_normal: tuple[float, float] = (-1.2, 1.2)
+    """Mean and standard deviation of log sigma, for that law."""
 
     @classmethod
     def of(cls, config: TrainConfig, controlled: Controlled) -> DiffusionObjective:
         name = controlled.predicts if config.objective == AUTO else config.objective
         timesteps = controlled.family.timesteps if config.timesteps == AUTO else config.timesteps
-        return cls(OBJECTIVES[name], controlled.base.model_sampling.sigmas.float().cpu(), timesteps)
+        table = controlled.base.model_sampling.sigmas.float().cpu()
+        sigmas = objectives.within(table, config.sigma_min, config.sigma_max)
+        if not len(sigmas):
+            raise ConfigError(
+                f"sigma_min, sigma_max: no noise level of this model lies from {config.sigma_min:g} to "
+                f"{config.sigma_max:g}; its own go from {float(table[0]):g} to {float(table[-1]):g}."
+            )
+        return cls(OBJECTIVES[name], sigmas, timesteps, (config.log_normal_mean, config.log_normal_std))
 
     def sigma(self, u: Sequence[float]) -> Tensor:
         """Noise levels (B,) for numbers in (0, 1)."""
-        return TIMESTEP_LAWS[self.timesteps](torch.tensor(u, dtype=torch.float64), self.sigmas)
+        drawn = torch.tensor(u, dtype=torch.float64)
+        if self.timesteps == LOG_NORMAL:
+            return objectives.log_normal(drawn, self.sigmas, *self.log_normal)
+        return TIMESTEP_LAWS[self.timesteps](drawn, self.sigmas)
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,8 @@ def draw(
         noises.append(torch.randn(sample.latent.shape, generator=source))
         offsets.append(torch.randn(sample.latent.shape[1], generator=source))
         drawn.append(float(torch.rand((), generator=source, dtype=torch.float64)))
+        if config.stratified_timesteps:
+            drawn[-1] = objectives.stratified(drawn[-1], _stratum(config, position), config.batch_size)
     sigma = objective.sigma(drawn if levels is None else levels)
     noise = objectives.offset_noise(torch.cat(noises), torch.stack(offsets), config.noise_offset)
     latent = torch.cat([sample.latent for sample in samples]).to(device)
@@ -86,6 +100,12 @@ def draw(
         sigma=sigma.to(device),
         region=_region(samples, config, latent),
     )
+
+
+def _stratum(config: TrainConfig, position: int) -> int:
+    """Part of the noise levels' distribution for a position: each of `batch_size` parts once in a forward pass."""
+    batch, place = divmod(position, config.batch_size)
+    return int(torch.randperm(config.batch_size, generator=generator(config.seed, "strata", batch))[place])
 
 
 def conditions_of(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from .base_model.encode import BaseWithEncoders, device_of_host, is_interruption
 from .base_model.needs import step_shape, told
 from .config import TrainConfig
 from .data.cache import Cache
+from .data.joined import JOINED, join_small_buckets
 from .data.samples import ControlDataset
 from .distributed import ProcessGroup
 from .encoded import MemoryCache
@@ -30,7 +31,7 @@ from .results import Meter, RunFiles, StepClock, duration, finished_file, show_v
 from .run_lock import run_lock
 from .run_samples import encode_samples
 from .step import draw, losses
-from .training_run import TrainingRun, make_run, open_run, resume, save
+from .training_run import TrainingRun, make_run, open_run, resume, save, saved_data
 from .undisturbed import undisturbed
 from .validation import Validator
 
@@ -40,10 +41,12 @@ class TrainingError(RuntimeError):
 
 
 class Stopped(Exception):  # noqa: N818  # not an error: somebody asked for it
-    """The run was stopped from outside and has saved its state first."""
+    """The run was stopped from outside and has saved its state first, if there was one."""
 
-    def __init__(self, step: int, where: Path) -> None:
-        super().__init__(f"stopped after {step} steps; saved in {where}. Run it again with resume on to go on.")
+    def __init__(self, step: int, where: Path | None) -> None:
+        """where: folder of the saved state; None where there is no state yet."""
+        kept = f"; saved in {where}" if where is not None else ", before the first state; only encoded samples are kept"
+        super().__init__(f"stopped after {step} steps{kept}. Run it again with resume on to go on.")
         self.step, self.where = step, where
 
 
@@ -80,9 +83,11 @@ def train(
         check_before(base, config)
         saved = open_run(files, config, base, group, observer)
         cache = Cache(files.cache) if config.cache else MemoryCache()
-        samples = encode_samples(base, data, held_out, config, cache, group, observer)
+        if saved is None or saved.facts.get("small_buckets") == JOINED:
+            data = join_small_buckets(data, config.effective_batch * group.size, observer.say)
+        samples = encode_samples(base, data, held_out, config, cache, group, observer, saved_data(saved))
         if group.any(observer.stopping()):  # encoded samples are in the cache; there is nothing else to save yet
-            raise Stopped(saved.step if saved else 0, files.folder)
+            raise Stopped(saved.step if saved else 0, saved.folder if saved else None)
         base.release_unused()
         make_room(device_of_host())
         run = make_run(base, samples.store, samples.training, config, device_of_host(), group, observer, make)
@@ -90,6 +95,7 @@ def train(
         try:
             if saved is not None:
                 resume(run, saved, observer)
+            run.data = samples.tensors
             event = "resume" if run.step else "start"
             journal.write(event, run.step, samples=len(samples.training), left_out=samples.left_out)
             validator = None
@@ -131,7 +137,7 @@ def _stopped(run: TrainingRun, outputs: Outputs) -> Stopped:
     if run.complete:
         return Stopped(run.step, save(run, outputs.files))
     last = state.latest(outputs.files.folder)
-    return Stopped(last.step, last.folder) if last is not None else Stopped(0, outputs.files.folder)
+    return Stopped(last.step, last.folder) if last is not None else Stopped(0, None)
 
 
 def _take_steps(run: TrainingRun, outputs: Outputs) -> None:
@@ -148,7 +154,7 @@ def _take_steps(run: TrainingRun, outputs: Outputs) -> None:
         norm = update(run, step, loss)
         _check(run, norm, outputs)
         if _is_due(config.log_every, run):
-            _tell(run, norm, clock.read(run.step), outputs)
+            _tell(run, clock.read(run.step), outputs)
         if _is_due(config.save_every, run):
             save(run, outputs.files)
         if outputs.validator is not None and _is_due(config.validate_every, run):
@@ -194,6 +200,7 @@ def update(run: TrainingRun, step: int, loss: Tensor) -> float:
         run.optimizer.zero_grad(set_to_none=True)
         if run.ema is not None:
             run.ema.update(run.parameters)
+        run.norms.append(float(norm))
         run.losses.append(float(mean))
         skipped = run.scaler.is_enabled()  # GradScaler skips a step whose gradient is not finite
         run.complete = math.isfinite(run.losses[-1]) and (skipped or math.isfinite(float(norm)))
@@ -245,9 +252,11 @@ def _expected(run: TrainingRun, outputs: Outputs) -> int | None:
     return need.total
 
 
-def _tell(run: TrainingRun, norm: float, seconds: float, outputs: Outputs) -> None:
-    """Show and log the last step. norm: of its gradient; seconds: per step since the last line."""
-    config, step, loss = run.config, run.step, run.losses[-1]
+def _tell(run: TrainingRun, seconds: float, outputs: Outputs) -> None:
+    """Show and log the means over the steps since the last line. seconds: per step since then."""
+    config, step = run.config, run.step
+    count = step - (step - 1) // config.log_every * config.log_every
+    loss, norm = _mean(run.losses[-count:]), _mean(run.norms[-count:])
     left = duration(seconds * (config.steps - step))
     rate = run.schedule.factor(step - 1)
     outputs.observer.progress(
@@ -257,11 +266,16 @@ def _tell(run: TrainingRun, norm: float, seconds: float, outputs: Outputs) -> No
         "step",
         step,
         loss=loss,
+        steps=count,
         gradient=norm,
         learning_rate=config.learning_rate * rate,
         control_learning_rate=config.control_learning_rate * rate,
         seconds_per_step=seconds,
     )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
 def _validate(run: TrainingRun, validator: Validator, outputs: Outputs) -> None:

@@ -19,12 +19,14 @@ from .base_model.controls import MakeControl, new_control
 from .base_model.encode import BaseWithEncoders, compute_dtype
 from .config import SETTINGS, ConfigError, TrainConfig
 from .config_files import as_toml
+from .data.joined import JOINED
 from .data.order import Order, order
 from .distributed import ProcessGroup
 from .encoded import Prefetcher, SampleRequests, Store
 from .journal import Observer
 from .results import RunFiles, name_run
 from .schedules import Schedule
+from .split import SavedData
 from .step import DiffusionObjective
 
 
@@ -50,6 +52,10 @@ class TrainingRun:
     group: ProcessGroup
     losses: list[float] = field(default_factory=list)
     """Loss of every step so far."""
+    norms: list[float] = field(default_factory=list)
+    """Norms of the gradients of the steps of this process."""
+    data: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Identities of the samples; see `split`."""
     complete: bool = True
     """False while a step changes the weights, and after one that spoilt them: such weights are not saved."""
 
@@ -111,7 +117,7 @@ def make_run(
         parameters=parameters,
         optimizer=_make_optimizer(config, [(list(named.values()), rate) for named, rate in rates if named], group),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype is torch.float16),
-        ema=Ema(parameters, config.ema_decay, config.ema_on_cpu) if config.ema_decay else None,
+        ema=Ema(parameters, config.ema_decay, config.ema_on_cpu) if config.ema_decay and group.is_main else None,
         objective=DiffusionObjective.of(config, controlled),
         schedule=config.learning_rate_schedule,
         order=order(sizes, config.effective_batch * group.size, config.seed),
@@ -184,6 +190,11 @@ def _check_same_run(found: state.State, config: TrainConfig, base: BaseWithEncod
         )
 
 
+def saved_data(found: state.State | None) -> SavedData | None:
+    """Samples that a saved state trained on; None for a new run."""
+    return None if found is None else SavedData(found.tensors("data"), str(found.facts.get("data", "")))
+
+
 def _config_of(found: state.State) -> dict[str, Any]:
     """The configuration of a saved state; settings that came later have the defaults, with which it was run."""
     return json.loads(TrainConfig().to_json()) | found.facts["config"]
@@ -234,12 +245,15 @@ def save(run: TrainingRun, files: RunFiles) -> Path:
             "weights": {name: p.detach() for name, p in run.parameters.items()},
             "ema": run.ema.state_dict() if run.ema is not None else {},
             "losses": {"loss": torch.tensor(run.losses, dtype=torch.float64)},
+            "data": run.data,
         }
         facts = {
             "config": json.loads(run.config.to_json()),
             "scaler": run.scaler.state_dict(),
             "base": files.base,
             "processes": run.group.size,
+            "data": run.samples.store.data.fingerprint,
+            "small_buckets": JOINED,
         }
         folder = state.save(files.folder, run.step, parts, whole, facts, run.config.keep_states)
     run.group.wait()

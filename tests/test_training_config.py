@@ -251,3 +251,16 @@ def test_flags_that_are_not_given_leave_the_recipe_alone() -> None:
 
 def test_derived_facts() -> None:
     assert TrainConfig(batch_size=2, accumulation=3).effective_batch == 6
+
+
+def test_names_of_other_trainers_lead_to_the_right_key() -> None:
+    from comfyui_controlnext.controlnext_training.config_files import FOREIGN, KINDS, checked
+
+    for key, advice in FOREIGN.items():
+        assert key not in KINDS
+        named = advice.replace(",", " ").replace(":", " ").split()[0]
+        assert named in KINDS or named == "nothing", key
+        with pytest.raises(ConfigError, match=f"^{key}: is no setting here. Write {named}"):
+            checked(key, 1)
+    for key, meant in (("lr", "learning_rate"), ("epochs", "steps"), ("mixed_precision", "precision")):
+        assert FOREIGN[key].startswith(meant)

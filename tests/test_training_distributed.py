@@ -14,6 +14,7 @@ import torch
 from comfyui_controlnext.controlnext_training import journal, state
 from comfyui_controlnext.controlnext_training.config import ConfigError, TrainConfig
 from comfyui_controlnext.controlnext_training.config_files import as_toml
+from comfyui_controlnext.tests.data_fixtures import coordinates, write
 from comfyui_controlnext.tests.training_fixtures import same_nested
 from comfyui_controlnext.tools.comfy_server import free_port
 from torch import Tensor
@@ -149,3 +150,51 @@ def test_splitting_is_for_an_optimizer_that_can_be_split() -> None:
     with pytest.raises(ConfigError, match="zero: is for adamw"):
         TrainConfig(zero=True, optimizer="prodigy")
     assert not torch.distributed.is_initialized()
+
+
+COUNT = """
+import runpy, sys
+runpy.run_path(sys.argv[1])
+from comfyui_controlnext.controlnext_training.data import index, open_dataset
+from comfyui_controlnext.controlnext_training.distributed import join_group, together
+from pathlib import Path
+read, real = [], index.examine
+index.examine = lambda blob: read.append(blob.name) or real(blob)
+with join_group() as group:
+    try:
+        data = together(group, lambda: open_dataset(sys.argv[2], resolution=64, index=Path(sys.argv[3])))
+        print(len(read), len(data), data.fingerprint)
+    except ValueError as error:
+        print("failed:", error)
+"""
+
+
+def opened_by_two(folder: Path, index: Path) -> list[str]:
+    """Line of each of two processes that open a folder together."""
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    alias = str(PROCESS.parents[1] / "_alias.py")
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", COUNT, alias, str(folder), str(index)],
+            env={**environment, "RANK": rank, "LOCAL_RANK": rank},
+            cwd=index.parent,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
+        for rank in "01"
+    ]
+    return [process.communicate(timeout=120)[0].strip() for process in started]
+
+
+def test_two_processes_read_each_file_of_a_folder_once_in_all(tmp_path: Path) -> None:
+    for number in range(250):
+        for kind in ("images", "hints"):
+            write(tmp_path / "data" / kind / f"{number}.png", coordinates(16, 16, number))
+    one, other = (line.split() for line in opened_by_two(tmp_path / "data", tmp_path / "index.json"))
+    assert [one[0], other[0]] == ["500", "0"], "files read by each"
+    assert one[1:] == other[1:] and one[1] == "250"
+
+
+def test_a_folder_that_one_process_cannot_open_ends_both(tmp_path: Path) -> None:
+    assert all("failed:" in line and "nowhere" in line for line in opened_by_two(tmp_path / "nowhere", tmp_path / "i"))

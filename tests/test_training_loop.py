@@ -325,3 +325,23 @@ def test_a_peak_that_is_never_started_anew_counts_only_where_it_rose(
     status.write_text(f"VmPeak:\t99 kB\nVmHWM:\t{later} kB\n")
     found = meter.read()[1]
     assert found == peak if peak else 50 * MIB < found < 9_000_000 * 1024
+
+
+def test_lines_of_the_log_are_means_of_their_interval_also_after_a_stop(loaded_studio: Studio, tmp_path: Path) -> None:
+    base, config = base_of(loaded_studio), small(steps=5, log_every=3)
+    with contextlib.suppress(Stopped):
+        train_in(tmp_path, base, config, Watcher(stop_at=0))
+    train_in(tmp_path, base, small(steps=4, log_every=3, save_every=4))
+    train_in(tmp_path, base, config)
+    losses = last_state(tmp_path).tensors("losses")["loss"]
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "control" / "log.jsonl").read_text("utf-8").splitlines()]
+    found = {line["step"]: (line["steps"], line["loss"]) for line in lines if line["event"] == "step"}
+    assert found.keys() == {3, 4, 5}
+    for step, count in ((3, 3), (4, 1), (5, 2)):
+        assert found[step] == (count, pytest.approx(float(losses[step - count : step].mean()), rel=1e-12))
+
+
+def test_a_stop_while_encoding_claims_no_state(loaded_studio: Studio, tmp_path: Path) -> None:
+    with pytest.raises(Stopped, match="stopped after 0 steps, before the first state; only encoded samples") as stopped:
+        train_in(tmp_path, base_of(loaded_studio), small(), Watcher(stop_at=0))
+    assert stopped.value.where is None and "saved in" not in str(stopped.value)

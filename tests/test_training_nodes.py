@@ -332,6 +332,7 @@ def test_the_example_client_trains_cancels_and_goes_on(
     [
         (["--set", "train.variant=sd16"], "sd16"),
         (["--set", "trian.steps=3"], "the nodes are"),
+        (["--set", "train.step=3"], "ControlNeXtTrain has no input step; did you mean steps?"),
         (["--server", "127.0.0.1:9"], "no ComfyUI answers at 127.0.0.1:9"),
     ],
 )

@@ -310,3 +310,20 @@ def test_a_clip_in_one_row_is_the_clip_in_rows_of_frames() -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=0)
     noise = offset_noise(whole[1], offsets, 0.1).transpose(1, 2).flatten(0, 1)
     assert torch.equal(noise, offset_noise(rows[1], offsets, 0.1))
+
+
+def test_the_law_of_edm_is_normal_in_log_sigma_and_stays_in_its_range() -> None:
+    """Against scipy-free reference: quantiles of a truncated normal by bisection of its distribution function."""
+    from statistics import NormalDist
+
+    from comfyui_controlnext.controlnext_training.objective import log_normal, within
+
+    table = torch.linspace(0.002, 700, 5000, dtype=torch.float64)
+    u = torch.tensor([0.01, 0.25, 0.5, 0.75, 0.99], dtype=torch.float64)
+    law = NormalDist(-1.2, 1.2)
+    for low, high in ((0.0, 0.0), (0.2, 3.0)):
+        sigmas = within(table, low, high)
+        first, last = law.cdf(math.log(float(sigmas[0]))), law.cdf(math.log(float(sigmas[-1])))
+        expected = [math.exp(law.inv_cdf(first + float(x) * (last - first))) for x in u]
+        assert log_normal(u, sigmas, -1.2, 1.2).tolist() == pytest.approx(expected, rel=1e-6)
+    assert float(sigmas[0]) >= 0.2 and float(sigmas[-1]) <= 3.0 and len(within(table, 800, 0)) == 0

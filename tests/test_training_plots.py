@@ -11,6 +11,7 @@ import pytest
 import torch
 from comfyui_controlnext.controlnext_training.plots import (
     BACKGROUND,
+    BARE,
     INK,
     RAW,
     SMOOTH,
@@ -205,3 +206,15 @@ def test_values_out_of_range_and_halves_are_drawn() -> None:
 def test_a_grid_without_pictures_is_refused(rows: list[list[Cell]]) -> None:
     with pytest.raises(ValueError, match="at least one picture"):
         picture_grid(rows)
+
+
+def test_losses_without_control_stand_beside_those_with_it_and_the_axes_have_names() -> None:
+    image = loss_curve([0, 1000], [0.0, 1.0], [(250, 0.5)], without=[(250, 0.75)])
+    left, top, right, bottom = frame(image)
+    dot = places(image, BARE).float()
+    row, column = dot[dot[:, 0] > top + 3].mean(dim=0).tolist()
+    assert column == pytest.approx(left + 0.25 * (right - left), abs=1.5)
+    assert row == pytest.approx(bottom - 0.75 / 1.05 * (bottom - top), abs=1.5)
+    dark = pixels(image).sum(dim=-1) < 3 * 128
+    title, name_of_axis = dark[: top - 35].sum(), dark[bottom + 20 :].sum()
+    assert title > 100 and name_of_axis > 50, "words above the legend, and below the ticks"

@@ -67,3 +67,24 @@ def test_the_contact_sheet_shows_pictures_beside_their_hints(tmp_path: Path) -> 
     (tmp_path / "images" / "0.png").unlink()
     assert np.asarray(contact_sheet(dataset, count=4, columns=2, side=64))[32, 36, 0] == 40, "its place stays empty"
     assert contact_sheet(dataset, count=99, columns=99, side=16).size[1] == 16 + 2 * 4
+
+
+def test_hints_of_another_aspect_and_coarse_hints_are_named_first(tmp_path: Path) -> None:
+    for name, size in (("alike", (64, 64)), ("wide", (64, 96)), ("small", (24, 24)), ("half", (32, 32))):
+        write(tmp_path / "images" / f"{name}.png", coordinates(64, 64))
+        write(tmp_path / "hints" / f"{name}.png", coordinates(*size))
+    found = report(open_dataset(tmp_path, resolution=64))
+    assert [Path(path).stem for path in found.stretched] == ["wide"]
+    assert [Path(path).stem for path in found.coarse] == ["small"]
+    lines = found.text.splitlines()
+    assert lines[1] == "1 have a hint of another aspect, which is stretched over the picture:"
+    assert next(n for n, line in enumerate(lines) if "much smaller" in line) < lines.index("  64x64: 4")
+
+
+def test_kinds_of_pictures_that_are_not_read_are_said(tmp_path: Path) -> None:
+    pairs(tmp_path)
+    for name in ("images/a.gif", "images/b.GIF", "hints/c.tiff"):
+        write(tmp_path / name, b"x")
+    said = {Path(path).name: why for path, why in open_dataset(tmp_path, resolution=64).broken}
+    assert said.keys() == {"a.gif", "c.tiff"} and "(.gif)" in said["a.gif"] and "as 1 more" in said["a.gif"]
+    assert "Save it as png, jpg, webp or bmp" in said["c.tiff"]

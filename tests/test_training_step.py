@@ -153,3 +153,12 @@ def test_every_kind_of_model_has_an_objective() -> None:
     from comfyui_controlnext.controlnext_training.base_model.families import PREDICTS
 
     assert set(PREDICTS.values()) == set(OBJECTIVES)
+
+
+def test_stratified_noise_levels_take_one_of_each_part_in_a_forward_pass() -> None:
+    from comfyui_controlnext.controlnext_training.step import _stratum
+
+    config = small(batch_size=4, stratified_timesteps=True)
+    passes = [[_stratum(config, 4 * number + place) for place in range(4)] for number in range(20)]
+    assert all(sorted(one) == [0, 1, 2, 3] for one in passes)
+    assert len(set(map(tuple, passes))) > 5, "in another order each time"

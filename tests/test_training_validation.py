@@ -121,15 +121,20 @@ def test_an_average_is_what_is_looked_at(loaded_studio: Studio) -> None:
     assert hashes(loop.parameters) == weights and looked_at.run(loop.controlled).loss == own
 
 
-def test_of_few_samples_none_is_held_out_and_of_many_the_first_do_not_train() -> None:
-    from comfyui_controlnext.controlnext_training.run_samples import split
+def test_of_few_samples_none_is_held_out_and_of_many_some_do_not_train() -> None:
+    from comfyui_controlnext.controlnext_training.split import split
 
     config = small(validate_every=1, validation_samples=4)
-    assert split(list(range(9)), config, False) == (list(range(9)), [0, 1, 2, 3])
-    assert split(list(range(20)), config, False) == (list(range(2, 20)), [0, 1])
-    assert split(list(range(100)), config, False) == (list(range(4, 100)), [0, 1, 2, 3])
-    assert split(list(range(100)), config, True) == (list(range(100)), [])
-    assert split(list(range(100)), small(), False) == (list(range(100)), [])
+    few = split(drawn(9), 9, range(9), config, False)
+    assert (few.training, few.validation) == (list(range(9)), [0, 1, 2, 3])
+    for count, held in ((20, 2), (100, 4)):
+        many = split(drawn(count), count, range(count), config, False)
+        assert len(many.validation) == held
+        assert many.training == [index for index in range(count) if index not in many.validation]
+        assert many.validation != list(range(held)), "they are drawn, and not the first"
+    for settings, own in ((config, True), (small(), False)):
+        none = split(drawn(30), 30, range(30), settings, own)
+        assert (none.training, none.validation) == (list(range(30)), [])
 
 
 def test_a_control_without_effect_is_warned_of(loaded_studio: Studio, tmp_path: Path) -> None:
@@ -243,3 +248,13 @@ def test_figures_are_told_in_words(tmp_path: Path) -> None:
         "validation after 7 steps: loss 0.5000 (without control 0.6000), follows the hint 0.71 (without 0.32)"
     ]
     assert not list(tmp_path.glob("validation-*.png")) and (tmp_path / "loss.png").is_file()
+
+
+@pytest.mark.parametrize(("loss", "warned"), [(0.61, True), (0.6001, False), (0.5, False)])
+def test_a_control_that_is_worse_than_none_is_warned_of(tmp_path: Path, loss: float, warned: bool) -> None:
+    from comfyui_controlnext.controlnext_training.journal import Journal
+
+    watch, run = Watcher(), RunFiles(tmp_path, tmp_path, tmp_path / "x", "")
+    found = Validation(loss, 0.6, abs(loss - 0.6) / 0.6, None, None, None)
+    show_validation(found, 7, run, Journal(tmp_path, True, False), watch)
+    assert watch.told("the control is worse than without") == warned

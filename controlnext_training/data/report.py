@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from .dataset import FileDataset
+from .dataset import FileDataset, Item
 from .samples import Broken, BrokenSample, ControlDataset
 
 LISTED = 20
 """Files of a kind that the text names; the report holds all of them."""
+ASPECT = 0.02
+"""Relative difference of aspects that rounding of sizes does not explain."""
 GAP = 4
 GRAY = (40, 40, 40)
 
@@ -34,11 +36,18 @@ class Report:
     duplicates: tuple[tuple[str, ...], ...]
     """Groups of files with the same bytes."""
     broken: tuple[Broken, ...]
+    stretched: tuple[str, ...] = ()
+    """Pictures whose hint has another aspect."""
+    coarse: tuple[str, ...] = ()
+    """Pictures whose hint has less than half the pixels along a side of its bucket."""
 
     @property
     def text(self) -> str:
         """For a log or a page."""
         lines = [f"{self.items} samples"]
+        lines += _listed("files are left out", [f"{path}: {why}" for path, why in self.broken])
+        lines += _listed("have a hint of another aspect, which is stretched over the picture", self.stretched)
+        lines += _listed("have a hint much smaller than what trains, which is enlarged", self.coarse)
         lines += [f"  {width}x{height}: {count}" for (height, width), count in self.buckets.items()]
         if self.originals:
             smallest, largest = min(self.originals, key=_area), max(self.originals, key=_area)
@@ -48,7 +57,6 @@ class Report:
         lines.append(f"{self.with_mask} have a mask")
         lines += _listed("have no caption", self.without_caption)
         lines += _listed("groups of files are the same", [", ".join(group) for group in self.duplicates])
-        lines += _listed("files are left out", [f"{path}: {why}" for path, why in self.broken])
         return "\n".join(lines)
 
 
@@ -72,7 +80,24 @@ def report(dataset: ControlDataset) -> Report:
         with_mask=sum(item.clip.masks is not None for item in items),
         duplicates=tuple(tuple(labels) for labels in same.values() if len(labels) > 1),
         broken=dataset.broken,
+        stretched=tuple(dict.fromkeys(item.clip.images.label for item in items if _is_stretched(item))),
+        coarse=tuple(dict.fromkeys(item.clip.images.label for item in items if _is_coarse(item))),
     )
+
+
+def _is_stretched(item: Item) -> bool:
+    """True: the hint's aspect differs by more than ASPECT from its picture's."""
+    if item.clip.hints is None:
+        return False
+    (height, width), (own_height, own_width) = item.fit.original, item.clip.hints.size
+    ratio = height * own_width / (width * own_height)
+    return max(ratio, 1 / ratio) > 1 + ASPECT
+
+
+def _is_coarse(item: Item) -> bool:
+    """True: a side of the hint is enlarged more than twice."""
+    hints = item.clip.hints
+    return hints is not None and any(2 * own < side for own, side in zip(hints.size, item.fit.resized, strict=True))
 
 
 def contact_sheet(dataset: ControlDataset, count: int = 12, columns: int = 3, side: int = 192) -> Any:

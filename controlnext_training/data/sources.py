@@ -26,6 +26,8 @@ from .tree import TAR_SUFFIX, Blob, Check, Tree, fold, in_order
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 MEDIA_SUFFIXES = (*PICTURE_SUFFIXES, *VIDEO_SUFFIXES)
+UNREAD_SUFFIXES = (".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".psd", ".exr")
+"""Pictures of kinds that are left out."""
 TABLE_SUFFIXES = (".jsonl", ".json", ".csv")
 TABLE_NAMES = ("metadata.jsonl", "metadata.csv", "prompt.json")
 
@@ -147,6 +149,7 @@ def _sort_out(tree: Tree, caption_extension: str) -> _Files:
     """Give every file of a tree its role."""
     files = _Files()
     media: list[tuple[str, str, Blob]] = []
+    unread: dict[str, list[Blob]] = {}
     for name in in_order(tree.blobs):
         blob = tree.blobs[name]
         role, key = _role(blob)
@@ -154,8 +157,14 @@ def _sort_out(tree: Tree, caption_extension: str) -> _Files:
             files.tables.append(blob)
         elif blob.suffix in MEDIA_SUFFIXES:
             media.append((role, key, blob))
+        elif blob.suffix in UNREAD_SUFFIXES:
+            unread.setdefault(blob.suffix, []).append(blob)
         elif blob.suffix in (caption_extension.lower(), ".json") and role in (IMAGE, CAPTION):
             files.found.setdefault((CAPTION, fold(key)), []).append(blob)
+    for suffix, blobs in unread.items():
+        also = f", as {len(blobs) - 1} more of them are" if len(blobs) > 1 else ""
+        why = f"is of a kind ({suffix}) that is not read{also}. Save it as png, jpg, webp or bmp"
+        tree.broken.append(Broken(blobs[0].label, why))
     images = {fold(key) for role, key, _ in media if role == IMAGE}
     for role, key, blob in media:
         if role == IMAGE:
