@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..controlnext_core.checkpoint import CheckpointError
 from ..controlnext_core.comfy_adapter.feedback import tell
 from ..controlnext_core.comfy_adapter.files import folders, inspecting, loading, saving
 from ..controlnext_core.comfy_adapter.files.saving import save_xs
 from ..controlnext_core.comfy_adapter.sampling.next_control import ControlNeXtControl
 from ..controlnext_core.comfy_adapter.sampling.xs_control import ControlNetXSControl
+from ..controlnext_core.comfy_adapter.short_paths import short_paths
 from ..controlnext_core.control_files import DTYPES, LAYOUTS
 from ..controlnext_core.metadata import WEIGHTS_KINDS
 from ..controlnext_core.specs import SPECS
@@ -146,7 +148,10 @@ class ControlNeXtInspect(ControlNode):
 
     @classmethod
     def execute(cls, control_name: str) -> io.NodeOutput:
-        text = inspecting.inspect_file(folders.control_path(control_name))
+        try:
+            text = inspecting.inspect_file(folders.control_path(control_name))
+        except CheckpointError as error:  # a file of another kind, or a damaged one: that is the answer
+            text = short_paths(str(error))
         tell(text, cls.node_id())
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import logging
 import os
 import sys
@@ -129,8 +130,9 @@ def test_no_surrogate_ends_the_thread_that_runs_prompts(server: ComfyServer, tin
         (folder / names[-1]).write_bytes(b"not a file of tensors")
     try:
         for name in names:
-            with pytest.raises(PromptError):
-                server.run({"inspect": inspecting(name)}, timeout=60)
+            with contextlib.suppress(PromptError):  # later hosts refuse names that are not in the list
+                (text,) = server.run({"inspect": inspecting(name)}, timeout=60).outputs["inspect"]["text"]
+                assert encodable.is_encodable(text) and "parameters" not in text
         (text,) = server.run({"inspect": inspecting(tiny.names["control"])}, timeout=60).outputs["inspect"]["text"]
         assert "parameters" in text
         listed = server.get("/object_info/ControlNeXtInspect")["ControlNeXtInspect"]["input"]["required"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from comfyui_controlnext.controlnext_core.checkpoint import CheckpointError
 from comfyui_controlnext.controlnext_training.config import ConfigError
 from comfyui_controlnext.controlnext_training.config_files import read_recipe
@@ -63,11 +64,34 @@ def test_a_control_chosen_as_weights_is_sent_to_the_other_widget(control_folder:
 
 @pytest.mark.comfy
 def test_errors_name_files_from_the_hosts_folders(control_folder: Path) -> None:
-    from comfyui_controlnext.nodes.loaders import ControlNeXtInspect
+    from comfyui_controlnext.nodes.controlnet_xs import ControlNetXSLoader
 
     (control_folder / "empty one.safetensors").touch()
     with pytest.raises(CheckpointError, match=r"^models/controlnext/empty one\.safetensors: is empty"):
-        ControlNeXtInspect.execute("empty one.safetensors")
+        ControlNetXSLoader.execute("empty one.safetensors")
+
+
+@pytest.mark.comfy
+def test_inspect_answers_for_files_that_are_no_control_of_ours(control_folder: Path) -> None:
+    from comfyui_controlnext.nodes.loaders import ControlNeXtInspect
+
+    save_file({"zero_convs.0.0.weight": torch.zeros(1)}, control_folder / "classic.safetensors")
+    (control_folder / "empty.safetensors").touch()
+    answers = {"classic": "is a classic ControlNet. Load it", "empty": "is empty", "gone": "no such file"}
+    for name, words in answers.items():
+        (text,) = ControlNeXtInspect.execute(f"{name}.safetensors").args
+        assert f"{name}.safetensors: " in text and words in text and str(control_folder) not in text
+
+
+@pytest.mark.comfy
+def test_inspect_prints_a_recipe_a_line_a_setting(control_folder: Path) -> None:
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.inspecting import inspect_file
+
+    path = make_controlnext(control_folder / "trained.safetensors", "gen2")
+    save_file(load_file(path), path, {"controlnext.recipe": '{"steps": 40, "trainable": "to_out"}'})
+    assert '\ncontrolnext.recipe:\n  steps = 40\n  trainable = "to_out"' in inspect_file(path)
+    save_file(load_file(path), path, {"controlnext.recipe": "[" * 9000})
+    assert "controlnext.recipe: [[[" in inspect_file(path)
 
 
 @pytest.mark.comfy

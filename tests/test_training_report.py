@@ -39,6 +39,8 @@ def test_counts_sizes_captions_masks_duplicates_and_broken_files(tmp_path: Path)
         assert part in found.text
     for part in ("1 groups of files are the same", "another twin.png", "3 files are left out", "nothing.PNG: is empty"):
         assert part in found.text
+    places = [found.text.index(part) for part in ("files are left out", "are the same", "no caption", "6 samples")]
+    assert places == sorted(places), "problems first"
 
 
 def test_long_lists_are_cut_in_the_text_and_whole_in_the_report(tmp_path: Path) -> None:

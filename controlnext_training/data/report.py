@@ -43,11 +43,11 @@ class Report:
 
     @property
     def text(self) -> str:
-        """For a log or a page."""
-        lines = [f"{self.items} samples"]
-        lines += _listed("files are left out", [f"{path}: {why}" for path, why in self.broken])
-        lines += _listed("have a hint of another aspect, which is stretched over the picture", self.stretched)
-        lines += _listed("have a hint much smaller than what trains, which is enlarged", self.coarse)
+        """For a log or a page: problems first, then the samples and their sizes."""
+        lines = _listed("files are left out", [f"{path}: {why}" for path, why in self.broken])
+        lines += _listed("groups of files are the same", [", ".join(group) for group in self.duplicates])
+        lines += _listed("have no caption", self.without_caption)
+        lines.append(f"{self.items} samples")
         lines += [f"  {width}x{height}: {count}" for (height, width), count in self.buckets.items()]
         if self.originals:
             smallest, largest = min(self.originals, key=_area), max(self.originals, key=_area)
@@ -55,8 +55,6 @@ class Report:
         if self.enlarged:
             lines.append(f"{self.enlarged} are smaller than their bucket and are enlarged")
         lines.append(f"{self.with_mask} have a mask")
-        lines += _listed("have no caption", self.without_caption)
-        lines += _listed("groups of files are the same", [", ".join(group) for group in self.duplicates])
         return "\n".join(lines)
 
 

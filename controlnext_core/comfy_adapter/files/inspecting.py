@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ from ... import checkpoint
 from ...detection import ControlFile, DetectionError, read_control_file
 from ...encodable import cut
 from ...low_rank import DOWN, UP
+from ...metadata import PREFIX
 from ...specs import Spec
 from ...xs_detection import XSFile, is_xs, read_xs_file
 from ..bases.table import BASES
@@ -18,6 +20,9 @@ from .xs_loading import configured_heads, describe
 
 MAX_KEYS = 40
 """Keys of a file's metadata that are shown."""
+RECIPE_KEY = f"{PREFIX}recipe"
+MAX_RECIPE = 16_384
+"""Letters of a recipe that is shown a line a setting."""
 
 
 def inspect_file(path: Path) -> str:
@@ -83,8 +88,22 @@ def inspect_xs(file: XSFile) -> str:
 def metadata_lines(header: checkpoint.Header) -> list[str]:
     """What the file says of itself, a line for each key; a long text's start, and of many keys the first."""
     keys = sorted(header.metadata)
-    lines = [f"{cut(key)}: {cut(header.metadata[key])}" for key in keys[:MAX_KEYS]]
+    lines = []
+    for key in keys[:MAX_KEYS]:
+        recipe = _recipe_lines(header.metadata[key]) if key == RECIPE_KEY else []
+        lines += [f"{key}:", *recipe] if recipe else [f"{cut(key)}: {cut(header.metadata[key])}"]
     return lines + ([f"and {len(keys) - MAX_KEYS:,} keys more"] if len(keys) > MAX_KEYS else [])
+
+
+def _recipe_lines(text: str) -> list[str]:
+    """A line for each setting of a recipe in JSON; empty where the text is none."""
+    try:
+        settings = json.loads(text) if len(text) <= MAX_RECIPE else None
+    except (ValueError, RecursionError):
+        return []
+    if not isinstance(settings, dict):
+        return []
+    return [f"  {cut(key)} = {cut(json.dumps(value, ensure_ascii=False))}" for key, value in settings.items()]
 
 
 def _describe(spec: Spec) -> str:
