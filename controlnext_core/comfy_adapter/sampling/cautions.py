@@ -61,7 +61,7 @@ def model_cautions(control: HostControl, patcher: ModelPatcher | None) -> list[s
 def has_one_colour(hint: Tensor) -> bool:
     """True: every pixel of every image has the same value. hint: (n, C, H, W)."""
     first = hint[:1, :, :1, :1]
-    return bool(torch.all(hint == first))
+    return all(bool(torch.all(image == first)) for image in hint)
 
 
 def patcher_of(model: Any) -> ModelPatcher | None:
