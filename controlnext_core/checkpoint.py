@@ -31,7 +31,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says of itself before any weight is used."""
+    """Header of a file: names, shapes and metadata, read before any weight is used."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]]

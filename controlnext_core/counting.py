@@ -13,7 +13,7 @@ MOST_LAYERS = 256
 
 
 class Numbered:
-    """How many different numbers stand behind each start of the names, as `2` for `down_blocks.0.x`, `down_blocks.1.x`.
+    """Counts of different numbers behind each start of the names, as `2` for `down_blocks.0.x`, `down_blocks.1.x`.
 
     Building it takes time in proportion to the names.
     """

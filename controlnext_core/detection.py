@@ -19,7 +19,7 @@ from .metadata import ControlMetadata, read_metadata
 from .specs import BUILDS, SPECS, Family, Spec
 
 BUNDLE_ENCODER, BUNDLE_WEIGHTS, BUNDLE_BASE = "controlnext.", "unet.", "base."
-"""What stands before names in a file of several parts: the encoder, weights of a UNet by published names, weights of
+"""Prefixes of names in a file of several parts: the encoder, weights of a UNet by published names, weights of
 any base by the host's."""
 MARKS = ("mid_convs.1.weight", "down_res.0.norm1.weight")
 """Two names that every encoder has and no other file does."""

@@ -33,7 +33,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True)
 class GroupKey:
-    """What an eviction takes together: one encoder's view of one hint, on one device."""
+    """Group that an eviction takes together: one encoder's view of one hint, on one device."""
 
     encoder: str
     hint: str
@@ -66,7 +66,7 @@ class FeatureCache:
         self.used: dict[Tier, int] = {"device": 0, "host": 0}
         self.pinned = pinned
         self.lock = threading.RLock()
-        """The same thread may take it twice: a network that is collected inside a call drops its features."""
+        """Reentrant, as one thread may take it twice: a network that is collected inside a call drops its features."""
         self._groups: OrderedDict[GroupKey, _Group] = OrderedDict()
         self._run = 0
 
@@ -91,7 +91,7 @@ class FeatureCache:
 
     @_locked
     def holds(self, group: GroupKey, key: Hashable) -> bool:
-        """Whether `get` would find it; moves nothing and marks nothing."""
+        """True means that `get` would find it; moves nothing and marks nothing."""
         found = self._groups.get(group)
         return found is not None and key in found.entries
 
@@ -112,7 +112,7 @@ class FeatureCache:
 
     @_locked
     def makes_room(self, value: Tensor) -> bool:
-        """Whether a tensor like this one would be kept; what an earlier run left may go for it."""
+        """True means that a tensor like this one would be kept; features of earlier runs may go for it."""
         return any(self._make_room(tier, self._bytes_in(tier, value)) for tier in _tiers(value))
 
     @_locked
@@ -193,5 +193,5 @@ def _is_cuda(value: Tensor) -> bool:
 
 
 def pinned_bytes(size: int) -> int:
-    """What torch takes to pin so many bytes: a power of two."""
+    """Bytes that torch takes to pin so many: a power of two."""
     return 1 << (size - 1).bit_length()

@@ -1,4 +1,4 @@
-"""How well a generated image follows its hint: one number per pair, 1 for a perfect match.
+"""Fidelity of a generated image to its hint: one number per pair, 1 for a perfect match.
 
 Each metric draws from the image the kind of hint that it was controlled with, and compares. The numbers of different
 metrics are not comparable, and none is 0 by chance: beside the mean over true pairs, report the mean over pairs that
@@ -19,7 +19,7 @@ from .hints.picture import as_rgb, luminance
 from .opencv import require_opencv
 
 TOLERANCE_PX = 2.0
-"""How far two edges may lie apart and count as one. BSDS allows 0.0075 of the diagonal (5.4 pixels at 512x512), but
+"""Distance at which two edges still count as one. BSDS allows 0.0075 of the diagonal (5.4 pixels at 512x512), but
 matches one to one; here one edge may match many, and among dense edges that would be met by chance."""
 ON = 0.5
 """From here on a pixel of an edge map or mask counts as set."""
@@ -56,7 +56,7 @@ def boundary_f1(found: np.ndarray, wanted: np.ndarray, tolerance_px: float = TOL
 
 
 def dilated(region: np.ndarray, radius: float) -> np.ndarray:
-    """Where a set pixel of (H, W) bool is no further than `radius` pixels away."""
+    """Pixels of (H, W) bool from which a set one is no further than `radius` pixels away."""
     cv2 = require_opencv()
 
     reach = np.arange(-int(radius), int(radius) + 1)

@@ -18,7 +18,7 @@ UNET_START = "unet"
 
 
 def problem_of_name(name: str) -> str:
-    """What is wrong with the name of a file or folder, without its suffix; empty for nothing."""
+    """Fault of the name of a file or folder, without its suffix; empty for none."""
     shown = cut(repr(name), 60)
     if not name or set(name) <= {"."}:
         return f"{shown} is no file name. Use letters, digits, _ and -."
@@ -34,7 +34,7 @@ def problem_of_name(name: str) -> str:
 
 
 def problem_of_control(name: str) -> str:
-    """What is wrong with the name of a control's file or folder; empty for nothing."""
+    """Fault of the name of a control's file or folder; empty for none."""
     problem = problem_of_name(name)
     if not problem and name.lower() in RESERVED:
         problem = f"{name!r} is the name of a folder that the pack keeps things in. Choose another."
@@ -44,7 +44,7 @@ def problem_of_control(name: str) -> str:
 
 
 def problem_of_prefix(prefix: str) -> str:
-    """What is wrong with a `filename_prefix`, which may hold folders and the host's %year% and the like; or nothing."""
+    """Fault of a `filename_prefix`, which may hold folders and the host's %year% and the like; empty for none."""
     *folders, name = re.split(r"[/\\]", prefix)
     if len(folders) > MAX_FOLDERS:
         return f"{cut(repr(prefix), 60)} has {len(folders):,} folders. Use no more than {MAX_FOLDERS}."

@@ -122,5 +122,5 @@ FOREIGN: tuple[tuple[Callable[[Names], bool], str], ...] = (
 
 
 def foreign_kind(shapes: Names) -> str:
-    """What a file is, in words that follow its path, and what to do with it; empty where that cannot be told."""
+    """Kind of a file in words that follow its path, and the remedy; empty where that cannot be told."""
     return next((words for is_kind, words in FOREIGN if is_kind(shapes)), "")

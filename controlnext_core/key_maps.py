@@ -21,7 +21,7 @@ MAX_NESTED = 8
 """Prefixes one in another; with more, names are taken as they are."""
 
 HOST_ROOTS = ("input_blocks.", "middle_block.", "output_blocks.", "joint_blocks.")
-"""Where any of these occurs, the whole file uses the host's names."""
+"""Names of the host alone: a file with any of these uses the host's names throughout."""
 
 Pairs = Iterator[tuple[str, str]]
 """(published name, host name), one after the other."""
@@ -29,7 +29,7 @@ Pairs = Iterator[tuple[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a published tensor lies in the host's model."""
+    """Place of a published tensor in the host's model."""
 
     name: str
     slice: tuple[int, int, int] | None = None

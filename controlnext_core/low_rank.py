@@ -129,7 +129,7 @@ def written(differences: Differences) -> tuple[dict[str, Tensor], dict[str, Slic
 
 
 def as_lora(differences: Differences, shape_of: Callable[[str], torch.Size | None]) -> dict[str, Tensor]:
-    """The same in the host's LoRA form, as other programs read it: no alpha, so that A and B are the factors.
+    """LoRA form of the differences, as the host and other programs read it: no alpha, so that A and B are the factors.
 
     A slice becomes a difference of the whole weight that is zero elsewhere. shape_of: as for `read_differences`.
     """

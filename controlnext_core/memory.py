@@ -1,4 +1,4 @@
-"""What controls take in memory: measured numbers, and the laws that follow from them."""
+"""Memory that controls take: measured numbers, and the laws that follow from them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Source: benchmarks/bench_video_memory.py; a convolution's own scratch space is n
 ROWS_AT_ONCE = 8
 """Hints that an encoder takes in one pass at most; more are no faster."""
 WORKING_BYTES = 512 * MIB
-"""What a pass may need, unless a single hint needs more."""
+"""Bytes that a pass may need, unless a single hint needs more."""
 
 
 def rows_at_once(row_bytes: int) -> int:
@@ -31,7 +31,7 @@ def rows_at_once(row_bytes: int) -> int:
 
 
 def feature_bytes(spec: Spec, out_channels: int, height: int, width: int, itemsize: int) -> int:
-    """What the features of one hint of height x width pixels take for one timestep: C * H * W of the site."""
+    """Bytes of the features of one hint of height x width pixels for one timestep: C * H * W of the site."""
     side = FAMILIES[spec.family].cells[spec.fusion.site]
     return out_channels * -(-height // side) * -(-width // side) * itemsize
 

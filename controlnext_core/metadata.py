@@ -1,4 +1,4 @@
-"""What our files say of themselves: modelspec keys for everyone, `controlnext.*` keys for us."""
+"""Metadata of our files: modelspec keys for everyone, `controlnext.*` keys for us."""
 
 from __future__ import annotations
 

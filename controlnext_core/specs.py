@@ -31,7 +31,7 @@ class Family(str, Enum):
 
 
 class Site(Enum):
-    """Where in the base a control is added. The way to the host's blocks stands once, in the adapter."""
+    """Site of the base at which a control is added. The way to the host's blocks stands once, in the adapter."""
 
     AFTER_CONV_IN = "after the first convolution"
     AFTER_DOWN_0 = "after the first down block and its downsampler"
@@ -41,7 +41,7 @@ class Site(Enum):
 
 
 class Halves(str, Enum):
-    """Which halves of classifier-free guidance get the control."""
+    """Halves of classifier-free guidance that get the control."""
 
     AUTO = "auto"
     BOTH = "both"
@@ -50,7 +50,7 @@ class Halves(str, Enum):
 
 
 class GainLaw(Enum):
-    """How the gain of the injection follows from the encoder's learned `scale`."""
+    """Rule by which the gain of the injection follows from the encoder's learned `scale`."""
 
     CONSTANT = "factor"
     LEARNED = "factor * scale"
@@ -69,7 +69,7 @@ class Gain:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fusion:
-    """How a control is added at its site."""
+    """Rule by which a control is added at its site."""
 
     site: Site
     pool_first: bool
@@ -287,12 +287,12 @@ PAPER_FUSION = "paper"
 
 
 def with_normalization(spec: Spec, normalization: str) -> Spec:
-    """The same variant with another row of `injection.NORMALIZATIONS`."""
+    """Copy of the variant with another row of `injection.NORMALIZATIONS`."""
     return replace(spec, fusion=replace(spec.fusion, normalization=normalization))
 
 
 def with_trained_gain(spec: Spec, gain: float) -> Spec:
-    """The same variant at the gain it was trained with: it takes the place of the row's constant factor."""
+    """Copy of the variant at the gain it was trained with, in place of the row's constant factor."""
     return replace(spec, fusion=replace(spec.fusion, gain=replace(spec.fusion.gain, factor=gain)))
 
 

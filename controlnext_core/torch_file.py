@@ -56,7 +56,7 @@ HARMLESS = {
     *(("torch", "device"), ("torch", "Size"), ("collections", "Counter"), ("_codecs", "encode")),
     *(("torch.serialization", "_get_layout"), ("torch", "per_tensor_affine"), ("torch", "per_channel_affine")),
 }
-"""What stands beside tensors in sound files, and is not looked at."""
+"""Entries beside tensors in sound files, which are not read."""
 
 
 class CodeError(StoredError):

@@ -19,7 +19,7 @@ from .finite import check_format, peak
 from .key_maps import KeyMap, Target, as_target, family_hint, resolve_names, strip_prefix
 
 HOST_PREFIX = "diffusion_model."
-"""What the host puts before the names of a UNet's tensors in its patches."""
+"""Prefix of a UNet's tensors in the host's patches."""
 
 BaseWeights = Callable[[str], "Tensor | None"]
 """A name -> the base model's tensor without any patch, on the file's device; None = no such tensor."""
@@ -36,7 +36,7 @@ SMALL, HALF, ORTHOGONAL = 0.3, 0.5, 0.3
 
 
 class WeightsKind(str, Enum):
-    """What the tensors of a weights file are."""
+    """Kind of a weights file's tensors."""
 
     DIFFERENCE = "difference"
     FULL = "full"
@@ -176,7 +176,7 @@ def full_from_differences(
 
 
 def published_names(tensors: Mapping[str, Tensor], key_map: KeyMap) -> dict[str, Tensor]:
-    """The same tensors under published names and in published layout, fused ones taken apart.
+    """Tensors under published names and in published layout, fused ones taken apart.
 
     tensors: by host name, with or without `diffusion_model.`. Raises CheckpointError for unknown names.
     """

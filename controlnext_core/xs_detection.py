@@ -28,12 +28,12 @@ ADAPTER_MARK = "control_to_base_for_conv_in.weight"
 FUSED_MARK = "ctrl_conv_in.weight"
 
 LEFTOVERS = ("scale_list", "control_model.label_emb.", "diffusion_model.")
-"""What released and whole-engine files hold beside the control: unused in inference, and not the control's."""
+"""Tensors of released and whole-engine files beside the control: unused in inference, and not the control's."""
 
 TYPE_C = ("control_model.output_blocks.", "middle_block_in.", "dec_zero_convs_in.")
 
 HEADS_KEY, NORM_KEY = "controlnext.xs_num_heads", "controlnext.xs_norm_rule"
-"""What our files say of themselves beyond their shapes."""
+"""Metadata of our files beyond their shapes."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -85,7 +85,7 @@ class XSFile:
 
 
 def is_xs(names: Iterable[str]) -> bool:
-    """Whether any of these names marks a ControlNet-XS, of whatever format."""
+    """True means that one of these names marks a ControlNet-XS, of whatever format."""
     return any(name.endswith((OFFICIAL_MARK, ADAPTER_MARK)) or name.endswith(FUSED_MARK) for name in names)
 
 

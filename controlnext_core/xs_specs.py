@@ -71,7 +71,7 @@ class XSShape:
 
     @property
     def fp32_norms(self) -> bool:
-        """Whether norms run in fp32 whatever the features are in."""
+        """True means that norms run in fp32 for features of every dtype."""
         return min(self.widths) < FEW_CHANNELS
 
     @property
@@ -103,7 +103,7 @@ RELEASES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormRule:
-    """How many groups the norms have, and the epsilon of the middle's residual blocks (1e-5 in the encoder)."""
+    """Groups of the norms, and the epsilon of the middle's residual blocks (1e-5 in the encoder)."""
 
     name: str
     capped_by_level: bool

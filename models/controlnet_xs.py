@@ -28,7 +28,7 @@ from .layers import Downsample, ResBlock, TimestepMLP, timestep_embedding, zeroe
 CONV, RES, DOWN = "conv", "res", "down"
 HINT_CONVS = 8
 HINT_HALVINGS = (2, 4, 6)
-"""Which convolutions of the hint encoder halve its size: 8 pixels become one latent."""
+"""Convolutions of the hint encoder that halve its size: 8 pixels become one latent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +185,7 @@ class Walk:
         return self.net.middle_to_base(self.c)
 
     def decode(self, j: int) -> Tensor:
-        """What the base gets before decoder block j, called once for each j from 0 on."""
+        """Addition to the base before decoder block j, called once for each j from 0 on."""
         return self.net.decoder_to_base[j](self.kept.pop())
 
 

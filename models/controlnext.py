@@ -35,7 +35,7 @@ class ControlNeXtConfig:
     stem: bool
     """A convolutional stem that halves the hint; without it the RGB hint enters the first residual block."""
     stem_padded: bool = True
-    """Whether the second and third stem convolutions pad (a published SVD-v2 file was run without)."""
+    """True means that the second and third stem convolutions pad (a published SVD-v2 file was run without)."""
     stem_pool: bool = False
     """A 2x2 maximum pool after the stem."""
     mid_norm: bool = True
@@ -47,7 +47,7 @@ class ControlNeXtConfig:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """What an encoder makes of a hint before the timestep has a part in it."""
+    """Part of an encoder's work on a hint before the timestep enters."""
 
     shortcut: Tensor
     """(B, C, h, w), of the first residual block."""

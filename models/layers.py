@@ -73,7 +73,7 @@ class ResBlock(nn.Module):
         return self.conv_shortcut(h) + self.second_half(a, emb)
 
     def first_half(self, h: Tensor) -> Tensor:
-        """What does not depend on the time: (B, in_ch, H, W) -> (B, out_ch, H, W)."""
+        """Part that does not depend on the time: (B, in_ch, H, W) -> (B, out_ch, H, W)."""
         return self.conv1(F.silu(self.norm1(h)))
 
     def second_half(self, a: Tensor, emb: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ __all__ = ["ControlNode", "blame", "io", "refuse_wrong_choice", "ui", "wrong_cho
 
 
 def wrong_choice(**chosen: tuple[str | None, Collection[str]]) -> str:
-    """What is wrong with the values of combos, {input: (value, options)}; empty for nothing.
+    """Fault of the values of combos, {input: (value, options)}; empty for none.
 
     For `validate_inputs`: earlier hosts check the combos of older kinds of nodes only. Inputs that are connected have
     no value yet and come as None.

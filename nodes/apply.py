@@ -116,7 +116,7 @@ def _part_input(part: str) -> io.Float.Input:
 
 
 class ControlNeXtOptions(ControlNode):
-    """Who gets the control, where, and how strongly over the run."""
+    """Options of a control: its half of the guidance, its mask, its strength over the run."""
 
     SEARCH = ("controlnet", "schedule", "mask", "strength")
 

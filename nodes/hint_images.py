@@ -25,7 +25,7 @@ def draw_batch(images: torch.Tensor, draw: Callable[[int, Any], Any]) -> io.Node
 
 
 def hint_schema(kind: str, name: str, description: str, inputs: list[Any], output: str) -> io.Schema:
-    """What the nodes share: an image in, a hint out."""
+    """Schema that the nodes share: an image in, a hint out."""
     return io.Schema(
         node_id=f"ControlNeXtHint{kind}",
         display_name=f"ControlNeXt {name} Hint",

@@ -119,7 +119,7 @@ class ControlNeXtLoader(ControlNode):
 
 
 class ControlNeXtInspect(ControlNode):
-    """What is this file?"""
+    """Report of what a file is."""
 
     SEARCH = ("controlnet", "metadata", "info")
 

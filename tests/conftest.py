@@ -1,4 +1,4 @@
-"""What the tests share: the pack under its one name, the real host in this process, a real server, small models.
+"""Fixtures of all tests: the pack under its one name, the real host in this process, a real server, small models.
 
 `CONTROLNEXT_COMFYUI` names the ComfyUI (`python run.py test` sets it). Tests marked `comfy` need it; without it they
 are skipped, and nothing of the host is on sys.path. With `CONTROLNEXT_ON_GPU=1` the host samples on the GPU, for tests
@@ -70,7 +70,7 @@ if HOST:
 
 @pytest.fixture(scope="session")
 def pinned_host() -> bool:
-    """Whether the host is of the version that `run.py` fetches, whose own words and titles the tests know."""
+    """True means that the host is of the version that `run.py` fetches, whose own words and titles the tests know."""
     return HOST_VERSION == importlib.import_module("comfyui_version").__version__
 
 

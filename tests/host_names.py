@@ -57,7 +57,7 @@ def of_main(name: str) -> types.ModuleType:
 
 
 def uses_host(path: str) -> bool:
-    """Whether a file imports anything of the host."""
+    """True means that a file imports anything of the host."""
     imports = (
         n for n in ast.walk(ast.parse((ROOT / path).read_text("utf-8"))) if isinstance(n, ast.ImportFrom | ast.Import)
     )
@@ -74,14 +74,14 @@ USING = [path for path in FILES if uses_host(path)]
 
 
 def of_host(thing: Any) -> bool:
-    """Whether a module, class or function is the host's."""
+    """True means that a module, class or function is the host's."""
     name = thing.__name__ if isinstance(thing, types.ModuleType) else getattr(thing, "__module__", None) or ""
     return name.partition(".")[0] in HOST
 
 
 @cache
 def own_attributes(cls: type) -> frozenset[str]:
-    """What a class declares and what its methods set on `self`."""
+    """Attributes that a class declares and that its methods set on `self`."""
     names = {*vars(cls), *vars(cls).get("__annotations__", {})}
     try:
         source = inspect.getsource(cls)
@@ -108,9 +108,9 @@ class Reader(ast.NodeVisitor):
     asked: set[str] = field(default_factory=set)
     """Names of the host that the code asks for before it uses them."""
     imported: set[str] = field(default_factory=set)
-    """What this file calls the things that it imports from the host."""
+    """Names in this file of the things that it imports from the host."""
     seen: int = 0
-    """How many names of the host were found to be there."""
+    """Count of the host's names that were found to be there."""
 
     def fail(self, node: ast.AST, what: str) -> Any:
         problem = f"line {getattr(node, 'lineno', 0)}: {what}"
@@ -161,7 +161,7 @@ class Reader(ast.NodeVisitor):
         return self.fail(node, f"{owner.cls.__name__} has no {name}")
 
     def result(self, node: ast.Call) -> Any:
-        """What a call gives; checks that a function or class of the host takes these arguments."""
+        """Result of a call; checks that a function or class of the host takes these arguments."""
         called = self.value(node.func)
         if called is builtins.super:
             around = self.known.get("__class__")

@@ -23,7 +23,7 @@ WHOLE_ALONE = pytest.mark.parametrize("layers", ["whole"], indirect=True)
 
 @pytest.fixture(params=["whole", "lazy"])
 def layers(request: pytest.FixtureRequest) -> Iterator[str]:
-    """How the host makes its layers while the test runs: `whole` or `lazy`."""
+    """Kind of the host's layers while the test runs: `whole` or `lazy`."""
     with lazy_layers() if request.param == "lazy" else contextlib.nullcontext():
         yield request.param
 
@@ -43,7 +43,7 @@ def lazy_layers() -> Iterator[None]:
 
 
 def host_is_lazy() -> bool:
-    """Whether this host has lazy layers of its own."""
+    """True means that this host has lazy layers of its own."""
     try:
         import comfy.memory_management
     except ImportError:  # the pinned host

@@ -53,7 +53,7 @@ BUILDS: dict[str, Build] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """What the released code of one variant does with its encoder's output."""
+    """Treatment of the encoder's output in the released code of one variant."""
 
     build: str
     family: str
@@ -176,7 +176,7 @@ def cross_normalise(c: Tensor, x: Tensor, eps: float) -> Tensor:
 
 
 def added(c: Tensor, x: Tensor, order: str, eps: float) -> Tensor:
-    """What is added to x at gain 1: (B, C, H, W) of x's size."""
+    """Addition to x at gain 1: (B, C, H, W) of x's size."""
     size = x.shape[-2:]
     if order == "pool, norm":
         return cross_normalise(F.adaptive_avg_pool2d(c, size), x, eps)

@@ -24,7 +24,7 @@ EPS = 1e-12
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family's first joint block is and where it puts the picture."""
+    """Facts of a family: its first joint block, and the place of the picture's tokens."""
 
     block: Callable[[Any], Any]
     """The host's transformer -> the module of its first joint block."""
@@ -33,12 +33,12 @@ class Family:
     text_multiple: int = 1
     """The text is padded to a multiple of so many tokens."""
     text_in_stream: bool = True
-    """Where it returns one stream: the text is in it."""
+    """One stream is returned: the text is in it."""
     build: str = BUILD
     frames: int = 4
     """Frames in each latent frame of a clip after the first."""
     differences: str = ""
-    """What the attention output projections of the picture's stream are called, N for the number of the block."""
+    """Names of the attention output projections of the picture's stream, N for the number of the block."""
 
 
 _WAN = Family(lambda net: net.blocks[0], None, text_in_stream=False, differences="blocks.N.self_attn.o.weight")

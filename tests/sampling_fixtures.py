@@ -182,7 +182,7 @@ def studio(loaded_studio: Studio) -> Iterator[Studio]:
 
 @pytest.fixture
 def plain(studio: Studio) -> Tensor:
-    """What the checkpoint gives without control."""
+    """Result of the checkpoint without control."""
     return studio.sample()
 
 

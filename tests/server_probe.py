@@ -61,7 +61,7 @@ def count_calls(encoder: Any) -> None:
 
 
 def memory() -> dict[str, int]:
-    """What the process holds: the allocator's own reserve, which it would use next, is given back first."""
+    """Memory that the process holds: the allocator's own reserve, which it would use next, is given back first."""
     gc.collect()
     storages = [o.untyped_storage() for o in gc.get_objects() if isinstance(o, torch.Tensor) and not o.is_meta]
     with contextlib.suppress(OSError, AttributeError):  # glibc's

@@ -37,7 +37,7 @@ def no_memory_for_two(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows_per_forward(studio: Studio, run: Any) -> tuple[Tensor, list[int]]:
-    """What `run` gives, and the rows of each of the UNet's forwards."""
+    """Result of `run`, and the rows of each of the UNet's forwards."""
     rows: list[int] = []
     unet = studio.model.model.diffusion_model
     handle = unet.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[0]))

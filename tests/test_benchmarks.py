@@ -1,4 +1,4 @@
-"""What the benchmarks can say without a clock: multiply-adds, launches and peak memory of the released networks."""
+"""Benchmarks that need no clock: multiply-adds, launches and peak memory of the released networks."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def page_graph(name: str) -> dict[str, Any]:
 
 
 def of_ours(text: str) -> bool:
-    """Whether a message is about this pack; the page's own questions to hosts elsewhere (https) are not."""
+    """True means that a message is about this pack; the page's own questions to hosts elsewhere (https) are not."""
     return "https://" not in text and ("controlnext" in text.lower() or f"/{quote(ROOT.name)}/" in text)
 
 

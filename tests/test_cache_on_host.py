@@ -1,4 +1,4 @@
-"""How often the encoder runs, counted while the real samplers run."""
+"""Runs of the encoder, counted while the real samplers run."""
 
 from __future__ import annotations
 

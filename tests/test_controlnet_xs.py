@@ -23,7 +23,7 @@ def network(kind: str, own_time: bool = False, rule: str = "official") -> tuple[
 
 
 def base_features(net: ControlNetXS, side: int = 16) -> list[Tensor]:
-    """What a base might hold after each of its encoder blocks."""
+    """Features as a base might hold them after each of its encoder blocks."""
     features = []
     for i, part in enumerate(net.config.encoder):
         side = side // 2 if part.kind == "down" else side

@@ -1,4 +1,4 @@
-"""Which half of the guidance gets a control, under plain guidance and under guiders that count otherwise."""
+"""Halves of the guidance that get a control, under plain guidance and under guiders that count otherwise."""
 
 from __future__ import annotations
 

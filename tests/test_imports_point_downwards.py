@@ -1,4 +1,4 @@
-"""Who may import whom, and that importing does nothing. The one place where the direction of imports is written."""
+"""Direction of imports, and that importing does nothing. The one place where the direction of imports is written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OURS = ("models", "controlnext_core", "nodes", "controlnext_training", "tools", 
 
 @dataclass(frozen=True)
 class Layer:
-    """What the files under one path may import besides the standard library; the longest path counts."""
+    """Imports that the files under one path may have besides the standard library; the longest path counts."""
 
     path: str
     others: frozenset[str] = frozenset()
@@ -29,7 +29,7 @@ class Layer:
     ours: tuple[str, ...] = ()
     """Our own modules, by the start of their path."""
     inside_functions: frozenset[str] = frozenset()
-    """What may be imported when it is used, never at the top of a file."""
+    """Modules that may be imported when they are used, never at the top of a file."""
 
 
 MATHS = frozenset({"torch", "einops"})
@@ -77,7 +77,7 @@ def files() -> list[str]:
 
 
 def runs_later(part: ast.AST) -> bool:
-    """Whether an import in this part of a file costs nothing when the file is imported."""
+    """True means that an import in this part of a file costs nothing when the file is imported."""
     if isinstance(part, ast.If):
         return isinstance(part.test, ast.Name) and part.test.id == "TYPE_CHECKING"
     return isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
@@ -100,7 +100,7 @@ def imports(path: str, source: str) -> Iterator[tuple[str, bool]]:
 
 
 def violations(path: str, source: str) -> list[str]:
-    """What a file imports and may not."""
+    """Imports of a file that it may not have."""
     layer = max((layer for layer in LAYERS if under(path, layer.path)), key=lambda layer: len(layer.path))
     found = []
     for module, at_top in imports(path, source):

@@ -23,7 +23,7 @@ class Cut(BaseException):
 
 
 def cancel() -> BaseException:
-    """What the host's own layers throw; an Exception or a BaseException, as the host has it."""
+    """Interruption of the host's own layers; an Exception or a BaseException, as the host has it."""
     import comfy.model_management
 
     return comfy.model_management.InterruptProcessingException()
@@ -89,7 +89,7 @@ def control(request: pytest.FixtureRequest, studio: Studio, xs_file: Path) -> It
 
 
 def on_the_model(model: Any) -> dict[str, Any]:
-    """What a run could leave on a MODEL."""
+    """Traces that a run could leave on a MODEL."""
     callbacks = {kind: {k: v for k, v in named.items() if v} for kind, named in model.callbacks.items()}
     return {
         "callbacks": {kind: named for kind, named in callbacks.items() if named},

@@ -33,7 +33,7 @@ def unet(resnets: list[int], mult: list[int], down: list[int], middle: int, up: 
 
 
 def video(**more: Any) -> Config:
-    """What the host's detection adds for SVD."""
+    """Settings that the host's detection adds for SVD."""
     flags = {"use_temporal_resblock": True, "use_temporal_attention": True, "use_linear_in_transformer": True}
     mixing = {"extra_ff_mix_layer": True, "use_spatial_context": True, "video_kernel_size": [3, 1, 1]}
     merge = {"merge_strategy": "learned_with_images", "merge_factor": 0.0, "disable_temporal_crossattention": False}

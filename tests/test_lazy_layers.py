@@ -97,7 +97,7 @@ def test_both_doors_give_the_same_bits_and_those_of_whole_layers(
 
 
 def door(studio: Studio, control: Any) -> tuple[Any, Any, Any]:
-    """What the sampler is given behind the stock Apply node."""
+    """Inputs of the sampler behind the stock Apply node."""
     return studio.model, *studio.stock(control, picture())
 
 

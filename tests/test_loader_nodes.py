@@ -41,7 +41,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[st
 
 
 def load(studio: Studio, name: str, weights: str = "auto", **options: Any) -> Any:
-    """What the loader node does with the names of its widgets."""
+    """Loader node called with the names of its widgets."""
     from comfyui_controlnext.controlnext_core.comfy_adapter.files.folders import control_path
 
     return studio.load(control_path(name), weights, **options)
@@ -54,7 +54,7 @@ def fingerprint(control_name: str, weights_name: str = "auto") -> str:
 
 
 def patched(loaded: Any) -> int:
-    """How many weights of the model were patched."""
+    """Count of the model's patched weights."""
     return len(loaded.model.patches)
 
 
@@ -109,7 +109,7 @@ def test_none_and_a_named_file_are_as_chosen(studio: Studio, folders: dict[str, 
 
 
 def with_metadata(path: Path, **metadata: str) -> None:
-    """The same tensors with `controlnext.*` metadata."""
+    """Copy of the tensors with `controlnext.*` metadata."""
     save_file(load_file(path), path, {f"controlnext.{key}": value for key, value in metadata.items()})
 
 

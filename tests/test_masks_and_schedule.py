@@ -1,4 +1,4 @@
-"""Where and when a control acts: masks of Options and Apply, and strength schedules."""
+"""Place and time of a control: masks of Options and Apply, and strength schedules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What our files say of themselves: written, read back, and refused where it is not understood."""
+"""Metadata of our files: written, read back, and refused where it is not understood."""
 
 from __future__ import annotations
 

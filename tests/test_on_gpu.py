@@ -30,7 +30,7 @@ STEPS = 3
 
 @pytest.fixture
 def device() -> torch.device:
-    """Where the host samples."""
+    """Device of the host's sampling."""
     import comfy.model_management
 
     return comfy.model_management.get_torch_device()
@@ -38,7 +38,7 @@ def device() -> torch.device:
 
 @pytest.fixture
 def cuda(device: torch.device) -> torch.device:
-    """The same, which must be a CUDA device."""
+    """Device of the host's sampling, which must be a CUDA device."""
     if device.type != "cuda":
         pytest.skip("needs CUDA itself")
     return device

@@ -46,7 +46,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What both UNets are given; rows are all latents of the first half of the guidance, then of the second."""
+    """Inputs of both UNets; rows are all latents of the first half of the guidance, then of the second."""
 
     x: Tensor
     sigma: Tensor

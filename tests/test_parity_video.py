@@ -33,7 +33,7 @@ NEGATIVE = {"svd_v1": 0.65, "svd_v2": 0.0, "svd_v2_padded": 0.0}
 
 @functools.cache
 def inputs(size: tuple[int, int], frames: int) -> dict[str, Tensor]:
-    """What both UNets are given; rows are the frames of one half, then those of the other."""
+    """Inputs of both UNets; rows are the frames of one half, then those of the other."""
     generator = torch.Generator().manual_seed(frames)
 
     def noise(*shape: int) -> Tensor:

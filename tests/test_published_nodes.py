@@ -1,4 +1,4 @@
-"""What the page and shared workflows get of the nodes: ids, inputs, defaults, outputs, words on every socket."""
+"""Public face of the nodes for the page and shared workflows: ids, inputs, defaults, outputs, words on every socket."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def ours(server: ComfyServer) -> dict[str, Any]:
-    """What the server says of this pack's nodes."""
+    """Server's description of this pack's nodes."""
     module = f"custom_nodes.{ROOT.name}"
     return {name: info for name, info in server.object_info().items() if info["python_module"] == module}
 

@@ -1,4 +1,4 @@
-"""What the registry and the repository say of the pack: fields, lists of packages, icon, workflows, OpenCV."""
+"""Facts of the pack in the registry and the repository: fields, lists of packages, icon, workflows, OpenCV."""
 
 from __future__ import annotations
 

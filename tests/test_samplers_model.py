@@ -142,7 +142,7 @@ IN_TWO_BATCHES = 1e-4
 
 @pytest.mark.usefixtures("one_run")
 def test_svd_is_sampled_from_the_model_given(used: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its two halves get gains of their own, batched or not."""
+    """Two halves of the guidance get gains of their own, batched or not."""
     from comfyui_controlnext.nodes.apply import ControlNeXtOptions
 
     model, name, hints = video.toy_patcher(), "svd_v2", video.hints(3)

@@ -182,7 +182,7 @@ def test_a_network_is_handed_over_as_the_host_hands_over_its_own(
 
 
 def test_what_one_device_made_is_not_given_to_another(studio: Studio) -> None:
-    """Its copy to host memory may still be under way there; and taking a network off drops what it made alone."""
+    """A copy to host memory may still be under way there; and taking a network off drops what it made alone."""
     from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.features import drop_features, group_of
 
     control = load(studio, "controlnext")

@@ -137,7 +137,7 @@ def test_a_control_on_a_regional_prompt_stays_in_its_region(studio: Studio, kind
 
 
 def freeu(model: Any, version: str) -> Any:
-    """The node as it is, told a width for which its second factor meets a UNet that is 320 wide everywhere."""
+    """The stock node, told a width for which its second factor meets a UNet that is 320 wide everywhere."""
     from comfy_extras import nodes_freelunch
 
     config = model.model.model_config.unet_config

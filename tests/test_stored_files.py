@@ -139,7 +139,7 @@ def test_many_names_of_one_storage_are_listed_and_not_loaded(tmp_path: Path) -> 
 
 
 def rezip(path: Path, compression: int) -> None:
-    """The same archive, with its parts compressed."""
+    """Copy of the archive with its parts compressed."""
     with zipfile.ZipFile(path) as old:
         parts = {part.filename: old.read(part) for part in old.infolist()}
     with zipfile.ZipFile(path, "w", compression) as new:

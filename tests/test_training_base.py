@@ -44,7 +44,7 @@ def controlled_on(model: Any, **settings: Any) -> Controlled:
 
 @dataclass
 class Forward:
-    """What one forward is given. Two samples of different noise, prompt and hint."""
+    """Inputs of one forward. Two samples of different noise, prompt and hint."""
 
     noisy: Tensor
     sigma: Tensor
@@ -72,7 +72,7 @@ class Forward:
 
 
 def seen_by_the_host(model: Any, conditioning: Any, sample: Callable[..., Any]) -> dict[str, Any]:
-    """What the host's ordinary sampling gives its model in the first step, and what the model answers."""
+    """Inputs and outputs of the model in the first step of the host's ordinary sampling."""
     seen: dict[str, Any] = {}
 
     def look(apply_model: Any, given: dict[str, Any]) -> Tensor:

@@ -221,7 +221,7 @@ def test_the_recipe_of_a_transformer_ends_with_a_file_that_the_loader_takes(host
 
 @pytest.mark.comfy
 def test_the_tiny_recipe_learns_to_follow_the_hint(host: Path, tmp_path: Path) -> None:
-    """The recipe as it is; only where it writes is elsewhere."""
+    """The recipe unchanged but for the folder that it writes to."""
     folders = ["--runs-folder", str(tmp_path / "runs"), "--output-folder", str(tmp_path / "out")]
     status, printed = train(host, str(TINY), *folders)
     assert status == 0, printed

@@ -157,7 +157,7 @@ class Looking(Watcher):
 
 
 def count_reads(base: Any) -> list[str]:
-    """What is read again from now on."""
+    """Reads of files from now on, counted."""
     reads: list[str] = []
     read = base.read_again
     base.read_again = lambda name: (reads.append(name), read(name))[1]

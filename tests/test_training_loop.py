@@ -165,7 +165,7 @@ def test_without_resume_the_earlier_run_is_set_aside_and_its_file_kept(loaded_st
 
 
 def test_four_parts_of_one_sample_are_a_batch_of_four(loaded_studio: Studio) -> None:
-    """The same samples in the same order with the same noise; what differs is the order of sums."""
+    """Samples, order and noise are equal; the order of sums differs."""
     base, data = base_of(loaded_studio), drawn(6)
     settings = {"caption_dropout": 0.3, "hint_dropout": 0.3, "noise_offset": 0.1, "max_grad_norm": 0.0}
     whole = loop_on(base, small(batch_size=4, **settings), data)
@@ -292,7 +292,7 @@ MIB = 2**20
 
 
 def peak_known() -> bool:
-    """Whether this machine starts the highest memory of a process anew when asked; not every container does."""
+    """True means that this machine resets the highest memory of a process when asked; not every container does."""
     held = b"x" * (300 * MIB)
     del held
     before = results._highest()

@@ -175,7 +175,7 @@ def same(a: Any, b: Any) -> bool:
     return a == b and repr(a) == repr(b)
 
 
-@pytest.mark.parametrize("old", [False, True], ids=["as it is saved now", "as version 0.1.0 saved it"])
+@pytest.mark.parametrize("old", [False, True], ids=["in today's form", "as version 0.1.0 saved it"])
 def test_any_nested_state_comes_back_as_it_was(tmp_path: Path, old: bool) -> None:
     folder = state.save(tmp_path, 1, {}, NESTED, {}, 1)
     if old:

@@ -1,4 +1,4 @@
-"""Which samples are in which step."""
+"""Order of samples over the steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run shows of itself: the loss at fixed noise, pictures with and without control, fewer where memory ends."""
+"""Validation of a run: the loss at fixed noise, pictures with and without control, fewer where memory ends."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def video(
 
 
 def numbers(pictures: torch.Tensor, guide: bool = False) -> list[int]:
-    """Which frames of `video` these are."""
+    """Numbers of these frames in `video`."""
     tones = [float(picture.mean()) * 255 for picture in pictures]
     found = [round((tone - level(0, guide)) / 4) for tone in tones]
     assert all(abs(tone - level(number, guide)) < 1.5 for tone, number in zip(tones, found, strict=True)), tones

@@ -1,4 +1,4 @@
-"""Where, when and on what a transformer's control acts: regional prompts, masks, schedules, halves, guiders."""
+"""Place, time and rows of a transformer's control: regional prompts, masks, schedules, halves, guiders."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def control_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
 
 def forward(family: str, given: Any, options: dict[str, Any], control: Any = None) -> Tensor:
-    """What the host's model makes of the latent: its denoised latent turned into the velocity."""
+    """Output of the host's model for the latent: its denoised latent turned into the velocity."""
     model, stock = narrow_model(family), None
     if control is not None:
         control.pre_run(model, model.model_sampling.percent_to_sigma)

@@ -31,7 +31,7 @@ SD15_LIKE = {
 }
 KEY_MAP = unet_key_map(SD15_LIKE)
 TO_OUT = [name for name in KEY_MAP if "to_out" in name]
-"""What the released SD1.5 files hold: 32 weights and 32 biases."""
+"""Contents of the released SD1.5 files: 32 weights and 32 biases."""
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""How the results of windows are put together, the first hint for every window, and settings that are refused."""
+"""Fusing of the windows' results, the first hint for every window, and settings that are refused."""
 
 from __future__ import annotations
 

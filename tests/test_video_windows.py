@@ -271,7 +271,7 @@ def _cut(cond: dict[str, Any], window: list[int]) -> dict[str, Any]:
 
 
 def test_the_control_does_not_pass_for_one_of_advanced_controlnets() -> None:
-    """That pack takes any object with `sub_idxs` for its own."""
+    """AdvancedControlNet takes any object with `sub_idxs` for its own."""
     assert not hasattr(video.control(NAME), "sub_idxs")
 
 

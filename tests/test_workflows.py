@@ -297,7 +297,7 @@ def tiny_run(name: str, stand_ins: dict[str, str]) -> dict[str, Any]:
 
 
 def saved(server: "ComfyServer", workflow: dict[str, Any]) -> bytes:
-    """What the workflow's one saving node has saved."""
+    """Result that the workflow's one saving node has saved."""
     (saver,) = (key for key, node in workflow.items() if node["class_type"] in SAVERS)
     return server.image(server.run(workflow).outputs[saver]["images"][0])
 

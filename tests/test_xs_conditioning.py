@@ -37,7 +37,7 @@ def lora(tiny: Any) -> dict[str, Tensor]:
 
 
 def with_lora(model: Any, lora: dict[str, Tensor]) -> Any:
-    """What the stock LoRA loaders return as MODEL."""
+    """MODEL of the stock LoRA loaders."""
     import comfy.sd
 
     return comfy.sd.load_lora_for_models(model, None, lora, LORA_STRENGTH, 0.0)[0]
@@ -47,7 +47,7 @@ def with_lora(model: Any, lora: dict[str, Tensor]) -> Any:
 
 
 def baked(model: Any, tiny: Any) -> Any:
-    """The checkpoint, loaded anew, with the patched weights of a model as its own."""
+    """The checkpoint, loaded again, with the patched weights of a model as its own."""
     import comfy.model_management
     import comfy.sd
 
@@ -62,7 +62,7 @@ def baked(model: Any, tiny: Any) -> Any:
 def test_a_lora_changes_the_base_and_not_the_control_stream(
     studio: Studio, control: Any, lora: dict[str, Tensor], tiny: Any
 ) -> None:
-    """The same bits as beside a checkpoint into which the LoRA has been merged: nothing of it reaches the control."""
+    """Bit-equal to a checkpoint into which the LoRA has been merged: nothing of it reaches the control."""
     before = {name: tensor.clone() for name, tensor in control.loaded.net.state_dict().items()}
     model, conds = with_lora(studio.model, lora), studio.stock(control, picture())
     found = studio.sample(model, *conds)
@@ -111,7 +111,7 @@ def test_a_control_on_a_regional_prompt_stays_in_its_region(studio: Studio, cont
 
 
 def test_an_area_gets_the_whole_hint_at_its_size_as_with_stock_controls(studio: Studio, control: Any) -> None:
-    """What is computed for the left half is what a picture of that size would get."""
+    """The left half gets the numbers of a picture of that size."""
     positive, negative = studio.stock(control, picture())
     seen: list[tuple[int, ...]] = []
     hook = control.loaded.net.hint_encoder[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))

@@ -1,4 +1,4 @@
-"""What a ControlNet-XS file is, from its header: formats, prefixes, leftovers, sizes, heads, norm rules, refusals."""
+"""ControlNet-XS files are told by their headers: formats, prefixes, leftovers, sizes, heads, norm rules, refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the trainer share: small configurations, drawn data, a watcher, and runs on the real host."""
+"""Fixtures of the trainer's tests: small configurations, drawn data, a watcher, and runs on the real host."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Watcher:
         return self.stop_at is not None and self.steps_done >= self.stop_at
 
     def told(self, text: str) -> bool:
-        """Whether something was said that holds this text."""
+        """True means that something was said that holds this text."""
         return any(text in line for line in self.said)
 
 
@@ -103,7 +103,10 @@ def _kept() -> Any:
 
 
 def loop_on(base: Any, config: TrainConfig, data: Any = None, make: Any = None) -> Any:
-    """What the steps of a run need, without a run around it. make: makes the control; None for the configuration's."""
+    """Parts that the steps of a run need, without a run around them.
+
+    make: makes the control; None for the configuration's.
+    """
     from comfyui_controlnext.controlnext_training.base_model.controls import new_control
     from comfyui_controlnext.controlnext_training.distributed import ProcessGroup
     from comfyui_controlnext.controlnext_training.encoded import Store
@@ -152,12 +155,12 @@ def frozen(module: nn.Module) -> dict[str, Tensor]:
 
 
 def host_weights(model: Any) -> dict[str, Tensor]:
-    """What the host's UNet holds, the patches of nobody in it."""
+    """Weights of the host's UNet, without anybody's patches."""
     return dict(model.model.diffusion_model.state_dict())
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether two sets of tensors are equal in every bit."""
+    """True means that two sets of tensors are equal in every bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 

@@ -55,7 +55,7 @@ class Small:
     text_encoder: str | None = "stable_diffusion"
     """The type under which the host's loader makes CLIP-L fit; None: it cannot."""
     later: dict[str, Any] = field(default_factory=dict)
-    """What hosts after the pinned one want as well."""
+    """Keys that hosts after the pinned one want as well."""
     gigabytes: float = 0.1
     """Memory on a CPU, where the host widens the numbers to fp32."""
 

@@ -69,7 +69,7 @@ class Narrow:
     """Class in the host's `supported_models`."""
     config: dict[str, Any]
     later: dict[str, Any] = field(default_factory=dict)
-    """What hosts after the pinned one want in the configuration as well."""
+    """Settings that hosts after the pinned one want as well."""
     width: int = WIDTH
     text: int = TEXT
     pooled: int | None = None
@@ -189,7 +189,7 @@ def narrow_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a forward of one chunk is given."""
+    """Inputs of a forward of one chunk."""
 
     x: Tensor
     """Noisy latent, rows first."""

@@ -217,7 +217,7 @@ def stock_apply(conds: Any, name: str, images: Tensor, strength: float = 1.0, **
 
 
 def recorded_outputs(model: Any, run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """What `run` gives, and what the UNet gave in each forward."""
+    """Result of `run`, and the UNet's output in each forward."""
     outputs: list[Tensor] = []
     unet = model.model.diffusion_model
     handle = unet.register_forward_hook(lambda _, inputs, output: outputs.append(output.detach().clone()))
@@ -274,7 +274,7 @@ def seen_windows(model: Any) -> Iterator[list[list[int]]]:
 
 
 def one_run() -> Iterator[None]:
-    """What an autouse fixture of these tests does: one run of the host, in inference mode, with nothing cached."""
+    """One run of the host, in inference mode, with nothing cached, as an autouse fixture of these tests makes it."""
     from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.features import CACHE
 
     CACHE.clear()

@@ -131,7 +131,7 @@ class Forward:
 
     @property
     def base(self) -> Any:
-        """What the host would hand to `pre_run` as the model; its sigmas are timesteps."""
+        """Stand-in for the model that the host hands to `pre_run`; its sigmas are timesteps."""
         sampling = SimpleNamespace(timestep=lambda sigma: sigma, percent_to_sigma=lambda p: 1000.0 * (1 - p))
         return SimpleNamespace(
             diffusion_model=self.unet,

@@ -20,7 +20,7 @@ def short_paths(text: str) -> str:
 
 
 def short_error(error: BaseException) -> BaseException:
-    """The same error, with short paths in the texts among its arguments."""
+    """Copy of the error with short paths in the texts among its arguments."""
     error.args = tuple(short_paths(part) if isinstance(part, str) else part for part in error.args)
     return error
 

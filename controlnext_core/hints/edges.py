@@ -64,7 +64,7 @@ def soft_edge(image: np.ndarray, width: float = EDGE_WIDTH, sensitivity: float =
 
 
 def directed_gradient(rgb: np.ndarray, sigma: float) -> np.ndarray:
-    """How much steeper (H, W, 3) is across the local direction than along it, times the scale: (H, W), 0 or more.
+    """Excess of the gradient of (H, W, 3) across the local direction over that along it, scaled: (H, W), 0 or more.
 
     From the eigenvalues of the structure tensor, averaged over the channels. Source: Di Zenzo 1986 for several
     channels; Lindeberg 1998 for the product of gradient and scale.

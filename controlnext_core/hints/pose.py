@@ -183,7 +183,7 @@ def dominant_person(frame: PoseFrame) -> Pose | None:
 
 
 def cover(aspect: float, size: tuple[int, int]) -> Alignment:
-    """How a picture of this aspect comes to fill (width, height) pixels: scaled to cover it, then cropped centrally.
+    """Scale and crop with which a picture of this aspect fills (width, height) pixels, centrally.
 
     This is what the released scripts, and the stock SVD conditioning node, do to the reference image.
     """

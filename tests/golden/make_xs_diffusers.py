@@ -1,4 +1,4 @@
-"""What diffusers' fused ControlNet-XS computes, stored so that the comparison outlives its support there.
+"""Outputs of diffusers' fused ControlNet-XS, stored so that the comparison outlives its support there.
 
 Made with diffusers 0.42.1 and torch 2.13.0 on the CPU: `python -P tests/golden/make_xs_diffusers.py`.
 The sizes are chosen so that diffusers' norm groups and epsilons differ from the released rule in every way they can.

@@ -126,7 +126,7 @@ def allowed() -> tuple[type[Exception], ...]:
 
 
 def outcome(read: Callable[[Path], None], path: Path, known: tuple[type[Exception], ...]) -> dict[str, Any]:
-    """How a case ended: `opened`, `refused`, or what was wrong with it."""
+    """End of a case: `opened`, `refused`, or what was wrong with it."""
     from comfyui_controlnext.controlnext_core.encodable import make_encodable
 
     started = time.process_time()

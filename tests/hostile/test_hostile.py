@@ -33,7 +33,7 @@ MANY = {"2000": 2000, "50000": 50_000}
 
 
 def run_cases(folder: Path, parts: dict[str, int], timeout: float, first: int = 0) -> list[dict[str, Any]]:
-    """How each case of a child ended; that of a child that died is `died`."""
+    """Ends of a child's cases; that of a child that died is `died`."""
     wanted = [f"{part}:{first}:{count}" for part, count in parts.items()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     done = subprocess.run(

@@ -23,13 +23,13 @@ Block = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """What is known at a place of the forward that passes it."""
+    """Facts of one forward, as known at the place that it passes."""
 
     options: Options
     latent: tuple[int, ...]
     """Shape of the latent that the control was prepared for: (rows, C, H, W) or (rows, C, T, H, W)."""
     given: Mapping[str, Any]
-    """What the host hands to the door beside the tensor, such as the number of tokens before the picture's."""
+    """Further values from the host beside the tensor, such as the number of tokens before the picture's."""
 
 
 class AddControls(Protocol):

@@ -1,4 +1,4 @@
-"""What diffusion transformers share: the picture's tokens as a map, and the three ways to the end of a block.
+"""Parts that diffusion transformers share: the picture's tokens as a map, and the three ways to the end of a block.
 
 Tokens are (rows, N, D), a picture's row by row; text, references of other pictures and padding may stand around them.
 """
@@ -92,7 +92,7 @@ class PictureTokens:
 
 
 class BlockReplacement:
-    """What stands in the host's slot for one block: the block, or what stood there before, and then the controls."""
+    """Replacement in the host's slot for one block: runs the block, or an earlier replacement, then controls."""
 
     def __init__(self, block: Block, add: AddControls, options: Options, earlier: Any) -> None:
         self.block, self.add, self.options, self.earlier = block, add, options, earlier

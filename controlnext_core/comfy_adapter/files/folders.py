@@ -78,7 +78,7 @@ def control_path(name: str) -> Path:
 
 @dataclass(frozen=True)
 class ChosenWeights:
-    """Where the UNet weights of a control come from."""
+    """Source of a control's UNet weights."""
 
     path: Path | None
     """None: there are none."""

@@ -2,7 +2,7 @@
 
 A weight in a plain format is patched, as by a LoRA. A quantised one would be quantised again, which drowns a small
 difference in rounding (fp8: a cosine of about 0.6 to what was meant): there the difference is added in each forward
-to what the host makes of the weight for computing, and the stored weight stays as it is.
+to what the host makes of the weight for computing, and the stored weight is not changed.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def add_host_differences(model: ModelPatcher, differences: Differences, strength
 
 
 class AddedInForward:
-    """One of the host's weight functions: it is given a weight as it is about to be used."""
+    """One of the host's weight functions: it is given a weight right before its use."""
 
     def __init__(self, difference: Difference, part: Slice | None, strength: float) -> None:
         self.difference, self.part, self.strength = difference, part, strength

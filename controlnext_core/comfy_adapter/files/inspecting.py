@@ -1,4 +1,4 @@
-"""What is this file? The words of ControlNeXtInspect."""
+"""Words of ControlNeXtInspect about a file."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def inspect_xs(file: XSFile) -> str:
 
 
 def metadata_lines(header: checkpoint.Header) -> list[str]:
-    """What the file says of itself, a line for each key; a long text's start, and of many keys the first."""
+    """Metadata of the file, a line for each key; of a long text the start, of many keys the first."""
     keys = sorted(header.metadata)
     lines = []
     for key in keys[:MAX_KEYS]:

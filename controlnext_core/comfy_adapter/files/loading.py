@@ -30,7 +30,7 @@ from .whole_unets import load_unet
 
 @dataclass(frozen=True)
 class Loaded:
-    """What the loader node returns, and what it tells."""
+    """Outputs of the loader node, and the lines that it tells."""
 
     model: ModelPatcher
     control: ControlNeXtControl
@@ -108,7 +108,10 @@ class FoundDifferences:
 def differences_of(
     file: ControlFile, chosen: ChosenWeights, key_map: KeyMap, base: BaseWeights, weights_kind: str = "auto"
 ) -> FoundDifferences:
-    """What the chosen file changes in a base model. Raises CheckpointError as `unet_weights.host_differences`."""
+    """Differences that the chosen file brings to a base model.
+
+    Raises CheckpointError as `unet_weights.host_differences`.
+    """
     source, tensors = str(chosen.path), _weights_of(file, chosen)
     kind = _kind_of(file, chosen, weights_kind)
     if kind is None:

@@ -90,5 +90,5 @@ def add_differences(
 
 
 def applied_weights(model: ModelPatcher) -> tuple[AppliedWeights, ...]:
-    """What our loaders put on this MODEL."""
+    """Weights that our loaders put on this MODEL."""
     return model.get_attachment(WEIGHTS_KEY) or ()

@@ -26,7 +26,7 @@ ALIGNED = 8
 
 @dataclass(frozen=True)
 class LoadedControl:
-    """What the loader node returns, and what it tells."""
+    """Outputs of the loader node, and the lines that it tells."""
 
     control: ControlNetXSControl
     report: str

@@ -1,4 +1,4 @@
-"""What ControlNeXtOptions and ControlNeXtApply add to a control."""
+"""Options that ControlNeXtOptions and ControlNeXtApply add to a control."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the encoders make of hints, kept for every control of ours in one cache."""
+"""Features of hints, kept for every control of ours in one cache."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ R_contra = TypeVar("R_contra", bound=Hashable, contravariant=True)
 
 
 class HintEncoder(Protocol[R_contra]):
-    """What turns hints into features, for features of one size, kind and dtype."""
+    """Encoder of hints into features of one size, kind and dtype."""
 
     def key(self, timestep: float) -> tuple[Hashable, ...]:
         """All that the features depend on beside the encoder, the hint and its row: timestep, sizes, dtype."""

@@ -1,4 +1,4 @@
-"""Which half of the guidance a row belongs to, and the gain that it gets.
+"""Halves of the guidance: the one that a row belongs to, and the gain that it gets.
 
 The host numbers rows by their place in the list of conditionings of one call (`cond_or_uncond`): 0 positive,
 1 negative under plain classifier-free guidance, where that list has two places. Guiders that call with one or three
@@ -22,7 +22,7 @@ PLAIN_CFG_PLACES = 2
 
 
 def needs_halves(halves: Halves, gain: Gain) -> bool:
-    """Whether the gain depends on the half at all."""
+    """True means that the gain depends on the half."""
     return not (halves is Halves.BOTH or (halves is Halves.AUTO and gain.uncond is None))
 
 
@@ -38,7 +38,7 @@ def half_gains(halves: Halves, gain: Gain, scale: float | None) -> tuple[float, 
 
 
 def is_plain(transformer_options: dict[str, Any]) -> bool:
-    """Whether this forward's rows are numbered as plain classifier-free guidance numbers them."""
+    """True means that this forward's rows are numbered as plain classifier-free guidance numbers them."""
     numbers = transformer_options.get("cond_or_uncond") or [0]
     places = transformer_options.get(CONDS_KEY, PLAIN_CFG_PLACES)
     return places == PLAIN_CFG_PLACES and max(numbers) < PLAIN_CFG_PLACES

@@ -62,7 +62,7 @@ def clip_of(family: Family, latent: tuple[int, ...]) -> Clip | None:
 
 
 def hint_rows(latents: int, hints: int, transformer_options: dict[str, Any]) -> tuple[int, ...]:
-    """Which hint each latent of a chunk gets: one for all, or its own; inside a context window its frame's own.
+    """Hint of each latent of a chunk: one for all, or its own; inside a context window its frame's own.
 
     Fewer hints than latents repeat from the start, hints beyond the latents are not used, as in the stock nodes.
     """
@@ -72,7 +72,7 @@ def hint_rows(latents: int, hints: int, transformer_options: dict[str, Any]) -> 
 
 
 def clip_rows(clip: Clip, hints: int, transformer_options: dict[str, Any]) -> tuple[Frames, ...]:
-    """Which frames of a hint each latent frame of a clip gets; inside a context window its own.
+    """Frames of a hint for each latent frame of a clip; inside a context window its own.
 
     Latent frame 0 is frame 0, latent frame k the frames frames * (k - 1) + 1 to frames * k. Source: the causal video
     autoencoders of Wan and others. Where the hint ends before the clip does, its last frame is held.

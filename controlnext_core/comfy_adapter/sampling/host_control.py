@@ -209,7 +209,7 @@ class HostControl(ControlBase):
         raise NotImplementedError
 
     def kept_bytes(self, dtype: torch.dtype) -> int:
-        """What the features of one hint take on a device over a run."""
+        """Bytes that the features of one hint take on a device over a run."""
         raise NotImplementedError
 
     # -- per step -------------------------------------------------------------------------------------------
@@ -277,5 +277,5 @@ class HostControl(ControlBase):
         return own + super().inference_memory_requirements(dtype)
 
     def beside_bytes(self, dtype: torch.dtype) -> int:
-        """What one hint's rows need in a forward for tensors that live beside the base's."""
+        """Bytes that one hint's rows need in a forward for tensors beside the base's."""
         return 0

@@ -35,7 +35,7 @@ class WholeLayers(comfy.ops.manual_cast):
 
 
 class Fp32Norms(WholeLayers):
-    """The same, with group norms in fp32 whatever the features are in."""
+    """Layers of that kind, with group norms in fp32 for features of every dtype."""
 
     class GroupNorm(comfy.ops.manual_cast.GroupNorm):
         def forward(self, h: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class ControlNeXtControl(HostControl):
     def term(
         self, h: Tensor, transformer_options: dict[str, Any], *, x: Tensor, sigma: float, strength: float
     ) -> Term | None:
-        """What this control adds to h (rows, C, H, W) at its site, or None for nothing."""
+        """Term that this control adds to h (rows, C, H, W) at its site, or None for nothing."""
         assert self.run is not None
         self.run.reached += 1
         warn_if_tiled(self.name, transformer_options.get("original_shape"), x)
@@ -122,7 +122,7 @@ class ControlNeXtControl(HostControl):
         return self.run.ready[key]
 
     def later_timesteps(self, sigma: float) -> list[float]:
-        """Those of the run's schedule after this sigma at which this control acts, each once."""
+        """Timesteps of the run's schedule after this sigma at which this control acts, each once."""
         assert self.run is not None
         later = (self.run.timestep(s) for s in self.run.sigmas_after(sigma) if self.strength_at(s) != 0)
         return list(dict.fromkeys(later))

@@ -53,7 +53,7 @@ class Collector:
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function as torch.compile leaves it alone: one break of the graph, and no guards on what is inside.
 
-    Where nobody has compiled anything it stays as it is: to ask for more would import the compiler, for a second.
+    Where nothing was compiled, the function is returned unchanged: more would import the compiler, for a second.
     """
     return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
 

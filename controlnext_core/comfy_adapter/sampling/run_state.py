@@ -1,4 +1,4 @@
-"""What a control knows during one sampling run, each fact read from the device once."""
+"""Facts of one sampling run that a control needs, each read from the device once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIGMA_KEY = "controlnext_sigma"
 
 @dataclass
 class SamplingRun:
-    """What one sampling run needs; made in `pre_run`, gone after `cleanup`."""
+    """State of one sampling run; made in `pre_run`, gone after `cleanup`."""
 
     base: LoadedBase
     model_sampling: Any
@@ -39,7 +39,7 @@ class SamplingRun:
     recent: dict[Hashable, Tensor] = field(default_factory=dict)
     """Features that the last forward used."""
     ready: dict[Hashable, Tensor] = field(default_factory=dict)
-    """What became of the last forward's narrow map."""
+    """Result made from the last forward's narrow map."""
     counted: bool = False
     """True: the hints have been counted against the frames."""
     in_range: int = 0

@@ -29,7 +29,7 @@ SCHEDULES = (
 )
 WITHOUT_OVERLAP = (host.ContextSchedules.BATCHED,)
 LEAST_WEIGHT = 1e-6
-"""Where a ramp begins: a frame that no other window covers is divided by its own weight."""
+"""Start of a ramp: a frame that no other window covers is divided by its own weight."""
 
 
 def _known(owner: type, **arguments: Any) -> dict[str, Any]:
@@ -146,7 +146,7 @@ FUSES: dict[str, Callable[..., Any]] = {
 
 
 def problem_of(length: int, overlap: int, schedule: str, repeat_first_hint: bool) -> str:
-    """What is wrong with these settings together, in a sentence; empty where nothing is."""
+    """Fault of these settings together, in a sentence; empty for none."""
     if not 0 <= overlap < length:
         return f"overlap {overlap} must be 0 or more and less than length {length}, or no window ever gets further."
     if repeat_first_hint and (overlap == 0 or schedule in WITHOUT_OVERLAP):

@@ -176,7 +176,7 @@ class _Encoder:
 
 
 def time_mix(strength: float) -> float:
-    """How far an own time embedding takes the place of the base's: strength^0.3, 0 for strengths below 0."""
+    """Share of an own time embedding in place of the base's: strength^0.3, 0 for strengths below 0."""
     return max(strength, 0.0) ** TIME_EXPONENT
 
 

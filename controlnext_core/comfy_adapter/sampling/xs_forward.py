@@ -33,17 +33,17 @@ class Companion:
     name: str
     walk: Walk
     rows: Tensor | None
-    """Which of the batch's rows, as an index; None = all."""
+    """Rows of the batch, as an index; None = all."""
     context: Tensor
     """(rows, T, context_dim)"""
     strengths: tuple[float, float, float]
-    """What the base gets in its encoder, middle and decoder is multiplied by these."""
+    """Factors of the additions to the base's encoder, middle and decoder."""
     mask: Callable[[Tensor], Tensor | None]
     """(features) -> (1 or rows, 1, H, W) in [0, 1] at their size, or None."""
     own_time: Tensor | None = None
     """(1, D), the control's own time embedding."""
     mix: float = 0.0
-    """How far the base's time embedding goes towards the own one: 0 not at all, 1 all the way."""
+    """Share of the own time embedding in place of the base's: 0 none, 1 all of it."""
 
     def take(self, batch: Tensor) -> Tensor:
         """The control's rows of a batch."""
