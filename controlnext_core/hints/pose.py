@@ -8,7 +8,6 @@ poses are in pixels of the output frame.
 from __future__ import annotations
 
 import json
-import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +33,7 @@ FIT_POINTS = (0, 1, 2, 5, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17)
 """Body points that are fitted: all but elbows and wrists, which move most. Source: SVD-v2's pose preprocessing."""
 NORMALISED_LIMIT = 2.0
 """Coordinates within +-2 are fractions of the canvas (points just outside it pass 1), larger ones are pixels."""
+NUMBERS = (int, float, np.integer, np.floating)
 LARGEST_SIDE = 10**6  # pixels of a canvas
 FARTHEST = 100.0  # canvases from the origin; a number beyond is no point of a person
 MIN_SIDE = 64
@@ -118,7 +118,7 @@ def _parse_frame(item: Any, where: str) -> PoseFrame:
 
 def _canvas_side(frame: Mapping[str, Any], key: str, where: str) -> float:
     side = frame.get(key)
-    if isinstance(side, bool) or not isinstance(side, numbers.Real) or not 0 < side <= LARGEST_SIDE:
+    if isinstance(side, bool) or not isinstance(side, NUMBERS) or not 0 < side <= LARGEST_SIDE:
         raise ValueError(f"{where}: {key} is {_said(side)}. It must hold the pixels of the picture the pose is from.")
     return float(side)
 
