@@ -69,12 +69,12 @@ class Board:
 
 
 BOOK = Board(
-    "A base of SD3's shape, 11 MB, and its ControlNeXt, 8 MB",
+    "A base of SD3's shape, and a ControlNeXt for outlines",
     PICTUREBOOK,
     "picturebook",
     192,
     20,
-    (4, 12, 3),
+    (4, 13, 6),
     (
         Column("without control"),
         Column("ControlNeXt 0.3", edges=0.3),
@@ -84,7 +84,7 @@ BOOK = Board(
     PICTURE_EDGES,
 )
 SHAPES = Board(
-    "A base of SD1.5's shape that knows plain shapes, with every kind of control",
+    "A base of SD1.5's shape that knows plain shapes, and every kind of control",
     CHECKPOINT,
     "synthetic",
     128,
