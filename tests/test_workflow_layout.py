@@ -139,7 +139,7 @@ def test_wires_of_one_output_share_their_reroute_points() -> None:
 
 
 def test_nodes_that_feed_others_stand_before_them_and_columns_are_equally_high() -> None:
-    pages = [{"type": kind, "size": size_of(kind, 2, 3, False)} for kind in ("A", "B", "C", NOTE, "D")]
+    pages = [{"type": kind, "size": size_of(kind, 2, 3, 0)} for kind in ("A", "B", "C", NOTE, "D")]
     pages[3]["size"] = [200, 100]
     groups = (0, 0, 1, 0, 2)
     feeds = (True, False, False, False, False)

@@ -200,8 +200,8 @@ def _page_node(node: Node, object_info: ObjectInfo) -> dict[str, Any]:
         made["properties"]["models"] = [model.entry() for model in node.models]
     made["widgets_values"] = values
     rows = max(len(sockets), len(info["output"]))
-    footer = info["python_module"].startswith("custom_nodes.") or bool(node.models)
-    made["size"] = size_of(node.type, rows, len(values), footer)
+    footers = info["python_module"].startswith("custom_nodes.") + bool(node.models)
+    made["size"] = size_of(node.type, rows, len(values), footers)
     return made
 
 

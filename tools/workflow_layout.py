@@ -30,6 +30,7 @@ HEIGHTS = {  # of nodes that show text or pictures; all others follow from their
     "ControlNeXtSampleInputs": 350,  # room for its picture
     "ControlNeXtTrain": 600,  # room for the loss curve and the validation pictures
     "ControlNetXSLoader": 200,
+    "CreateVideo": 114,  # newer ComfyUIs have a widget more
     "LossGraphNode": 260,
     "PreviewImage": 190,
     "SaveAnimatedWEBP": 340,
@@ -71,9 +72,9 @@ class Member:
 Stacks = list[list[dict[str, Any]]]
 
 
-def size_of(type: str, sockets: int, widgets: int, footer: bool) -> list[int]:
+def size_of(type: str, sockets: int, widgets: int, footers: int) -> list[int]:
     """Width and height, without the title, of a node with so many sockets on its longer side."""
-    height = EDGE + SLOT * sockets + WIDGET * widgets + FOOTER * footer
+    height = EDGE + SLOT * sockets + WIDGET * widgets + FOOTER * footers
     return [WIDTHS.get(type, WIDTH), HEIGHTS.get(type, height)]
 
 

@@ -17,7 +17,7 @@ SPLINE_REACH = 80
 """Longest handle of a curve at a reroute point: the page's setting LiteGraph.Reroute.SplineOffset."""
 LANE, LANE_EDGE, OUTER_LANES, OFFSETS = 10, 12, 8, (12, 20, 28, 36, 46)
 """Heights of lanes, and how far from its node a wire turns."""
-STEP, CORNER, APART = 22, 10, 7
+STEP, CORNER, APART, MARGIN = 22, 10, 7, 4
 SAMPLES = 24
 
 Point = tuple[float, float]
@@ -131,12 +131,17 @@ def route(wires: Sequence[Wire], boxes: Mapping[int, Box], groups: Sequence[Box]
     """Reroute points by link, for the wires that need some. A wire without a free lane stays direct."""
     taken: list[tuple[Wire, tuple[Point, ...]]] = []
     for wire in sorted(wires, key=lambda w: math.dist(w.start, w.end)):
-        in_the_way = obstacles(wire, boxes, groups)
+        in_the_way = obstacles(wire, {number: _wider(box) for number, box in boxes.items()}, groups)
         if not is_clear((wire.start, wire.end), in_the_way):
             ways = (way for way in _by_length(wire, in_the_way) if _is_free(wire, way, taken))
             lane = next((way for way in ways if is_clear((wire.start, *way, wire.end), in_the_way)), ())
             taken.append((wire, lane))
     return {wire.link: lane for wire, lane in taken if lane}
+
+
+def _wider(box: Box) -> Box:
+    """With room for the sockets of Nodes 2.0, which stand a little lower."""
+    return Box(box.left - MARGIN, box.top - MARGIN, box.right + MARGIN, box.bottom + MARGIN)
 
 
 def _by_length(wire: Wire, in_the_way: Sequence[Box]) -> list[tuple[Point, ...]]:
