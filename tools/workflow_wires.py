@@ -113,7 +113,7 @@ def _on_bezier(corners: Sequence[Point], t: float) -> Point:
 
 
 def obstacles(wire: Wire, boxes: Mapping[int, Box], groups: Iterable[Box]) -> list[Box]:
-    """What the wire must not pass behind or through: nodes, but for its own two edges, and groups of others."""
+    """Obstacles of the wire: nodes, but for its own two edges, and groups of others."""
     ends = (boxes[wire.origin], boxes[wire.target])
     foreign = [g for g in groups if not any(g.holds(((b.left + b.right) / 2, (b.top + b.bottom) / 2)) for b in ends)]
     nodes = dict(boxes)
