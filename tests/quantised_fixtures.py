@@ -13,6 +13,7 @@ FP8 = torch.float8_e4m3fn
 SCALED, PLAIN_FP8 = "scaled_fp8", "fp8_e4m3fn"
 WIDE = ("convrot_w4a4", "asym_w4a8_int8")
 """Formats that turn rows in groups of 256."""
+UNET = "model.diffusion_model."
 
 
 def formats(pinned: bool) -> tuple[str, ...]:
@@ -31,6 +32,25 @@ def quantised_model(family: str, kind: str, pinned: bool) -> Any:
     row = NARROW[family]
     state = narrow_model(family).diffusion_model.state_dict()
     settings = getattr(comfy.supported_models, row.supported)(dict(row.config) | ({} if pinned else row.later))
+    return _quantised(settings, state, kind, pinned)
+
+
+def quantised_unet(layout: str, kind: str, pinned: bool) -> Any:
+    """The host's BaseModel of a tiny UNet, every linear layer of its blocks in this format."""
+    from comfy.model_detection import model_config_from_unet
+    from comfyui_controlnext.tools import tiny_models
+
+    state = {name: tensor.float() for name, tensor in tiny_models.unet_tensors(layout).items()}
+    settings = model_config_from_unet({f"{UNET}{name}": tensor for name, tensor in state.items()}, UNET)
+    if kind != PLAIN_FP8:
+        return _quantised(settings, state, kind, pinned)
+    settings.set_inference_dtype(FP8, torch.float32)
+    model = settings.get_model({}, "", None)
+    model.diffusion_model.eval().requires_grad_(False).load_state_dict(state)
+    return model
+
+
+def _quantised(settings: Any, state: dict[str, Tensor], kind: str, pinned: bool) -> Any:
     names = [name for name, tensor in state.items() if _is_linear(name, tensor, 256 if kind in WIDE else 64)]
     if kind == SCALED:
         settings.scaled_fp8 = FP8

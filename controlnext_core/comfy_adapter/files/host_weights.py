@@ -69,7 +69,7 @@ def put_on(
     differences = read_differences(*named, shape_of(model), source)
     ranks = sorted({d.rank for d in differences.values() if isinstance(d, LowRank)})
     kind = f"low rank ({', '.join(map(str, ranks))})" if ranks else "whole differences"
-    how = ", added in each forward as the model is quantised" if quantised(model, differences) else ""
+    how = added_how(model, differences)
     report = f"base weights: {chosen.why}; {kind} of {len(differences)} weights, strength {strength:g}{how}"
     return add_host_differences(model, differences, strength, source), report
 
@@ -85,19 +85,28 @@ def quantised(model: ModelPatcher, differences: Differences) -> set[str]:
     return {name for name, stored in found.items() if stored is not None and not is_plain(stored[0])}
 
 
+def added_how(model: ModelPatcher, differences: Differences) -> str:
+    """End of a report's line: how differences are added where it is not by a patch."""
+    return ", added in each forward as the model is quantised" if quantised(model, differences) else ""
+
+
 def add_host_differences(model: ModelPatcher, differences: Differences, strength: float, source: str) -> ModelPatcher:
     """A clone of `model` with strength * differences added to its weights; commutes with LoRA loaders.
 
-    differences: of weights that the model has (`low_rank.read_differences`). With strength 0 nothing is added. Raises
-    CheckpointError for a quantised weight in a layer that takes nothing in its forward.
+    With strength 0 nothing is added. Raises CheckpointError for a name that the model lacks, and for a quantised weight
+    in a layer that takes nothing in its forward.
     """
     patched = model.clone()
-    if strength == 0:
+    if strength == 0 or not differences:
         return patched
     in_forward = quantised(model, differences)
     patches = {key: _as_patch(d) for key, d in differences.items() if name_of(key) not in in_forward}
     used = patched.add_patches(patches, strength)
-    assert len(used) == len(patches), f"{source}: {len(patches) - len(used)} weights are not in this model"
+    if len(used) != len(patches):
+        unknown = sorted({name_of(key) for key in patches if key not in used})
+        raise checkpoint.CheckpointError(
+            f"{source}: {len(unknown)} weights are not in this model, first {unknown[0]}. Choose a file for this model."
+        )
     for key, difference in differences.items():
         if name_of(key) in in_forward:
             own = strength / _scale_of(model, name_of(key), source)
@@ -142,7 +151,8 @@ class AddedInForward:
 
 
 def _scale_of(model: ModelPatcher, name: str, source: str) -> float:
-    """Scale of a scaled fp8 layer, which multiplies the stored weight after every weight function; 1 for other layers.
+    """Scale of a scaled fp8 layer, which multiplies the stored weight after every weight function; 1 for biases and
+    other layers.
 
     Raises CheckpointError for a layer that takes no weight functions.
     """
@@ -153,7 +163,7 @@ def _scale_of(model: ModelPatcher, name: str, source: str) -> float:
             f"({type(layer).__qualname__}). Load the base in fp16 or bf16, or set weights_name to none."
         )
     scale = getattr(layer, "scale_weight", None)
-    return 1.0 if scale is None else float(scale)
+    return 1.0 if scale is None or not name.endswith(".weight") else float(scale)
 
 
 def _as_patch(difference: Difference) -> Any:

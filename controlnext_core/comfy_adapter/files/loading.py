@@ -13,7 +13,7 @@ from ....models.controlnext import ControlNeXt
 from ... import checkpoint
 from ...detection import ControlFile, choose_spec, read_control_file
 from ...key_maps import KeyMap
-from ...low_rank import LOW_RANK
+from ...low_rank import LOW_RANK, Differences
 from ...metadata import read_metadata
 from ...specs import Family, Spec, config_of, with_normalization, with_trained_gain
 from ...unet_weights import BaseWeights, WeightsKind, decide_kind, host_differences, published_base
@@ -23,8 +23,8 @@ from ..sampling.layers import WholeLayers
 from ..sampling.networks import into_host
 from ..sampling.next_control import ControlNeXtControl, LoadedControlNeXt
 from .folders import ChosenWeights, choose_weights
-from .host_weights import host_named, put_on
-from .weights import add_differences, base_weights
+from .host_weights import add_host_differences, added_how, host_named, put_on
+from .weights import base_weights
 from .whole_unets import load_unet
 
 
@@ -68,11 +68,12 @@ def load_controlnext(
         patched, line = put_on(model, named, chosen, weights_kind, weights_strength)
         return Loaded(patched, control, "\n".join([*report, line]))
     found = differences_of(file, chosen, base.key_map(), base_weights(model), weights_kind)
+    differences: Differences = {**found.tensors}
     report.append(
         f"UNet weights: {chosen.why}; {found.kind.value}, {len(found.tensors)} of {found.in_file} tensors, "
-        f"strength {weights_strength:g}"
+        f"strength {weights_strength:g}{added_how(model, differences)}"
     )
-    patched = add_differences(model, found.tensors, weights_strength, str(chosen.path))
+    patched = add_host_differences(model, differences, weights_strength, str(chosen.path))
     return Loaded(patched, control, "\n".join(report), found.cautions)
 
 

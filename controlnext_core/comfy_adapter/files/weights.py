@@ -1,8 +1,8 @@
-"""UNet weight differences as patches on a MODEL."""
+"""Weights of a MODEL as they were loaded, and the control weights that our loaders have put on it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -66,27 +66,6 @@ def base_weights(model: ModelPatcher) -> Callable[[str], Tensor | None]:
         return weight if convert is None else convert(weight, inplace=True)  # scaled or quantized: as the host reads it
 
     return look_up
-
-
-def add_differences(
-    model: ModelPatcher, differences: Mapping[str, Tensor], strength: float, source: str
-) -> ModelPatcher:
-    """A clone of `model` with strength * differences added to its weights; commutes with LoRA loaders.
-
-    differences: host names (`diffusion_model.*`). With strength 0 no patch is made. Raises ValueError where a name
-    is not one of the model's.
-    """
-    patched = model.clone()
-    if strength == 0 or not differences:
-        return patched
-    used = patched.add_patches({name: (tensor,) for name, tensor in differences.items()}, strength)
-    if len(used) != len(differences):
-        unknown = sorted(set(differences) - {str(name) for name in used})
-        raise ValueError(f"{source}: {len(unknown)} weights are not in this model, first {unknown[0]}.")
-    earlier: tuple[AppliedWeights, ...] = patched.get_attachment(WEIGHTS_KEY) or ()
-    kept: Differences = {name: tensor for name, tensor in differences.items()}
-    patched.set_attachments(WEIGHTS_KEY, (*earlier, AppliedWeights(kept, strength, source)))
-    return patched
 
 
 def applied_weights(model: ModelPatcher) -> tuple[AppliedWeights, ...]:
