@@ -30,7 +30,10 @@ from hypothesis import strategies as st
 CHOICES = {key: facts.choices for key, facts in SETTINGS.items() if facts.choices}
 BOUNDS = {key: (facts.low, facts.high) for key, facts in SETTINGS.items() if math.isfinite(facts.low)}
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
-UNBOUND = {"xs_own_time", "buckets", "ema_on_cpu", "checkpointing", "offload", "cache", "zero", "resume", "tensorboard"}
+UNBOUND = {
+    *("xs_own_time", "buckets", "stratified_timesteps", "ema_on_cpu", "checkpointing", "offload"),
+    *("cache", "zero", "resume", "tensorboard"),
+}
 """Switches: there is nothing to be out of."""
 OF_XS = ("xs_official", "xs_diffusers")
 
