@@ -81,7 +81,7 @@ def needed(step: StepShape) -> Need:
 
 
 def advice(step: StepShape, offload: bool, available: int) -> str:
-    """The first setting that makes a step fit into so many bytes, in words; "" where it fits as it is."""
+    """The first setting that makes a step fit into so many bytes, in words; "" where it fits already."""
     if needed(step).total <= available:
         return ""
     settings: list[tuple[str, StepShape]] = []

@@ -224,4 +224,4 @@ def test_the_dry_run_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert 6e7 < expected < 8e7, "most of it is 16 bytes for each number of the encoder"
     monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda *args: int(expected) - 1)
     train_narrow(tmp_path / "short", "sd3", watch := Watcher(), steps=1, checkpointing=True)
-    assert watch.told("Set offload = true.")
+    assert watch.told("Take a smaller resolution")  # two blocks on the device are all of this model

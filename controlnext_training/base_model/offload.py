@@ -84,7 +84,7 @@ class Copier:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def pinned(self, tensor: Tensor) -> Tensor:
-        """The tensor in pinned memory on CUDA; as it is elsewhere, where the user forbids it or none is left."""
+        """The tensor in pinned memory on CUDA; unchanged elsewhere, where the user forbids it or none is left."""
         if self.stream is None or args.disable_pinned_memory:
             return tensor
         try:

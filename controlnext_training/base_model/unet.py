@@ -60,7 +60,7 @@ class Found:
 
     tensor: Tensor
     scale: Tensor | None = None
-    """What the stored numbers are multiplied by; None: they stand for themselves."""
+    """Factor of the stored numbers; None: they stand for themselves."""
 
     def numbers(self) -> Tensor:
         """The numbers, in fp32 where there is a scale."""
