@@ -56,7 +56,7 @@ def training_unet(model: ModelPatcher, dtype: torch.dtype, device: torch.device,
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A weight as it is stored, or in a format to compute in."""
+    """A stored weight, or one in a format to compute in."""
 
     tensor: Tensor
     scale: Tensor | None = None
