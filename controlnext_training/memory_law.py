@@ -1,4 +1,4 @@
-"""What a step on a transformer needs in memory, by a law in few terms, and which setting to change.
+"""Memory of a step on a transformer, by a law in few terms, and the setting to change where it does not fit.
 
     most = frozen weights + 16 B * trained numbers + max(blocks, encoder) + copies
     blocks = rows * tokens * width * bytes * (number of blocks + inside)      tokens of text and picture
@@ -22,7 +22,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepShape:
-    """What a step computes."""
+    """Sizes of a step."""
 
     rows: int
     tokens: int
