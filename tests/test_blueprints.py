@@ -1,5 +1,6 @@
 """subgraphs/: the real page lists the blueprints, adds them as nodes, and they run."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -53,11 +54,20 @@ def page(server: ComfyServer) -> Iterator["Page"]:
 
 def add_by_search(page: "Page", title: str) -> None:
     """Empty the canvas and add the node of this title."""
+    from playwright import sync_api
+
     page.evaluate("app.graph.clear()")
     page.mouse.move(800, 500)
-    page.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
-    page.get_by_placeholder(SEARCH).fill(title)
-    page.get_by_role("option").filter(has_text=title).first.click()
+    found = page.get_by_role("option").filter(has_text=title.partition("(")[2]).first
+    for _ in range(8):  # the page reads blueprints after it says that it is ready
+        page.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+        page.get_by_placeholder(SEARCH).fill("Control from a picture")
+        with contextlib.suppress(sync_api.TimeoutError):
+            found.wait_for(timeout=5000)
+            break
+        page.keyboard.press("Escape")
+        page.wait_for_timeout(1000)
+    found.click()
     page.wait_for_function("(title) => app.graph.nodes.some(n => n.title === title)", arg=title)
     page.mouse.click(800, 500)  # newer pages let the node follow the pointer until then
 
