@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -99,7 +100,9 @@ def test_a_blueprint_controls_a_run(page: "Page", server: ComfyServer, tiny: "Ti
         page.evaluate(AROUND, [title, names])
         sent: dict[str, Any] = page.evaluate("async () => (await app.graphToPrompt()).output")
         (saver,) = (number for number, node in sent.items() if node["class_type"] == "SaveImage")
-        pictures.append(server.image(server.run(sent).outputs[saver]["images"][0]))
+        with ThreadPoolExecutor() as thread:  # this one has Playwright's event loop
+            done = thread.submit(server.run, sent).result()
+        pictures.append(server.image(done.outputs[saver]["images"][0]))
     assert pictures[0] != pictures[1], "the strength on the outer node reaches the control"
 
 
