@@ -105,7 +105,8 @@ def test_both_doors_give_equal_latents_and_the_log_stays_clean(server: ComfyServ
     assert torch.equal(through_stock, through_ours)
     plain = latents(server, graph("none", weights_name="none"))
     assert float((through_stock - plain).norm() / plain.norm()) > 0.01
-    assert probe(server)["complaints"] == []
+    (alone,) = probe(server)["complaints"]
+    assert "loaded without them" in alone, "the third run chose no weights"
     said = "\n".join(server.log_lines()[seen:])
     assert "controlnet.safetensors: ControlNeXt SD1.5" in said and "UNet weights: unet.safetensors" in said
     assert not re.search(r"traceback|error|warn|leak|deprecat", said, re.IGNORECASE), said

@@ -274,7 +274,7 @@ def test_the_demo_runs_from_its_template_as_it_is(browser: Browser, server: "Com
     page.get_by_test_id("queue-button").click()
     shown = "(type) => app.graph.nodes.find(n => n.type === type).imgs?.[0]?.naturalWidth"
     for kind in ("SaveImage", "ControlNeXtSampleInputs"):
-        assert page.wait_for_function(shown, arg=kind, timeout=180_000).json_value() == 128
+        assert page.wait_for_function(shown, arg=kind, timeout=180_000).json_value() == 192
     assert page.get_by_text("Missing Models").count() == 0
     browser.shot("demo", clip=page.evaluate(SHOW_ALL))
 

@@ -235,8 +235,8 @@ def test_every_place_of_the_page_has_a_table_and_every_chart_is_shown(done: runs
 
 def test_a_picture_that_follows_both_hints_scores_in_both_and_another_in_none() -> None:
     first, second, *_ = pairs.scenes()
-    scene, other = (draw(pairs.SCENE_SEED, index, pairs.SIDE) for index in (first, second))
-    hint = pairs.draw_hint(first)
+    scene, other = (draw(pairs.SCENE_SEED, index, pairs.SHAPES.side) for index in (first, second))
+    hint = pairs.draw_hint(pairs.SHAPES, first)
     true, wrong = scene.image / 255.0, other.image / 255.0
     assert pairs.near_f1(true, hint.some_edges) > 0.95 > 0.6 > pairs.near_f1(wrong, hint.some_edges)
     assert (

@@ -79,7 +79,7 @@ def test_hints_of_another_aspect_and_coarse_hints_are_named_first(tmp_path: Path
     assert [Path(path).stem for path in found.stretched] == ["wide"]
     assert [Path(path).stem for path in found.coarse] == ["small"]
     lines = found.text.splitlines()
-    assert lines[1] == "1 have a hint of another aspect, which is stretched over the picture:"
+    assert lines[0] == "1 have a hint of another aspect, which is stretched over the picture:"
     assert next(n for n, line in enumerate(lines) if "much smaller" in line) < lines.index("  64x64: 4")
 
 

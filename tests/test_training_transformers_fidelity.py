@@ -38,7 +38,7 @@ class Silhouettes(DrawnDataset):
 
 
 def silhouettes() -> Silhouettes:
-    return Silhouettes("mask", SCENES, SIDE)
+    return Silhouettes("synthetic", "mask", SCENES, SIDE)
 
 
 def learned_base(family: str) -> Any:

@@ -37,6 +37,7 @@ FRAMES = {"svd_short_clip": 3, "svd_long_clip": 7}
 """Of the sample poses; the long clip's in windows."""
 TINY: dict[str, dict[str, Any]] = {
     "EmptyLatentImage": {"width": SIZE, "height": SIZE},
+    "EmptySD3LatentImage": {"width": SIZE, "height": SIZE},
     "CLIPTextEncode": {"text": "a"},  # one text, which the host then encodes once
     "KSampler": {"steps": STEPS},
     "ControlNeXtSampleInputs": {"width": SIZE, "height": SIZE},

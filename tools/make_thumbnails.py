@@ -49,7 +49,7 @@ CLIP = ("photo", "pose_clip", "pose_clip", "pose_clip")
 SAMPLES = {"sd15_pose": ("pose",), "sd15_pose_positive": ("pose",), "svd_short_clip": CLIP, "svd_long_clip": CLIP}
 """Workflow -> kinds of its sample inputs, where the demo has no control of the kind."""
 STRENGTHS = (0.0, 0.5, 1.0)
-SIDE, GAP, QUALITY = 238, 4, 82
+SIDE, GAP, QUALITY = 238, 4, 60
 
 
 def scaled(column: Column, strength: float) -> Column:

@@ -15,6 +15,7 @@ import numpy as np
 
 from ...controlnext_core.hints import HINTS, Hint
 from ...controlnext_core.hints.picture import as_bytes, as_rgb
+from ...controlnext_core.opencv import require_opencv
 
 LOW_RESOLUTION = "low_resolution"
 BLUR = (0.2, 1.5)
@@ -66,7 +67,7 @@ def low_resolution(picture: np.ndarray, version: int = VERSION) -> np.ndarray:
 
 def degraded(picture: np.ndarray, how: Degradation) -> np.ndarray:
     """As `low_resolution`, at given strengths; enlarged by cubic interpolation, pixel centres on pixel centres."""
-    import cv2
+    cv2 = require_opencv()
 
     rgb = as_rgb(picture)
     height, width = rgb.shape[:2]
@@ -79,7 +80,7 @@ def degraded(picture: np.ndarray, how: Degradation) -> np.ndarray:
 
 def blurred(rgb: np.ndarray, deviation: float) -> np.ndarray:
     """(H, W, 3) -> the same, under a Gaussian cut at 4 standard deviations; the picture is mirrored at its edges."""
-    import cv2
+    cv2 = require_opencv()
 
     side = 2 * int(np.ceil(4 * deviation)) + 1
     return cv2.GaussianBlur(rgb, (side, side), deviation, borderType=cv2.BORDER_REFLECT)
