@@ -71,7 +71,7 @@ def fidelities(loop: Any, strength: float) -> torch.Tensor:
     from comfyui_controlnext.controlnext_training.encoded import MemoryCache, Store
     from comfyui_controlnext.controlnext_training.step import conditions_of
 
-    others = Silhouettes("mask", SEEDS, SIDE, seed=1)  # no training saw these
+    others = Silhouettes("synthetic", "mask", SEEDS, SIDE, seed=1)  # no training saw these
     store, found = Store(loop.samples.store.base, others, loop.config, MemoryCache()), []
     for index in range(SEEDS):
         scene = store.sample(index, index)

@@ -68,7 +68,7 @@ def load_controlnext(
         patched, line = put_on(model, named, chosen, weights_kind, weights_strength)
         return Loaded(patched, control, "\n".join([*report, line]))
     found = differences_of(file, chosen, base.key_map(), base_weights(model), weights_kind)
-    differences: Differences = {**found.tensors}
+    differences: Differences = {name: tensor for name, tensor in found.tensors.items()}
     report.append(
         f"UNet weights: {chosen.why}; {found.kind.value}, {len(found.tensors)} of {found.in_file} tensors, "
         f"strength {weights_strength:g}{added_how(model, differences)}"
