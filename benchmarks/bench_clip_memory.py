@@ -18,7 +18,6 @@ if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
 import torch  # noqa: E402
-
 from comfyui_controlnext.benchmarks.bench_transformer_counts import STEPS, Counts  # noqa: E402
 from comfyui_controlnext.benchmarks.bench_video_memory import MIB, Allocations  # noqa: E402
 from comfyui_controlnext.benchmarks.counting import count  # noqa: E402

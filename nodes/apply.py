@@ -32,7 +32,7 @@ def our_control(control_net: Any) -> HostControl:
 class ControlNeXtApply(ControlNode):
     """The door for workflows without a positive and a negative to route."""
 
-    SEARCH = ("controlnext", "controlnet", "apply control", "sdxl", "sd3", "flux", "qwen", "z-image")
+    SEARCH = ("controlnext", "controlnet", "apply control", "sdxl", "sd3", "flux", "qwen", "z-image", "wan", "video")
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -34,6 +34,8 @@ class ControlNeXtLoader(ControlNode):
         "flux",
         "qwen",
         "z-image",
+        "wan",
+        "video",
     )
 
     @classmethod

@@ -81,7 +81,7 @@ class Torn(DrawnDataset):
     """Drawn scenes of which some cannot be read."""
 
     def __init__(self, count: int, torn: Sequence[int]) -> None:
-        super().__init__("edges", count, SIDE)
+        super().__init__("synthetic", "edges", count, SIDE)
         self.torn = set(torn)
 
     def load(self, index: int, seed: int = 0, position: int = 0) -> Sample:

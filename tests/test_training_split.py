@@ -23,7 +23,7 @@ class Some(DrawnDataset):
     """Scenes by their numbers."""
 
     def __init__(self, numbers: Sequence[int]) -> None:
-        super().__init__("edges", len(numbers), SIDE)
+        super().__init__("synthetic", "edges", len(numbers), SIDE)
         self.numbers = list(numbers)
         self.fingerprint = repr(self.numbers)
 

@@ -1,7 +1,7 @@
 """A queue run for each family of transformers: the host's loaders, its sampler and its decoder around our nodes.
 
 The networks have their published width, one or two blocks, and random weights in windows (`transformer_files`); they
-take the text of CLIP-L, but for Qwen-Image and Wan, whose text encoders have billions of numbers: their prompts are random.
+take the text of CLIP-L, but for Qwen-Image and Wan, whose text encoders have billions of numbers: there it is random.
 """
 
 from __future__ import annotations

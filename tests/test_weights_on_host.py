@@ -144,7 +144,7 @@ def test_full_weights_are_compared_with_the_unpatched_base_even_after_a_lora_run
     [
         (torch.float16, 1e-3),
         (torch.bfloat16, 1e-2),
-        (torch.float8_e4m3fn, 3e-2),  # rounding is stochastic: right on average, noisy in each weight
+        (torch.float8_e4m3fn, None),  # added in each forward: tests/test_unet_quantised.py has the effect
     ],
     ids=str,
 )
@@ -156,7 +156,7 @@ def test_bases_of_other_dtypes_take_the_weights(
     tmp_path: Path,
     differences: Path,
     dtype: Any,
-    gain_tolerance: float,
+    gain_tolerance: float | None,
     kind: str,
 ) -> None:
     import comfy.sd
@@ -179,7 +179,10 @@ def test_bases_of_other_dtypes_take_the_weights(
         difference = published[name].double()
         dots += float((difference * (after[host_name].double() - before[host_name].double())).sum())
         sizes += float(difference.square().sum())
-    assert dots / sizes == pytest.approx(1.0, abs=gain_tolerance)
+    if gain_tolerance is None:
+        assert dots == 0 and "added in each forward as the model is quantised" in loaded.report
+    else:
+        assert dots / sizes == pytest.approx(1.0, abs=gain_tolerance)
     controlled = studio.ours(loaded.model, loaded.control, picture())
     latents = studio.sample(controlled, steps=1)
     assert latents.isfinite().all()

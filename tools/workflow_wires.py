@@ -202,7 +202,7 @@ def _beside(mine: tuple[Point, Point], theirs: tuple[Point, Point], axis: int) -
 
 
 def as_reroutes(wires: Sequence[Wire], lanes: Mapping[int, Sequence[Point]]) -> dict[str, list[dict[str, Any]]]:
-    """What a page graph says of reroute points (its `extra`). Wires of one output share those that are the same."""
+    """Reroute points in a page graph (its `extra`). Wires of one output share those that are the same."""
     made: dict[tuple[int, int, tuple[Point, ...]], dict[str, Any]] = {}
     ends: list[dict[str, Any]] = []
     for wire in wires:

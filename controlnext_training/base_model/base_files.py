@@ -105,6 +105,25 @@ class _Files:
         return self.read(name)[PARTS.index(name)]
 
 
+STARTS: dict[bytes, str] = {
+    b"\x89PNG": "is a picture (PNG)",
+    b"\xff\xd8\xff": "is a picture (JPEG)",
+    b"<!doctype": "is a page of the web (HTML), as a failed download leaves it",
+    b"<html": "is a page of the web (HTML), as a failed download leaves it",
+    b"version https://git-lfs": "is a pointer of git-lfs and not the file itself; `git lfs pull` fetches that",
+}
+"""First bytes of a file, in small letters where they are text -> kind of file that is taken for weights by mistake."""
+
+
+def refuse_other_content(key: str, path: Path) -> None:
+    """Raise ConfigError, which names the key, for a file that is a picture, a page or a pointer of git-lfs."""
+    with open(path, "rb") as file:
+        start = file.read(64).lstrip()
+    for known, kind in STARTS.items():
+        if start.startswith(known) or start.lower().startswith(known):
+            raise ConfigError(f"{key}: {path} {kind}. Download the model again, or choose another file.")
+
+
 def own_dtype(header: checkpoint.Header, on_cpu: bool) -> torch.dtype | None:
     """Dtype of all weights of a file's network, where the host might widen them: fp8, and on a CPU fp16 or bf16.
 

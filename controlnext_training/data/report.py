@@ -45,6 +45,8 @@ class Report:
     def text(self) -> str:
         """For a log or a page: problems first, then the samples and their sizes."""
         lines = _listed("files are left out", [f"{path}: {why}" for path, why in self.broken])
+        lines += _listed("have a hint of another aspect, which is stretched over the picture", self.stretched)
+        lines += _listed("have a hint much smaller than what trains, which is enlarged", self.coarse)
         lines += _listed("groups of files are the same", [", ".join(group) for group in self.duplicates])
         lines += _listed("have no caption", self.without_caption)
         lines.append(f"{self.items} samples")

@@ -15,6 +15,7 @@ from ...memory import rows_at_once
 from ...specs import Gain
 from ..bases.base import LoadedBase
 from ..bases.table import loaded_base
+from ..bases.tokens import note_reference
 from ..feedback import warn_once
 from .cautions import control_cautions, has_one_colour, model_cautions, patcher_of
 from .control_options import ControlOptions
@@ -40,6 +41,8 @@ class HostControl(ControlBase):
     scale: float | None = None
     weights_source: str | None = None
     """The file whose weights the loader put on its MODEL; None for no weights."""
+    hints_together = 1
+    """Hints that become one feature map: the frames of a latent frame, where a clip has some."""
     has_parts = False
     """True: `parts` and `time_mix` of the options mean something."""
 
