@@ -18,15 +18,13 @@ if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
 import torch  # noqa: E402
-from comfyui_controlnext.benchmarks.bench_transformer_counts import STEPS, Counts  # noqa: E402
+from comfyui_controlnext.benchmarks.bench_transformer_counts import STEPS, counts_of  # noqa: E402
 from comfyui_controlnext.benchmarks.bench_video_memory import MIB, Allocations  # noqa: E402
-from comfyui_controlnext.benchmarks.counting import count  # noqa: E402
 from comfyui_controlnext.benchmarks.host import begin  # noqa: E402
 from comfyui_controlnext.benchmarks.real_transformers import (  # noqa: E402
     META,
     PUBLISHED,
     TransformerScene,
-    make_control,
 )
 from comfyui_controlnext.benchmarks.report import append_table  # noqa: E402
 from comfyui_controlnext.controlnext_core.families import FAMILIES  # noqa: E402
@@ -81,21 +79,8 @@ def memory_of(name: str, clip: tuple[int, int, int] = CLIP, dtype: torch.dtype =
     )
 
 
-def counts_of(name: str, folder: Path, clip: tuple[int, int, int] = CLIP) -> Counts:
-    """Of one row."""
-    scene = TransformerScene(PUBLISHED[name], 0, clip=clip)
-    control = make_control(scene.row, folder, scene.dtype)
-    scene.start(control)
-    forward = scene.forward(control)
-    bare, first = count(scene.forward()), count(forward)
-    scene.begin_run(control)
-    second = count(forward)
-    network, picture = control.net.patcher.model, scene.tensor(3, *scene.size)
-    return Counts(bare, first, second, float(scene.frames * count(lambda: network.begin(picture)).macs))
-
-
 def row_of(name: str, folder: Path) -> tuple[str, ...]:
-    counts, memory = counts_of(name, folder), memory_of(name)
+    counts, memory = counts_of(TransformerScene(PUBLISHED[name], 0, clip=CLIP), folder), memory_of(name)
     ratios = (f"{ratio:.4f}" for ratio in counts.ratios())
     sizes = (f"{size / MIB:.1f}" for size in (memory.kept, memory.wide, memory.wide_law, memory.encoder))
     return (name, f"{counts.bare.macs / 1e12:,.1f}", *ratios, *sizes)

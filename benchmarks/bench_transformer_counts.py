@@ -55,8 +55,8 @@ def counts_of(scene: TransformerScene, folder: Path) -> Counts:
     bare, first = count(scene.forward()), count(forward)
     scene.begin_run(control)
     second = count(forward)
-    network, picture = control.net.patcher.model, scene.tensor(3, scene.side, scene.side)
-    return Counts(bare, first, second, float(count(lambda: network.begin(picture)).macs))
+    network, picture = control.net.patcher.model, scene.tensor(3, *scene.size)
+    return Counts(bare, first, second, float(scene.frames * count(lambda: network.begin(picture)).macs))
 
 
 def row_of(name: str, control: str, counts: Counts) -> tuple[str, ...]:

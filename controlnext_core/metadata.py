@@ -15,6 +15,8 @@ from .low_rank import Slice
 from .specs import SPECS, Spec
 
 PREFIX = "controlnext."
+RECIPE_KEY = f"{PREFIX}recipe"
+"""Settings of the run that trained a file, as JSON."""
 WEIGHTS_KINDS = ("difference", "full", "low_rank")
 
 

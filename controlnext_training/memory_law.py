@@ -5,8 +5,9 @@
     encoder = rows * pixels * bytes * ENCODER
 
 With checkpointing each block keeps its input, once; `inside` is what one block keeps while it is computed again. Both
-and ENCODER were counted on torch's meta device at published widths, in bf16, at 512 and 1024 pixels and 2 and 4 blocks:
-they are the same to 6 %. Optimizer: AdamW. No GPU has run it; its allocator adds its own.
+and ENCODER were counted on torch's meta device at published widths, in bf16, at 512 and 1024 pixels, with 2 and 4
+blocks (Lumina2 and Chroma with 2 alone): they are the same to 6 %. Optimizer: AdamW. No GPU has run it; its allocator
+adds its own.
 """
 
 from __future__ import annotations
@@ -80,13 +81,18 @@ def needed(step: StepShape) -> Need:
     )
 
 
+def offloaded(frozen: int, blocks: int) -> int:
+    """Bytes on the device of `frozen` bytes that wait in host memory: two of so many blocks."""
+    return 2 * frozen // max(blocks, 1)
+
+
 def advice(step: StepShape, offload: bool, available: int) -> str:
     """The first setting that makes a step fit into so many bytes, in words; "" where it fits already."""
     if needed(step).total <= available:
         return ""
     settings: list[tuple[str, StepShape]] = []
     if not offload:
-        settings.append(("offload = true", replace(step, frozen=2 * step.frozen // max(step.blocks, 1))))
+        settings.append(("offload = true", replace(step, frozen=offloaded(step.frozen, step.blocks))))
     if step.rows > 1:
         settings.append((f"batch_size = 1 with accumulation = {step.rows}", replace(step, rows=1)))
     both = settings[-1][1] if settings else step

@@ -12,7 +12,7 @@ import torch
 
 from ..controlnext_core import checkpoint
 from ..controlnext_core.control_files import DTYPES
-from ..controlnext_core.metadata import PREFIX
+from ..controlnext_core.metadata import PREFIX, RECIPE_KEY
 from . import journal as journals
 from .base_model.controlled import Controlled
 from .config import TrainConfig
@@ -111,7 +111,7 @@ def _facts(config: TrainConfig, files: RunFiles, losses: list[float]) -> dict[st
         f"{PREFIX}steps": str(config.steps),
         f"{PREFIX}loss": f"{sum(last) / max(1, len(last)):.6f}",
         f"{PREFIX}base": f"{files.base_name} {files.base}".strip(),
-        f"{PREFIX}recipe": config.to_shared_json(),
+        RECIPE_KEY: config.to_shared_json(),
         "modelspec.date": time.strftime("%Y-%m-%d"),
     }
 

@@ -6,7 +6,12 @@ from typing import Any
 
 from ..controlnext_core.comfy_adapter.feedback import tell
 from ..controlnext_core.comfy_adapter.sampling.attach import attach
-from ..controlnext_core.comfy_adapter.sampling.cautions import control_cautions, model_cautions, schedule_cautions
+from ..controlnext_core.comfy_adapter.sampling.cautions import (
+    control_cautions,
+    mask_cautions,
+    model_cautions,
+    schedule_cautions,
+)
 from ..controlnext_core.comfy_adapter.sampling.host_control import HostControl
 from ..controlnext_core.schedule import parse_schedule
 from ..controlnext_core.specs import Halves
@@ -188,6 +193,5 @@ class ControlNeXtOptions(ControlNode):
         if schedule.strip():
             options["schedule"] = parse_schedule(schedule)
         control = our_control(control_net).with_options(**options)
-        empty = ["the mask is 0 everywhere: the control never acts."] if control.options.masked_out else []
-        tell("", cls.node_id(), [*empty, *schedule_cautions(control.options.schedule)])
+        tell("", cls.node_id(), [*mask_cautions(control.options), *schedule_cautions(control.options.schedule)])
         return io.NodeOutput(control)

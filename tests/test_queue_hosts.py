@@ -89,7 +89,7 @@ class FakeHost(ComfyClient):
 ENTRY = {"filename": "..\\..\\evil.png", "subfolder": "", "type": "output"}
 
 
-def share(hosts: list[FakeHost], count: int, folder: Path) -> queue_hosts.Board:
+def share(hosts: list[FakeHost], count: int, folder: Path) -> queue_hosts.SharedRuns:
     runs = queue_hosts.runs_of({"a": {"class_type": "KSampler", "inputs": {"seed": 0}}}, count)
     return queue_hosts.share_runs(hosts, runs, folder, lambda text: None)
 
@@ -105,21 +105,21 @@ def test_a_lost_host_gives_its_run_to_the_others(tmp_path: Path) -> None:
             raise ComfyError("gone")
 
     other, gone = FakeHost("other"), Lost("gone")
-    board = share([gone, other], 4, tmp_path)
-    assert board.done == dict.fromkeys(range(4), "other") and not board.failed
+    shared = share([gone, other], 4, tmp_path)
+    assert shared.done == dict.fromkeys(range(4), "other") and not shared.failed
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{number:05d}_evil.png" for number in range(4)]
 
 
 def test_a_run_that_fails_is_not_tried_again_and_the_host_goes_on(tmp_path: Path) -> None:
     host = FakeHost("one", {1: PromptError("node a failed", {})})
-    board = share([host], 3, tmp_path)
-    assert (sorted(board.done), board.failed) == ([0, 2], {1: "node a failed"})
+    shared = share([host], 3, tmp_path)
+    assert (sorted(shared.done), shared.failed) == ([0, 2], {1: "node a failed"})
 
 
 def test_nothing_hangs_when_every_host_is_lost(tmp_path: Path) -> None:
     hosts = [FakeHost(name, dict.fromkeys(range(4), ComfyError("gone"))) for name in ("one", "two")]
-    board = share(hosts, 4, tmp_path)
-    assert not board.done and sorted(board.waiting) == [0, 1, 2, 3]
+    shared = share(hosts, 4, tmp_path)
+    assert not shared.done and sorted(shared.waiting) == [0, 1, 2, 3]
 
 
 def test_ctrl_c_takes_the_run_out_of_its_host(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_ctrl_c_takes_the_run_out_of_its_host(tmp_path: Path) -> None:
 
     class Busy(FakeHost):
         def history(self, prompt_id: str) -> Any:
-            board.stop()  # as Ctrl-C does, while the run is computed
+            shared.stop()  # as Ctrl-C does, while the run is computed
             return None
 
         def get(self, path: str) -> Any:
@@ -136,11 +136,11 @@ def test_ctrl_c_takes_the_run_out_of_its_host(tmp_path: Path) -> None:
         def post(self, path: str, body: Any) -> None:
             posted.append((path, body))
 
-    board = queue_hosts.Board([0, 1])
+    shared = queue_hosts.SharedRuns([0, 1])
     runs = queue_hosts.runs_of({"a": {"class_type": "KSampler", "inputs": {"seed": 0}}}, 2)
-    queue_hosts.serve_runs(Busy("busy"), runs, board, tmp_path, lambda text: None)
+    queue_hosts.serve_runs(Busy("busy"), runs, shared, tmp_path, lambda text: None)
     assert posted == [("/queue", {"delete": ["0"]}), ("/interrupt", {"prompt_id": "0"})]
-    assert not board.done and not board.failed and board.take() is None
+    assert not shared.done and not shared.failed and shared.take() is None
 
 
 def test_a_host_that_has_forgotten_the_run_is_lost(tmp_path: Path) -> None:
@@ -151,8 +151,8 @@ def test_a_host_that_has_forgotten_the_run_is_lost(tmp_path: Path) -> None:
         def get(self, path: str) -> Any:
             return {"queue_running": [], "queue_pending": [[1, "another"]]}
 
-    board = share([Forgetful("new")], 2, tmp_path)
-    assert not board.done and not board.failed and board.waiting == [0, 1]
+    shared = share([Forgetful("new")], 2, tmp_path)
+    assert not shared.done and not shared.failed and shared.waiting == [0, 1]
 
 
 @pytest.mark.comfy

@@ -85,7 +85,7 @@ def runs_of(graph: Workflow, count: int) -> list[Workflow]:
 
 
 @dataclass
-class Board:
+class SharedRuns:
     """Runs that wait, are computed and are over; used by one thread per host."""
 
     waiting: list[int]
@@ -130,14 +130,14 @@ def in_queue(client: ComfyClient, prompt: str) -> bool:
     return any(item[1] == prompt for part in ("queue_running", "queue_pending") for item in queue[part])
 
 
-def compute(client: ComfyClient, workflow: Workflow, board: Board) -> dict[str, Any]:
+def compute(client: ComfyClient, workflow: Workflow, shared: SharedRuns) -> dict[str, Any]:
     """Run the workflow on the host; its outputs. Raises PromptError where it fails there, HostLostError, ComfyError."""
     try:
         prompt = client.queue(workflow)
     except PromptError as error:
         raise HostLostError(str(error)) from error
     while (record := client.history(prompt)) is None:
-        if board.stopped:
+        if shared.stopped:
             client.post("/queue", {"delete": [prompt]})
             client.post("/interrupt", {"prompt_id": prompt})
             raise HostLostError("stopped")
@@ -161,35 +161,35 @@ def save(client: ComfyClient, number: int, outputs: Mapping[str, Any], folder: P
 
 
 def serve_runs(
-    client: ComfyClient, runs: Sequence[Workflow], board: Board, folder: Path, say: Callable[[str], None]
+    client: ComfyClient, runs: Sequence[Workflow], shared: SharedRuns, folder: Path, say: Callable[[str], None]
 ) -> None:
     """Compute runs on one host until none is left or the host is lost."""
-    while (number := board.take()) is not None:
+    while (number := shared.take()) is not None:
         try:
-            paths = save(client, number, compute(client, runs[number], board), folder)
+            paths = save(client, number, compute(client, runs[number], shared), folder)
         except PromptError as error:
-            board.put(number, error=str(error))
+            shared.put(number, error=str(error))
             say(f"run {number} failed on {client.address}: {error}")
         except ComfyError as error:
-            board.put(number)
-            if not board.stopped:
+            shared.put(number)
+            if not shared.stopped:
                 say(f"{client.address} takes no more runs: {error}")
             return
         except Exception as error:  # a thread that ends without a word would leave the others waiting
-            board.put(number, error=f"{type(error).__name__}: {error}")
+            shared.put(number, error=f"{type(error).__name__}: {error}")
             raise
         else:
-            board.put(number, client.address)
+            shared.put(number, client.address)
             say(f"run {number} done on {client.address}: {', '.join(path.name for path in paths) or 'no file'}")
 
 
 def share_runs(
     clients: Sequence[ComfyClient], runs: Sequence[Workflow], folder: Path, say: Callable[[str], None]
-) -> Board:
-    """Compute all runs on the hosts, one at a time on each; returns the board when nothing is left to do."""
-    board = Board(list(range(len(runs))))
+) -> SharedRuns:
+    """Compute all runs on the hosts, one at a time on each; returns them when nothing is left to do."""
+    shared = SharedRuns(list(range(len(runs))))
     threads = [
-        threading.Thread(target=serve_runs, args=(client, runs, board, folder, say), daemon=True) for client in clients
+        threading.Thread(target=serve_runs, args=(client, runs, shared, folder, say), daemon=True) for client in clients
     ]
     for thread in threads:
         thread.start()
@@ -198,11 +198,11 @@ def share_runs(
             while thread.is_alive():
                 thread.join(JOIN_SECONDS)
     except KeyboardInterrupt:
-        board.stop()
+        shared.stop()
         for thread in threads:
             thread.join(10.0)
         raise
-    return board
+    return shared
 
 
 def run_queue(options: argparse.Namespace) -> int:
@@ -215,8 +215,8 @@ def run_queue(options: argparse.Namespace) -> int:
         for path in options.upload:
             client.upload_image(path)
     options.out.mkdir(parents=True, exist_ok=True)
-    board = share_runs(clients, runs, options.out, lambda text: print(text, flush=True))
-    print(f"{len(board.done)} of {len(runs)} runs done; files are in {options.out}")
+    shared = share_runs(clients, runs, options.out, lambda text: print(text, flush=True))
+    print(f"{len(shared.done)} of {len(runs)} runs done; files are in {options.out}")
     for address in addresses:
-        print(f"  {address}: {sum(host == address for host in board.done.values())}")
-    return 0 if len(board.done) == len(runs) else 1
+        print(f"  {address}: {sum(host == address for host in shared.done.values())}")
+    return 0 if len(shared.done) == len(runs) else 1

@@ -8,12 +8,10 @@ import comfy.model_management
 import torch
 from torch import Tensor, nn
 
+from ...controlnext_core.comfy_adapter.bases.tokens import PATCH
 from ..config import TrainConfig
-from ..memory_law import Need, StepShape, advice, needed
+from ..memory_law import Need, StepShape, advice, needed, offloaded
 from .controlled import Controlled
-
-PATCH = 2
-"""Latent cells along a side of a token, of every family here."""
 
 
 def step_shape(
@@ -28,7 +26,7 @@ def step_shape(
     text = given.get("context")
     height, width = latent.shape[-2:]
     tokens = -(-height // PATCH) * -(-width // PATCH) + (0 if text is None else int(text.shape[-2]))
-    frozen = [*_frozen(controlled.unet, controlled.device, config.offload)]
+    frozen = _frozen_bytes(controlled.unet, controlled.device, config.offload)
     return StepShape(
         rows=config.batch_size,
         tokens=tokens,
@@ -37,16 +35,16 @@ def step_shape(
         inside=controlled.family.inside,
         pixels=int(hint.shape[-1] * hint.shape[-2]),
         itemsize=controlled.dtype.itemsize,
-        frozen=sum(frozen) * (2 if config.offload else 1) // (max(controlled.blocks, 1) if config.offload else 1),
+        frozen=offloaded(frozen, controlled.blocks) if config.offload else frozen,
         largest=max(tensor.numel() for tensor in controlled.unet.parameters()),
         trained=sum(p.numel() for p in (*controlled.net.parameters(), *controlled.differences.parameters.values())),
     )
 
 
-def _frozen(network: nn.Module, device: torch.device, offload: bool) -> list[int]:
-    """Bytes of each frozen tensor: on the device, or of all that wait in host memory where two blocks' come."""
+def _frozen_bytes(network: nn.Module, device: torch.device, everywhere: bool) -> int:
+    """Bytes of the frozen tensors on the device, or, everywhere, also of those that wait in host memory."""
     tensors = [*network.parameters(), *network.buffers()]
-    return [t.nbytes for t in tensors if not t.requires_grad and (offload or t.device == device)]
+    return sum(t.nbytes for t in tensors if not t.requires_grad and (everywhere or t.device == device))
 
 
 def told(step: StepShape, config: TrainConfig, device: torch.device) -> tuple[Need, str]:

@@ -11,7 +11,7 @@ from ... import checkpoint
 from ...detection import ControlFile, DetectionError, read_control_file
 from ...encodable import cut
 from ...low_rank import DOWN, UP
-from ...metadata import PREFIX
+from ...metadata import RECIPE_KEY
 from ...specs import Spec
 from ...xs_detection import XSFile, is_xs, read_xs_file
 from ..bases.table import BASES
@@ -20,7 +20,6 @@ from .xs_loading import configured_heads, describe
 
 MAX_KEYS = 40
 """Keys of a file's metadata that are shown."""
-RECIPE_KEY = f"{PREFIX}recipe"
 MAX_RECIPE = 16_384
 """Letters of a recipe that is shown a line a setting."""
 

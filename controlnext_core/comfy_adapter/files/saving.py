@@ -23,7 +23,7 @@ from .host_weights import shape_of
 from .weights import applied_weights
 
 ADAPTER_FILE = "diffusion_pytorch_model.safetensors"
-"""File names that diffusers looks for in an adapter's folder."""
+"""Name of the file that diffusers looks for in an adapter's folder."""
 
 
 def save_control(control: ControlNeXtControl, model: ModelPatcher | None, prefix: str, layout: str, dtype: str) -> Path:

@@ -12,6 +12,7 @@ from ...schedule import Schedule
 from .next_forward import KEY
 
 if TYPE_CHECKING:
+    from .control_options import ControlOptions
     from .host_control import HostControl
 
 WEIGHTS_KEY = f"{KEY}_weights"
@@ -28,12 +29,18 @@ def control_cautions(control: HostControl) -> list[str]:
         found.append(
             f"start_percent {start:g} is after end_percent {end:g}: the control never acts. Exchange the two numbers."
         )
-    if control.options.masked_out:
-        found.append("the mask is 0 everywhere: the control never acts. Check the mask, or disconnect it.")
+    found += mask_cautions(control.options)
     if control.cond_hint_original is not None and control.one_colour:
         found.append("the hint has one colour everywhere and says nothing. Check the node that makes it.")
     found += schedule_cautions(control.options.schedule)
     return [f"{control.name}: {sentence}" for sentence in found]
+
+
+def mask_cautions(options: ControlOptions) -> list[str]:
+    """A sentence where the masks leave nothing of the control."""
+    if not options.masked_out:
+        return []
+    return ["the mask is 0 everywhere: the control never acts. Check the mask, or disconnect it."]
 
 
 def schedule_cautions(schedule: Schedule) -> list[str]:
