@@ -58,6 +58,7 @@ def add_by_search(page: "Page", title: str) -> None:
     from playwright import sync_api
 
     page.evaluate("app.graph.clear()")
+    page.keyboard.press("Escape")  # a dialog of the node before
     page.mouse.move(800, 500)
     found = page.get_by_role("option").filter(has_text=title.partition("(")[2]).first
     for _ in range(8):  # the page reads blueprints after it says that it is ready
