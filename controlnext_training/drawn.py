@@ -1,6 +1,7 @@
 """Pictures that the project draws itself, as a dataset without files: `data = ["synthetic:edges:200"]`.
 
-`synthetic` draws circles, squares and triangles, `picturebook` the illustrations of controlnext_core.picturebook.
+`synthetic` draws circles, squares and triangles, `picturebook` the illustrations of controlnext_core.picturebook,
+`children` those with children in them, whose pose is a hint as well.
 """
 
 from __future__ import annotations
@@ -13,21 +14,26 @@ import torch
 from torch import Tensor
 
 from ..controlnext_core import picturebook
-from ..controlnext_core.picturebook import HINTS as DRAWN_HINTS
-from ..controlnext_core.picturebook import Picture
+from ..controlnext_core.picturebook import HINTS, PLANES, Picture
 from .data.degraded import COMPUTED
 from .data.samples import PAIRED, DatasetError, Sample, digest
 from .synthetic import draw
 
-SCHEMES: dict[str, Callable[[int, int, int], Picture]] = {"synthetic": draw, "picturebook": picturebook.draw}
+SCHEMES: dict[str, Callable[[int, int, int], Picture]] = {
+    "synthetic": draw,
+    "picturebook": picturebook.draw,
+    "children": picturebook.draw_children,
+}
 """Name of a source -> (seed, index, side) -> the picture."""
+HINTS_OF = {scheme: HINTS if scheme == "children" else PLANES for scheme in SCHEMES}
+"""Name of a source -> names of its drawn hints."""
 
 
 class DrawnDataset:
     """Pictures 0 to count - 1 of one scheme and seed, all of one size."""
 
     def __init__(self, scheme: str, name: str, count: int, side: int, hint: str = PAIRED, seed: int = 0) -> None:
-        """scheme: a key of SCHEMES; name: the drawn hint that `paired` means, of picturebook.HINTS; side: pixels;
+        """scheme: a key of SCHEMES; name: the drawn hint that `paired` means, of HINTS_OF; side: pixels;
         hint: `paired`, or a kind that is computed."""
         self.scheme, self.name, self.side, self.hint, self.seed = scheme, name, side, hint, seed
         self.sizes: Sequence[tuple[int, int]] = [(side, side)] * count
@@ -76,9 +82,12 @@ def open_drawn(source: str, side: int, hint: str) -> DrawnDataset:
     """`synthetic:edges:200`, with `:SEED` where wanted. Raises DatasetError."""
     scheme, *parts = source.split(":")
     if not (
-        len(parts) in (2, 3) and parts[0] in DRAWN_HINTS and all(p.isdecimal() for p in parts[1:]) and int(parts[1])
+        len(parts) in (2, 3)
+        and parts[0] in HINTS_OF[scheme]
+        and all(p.isdecimal() for p in parts[1:])
+        and int(parts[1])
     ):
         raise DatasetError(
-            f"data: {source!r} is not understood. Write {scheme}:HINT:COUNT, HINT one of {', '.join(DRAWN_HINTS)}."
+            f"data: {source!r} is not understood. Write {scheme}:HINT:COUNT, HINT one of {', '.join(HINTS_OF[scheme])}."
         )
     return DrawnDataset(scheme, parts[0], int(parts[1]), side, hint, int(parts[2]) if len(parts) == 3 else 0)

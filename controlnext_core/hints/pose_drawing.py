@@ -18,6 +18,8 @@ from ..opencv import require_opencv
 from .pose import BODY_POINTS, SEEN, Pose
 
 CANVAS_SHORT_SIDE = 2160
+STICK_CANVAS = 512
+"""Shorter side in pixels on which sticks have the 8 pixels that other OpenPose pictures have."""
 STICK_HALF_WIDTH = 4
 STICK_BRIGHTNESS = 0.6
 BODY_RADIUS = 4
@@ -61,6 +63,20 @@ def draw_poses(poses: Sequence[Pose], size: tuple[int, int]) -> np.ndarray:
         small = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_LINEAR)
         np.divide(cv2.cvtColor(small, cv2.COLOR_BGR2RGB), np.float32(255), out=frame)  # red and blue exchanged
     return frames
+
+
+def draw_sticks(people: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """Body points (18, 2) in pixels, all seen -> (height, width, 3) uint8 RGB with the sticks and colours of other
+    OpenPose pictures, for controls on images; black without people. size: (width, height) in pixels."""
+    cv2 = require_opencv()
+
+    width, height = size
+    ratio = STICK_CANVAS / min(size)
+    canvas = np.zeros((round(height * ratio), round(width * ratio), 3), np.uint8)
+    for points in people:
+        draw_body(canvas, points * ratio, np.ones(len(points)))
+    way = cv2.INTER_AREA if ratio > 1 else cv2.INTER_LINEAR
+    return cv2.resize(canvas, size, interpolation=way)
 
 
 def draw_pose(canvas: np.ndarray, pose: Pose) -> None:

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..opencv import require_opencv
 from ..picturebook import Picture, draw
 from ..picturebook.canvas import Canvas, ellipse, polygon, smooth
 from ..picturebook.colors import COLORS
 from .pose import FACE_POINTS, HAND_POINTS, Pose, cover
-from .pose_drawing import draw_pose, draw_poses
+from .pose_drawing import draw_poses, draw_sticks
 
 PHOTOGRAPH = Path(__file__).resolve().parents[2] / "demo" / "astronaut.jpg"
 SCENES = {"house": (0, 0), "boat": (2, 1), "cat": (1, 5), "fish": (3, 0), "flower": (2, 4)}
@@ -28,8 +27,6 @@ SHAPES = "shapes"
 SCENE_NAMES = (*SCENES, SHAPES)
 PERIOD = 24
 """Frames after which the movement of a clip begins again."""
-POSE_CANVAS = 512
-"""Shorter side in pixels on which sticks have the 8 pixels that other OpenPose pictures have."""
 
 _STANDING = (  # x from the middle, y from the top, in heights of the picture
     *((0.0, 0.17), (0.0, 0.26), (-0.085, 0.265), (-0.125, 0.375), (-0.1, 0.475), (0.085, 0.265), (0.165, 0.205)),
@@ -133,16 +130,9 @@ def _photo(size: tuple[int, int], scene: str, frames: int) -> Sample:
 
 def _pose(size: tuple[int, int], scene: str, frames: int) -> Sample:
     """A standing, waving person with the sticks and colours of other OpenPose pictures, for controls on images."""
-    cv2 = require_opencv()
-
     width, height = size
-    ratio = POSE_CANVAS / min(size)
-    high, wide = round(height * ratio), round(width * ratio)
-    points = np.asarray(_STANDING) * high + (wide / 2, 0)
-    canvas = np.zeros((high, wide, 3), np.uint8)
-    draw_pose(canvas, _person(points, np.ones(len(points))))
-    way = cv2.INTER_AREA if ratio > 1 else cv2.INTER_LINEAR
-    return _drawn(_floats(cv2.resize(canvas, size, interpolation=way))[None])
+    points = np.asarray(_STANDING) * height + (width / 2, 0)
+    return _drawn(_floats(draw_sticks([points], size))[None])
 
 
 def _pose_clip(size: tuple[int, int], scene: str, frames: int) -> Sample:

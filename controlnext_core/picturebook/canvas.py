@@ -51,6 +51,8 @@ class Canvas:
         self.edges = np.zeros((height, width), np.uint8)
         self.mask = np.zeros((height, width), np.uint8)
         self.depth = np.zeros((height, width), np.uint8)
+        self.people: list[Points] = []
+        """Body points (18, 2) of each person, in units of the shorter side."""
         self.near = 0
         """Depth of what is drawn next, bright is near."""
         self.is_thing = False

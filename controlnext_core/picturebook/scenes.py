@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
+from ..hints.pose_drawing import draw_sticks
 from .canvas import FINE, LINE, Array, Canvas, Numbers, box, ellipse, lobes, polygon, smooth
+from .child import CHILD
 from .colors import COLORS, DEEP, MEADOW, SAND, SEA, SKIES, SNOW, TABLE, WALLS, Color, darker, lighter, mix
-from .things import THINGS, Pen, potted_flower
+from .things import THINGS, Kind, Pen, potted_flower
 
-HINTS = ("edges", "mask", "depth")
-"""The hints of a picture."""
+PLANES = ("edges", "mask", "depth")
+"""The hints that every picture holds as one plane."""
+HINTS = (*PLANES, "pose")
+"""The hints of a picture; the pose is black where nobody is."""
+Kinds = tuple[tuple[str, ...], ...]
+"""Groups of kinds that stand beside each other; a picture has one or two of a group."""
+ON_MEADOWS: Kinds = (("house", "tree"), ("tree", "mushroom", "flower"), ("cat", "house", "flower"))
+IN_ROOMS: Kinds = (("cat", "flower"), ("cup", "flower"), ("cat",), ("cup", "cat"), ("mushroom", "cup"))
+PLAYING: Kinds = (("child",), ("child", "child"), ("child", "cat"), ("child", "flower"))
 FAR, NEAR = 24, 235  # depth of a sky and of the nearest thing
+
+DRAWN: dict[str, Kind] = {**THINGS, "child": CHILD}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +41,15 @@ class Picture:
     depth: Array
     """(H, W), bright is near."""
     caption: str
+    people: tuple[Array, ...] = ()
+    """Body points (18, 2) of each person, in pixels, x and y, in OpenPose's order."""
 
     def hint(self, name: str) -> Array:
         """(H, W, 3) of one of HINTS. Raises ValueError for another name."""
         if name not in HINTS:
             raise ValueError(f"hint: {name!r} is unknown. A drawn picture has {', '.join(HINTS)}.")
+        if name == "pose":
+            return draw_sticks(self.people, self.image.shape[1::-1])
         return np.repeat(getattr(self, name)[..., None], 3, axis=2)
 
 
@@ -48,23 +64,38 @@ class Item:
     size: float
 
     def named(self) -> str:
+        if self.kind == "child":
+            return f"a child in {_article(self.color)} shirt"
         return f"{_article(self.color)} {self.kind}"
+
+
+Place = Callable[[Canvas, Numbers], tuple[list[Item], str]]
 
 
 def draw(seed: int, index: int, size: int | tuple[int, int]) -> Picture:
     """Picture `index` of a series; size: the side of a square, or (H, W), in pixels."""
+    return _draw(f"picturebook/{seed}/{index}", size, PLACES)
+
+
+def draw_children(seed: int, index: int, size: int | tuple[int, int]) -> Picture:
+    """Picture `index` of a series with one or two children each, whose pose is known; size: as for `draw`."""
+    return _draw(f"children/{seed}/{index}", size, PLAYGROUNDS)
+
+
+def _draw(name: str, size: int | tuple[int, int], places: tuple[Place, ...]) -> Picture:
     height, width = (size, size) if isinstance(size, int) else size
-    numbers = Numbers(f"picturebook/{seed}/{index}")
+    numbers = Numbers(name)
     canvas = Canvas(height, width)
-    place = numbers.pick(PLACES)
+    place = numbers.pick(places)
     items, where = place(canvas, numbers)
     caption = f"{_and([item.named() for item in items])} {where}"
-    return Picture(canvas.image, canvas.edges, canvas.mask, canvas.depth, caption)
+    people = tuple(points * canvas.side for points in canvas.people)
+    return Picture(canvas.image, canvas.edges, canvas.mask, canvas.depth, caption, people)
 
 
-def _meadow(canvas: Canvas, numbers: Numbers) -> tuple[list[Item], str]:
+def _meadow(canvas: Canvas, numbers: Numbers, kinds: Kinds = ON_MEADOWS) -> tuple[list[Item], str]:
     sky, horizon = _sky(canvas, numbers), numbers.between(0.56, 0.64) * canvas.height
-    ground = numbers.pick((("house", "tree"), ("tree", "mushroom", "flower"), ("cat", "house", "flower")))
+    ground = numbers.pick(kinds)
     items = _row(canvas, numbers, ground, numbers.between(0.86, 0.92) * canvas.height, (0.46, 0.62))
     items = _above(canvas, numbers, items, horizon, ("sun", "balloon", "mountain"))
     behind = [item for item in items if item.kind in ("sun", "balloon", "mountain")]
@@ -164,7 +195,7 @@ def _underwater(canvas: Canvas, numbers: Numbers) -> tuple[list[Item], str]:
     return items, "under water"
 
 
-def _room(canvas: Canvas, numbers: Numbers) -> tuple[list[Item], str]:
+def _room(canvas: Canvas, numbers: Numbers, kinds: Kinds = IN_ROOMS) -> tuple[list[Item], str]:
     wall = numbers.pick(WALLS)
     color = WALLS[wall]
     edge = numbers.between(0.7, 0.76) * canvas.height
@@ -172,14 +203,14 @@ def _room(canvas: Canvas, numbers: Numbers) -> tuple[list[Item], str]:
     _paper(canvas, numbers, color, edge)
     canvas.vertical(edge, canvas.height, (lighter(TABLE, 0.15), TABLE), (120, 200))
     canvas.line(polygon((-0.1, edge), (canvas.width + 0.1, edge)), LINE)
-    kinds = numbers.pick((("cat", "flower"), ("cup", "flower"), ("cat",), ("cup", "cat"), ("mushroom", "cup")))
-    items = _row(canvas, numbers, kinds, edge + numbers.between(0.1, 0.16), (0.56, 0.7))
+    items = _row(canvas, numbers, numbers.pick(kinds), edge + numbers.between(0.1, 0.16), (0.56, 0.7))
     _shadows(canvas, items, darker(TABLE, 0.2))
     _draw_items(canvas, numbers, items, NEAR, potted=True)
     return items, f"in front of a {wall} wall"
 
 
-PLACES: tuple[Callable[[Canvas, Numbers], tuple[list[Item], str]], ...] = (_meadow, _sea, _underwater, _room, _meadow)
+PLACES: tuple[Place, ...] = (_meadow, _sea, _underwater, _room, _meadow)
+PLAYGROUNDS: tuple[Place, ...] = (partial(_meadow, kinds=PLAYING), partial(_room, kinds=PLAYING))
 
 
 def _row(canvas: Canvas, numbers: Numbers, kinds: tuple[str, ...], y: float, sizes: tuple[float, float]) -> list[Item]:
@@ -187,13 +218,15 @@ def _row(canvas: Canvas, numbers: Numbers, kinds: tuple[str, ...], y: float, siz
     count = min(len(kinds), numbers.pick((1, 2, 2)))
     first = int(numbers.next() * len(kinds))
     chosen = [kinds[(first + place) % len(kinds)] for place in range(count)]
+    if "child" in kinds and "child" not in chosen:
+        chosen[0] = "child"
     items, used = [], set()
     for place, kind in enumerate(chosen):
-        color = numbers.pick([name for name in THINGS[kind].colors if name not in used])
+        color = numbers.pick([name for name in DRAWN[kind].colors if name not in used])
         used.add(color)
         low, high = sizes
         size = numbers.between(low, high) * (1 if count == 1 else 0.8)
-        size *= {"mushroom": 0.85, "cup": 0.85, "flower": 1.0, "cat": 1.0}.get(kind, 1.0)
+        size *= {"mushroom": 0.85, "cup": 0.85, "flower": 1.0, "cat": 1.0, "child": 1.25}.get(kind, 1.0)
         center = 0.5 if count == 1 else (0.29, 0.73)[place]
         x = center * canvas.width + numbers.between(-0.07, 0.07) * (1 if count == 1 else 0.5)
         items.append(Item(kind, color, x, y + numbers.between(-0.02, 0.02), size))
@@ -205,7 +238,7 @@ def _above(canvas: Canvas, numbers: Numbers, items: list[Item], horizon: float, 
     if numbers.next() < 0.35:
         return items
     kind = numbers.pick(kinds)
-    color = numbers.pick([name for name in THINGS[kind].colors if all(name != item.color for item in items)])
+    color = numbers.pick([name for name in DRAWN[kind].colors if all(name != item.color for item in items)])
     if kind == "mountain":
         size, x = numbers.between(0.36, 0.46), numbers.between(0.35, 0.65) * canvas.width
         return [*items, Item(kind, color, x, horizon + 0.06, size)]
@@ -218,7 +251,7 @@ def _above(canvas: Canvas, numbers: Numbers, items: list[Item], horizon: float, 
 def _shadows(canvas: Canvas, items: list[Item], color: Color) -> None:
     canvas.near = 140
     for item in items:
-        wide = item.size * THINGS[item.kind].half * (0.55 if item.kind in ("tree", "flower", "mushroom") else 1.0)
+        wide = item.size * DRAWN[item.kind].half * (0.55 if item.kind in ("tree", "flower", "mushroom") else 1.0)
         canvas.shape(ellipse(item.x + 0.015, item.y, wide * 1.05, 0.024), color, 0)
 
 
@@ -227,7 +260,7 @@ def _draw_items(canvas: Canvas, numbers: Numbers, items: list[Item], near: int, 
     for item in items:
         canvas.near = near
         pen = Pen(canvas, item.x, item.y, item.size, numbers.next() < 0.5)
-        painter = potted_flower if potted and item.kind == "flower" else THINGS[item.kind].draw
+        painter = potted_flower if potted and item.kind == "flower" else DRAWN[item.kind].draw
         painter(pen, COLORS[item.color], numbers)
     canvas.is_thing = False
 

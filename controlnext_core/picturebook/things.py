@@ -34,6 +34,10 @@ class Pen:
         """A pen for a part, in this one's coordinates."""
         return replace(self, x=self.x + x * self.size * self._sign, y=self.y + y * self.size, size=size * self.size)
 
+    def note(self, joints: Points) -> None:
+        """Remember a person's body points (18, 2) for the pose hint."""
+        self.canvas.people.append(self._placed(joints))
+
     def _placed(self, points: Points) -> Points:
         return np.asarray(points) * (self.size * self._sign, self.size) + (self.x, self.y)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ...controlnext_core.picturebook import draw
+from ...controlnext_core.picturebook import Picture, draw, draw_children
 from ...controlnext_training.seeding import generator
 from ..tiny_models.storage import save, write_atomically
 from . import autoencoder, painter
@@ -28,7 +28,7 @@ from .running import Average, Stage, picture_grid, wait_while_paused
 
 SEED = 29
 SIDE = 192  # pixels
-PICTURES, PART = 3072, 512  # pictures, and how many are prepared at once
+PICTURES, CHILDREN, PART = 3072, 1536, 512  # pictures, more of them with children, and how many are prepared at once
 BATCH = 16
 RATE, ADAM_RATE, WARMUP, FALL = 0.02, 1.5e-3, 30, 0.35
 EMA_DECAY = 0.995
@@ -38,6 +38,7 @@ NO_CAPTION = 0.1  # part of the samples whose caption is left out
 MIDDLE, SPREAD = 0.3, 1.0  # of the logit-normal law from which every other noise level comes
 FILE = "picturebook_mmdit.safetensors"
 Text = dict[str, Tensor]
+Drawing = Callable[[int, int, int], Picture]
 
 
 def text_model(folder: Path) -> Any:
@@ -80,9 +81,19 @@ def batch_of(texts: list[Text]) -> Text:
     return {"words": words.to(device()), "lengths": lengths.to(device()), "pooled": pooled.to(device())}
 
 
-def data(stage: Stage, side: int, count: int) -> tuple[Tensor, list[Text]]:
-    """latents (count, 16, side / 8, side / 8) in fp16 and the captions' texts, the last of which is of no caption."""
-    files = [stage.folder / f"data_{side}_{first:05d}.pt" for first in range(0, count, PART)]
+def data(stage: Stage, side: int, count: int, children: int = 0) -> tuple[Tensor, list[Text]]:
+    """latents (count + children, 16, side / 8, side / 8) in fp16 and the captions' texts, and last that of no caption."""
+    found = [(_parts(stage, "data", draw, side, count), count)]
+    if children:
+        found.append((_parts(stage, "children", draw_children, side, children), children))
+    latents = [torch.cat([part["latents"] for part in parts])[:wanted] for parts, wanted in found]
+    texts = [text for parts, wanted in found for text in [t for part in parts for t in part["texts"]][:wanted]]
+    return torch.cat(latents), [*texts, found[0][0][0]["empty"]]
+
+
+def _parts(stage: Stage, name: str, drawing: Drawing, side: int, count: int) -> list[dict[str, Any]]:
+    """Parts of PART pictures, read from their files or prepared."""
+    files = [stage.folder / f"{name}_{side}_{first:05d}.pt" for first in range(0, count, PART)]
     network: nn.Module | None = None
     clip: Any = None
     for number, file in enumerate(files):
@@ -90,11 +101,9 @@ def data(stage: Stage, side: int, count: int) -> tuple[Tensor, list[Text]]:
             continue
         if network is None:
             network, clip = painter_of(stage.folder), text_model(stage.folder)
-        stage.say(event="preparing", first=number * PART, pictures=PART, side=side)
-        _prepare(file, network, clip, side, number * PART)
-    parts = [torch.load(file, weights_only=True) for file in files]
-    texts = [text for part in parts for text in part["texts"]]
-    return torch.cat([part["latents"] for part in parts])[:count], [*texts[:count], parts[0]["empty"]]
+        stage.say(event="preparing", name=name, first=number * PART, pictures=PART, side=side)
+        _prepare(file, network, clip, drawing, side, number * PART)
+    return [torch.load(file, weights_only=True) for file in files]
 
 
 def painter_of(folder: Path) -> nn.Module:
@@ -105,12 +114,12 @@ def painter_of(folder: Path) -> nn.Module:
     return painter.trained(made if made.is_file() else SHIPPED / PAINTER)
 
 
-def _prepare(file: Path, network: nn.Module, clip: Any, side: int, first: int) -> None:
+def _prepare(file: Path, network: nn.Module, clip: Any, drawing: Drawing, side: int, first: int) -> None:
     latents: list[Tensor] = []
     texts: list[Text] = []
     for start in range(first, first + PART, 16):
         wait_while_paused()
-        pictures = [draw(SEED, index, side) for index in range(start, start + 16)]
+        pictures = [drawing(SEED, index, side) for index in range(start, start + 16)]
         latents.append(latents_of(network, torch.stack([torch.from_numpy(p.image) for p in pictures])).half())
         texts += texts_of(clip, [picture.caption for picture in pictures])
     found = {"latents": torch.cat(latents), "texts": texts, "empty": texts_of(clip, [""])[0]}
@@ -187,6 +196,7 @@ def train_base(
     batch: int = BATCH,
     start: Path | None = None,
     end: float = math.inf,
+    children: int = CHILDREN,
 ) -> Path:
     """One slice of `seconds`, drawing and encoding not counted; the file with the average of the weights in fp16.
 
@@ -197,7 +207,7 @@ def train_base(
     from .shipped import SHIPPED
 
     stage = Stage("picture_base")
-    latents, texts = data(stage, side, pictures)
+    latents, texts = data(stage, side, pictures, children)
     run = _Slice(stage)
     first = run.go_on(seconds, start or SHIPPED)
     seconds = max(0.0, min(seconds, run.spent + end - time.monotonic()))
@@ -241,7 +251,8 @@ def show(
     model = new_mmdit().requires_grad_(False)
     model.load_state_dict(dict(weights), strict=False)
     clip = text_model(folder)
-    captions = [draw(SEED, 10**6 + index, side).caption for index in range(count)]
+    drawings = (draw, draw, draw_children)
+    captions = [drawings[index % 3](SEED, 10**6 + index, side).caption for index in range(count)]
     text, empty = batch_of(texts_of(clip, captions)), batch_of(texts_of(clip, [""] * count))
     noise = torch.randn(count, CHANNELS, side // 8, side // 8, generator=torch.Generator().manual_seed(SEED))
     latents = sample(model, noise.to(device()), text, empty, cfg, 16)
