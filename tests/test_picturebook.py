@@ -9,7 +9,16 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from comfyui_controlnext.controlnext_core.picturebook import COLORS, HINTS, THINGS, canvas, draw, things
+from comfyui_controlnext.controlnext_core.picturebook import (
+    COLORS,
+    PLANES,
+    THINGS,
+    canvas,
+    child,
+    draw,
+    draw_children,
+    things,
+)
 from comfyui_controlnext.tools.demo_weights import assembling, mmdit, muon, painter, picture_base
 from torch import Tensor
 
@@ -24,7 +33,7 @@ def pictures() -> list[Any]:
 
 def test_a_picture_depends_on_seed_and_index_alone(pictures: list[Any]) -> None:
     again = draw(3, 7, SIDE)
-    for name in ("image", *HINTS):
+    for name in ("image", *PLANES):
         assert np.array_equal(getattr(again, name), getattr(pictures[7], name))
     assert again.caption == pictures[7].caption
     assert len({picture.image.tobytes() for picture in pictures}) == COUNT
@@ -78,8 +87,45 @@ def test_the_pattern_of_a_wall_is_as_far_as_the_wall(pictures: list[Any]) -> Non
 
 def test_a_hint_has_three_channels_and_an_unknown_one_is_refused(pictures: list[Any]) -> None:
     assert pictures[0].hint("depth").shape == (SIDE, SIDE, 3)
-    with pytest.raises(ValueError, match="edges, mask, depth"):
-        pictures[0].hint("pose")
+    assert not pictures[0].hint("pose").any(), "nobody is there"
+    with pytest.raises(ValueError, match="edges, mask, depth, pose"):
+        pictures[0].hint("normal")
+
+
+def test_children_are_in_every_picture_of_theirs_and_named() -> None:
+    for index in range(30):
+        picture = draw_children(3, index, 64)
+        assert picture.caption.count("a child in a") == len(picture.people) in (1, 2)
+        assert picture.caption.split(" shirt")[0].split()[-1] in COLORS
+
+
+def test_the_joints_of_a_child_lie_on_the_child() -> None:
+    for index in range(20):
+        picture = draw_children(3, index, SIDE)
+        for points in picture.people:
+            x, y = points.round().astype(int).clip(0, SIDE - 1).T
+            inside = (points >= 0).all(1) & (points < SIDE).all(1)
+            assert (picture.mask[y, x] > 0)[inside].mean() > 0.9, picture.caption  # bunches may hide an ear
+            assert points[2, 0] < points[5, 0], "the right shoulder is on the left of who looks out of the picture"
+            lengths = np.linalg.norm(points[[2, 3, 8, 9]] - points[[3, 4, 9, 10]], axis=1)
+            assert np.allclose(lengths / lengths[0], np.asarray((0.15, 0.14, 0.19, 0.19)) / 0.15, atol=1e-6)
+
+
+def test_a_pose_hint_has_openpose_sticks_where_the_joints_are() -> None:
+    """The nose is red (OpenPose's first hue), the neck orange, the left ankle violet; red and blue are not exchanged."""
+    picture = draw_children(3, 0, 512)
+    hint, points = picture.hint("pose"), picture.people[0].astype(int)
+    assert hint.shape == (512, 512, 3) and hint.dtype == np.uint8
+    for joint, color in ((0, (255, 0, 0)), (1, (255, 85, 0)), (13, (85, 0, 255))):
+        x, y = points[joint]
+        assert tuple(hint[y, x]) == color, joint
+    assert 0.002 < (hint.max(-1) > 0).mean() < 0.1
+
+
+def test_poses_differ_and_stand_on_the_ground() -> None:
+    poses = [child.joints(canvas.Numbers(f"pose {index}")) for index in range(50)]
+    assert all(pose.shape == (18, 2) and abs(max(pose[10, 1], pose[13, 1]) + 0.035) < 1e-9 for pose in poses)
+    assert np.stack(poses)[:, [4, 7]].std(0).min() > 0.05, "hands move"
 
 
 def test_a_wide_picture_is_filled() -> None:

@@ -82,7 +82,7 @@ def batch_of(texts: list[Text]) -> Text:
 
 
 def data(stage: Stage, side: int, count: int, children: int = 0) -> tuple[Tensor, list[Text]]:
-    """latents (count + children, 16, side / 8, side / 8) in fp16 and the captions' texts, and last that of no caption."""
+    """latents (count + children, 16, side / 8, side / 8) in fp16 and the captions' texts, that of no caption last."""
     found = [(_parts(stage, "data", draw, side, count), count)]
     if children:
         found.append((_parts(stage, "children", draw_children, side, children), children))
