@@ -155,11 +155,12 @@ def test_splitting_is_for_an_optimizer_that_can_be_split() -> None:
 COUNT = """
 import runpy, sys
 runpy.run_path(sys.argv[1])
-from comfyui_controlnext.controlnext_training.data import index, open_dataset
+from comfyui_controlnext.controlnext_training.data import open_dataset
 from comfyui_controlnext.controlnext_training.distributed import join_group, together
 from pathlib import Path
-read, real = [], index.examine
-index.examine = lambda blob: read.append(blob.name) or real(blob)
+from comfyui_controlnext.controlnext_training.data.tree import Blob
+read, real = [], Blob.read
+Blob.read = lambda blob: read.append(blob.name) or real(blob)
 with join_group() as group:
     try:
         data = together(group, lambda: open_dataset(sys.argv[2], resolution=64, index=Path(sys.argv[3])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import zlib
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from comfyui_controlnext.controlnext_training.data.pictures import PictureError, decode, luminance
+from comfyui_controlnext.controlnext_training.data.pictures import PictureError, decode, luminance, size_of
 from comfyui_controlnext.tests.data_fixtures import coordinates, encoded
 from PIL import Image
 
@@ -49,6 +50,27 @@ def test_exif_orientation_is_honoured(orientation: int) -> None:
     exif[0x0112] = orientation
     content = saved(Image.fromarray(np.ascontiguousarray(undo(VALUES))), "png", exif=exif)
     assert np.array_equal(np.rint(decode(content).rgb * 255), VALUES)
+    assert size_of(content) == (24, 40)
+
+
+@pytest.mark.parametrize("kind", ["png", "bmp", "webp", "jpeg"])
+def test_a_size_is_read_from_the_header_unless_the_file_is_cut_off(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    noise = np.random.default_rng(0).integers(0, 255, (300, 200, 3), dtype=np.uint8)
+    content = encoded(noise, kind, exif=bytes(2000) if kind == "jpeg" else b"")
+    reader = type(Image.open(io.BytesIO(content)))
+    real = reader.load
+
+    def load(image: Image.Image) -> object:
+        loaded.append(kind)
+        return real(image)
+
+    monkeypatch.setattr(reader, "load", load)
+    assert size_of(content) == (300, 200) and loaded == []
+    for part in (0.5, 0.9):
+        with pytest.raises(PictureError, match="is not a readable picture"):
+            size_of(content[: int(len(content) * part)])
+    assert size_of(content + bytes(4000)) == (300, 200), "data behind the picture"
 
 
 def test_gray_of_16_bits_keeps_its_depth() -> None:
@@ -141,7 +163,6 @@ def test_damage_anywhere_is_a_reason_and_never_another_error(tmp_path: Path) -> 
             damaged = bytearray(whole)
             for place in rng.integers(0, min(len(whole), 400), 4):
                 damaged[place] = rng.integers(0, 256)
-            try:
-                decode(bytes(damaged))
-            except PictureError:
-                pass
+            for read in (decode, size_of):
+                with contextlib.suppress(PictureError):
+                    read(bytes(damaged))

@@ -1,7 +1,8 @@
 """Index of files: content, size and readability of each, remembered from run to run.
 
-Every file is read and decoded before a run, so that a broken one shows then and not after a night. What was read is
-written to an index; a file with the same place, length and time of change is not read again.
+Every file is read before a run, and a picture's size taken from its header; damage inside of a picture shows where it
+is encoded, which is before the first step too. What was read is written to an index; a file with the same place, length
+and time of change is not read again.
 """
 
 from __future__ import annotations

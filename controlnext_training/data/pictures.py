@@ -22,6 +22,15 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PIXELS = 89_478_485
 """Larger pictures are refused: a small file can claim any size. Source: PIL's own limit (a quarter GiB of RGB)."""
+ENDS = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}
+"""Bytes that end a picture; a JPEG's compressed data never hold its own."""
+LAST_BYTES = 1024
+"""Length of the file's end in which these are looked for; a thumbnail inside of a JPEG has an end of its own."""
+ORIENTATION = 0x0112
+TURNED = (5, 6, 7, 8)
+"""EXIF tag of the orientation, and its values that swap height and width."""
+PNG_TAGS = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
+"""Marks of a PNG's chunks that can hold an orientation; they may stand behind the pixels."""
 WHITE, BLACK = 1.0, 0.0
 SIXTEEN_BITS = 65535.0
 
@@ -62,10 +71,32 @@ def decode(content: bytes) -> Picture:
 
 
 def size_of(content: bytes) -> tuple[int, int]:
-    """(H, W) of a picture, which is decoded for it, so that a damaged one shows. Raises PictureError."""
-    with _opened(content) as image:
-        image.load()
-        return image.height, image.width
+    """(H, W) of a picture by its header. Raises PictureError.
+
+    A file without its format's last bytes is decoded, so that one that is cut off shows. Damage inside of a picture
+    shows where it is decoded.
+    """
+    with _header(content) as image:
+        if not _has_its_end(content, image.format):
+            with DECODED.taking(image.width * image.height):
+                image.load()
+        return (image.width, image.height) if _is_turned(image, content) else (image.height, image.width)
+
+
+def _is_turned(image: Any, content: bytes) -> bool:
+    """True: shown with height and width swapped. Of a PNG without such a tag nothing is decoded to look for one."""
+    if image.format == "PNG" and not any(mark in content for mark in PNG_TAGS):
+        return False
+    return image.getexif().get(ORIENTATION, 1) in TURNED
+
+
+def _has_its_end(content: bytes, kind: str) -> bool:
+    """True: the file ends as its format says. False: it is cut off, or other data follow the picture."""
+    if kind == "WEBP":
+        return len(content) >= int.from_bytes(content[4:8], "little") + 8
+    if kind == "BMP":
+        return len(content) >= int.from_bytes(content[2:6], "little") > 0
+    return ENDS[kind] in content[-LAST_BYTES:]
 
 
 class Budget:
@@ -94,20 +125,27 @@ DECODED = Budget(MAX_PIXELS)
 
 @contextmanager
 def _opened(content: bytes) -> Iterator[Any]:
-    """The picture, turned as its EXIF orientation says; whatever goes wrong inside is a PictureError."""
-    from PIL import Image, ImageOps
+    """The decoded picture, turned as its EXIF orientation says; whatever goes wrong inside is a PictureError."""
+    from PIL import ImageOps
+
+    with _header(content) as image, DECODED.taking(image.width * image.height):
+        yield ImageOps.exif_transpose(image)
+
+
+@contextmanager
+def _header(content: bytes) -> Iterator[Any]:
+    """The picture, of which the header is read; whatever goes wrong inside is a PictureError."""
+    from PIL import Image
 
     if not content:
         raise PictureError("is empty (0 bytes). Copy or download it again")
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            pixels = image.width * image.height
-            if pixels > MAX_PIXELS:
+            if image.width * image.height > MAX_PIXELS:
                 raise PictureError(
                     f"has {image.width}x{image.height} pixels, more than {MAX_PIXELS:,}. Make it smaller"
                 )
-            with DECODED.taking(pixels):
-                yield ImageOps.exif_transpose(image)
+            yield image
     except PictureError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
