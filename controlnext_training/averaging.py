@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -12,30 +13,97 @@ COUNT = "updates of the average"
 """Name of the number of updates in a saved average."""
 
 
+class Behind:
+    """Updates of an average in host memory, in a thread, from copies that the device makes beside its own work."""
+
+    def __init__(self, average: Mapping[str, Tensor], device: torch.device) -> None:
+        """device: of the parameters. On CUDA the copies are pinned and have a stream of their own."""
+        on_cuda = device.type == "cuda"
+        self.device = device
+        self.copies = {name: torch.empty_like(tensor, pin_memory=on_cuda) for name, tensor in average.items()}
+        self.stream = torch.cuda.Stream(device) if on_cuda else None
+        self.copied: torch.cuda.Event | None = None
+        self.thread = ThreadPoolExecutor(1, "moving average")
+        self.pending: Future[None] | None = None
+
+    def take(self, parameters: Mapping[str, Tensor], average: Mapping[str, Tensor], rate: float) -> None:
+        """Start one update; the one before is waited for."""
+        self.join()
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
+            for name, copy in self.copies.items():
+                copy.copy_(parameters[name].detach(), non_blocking=True)
+            self.copied = self.stream.record_event() if self.stream is not None else None
+        self.pending = self.thread.submit(_take_in, average, self.copies, rate, self.copied)
+
+    def hold(self) -> None:
+        """Have what the device does from now on wait for the copies, before it changes the parameters."""
+        if self.copied is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.copied)
+
+    def join(self) -> None:
+        """Wait for the update that was started."""
+        if self.pending is not None:
+            self.pending.result()
+            self.pending = None
+
+
+def _take_in(
+    average: Mapping[str, Tensor], values: Mapping[str, Tensor], rate: float, ready: torch.cuda.Event | None = None
+) -> None:
+    """ready: when the values are there; None = now."""
+    if ready is not None:
+        ready.synchronize()
+    for name, tensor in average.items():
+        tensor.lerp_(values[name].detach().to(tensor), rate)
+
+
 class Ema:
     """An exponential moving average of named parameters, in fp32.
 
     The decay starts low and rises to `decay`: min(decay, (1 + n) / (10 + n)) at the n-th update, from 0.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], decay: float, on_cpu: bool = True) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], decay: float, on_cpu: bool = True, behind: bool | None = None
+    ) -> None:
+        """on_cpu: True keeps the average in host memory; behind: True updates it in a thread, so that steps do not
+        wait for it; None = where the parameters lie on a CUDA device and the average does not."""
         self.decay = decay
         self.updates = 0
         self.average = {
             name: p.detach().to("cpu" if on_cpu else p.device, torch.float32, copy=True)
             for name, p in parameters.items()
         }
+        device = next((p.device for p in parameters.values()), torch.device("cpu"))
+        if behind is None:
+            behind = on_cpu and device.type == "cuda"
+        self._behind = Behind(self.average, device) if behind else None
+
+    def before_step(self) -> None:
+        """Call before the parameters change: what the last update copies of them is copied first."""
+        if self._behind is not None:
+            self._behind.hold()
+
+    def join(self) -> None:
+        """Wait until the average has taken in the last update."""
+        if self._behind is not None:
+            self._behind.join()
 
     @torch.no_grad()
     def update(self, parameters: Mapping[str, Tensor]) -> None:
         """Take in the parameters after a step; the same names as at the start."""
         rate = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, average in self.average.items():
-            average.lerp_(parameters[name].detach().to(average), rate)
+        if self._behind is None:
+            _take_in(self.average, parameters, rate)
+        else:
+            self._behind.take(parameters, self.average, rate)
         self.updates += 1
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything, as tensors: the averages under their names and the number of updates under `COUNT`."""
+        self.join()
         return {**self.average, COUNT: torch.tensor(self.updates)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -47,6 +115,7 @@ class Ema:
                 f"The moving average is of other weights than those that train now; different: {different}. Go on "
                 "with the settings that the run was started with, or start a new one."
             )
+        self.join()
         for name, average in self.average.items():
             average.copy_(state[name])
         self.updates = int(state[COUNT])
@@ -54,6 +123,7 @@ class Ema:
     @contextmanager
     def swapped(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
         """Inside, the parameters hold the averages; afterwards their own values again, bit for bit."""
+        self.join()
         own = {name: parameters[name].detach().to(average.device, copy=True) for name, average in self.average.items()}
         try:
             for name, average in self.average.items():

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
+from ..controlnext_core.encodable import cut
 from ..controlnext_core.families import FAMILIES
 from ..controlnext_core.specs import PAPER_FUSION, SPECS
+from .settings import ConfigError
 
 XS = "xs"
 """The variant that trains a ControlNet-XS and not a ControlNeXt."""
@@ -54,3 +58,21 @@ def rank_of(variant: str, rank: int) -> int:
         return rank
     own = SPECS[variant].differences if variant in SPECS else None
     return own.rank if own else 0
+
+
+def parse_blocks(text: str) -> dict[str, range | None]:
+    """`input.0-5, middle` -> {"input": range(0, 6), "middle": None}; None = every block of that side.
+
+    Raises ConfigError.
+    """
+    found: dict[str, range | None] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        match = re.fullmatch(rf"({'|'.join(BLOCK_GROUPS)})(?:\.(\d{{1,4}})(?:-(\d{{1,4}}))?)?", part)
+        if match is None or match[1] in found:
+            raise ConfigError(
+                f"blocks: {cut(repr(part))} is not understood. Write each of {', '.join(BLOCK_GROUPS)} at most once, "
+                "with or without numbers: input.0-5, middle, output.3."
+            )
+        first = match[2]
+        found[match[1]] = None if first is None else range(int(first), int(match[3] or first) + 1)
+    return found

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from dataclasses import dataclass
 
-from ..controlnext_core.encodable import cut
 from ..controlnext_core.file_names import problem_of_control
-from .choices import AUTO, BLOCK_GROUPS, FUSIONS, LAYOUTS, VARIANTS, rank_of, subsets_of
+from .choices import AUTO, FUSIONS, LAYOUTS, VARIANTS, parse_blocks, rank_of, subsets_of
 from .data.degraded import COMPUTED
 from .data.samples import PAIRED
 from .objective import LOG_NORMAL, OBJECTIVES, TIMESTEP_LAWS
@@ -138,7 +136,8 @@ class TrainConfig:
     accumulation: int = setting(1, "Forward passes whose gradients are averaged to one step.", low=1, high=4096)
     optimizer: str = setting(
         "adamw",
-        "Optimizer: adamw, or adamw8bit, prodigy, schedulefree where their packages are installed.",
+        "Optimizer: adamw, adafactor (second moments of matrices as rows and columns: little memory), or adamw8bit, "
+        "prodigy, schedulefree where their packages are installed.",
         choices=tuple(OPTIMIZERS),
         fixed_on_resume=True,
     )
@@ -148,11 +147,12 @@ class TrainConfig:
     beta2: float = setting(0.999, "Decay of the second moment.", low=0, high=0.9999999)
     weight_decay: float = setting(
         1e-2,
-        "Decoupled weight decay; it pulls the UNet's difference to zero, which is the base model.",
+        "Decoupled weight decay of matrices and kernels, not of norms and biases; it pulls the UNet's difference to "
+        "zero, which is the base model.",
         low=0,
         high=10,
     )
-    adam_eps: float = setting(1e-8, "Added to the root of the second moment.", low=1e-30, high=1)
+    adam_eps: float = setting(1e-8, "Added to the root of the second moment; not for adafactor.", low=1e-30, high=1)
     max_grad_norm: float = setting(
         1.0,
         "Largest norm of the gradient over everything that trains; longer ones are scaled down. 0 = off.",
@@ -175,7 +175,7 @@ class TrainConfig:
         low=0,
         high=0.9999999,
     )
-    ema_on_cpu: bool = setting(True, "Keep the moving average in host memory.")
+    ema_on_cpu: bool = setting(True, "Keep the moving average in host memory; of a GPU, updated beside the steps.")
 
     # objective
     objective: str = setting(
@@ -339,21 +339,3 @@ class TrainConfig:
 
 SETTINGS = settings_of(TrainConfig)
 """Key -> its description, bounds and choices."""
-
-
-def parse_blocks(text: str) -> dict[str, range | None]:
-    """`input.0-5, middle` -> {"input": range(0, 6), "middle": None}; None = every block of that side.
-
-    Raises ConfigError.
-    """
-    found: dict[str, range | None] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        match = re.fullmatch(rf"({'|'.join(BLOCK_GROUPS)})(?:\.(\d{{1,4}})(?:-(\d{{1,4}}))?)?", part)
-        if match is None or match[1] in found:
-            raise ConfigError(
-                f"blocks: {cut(repr(part))} is not understood. Write each of {', '.join(BLOCK_GROUPS)} at most once, "
-                "with or without numbers: input.0-5, middle, output.3."
-            )
-        first = match[2]
-        found[match[1]] = None if first is None else range(int(first), int(match[3] or first) + 1)
-    return found

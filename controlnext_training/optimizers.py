@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from .settings import ConfigError
 
 
 class MissingOptimizerError(ConfigError):
     """The optimizer's package is not installed or does not work here. The message says what to install."""
+
+
+DECAYED = "matrices"
+"""Rule of weight decay, as a saved state names it: norms and biases have none. States without it: all weights have it,
+and the optimizer's own choice of kernels."""
+
+ROOT_FLOOR = 1e-15
+"""Adafactor: least root of the second moment. Source: Shazeer and Stern 2018, section 9: 1e-30 beside the square."""
+
+
+def _as_adam(betas: tuple[float, float], eps: float, weight_decay: float) -> dict[str, Any]:
+    return {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+
+
+def _as_adafactor(betas: tuple[float, float], eps: float, weight_decay: float) -> dict[str, Any]:
+    """torch multiplies the rate by the larger of eps[1] and the weights' root mean square.
+
+    With 1 a difference, which starts at zero, gets the configured rate, as from other optimizers.
+    """
+    return {"eps": (ROOT_FLOOR, 1.0), "weight_decay": weight_decay}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +48,15 @@ class OptimizerSource:
     """Given to it besides what the configuration names."""
     own_rate: bool = False
     """It finds the learning rate itself, and what is configured multiplies it: the same for all groups."""
+    arguments: Callable[[tuple[float, float], float, float], dict[str, Any]] = _as_adam
+    """(betas, eps, weight_decay) as configured -> its arguments."""
+    fuses: bool = False
+    """True: it has one kernel for the whole step, on devices that torch knows."""
 
 
 OPTIMIZERS: dict[str, OptimizerSource] = {
-    "adamw": OptimizerSource("torch.optim", "AdamW"),
+    "adamw": OptimizerSource("torch.optim", "AdamW", fuses=True),
+    "adafactor": OptimizerSource("torch.optim", "Adafactor", arguments=_as_adafactor),
     "adamw8bit": OptimizerSource("bitsandbytes.optim", "AdamW8bit"),
     "prodigy": OptimizerSource("prodigyopt", "Prodigy", options={"safeguard_warmup": True}, own_rate=True),
     "schedulefree": OptimizerSource("schedulefree", "AdamWScheduleFree"),
@@ -54,10 +80,32 @@ def check_optimizer(name: str, rates: Sequence[float]) -> Any:
         return getattr(importlib.import_module(row.package), row.name)
     except (ImportError, AttributeError, RuntimeError, OSError) as error:
         package = row.package.split(".")[0]
+        if package == "torch":
+            raise MissingOptimizerError(
+                f"optimizer: {name} came with torch 2.5, and this is torch {torch.__version__}. Update torch as "
+                "ComfyUI's manual says, or choose adamw."
+            ) from error
         raise MissingOptimizerError(
             f"optimizer: {name} needs the package {package}, which did not load ({error}). Run "
             f"`pip install -U {package}` in ComfyUI's Python, or choose adamw."
         ) from error
+
+
+def grouped(
+    tensors: Sequence[nn.Parameter], rate: float, weight_decay: float, decay_all: bool = False
+) -> list[dict[str, Any]]:
+    """Parameter groups of one learning rate: matrices and kernels, then norms and biases, which do not decay.
+
+    decay_all: True makes one group, in which everything decays, as it was before states named `DECAYED`.
+    """
+    if decay_all:
+        return [{"params": list(tensors), "lr": rate}]
+    parts = [p for p in tensors if p.ndim > 1], [p for p in tensors if p.ndim <= 1]
+    return [
+        {"params": part, "lr": rate, "weight_decay": decay}
+        for part, decay in zip(parts, (weight_decay, 0.0), strict=True)
+        if part
+    ]
 
 
 def build(
@@ -67,19 +115,21 @@ def build(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    fused: bool = True,
 ) -> torch.optim.Optimizer:
-    """The optimizer of `groups`, each with its `params` and its `lr`.
+    """The optimizer of `groups`, each with its `params` and its `lr`; fused: True takes one kernel a step where it can.
 
     Raises MissingOptimizerError, and ValueError for rates that the optimizer does not take.
     """
+    row = OPTIMIZERS[name]
     made = check_optimizer(name, [float(group["lr"]) for group in groups])
-    optimizer: torch.optim.Optimizer = made(
-        [dict(group) for group in groups],
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        **OPTIMIZERS[name].options,
-    )
+    arguments = {**row.arguments(betas, eps, weight_decay), **row.options}
+    optimizer: torch.optim.Optimizer
+    try:
+        fusing = {"fused": True} if row.fuses and fused else {}
+        optimizer = made([dict(group) for group in groups], **arguments, **fusing)
+    except RuntimeError:  # torch has no such kernel for this device
+        optimizer = made([dict(group) for group in groups], **arguments)
     if hasattr(optimizer, "train"):  # schedule-free; see weights_to_read
         optimizer.train()
     return optimizer

@@ -31,7 +31,7 @@ from .results import Meter, RunFiles, StepClock, duration, finished_file, show_v
 from .run_lock import run_lock
 from .run_samples import encode_samples
 from .step import draw, losses
-from .training_run import TrainingRun, make_run, open_run, resume, save, saved_data
+from .training_run import TrainingRun, make_run, open_run, resume, rules_of, save, saved_data
 from .undisturbed import undisturbed
 from .validation import Validator
 
@@ -83,14 +83,15 @@ def train(
         check_before(base, config)
         saved = open_run(files, config, base, group, observer)
         cache = Cache(files.cache) if config.cache else MemoryCache()
-        if saved is None or saved.facts.get("small_buckets") == JOINED:
+        rules = rules_of(saved)
+        if rules["small_buckets"] == JOINED:
             data = join_small_buckets(data, config.effective_batch * group.size, observer.say)
         samples = encode_samples(base, data, held_out, config, cache, group, observer, saved_data(saved))
         if group.any(observer.stopping()):  # encoded samples are in the cache; there is nothing else to save yet
             raise Stopped(saved.step if saved else 0, saved.folder if saved else None)
         base.release_unused()
         make_room(device_of_host())
-        run = make_run(base, samples.store, samples.training, config, device_of_host(), group, observer, make)
+        run = make_run(base, samples.store, samples.training, config, device_of_host(), group, observer, make, rules)
         journal = Journal(files.folder, group.is_main, config.tensorboard)
         try:
             if saved is not None:
@@ -195,6 +196,8 @@ def update(run: TrainingRun, step: int, loss: Tensor) -> float:
     mean = run.group.mean(loss)
     with undisturbed():
         run.complete = False
+        if run.ema is not None:
+            run.ema.before_step()
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.optimizer.zero_grad(set_to_none=True)

@@ -17,10 +17,10 @@ from torch.nn.utils import parametrize
 
 from ..controlnext_core.key_maps import KeyMap, as_target
 from ..controlnext_core.low_rank import DOWN, UP, Difference, LowRank
-from .choices import SIDES, SUBSETS
-from .config import ConfigError, parse_blocks
+from .choices import SIDES, SUBSETS, parse_blocks
 from .patterns import Pattern
 from .seeding import generator
+from .settings import ConfigError
 from .widened import SCALE, widened
 
 

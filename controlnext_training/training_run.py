@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,9 @@ from .results import RunFiles, name_run
 from .schedules import Schedule
 from .split import SavedData
 from .step import DiffusionObjective
+
+RULES = {"small_buckets": JOINED, "weight_decay": optimizers.DECAYED}
+"""Key of a saved state -> name of the rule that new runs follow; a state without the key was saved before that rule."""
 
 
 @dataclass
@@ -56,6 +59,8 @@ class TrainingRun:
     """Norms of the gradients of the steps of this process."""
     data: dict[str, torch.Tensor] = field(default_factory=dict)
     """Identities of the samples; see `split`."""
+    rules: Mapping[str, Any] = field(default_factory=lambda: RULES)
+    """See `rules_of`."""
     complete: bool = True
     """False while a step changes the weights, and after one that spoilt them: such weights are not saved."""
 
@@ -101,9 +106,12 @@ def make_run(
     group: ProcessGroup,
     observer: Observer,
     make: MakeControl = new_control,
+    rules: Mapping[str, Any] = RULES,
 ) -> TrainingRun:
-    """A run before its first step. usable: indices of the store's dataset that train; make: makes the control."""
+    """A run before its first step. usable: indices of the store's dataset that train; make: makes the control;
+    rules: see `rules_of`."""
     dtype = compute_dtype(config.precision, device)
+    decay_all = rules["weight_decay"] != optimizers.DECAYED
     controlled = Controlled(base.model, config, dtype, device, make)
     encoder = {f"control.{name}": p for name, p in controlled.net.named_parameters()}
     unet = {f"unet.{name}": p for name, p in controlled.differences.parameters.items()}
@@ -115,7 +123,7 @@ def make_run(
         controlled=controlled,
         model=group.wrap(controlled),
         parameters=parameters,
-        optimizer=_make_optimizer(config, [(list(named.values()), rate) for named, rate in rates if named], group),
+        optimizer=_make_optimizer(config, [(list(named.values()), rate) for named, rate in rates], group, decay_all),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype is torch.float16),
         ema=Ema(parameters, config.ema_decay, config.ema_on_cpu) if config.ema_decay and group.is_main else None,
         objective=DiffusionObjective.of(config, controlled),
@@ -124,19 +132,26 @@ def make_run(
         samples=Prefetcher(store, usable, observer.say),
         indices=usable,
         group=group,
+        rules=rules,
     )
 
 
 def _make_optimizer(
-    config: TrainConfig, parameters: list[tuple[list[nn.Parameter], float]], group: ProcessGroup
+    config: TrainConfig, parameters: list[tuple[list[nn.Parameter], float]], group: ProcessGroup, decay_all: bool
 ) -> torch.optim.Optimizer:
-    """parameters: (parameters, learning rate) of each parameter group."""
+    """parameters: what trains at each learning rate."""
     optimizer = optimizers.build(
         config.optimizer,
-        [{"params": tensors, "lr": rate} for tensors, rate in parameters],
+        [
+            part
+            for tensors, rate in parameters
+            if tensors
+            for part in optimizers.grouped(tensors, rate, config.weight_decay, decay_all)
+        ],
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,
         weight_decay=config.weight_decay,
+        fused=not decay_all,
     )
     for parameter_group in optimizer.param_groups:
         parameter_group["initial_lr"] = parameter_group["lr"]
@@ -190,6 +205,11 @@ def _check_same_run(found: state.State, config: TrainConfig, base: BaseWithEncod
         )
 
 
+def rules_of(found: state.State | None) -> dict[str, Any]:
+    """The rules that a run follows to its end: today's for a new one, those of its state for one that goes on."""
+    return dict(RULES) if found is None else {key: found.facts.get(key) for key in RULES}
+
+
 def saved_data(found: state.State | None) -> SavedData | None:
     """Samples that a saved state trained on; None for a new run."""
     return None if found is None else SavedData(found.tensors("data"), str(found.facts.get("data", "")))
@@ -224,16 +244,15 @@ def resume(run: TrainingRun, found: state.State, observer: Observer) -> None:
     )
 
 
-CONFIGURED = ("initial_lr", "betas", "eps", "weight_decay")
-"""Hyper-parameters taken from the current configuration, not from the saved optimizer state, on resume."""
+CONFIGURED = ("initial_lr", "betas", "eps", "weight_decay", "fused")
+"""Hyper-parameters taken from the current configuration and device, not from the saved optimizer state, on resume."""
 
 
 def _load_optimizer(run: TrainingRun, saved: dict[str, Any]) -> None:
     """Continue with the optimizer's saved moments at the configured rates."""
     now = [{key: group[key] for key in CONFIGURED if key in group} for group in run.optimizer.param_groups]
-    run.optimizer.load_state_dict(saved)
-    for group, values in zip(run.optimizer.param_groups, now, strict=True):
-        group.update(values)
+    groups = [group | values for group, values in zip(saved["param_groups"], now, strict=True)]
+    run.optimizer.load_state_dict(saved | {"param_groups": groups})
 
 
 def save(run: TrainingRun, files: RunFiles) -> Path:
@@ -253,7 +272,7 @@ def save(run: TrainingRun, files: RunFiles) -> Path:
             "base": files.base,
             "processes": run.group.size,
             "data": run.samples.store.data.fingerprint,
-            "small_buckets": JOINED,
+            **run.rules,
         }
         folder = state.save(files.folder, run.step, parts, whole, facts, run.config.keep_states)
     run.group.wait()

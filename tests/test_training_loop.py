@@ -185,7 +185,7 @@ def test_the_learning_rates_follow_the_schedule_in_every_group(loaded_studio: St
         take_steps(loop, 1, step)
         rates = [group["lr"] for group in loop.optimizer.param_groups]
         factor = config.learning_rate_schedule.factor(step)
-        assert rates == [config.control_learning_rate * factor, config.learning_rate * factor]
+        assert rates == [config.control_learning_rate * factor] * 2 + [config.learning_rate * factor] * 2
 
 
 def test_gradients_are_shortened_over_everything_that_trains(loaded_studio: Studio) -> None:

@@ -55,15 +55,17 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def test_adamw_is_torchs_with_the_configured_numbers() -> None:
+@pytest.mark.parametrize("fused", [False, True], ids=["a kernel a tensor", "fused"])
+def test_adamw_is_torchs_with_the_configured_numbers(fused: bool) -> None:
     ours, theirs = parameters(), parameters()
-    optimizer = build("adamw", groups(ours), **NUMBERS)
-    reference = torch.optim.AdamW(groups(theirs), betas=(0.8, 0.95), eps=1e-7, weight_decay=0.03)
+    optimizer = build("adamw", groups(ours), **NUMBERS, fused=fused)
+    reference = torch.optim.AdamW(groups(theirs), betas=(0.8, 0.95), eps=1e-7, weight_decay=0.03, fused=fused or None)
     run(optimizer, ours, range(5))
     run(reference, theirs, range(5))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-2]
     assert [group["name"] for group in optimizer.param_groups] == ["unet", "control"]
+    assert [group["fused"] for group in optimizer.param_groups] == [fused or None] * 2
 
 
 def test_every_optimizer_lowers_a_loss(name: str) -> None:

@@ -21,7 +21,8 @@ from comfyui_controlnext.controlnext_core.file_names import problem_of_prefix
 from comfyui_controlnext.controlnext_core.hints.pose import parse_frames
 from comfyui_controlnext.controlnext_core.schedule import parse_schedule
 from comfyui_controlnext.controlnext_core.xs_specs import parse_heads
-from comfyui_controlnext.controlnext_training.config import ConfigError, parse_blocks
+from comfyui_controlnext.controlnext_training.choices import parse_blocks
+from comfyui_controlnext.controlnext_training.config import ConfigError
 from comfyui_controlnext.tests.hostile.mutator import MAKERS, rng_of
 from hypothesis import HealthCheck, given, settings
 
