@@ -16,6 +16,7 @@ from comfyui_controlnext.tools.workflow_wires import (
     curve,
     group_box,
     is_clear,
+    is_clear_in_both,
     node_box,
     obstacles,
     route,
@@ -70,7 +71,7 @@ def test_no_wire_passes_behind_a_node_or_through_a_foreign_group(name: str) -> N
     assert [
         (types[wire.origin], types[wire.target])
         for wire in wires_of(graph, {})
-        if not is_clear(points_of(graph, wire), obstacles(wire, boxes, frames))
+        if not is_clear_in_both(wire, points_of(graph, wire)[1:-1], obstacles(wire, boxes, frames))
     ] == []
 
 

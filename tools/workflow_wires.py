@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 TITLE = 30  # height of a node's title, which stands above its position
 SLOT, SLOT_INSET = 20, 10
+NODES_2_RISE = 2
+"""Nodes 2.0 draws sockets on the edges of their nodes, and so much higher than the older renderer."""
 OWN_EDGE = 16
 """A wire may be this far behind the edge of a node that it starts or ends at."""
 SPLINE_REACH = 80
@@ -127,14 +129,21 @@ def is_clear(points: Sequence[Point], in_the_way: Sequence[Box]) -> bool:
     return not any(box.holds(point) for point in curve(points) for box in in_the_way)
 
 
+def is_clear_in_both(wire: Wire, way: Sequence[Point], in_the_way: Sequence[Box]) -> bool:
+    """True if the wire through these reroute points passes none of the boxes in either renderer."""
+    (x, y), (u, v) = wire.start, wire.end
+    edges = (x + SLOT_INSET, y - NODES_2_RISE), (u - SLOT_INSET, v - NODES_2_RISE)
+    return is_clear((wire.start, *way, wire.end), in_the_way) and is_clear((edges[0], *way, edges[1]), in_the_way)
+
+
 def route(wires: Sequence[Wire], boxes: Mapping[int, Box], groups: Sequence[Box]) -> dict[int, tuple[Point, ...]]:
     """Reroute points by link, for the wires that need some. A wire without a free lane stays direct."""
     taken: list[tuple[Wire, tuple[Point, ...]]] = []
     for wire in sorted(wires, key=lambda w: math.dist(w.start, w.end)):
         in_the_way = obstacles(wire, {number: _wider(box) for number, box in boxes.items()}, groups)
-        if not is_clear((wire.start, wire.end), in_the_way):
+        if not is_clear_in_both(wire, (), in_the_way):
             ways = (way for way in _by_length(wire, in_the_way) if _is_free(wire, way, taken))
-            lane = next((way for way in ways if is_clear((wire.start, *way, wire.end), in_the_way)), ())
+            lane = next((way for way in ways if is_clear_in_both(wire, way, in_the_way)), ())
             taken.append((wire, lane))
     return {wire.link: lane for wire, lane in taken if lane}
 
