@@ -23,6 +23,7 @@ from .data.report import report
 from .data.samples import ControlDataset
 from .distributed import ProcessGroup, join_group, together
 from .drawn import is_drawn, open_drawn
+from .readers import MakeReaders, ThreadReaders
 from .results import RunFiles
 from .train import train
 
@@ -157,18 +158,19 @@ def run_of(config: TrainConfig, base: BaseWithEncoders, folder: Path | None = No
     )
 
 
-def run_config(config: TrainConfig, folder: Path) -> Path:
-    """Train as configured; the path of the trained file. folder: where relative paths of the configuration start.
+def run_config(config: TrainConfig, folder: Path, make_readers: MakeReaders = ThreadReaders) -> Path:
+    """Train as configured; the path of the trained file. folder: where relative paths of the configuration start;
+    make_readers: makes what reads files ahead.
 
     Raises what `train` raises; Stopped after a Ctrl-C, when the state is saved.
     """
     with join_group() as group:
         console = Console(quiet=not group.is_main)
         with console.listening():
-            return _run(seen_from(folder, config), folder, console, group)
+            return _run(seen_from(folder, config), folder, console, group, make_readers)
 
 
-def _run(config: TrainConfig, folder: Path, console: Console, group: ProcessGroup) -> Path:
+def _run(config: TrainConfig, folder: Path, console: Console, group: ProcessGroup, make_readers: MakeReaders) -> Path:
     base = load_base(config, folder)
     run = run_of(config, base, folder)
     frames, index = base.family.frames(config), run.folder.parent / INDEX
@@ -178,4 +180,4 @@ def _run(config: TrainConfig, folder: Path, console: Console, group: ProcessGrou
         held_out = together(group, lambda: open_data(config.validation_data, config, frames, index))
     console.say(f"the run is kept in {run.folder}")
     console.say(report(data).text)
-    return train(base, data, held_out, config, run, console, group)
+    return train(base, data, held_out, config, run, console, group, make_readers=make_readers)

@@ -11,7 +11,8 @@ import json
 from dataclasses import dataclass
 
 from ..controlnext_core.file_names import problem_of_control
-from .choices import AUTO, FUSIONS, LAYOUTS, VARIANTS, parse_blocks, rank_of, subsets_of
+from .block_names import parse_blocks as parse_blocks
+from .choices import AUTO, FUSIONS, LAYOUTS, VARIANTS, rank_of, subsets_of
 from .data.degraded import COMPUTED
 from .data.samples import PAIRED
 from .objective import LOG_NORMAL, OBJECTIVES, TIMESTEP_LAWS
@@ -128,6 +129,9 @@ class TrainConfig:
     caption_extension: str = setting(".txt", "Suffix of the caption beside a picture.")
     clip_frames: int = setting(14, "SVD: frames of a clip.", low=1, high=1024)
     clip_stride: int = setting(3, "SVD: every n-th frame of the source.", low=1, high=1024)
+    workers: int = setting(
+        2, "Workers that read pictures ahead of their use; 0 = each is read where it is needed.", low=0, high=64
+    )
     max_samples: int = setting(0, "Largest number of pictures to use; 0 = all.", low=0, high=1e12)
 
     # optimisation

@@ -60,8 +60,8 @@ FOREIGN: dict[str, str] = {
     "proportion_empty_prompts": "caption_dropout",
     "network_dim": "rank",
     "lora_rank": "rank",
-    "num_workers": "nothing: the samples of the next step are read while this one computes",
-    "dataloader_num_workers": "nothing: the samples of the next step are read while this one computes",
+    "num_workers": "workers",
+    "dataloader_num_workers": "workers",
 }
 """Settings of other trainers -> what to write in their place."""
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ..controlnext_core import picturebook
-from ..controlnext_core.picturebook import HINTS, PLANES, Picture
+from ..controlnext_core.picturebook import HINTS as DRAWN_HINTS
+from ..controlnext_core.picturebook import Picture
+from .data.buckets import Fit
 from .data.degraded import COMPUTED
 from .data.samples import PAIRED, DatasetError, Sample, digest
 from .synthetic import draw
@@ -66,6 +68,14 @@ class DrawnDataset:
             crop=(0, 0),
             frame_keys=self.frame_keys(index),
         )
+
+    def place(self, index: int) -> Fit:
+        """See ControlDataset."""
+        return Fit((self.side,) * 2, (self.side,) * 2, (0, 0), (self.side,) * 2)
+
+    def job(self, index: int, seed: int, position: int, whole: bool) -> Callable[[], Sample]:
+        """See ControlDataset."""
+        return lambda: self.load(index, seed, position)
 
 
 def _floats(picture: np.ndarray) -> Tensor:

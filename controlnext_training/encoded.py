@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,9 +14,11 @@ from torch import Tensor
 
 from .base_model.encode import BaseWithEncoders
 from .config import TrainConfig
-from .data.samples import Broken, BrokenSample, ControlDataset, DatasetError, Sample
+from .data.samples import Broken, BrokenSample, ControlDataset, DatasetError
 from .distributed import ProcessGroup
 from .journal import Observer
+from .packed import bytes_of, floats_of, pack, unpack
+from .readers import Begun, Readers, ThreadReaders
 from .seeding import uniform
 
 
@@ -68,8 +72,17 @@ class Encoded:
 class Store:
     """A dataset with the encoders of a base, and a cache of what they gave."""
 
-    def __init__(self, base: BaseWithEncoders, data: ControlDataset, config: TrainConfig, cache: TensorCache) -> None:
+    def __init__(
+        self,
+        base: BaseWithEncoders,
+        data: ControlDataset,
+        config: TrainConfig,
+        cache: TensorCache,
+        readers: Readers | None = None,
+    ) -> None:
+        """readers: read files ahead; None: each is read where it is needed."""
         self.base, self.data, self.config, self.cache = base, data, config, cache
+        self.readers = readers or ThreadReaders(0)
 
     def prepare(
         self, indices: Sequence[int], group: ProcessGroup, observer: Observer
@@ -83,14 +96,14 @@ class Store:
         bad: list[int] = []
         conditioning = self.base.family.conditioning
         conditioning.prepare(self.base, self.cached, "")  # for dropped captions and for guidance
-        for done, index in enumerate(mine):
+        for done, begun in enumerate(self._ahead(mine)):
             if observer.stopping():
                 break
             try:
-                self._encode(index)
+                self._encode(begun)
             except BrokenSample as error:
                 broken.append(Broken(error.path, error.why))
-                bad.append(index)
+                bad.append(begun.index)
             observer.progress(done + 1, len(mine), f"encoding {done + 1} of {len(mine)}")
         out = {index for part in group.gather(bad) for index in part}
         usable = [index for index in indices if index not in out]
@@ -99,25 +112,73 @@ class Store:
             raise DatasetError(f"None of the {len(indices)} samples can be read.{first} Check the files.")
         return usable, [item for part in group.gather(broken) for item in part]
 
-    def _encode(self, index: int) -> None:
+    def _ahead(self, indices: Sequence[int]) -> Iterator[Begun]:
+        """The samples in order; twice as many as there are readers are begun before they are asked for."""
+        coming: deque[Begun] = deque()
+        for index in indices:
+            coming.append(self.begin(index, index))
+            if len(coming) > 2 * self.readers.count:
+                yield coming.popleft()
+        yield from coming
+
+    def _encode(self, begun: Begun) -> None:
         """Encode everything of a sample that is known before its step."""
-        self.base.family.conditioning.prepare(self.base, self.cached, self.data.captions[index])
-        keys = [self._latent_key(key) for key in self.data.frame_keys(index, self.config.seed, index)]
-        if not all(key in self.cache for key in keys):
-            self.latent(self.data.load(index, self.config.seed, index))
+        self.base.family.conditioning.prepare(self.base, self.cached, begun.caption)
+        if not self._has_latents(begun):
+            self._latent(begun)
+        if self.config.cache and not self._has_hints(begun):
+            self._hint(begun)
+
+    def begin(self, index: int, position: int) -> Begun:
+        """The sample at one position of the run; its files are read ahead where something of them is not cached."""
+        begun = Begun(self.data, index, self.config.seed, position)
+        first = self.base.family.conditioning.frame_key(self.base, begun.frame_keys[0])
+        whole = not self._has_latents(begun) or (first is not None and first not in self.cache)
+        if whole or not self._has_hints(begun):
+            begun.start(self.readers, whole)
+        return begun
+
+    def _has_latents(self, begun: Begun) -> bool:
+        return all(self._latent_key(key) in self.cache for key in begun.frame_keys)
+
+    def _has_hints(self, begun: Begun) -> bool:
+        return self.config.cache and all(key in self.cache for key in _hint_keys(begun))
 
     def _latent_key(self, frame_key: str) -> str:
         return f"latent-{self.base.identity('vae')}-{frame_key}"
 
-    def latent(self, sample: Sample) -> Tensor:
-        """Latents (F, C, H/8, W/8) of a sample; frames that are kept are not encoded again."""
-        keys = [self._latent_key(key) for key in sample.frame_keys]
+    def _latent(self, begun: Begun) -> Tensor:
+        """Latents (F, C, H/8, W/8) of a sample; frames that are kept are not encoded again. Raises BrokenSample."""
+        keys = [self._latent_key(key) for key in begun.frame_keys]
         found = {key: kept["latent"] for key in keys if (kept := self.cache.get(key)) is not None}
         for place, key in enumerate(keys):
             if key not in found:
-                found[key] = self.base.latent(sample.frames[place : place + 1])
+                found[key] = self.base.latent(begun.frames[place : place + 1])
                 self.cache.put(key, {"latent": found[key]})
         return torch.cat([found[key] for key in keys])
+
+    def _hint(self, begun: Begun) -> tuple[Tensor, Tensor | None]:
+        """(hints (F, 3, H, W), masks (F, H, W) or None) in steps of 1/255, kept on disk. Raises BrokenSample."""
+        size = self.data.sizes[begun.index]
+        if self.config.cache and (kept := self._kept_hint(begun, size)) is not None:
+            return kept
+        sample = begun.sample(whole=False)
+        hints = bytes_of(sample.hints.movedim(-1, 1))
+        masks = None if sample.mask is None else bytes_of(sample.mask)
+        for place, key in enumerate(_hint_keys(begun) if self.config.cache else ()):
+            mask = {} if masks is None else {"mask": pack(masks[place, None])}
+            self.cache.put(key, {"hint": pack(hints[place]), **mask})
+        return floats_of(hints).contiguous(), None if masks is None else floats_of(masks)
+
+    def _kept_hint(self, begun: Begun, size: tuple[int, int]) -> tuple[Tensor, Tensor | None] | None:
+        """Hints and masks of the cache; None where one is missing."""
+        kept = [self.cache.get(key) for key in _hint_keys(begun)]
+        found = [row for row in kept if row is not None]
+        if len(found) < len(kept):
+            return None
+        hints = torch.stack([unpack(row["hint"], 3, size) for row in found])
+        masks = [unpack(row["mask"], 1, size)[0] for row in found if "mask" in row]
+        return floats_of(hints), floats_of(torch.stack(masks)) if masks else None
 
     def cached(self, key: str, encode: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors kept under a key; `encode` makes them where there are none."""
@@ -129,21 +190,26 @@ class Store:
 
     def sample(self, index: int, position: int, dropout: bool = True) -> Encoded:
         """The sample at one position of the run; dropout: let caption and hint drop out. Raises BrokenSample."""
-        sample = self.data.load(index, self.config.seed, position)
-        hint = sample.hints.movedim(-1, 1).contiguous()
-        if dropout and uniform(self.config.seed, "hint dropout", position) < self.config.hint_dropout:
+        return self.finish(self.begin(index, position), dropout)
+
+    def finish(self, begun: Begun, dropout: bool = True) -> Encoded:
+        """Encode what was begun. Raises BrokenSample."""
+        seed, position = self.config.seed, begun.position
+        hint, mask = self._hint(begun)
+        if dropout and uniform(seed, "hint dropout", position) < self.config.hint_dropout:
             hint = torch.zeros_like(hint)
-        drop = uniform(self.config.seed, "caption dropout", position) if dropout else 1.0
+        drop = uniform(seed, "caption dropout", position) if dropout else 1.0
+        place = self.data.place(begun.index)
         return Encoded(
-            latent=self.latent(sample),
+            latent=self._latent(begun),
             given=self.base.family.conditioning.encode(
-                self.base, self.cached, sample, drop, self.config.caption_dropout
+                self.base, self.cached, begun, drop, self.config.caption_dropout
             ),
             hint=hint,
-            mask=sample.mask,
-            original_size=sample.original_size,
-            crop=sample.crop,
-            caption=sample.caption,
+            mask=mask,
+            original_size=place.original,
+            crop=place.crop,
+            caption=begun.caption,
         )
 
     def empty(self, like: Encoded) -> dict[str, Tensor]:
@@ -156,40 +222,62 @@ SampleRequests = tuple[tuple[int, int], ...]
 
 
 class Prefetcher:
-    """Reads the samples of the next step in a thread while this one computes; not where reading also encodes."""
+    """Reads the samples of coming steps while this one computes; where reading also encodes, their files alone."""
 
     def __init__(self, store: Store, usable: Sequence[int], say: Callable[[str], None]) -> None:
-        """usable: indices that train, from which an unreadable sample is replaced; say: is told of each replacement."""
+        """usable: rising indices that train, from which an unreadable sample is replaced; say: is told of each."""
         self.store, self.usable, self.say = store, usable, say
         self.pool = ThreadPoolExecutor(1, "samples")
-        self.coming: tuple[SampleRequests, Future[list[Encoded]]] | None = None
+        self.begun: dict[SampleRequests, Future[list[Begun]]] = {}
+        self.finished: dict[SampleRequests, Future[list[Encoded]]] = {}
         self.gone: set[int] = set()
 
-    def get(self, wanted: SampleRequests, upcoming: SampleRequests) -> list[Encoded]:
-        """The samples of this step; starts on those of the next."""
-        ready = self.coming is not None and self.coming[0] == wanted
-        found = self.coming[1].result() if ready and self.coming else self._read(wanted)
-        threaded = upcoming and not self.store.base.family.conditioning.encoded_while_training
-        self.coming = (upcoming, self.pool.submit(self._read, upcoming)) if threaded else None
+    def steps_ahead(self, batch: int) -> int:
+        """Number of coming steps to read for; batch: samples of one step."""
+        return 1 + self.store.readers.count // batch
+
+    def get(self, wanted: SampleRequests, coming: Sequence[SampleRequests]) -> list[Encoded]:
+        """The samples of this step; starts on those of the coming ones."""
+        begun, ready = self.begun.pop(wanted, None), self.finished.pop(wanted, None)
+        found = ready.result() if ready else self._finish(begun.result() if begun else self._begin(wanted))
+        self.begun = {step: self.begun.get(step) or self.pool.submit(self._begin, step) for step in coming}
+        first = coming[0] if coming else ()
+        if first and not self.store.base.family.conditioning.encoded_while_training:
+            self.finished = {first: self.pool.submit(self._finish_later, self.begun[first])}
         return found
 
-    def _read(self, wanted: SampleRequests) -> list[Encoded]:
-        return [self._sample(index, position) for index, position in wanted]
+    def _begin(self, wanted: SampleRequests) -> list[Begun]:
+        return [self.store.begin(index, position) for index, position in wanted]
 
-    def _sample(self, index: int, position: int) -> Encoded:
+    def _finish_later(self, begun: Future[list[Begun]]) -> list[Encoded]:
+        return self._finish(begun.result())
+
+    def _finish(self, step: list[Begun]) -> list[Encoded]:
+        return [self._sample(begun) for begun in step]
+
+    def _sample(self, begun: Begun) -> Encoded:
         """The sample, or the next one of its size that can be read. Raises DatasetError where there is none."""
         sizes = self.store.data.sizes
-        start = self.usable.index(index)
-        for candidate in (*self.usable[start:], *self.usable[:start]):
-            if candidate in self.gone or sizes[candidate] != sizes[index]:
+        start = bisect_left(self.usable, begun.index)
+        for offset in range(len(self.usable)):
+            candidate = self.usable[(start + offset) % len(self.usable)]
+            if candidate in self.gone or sizes[candidate] != sizes[begun.index]:
                 continue
             try:
-                return self.store.sample(candidate, position)
+                return self.store.finish(begun if not offset else self.store.begin(candidate, begun.position))
             except BrokenSample as error:
                 self.gone.add(candidate)
                 self.say(f"from now on left out: {error}")
-        height, width = sizes[index]
+        height, width = sizes[begun.index]
         raise DatasetError(f"None of the samples of {width}x{height} can be read any more. Check the files.")
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
+
+
+def _hint_keys(begun: Begun) -> list[str]:
+    """Keys of the cached hints, one a frame. A clip's first frame has no mask, and so a key of its own."""
+    kinds = ["hint"] * len(begun.frame_keys)
+    if len(kinds) > 1:
+        kinds[0] = "first-hint"
+    return [f"{kind}-{key}" for kind, key in zip(kinds, begun.frame_keys, strict=True)]

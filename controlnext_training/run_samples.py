@@ -12,6 +12,7 @@ from .data.samples import ControlDataset
 from .distributed import ProcessGroup
 from .encoded import Store, TensorCache
 from .journal import Observer
+from .readers import Readers
 from .split import SavedData, split
 
 
@@ -38,14 +39,16 @@ def encode_samples(
     group: ProcessGroup,
     observer: Observer,
     saved: SavedData | None = None,
+    readers: Readers | None = None,
 ) -> RunSamples:
     """Encode every sample that the cache lacks, and say which cannot be read.
 
-    held_out: for validation; None to take some of `data`; saved: samples of the state to resume.
+    held_out: for validation; None to take some of `data`; saved: samples of the state to resume; readers: read files
+    ahead, None to read each where it is needed.
 
     Raises DatasetError where no sample can be read.
     """
-    store = validation_store = Store(base, data, config, cache)
+    store = validation_store = Store(base, data, config, cache, readers)
     count = min(len(data), config.max_samples or len(data))
     readable, broken = store.prepare(range(count), group, observer)
     parts = split(data, count, readable, config, held_out is not None, saved)
@@ -53,7 +56,7 @@ def encode_samples(
     for line in parts.said:
         observer.say(line)
     if held_out is not None and config.validate_every:
-        validation_store = Store(base, held_out, config, cache)
+        validation_store = Store(base, held_out, config, cache, readers)
         first = range(min(len(held_out), config.validation_samples))
         validation, unreadable = validation_store.prepare(first, group, observer)
         broken += unreadable

@@ -27,6 +27,7 @@ from .data.samples import ControlDataset
 from .distributed import ProcessGroup
 from .encoded import MemoryCache
 from .journal import Journal, Observer
+from .readers import MakeReaders, ThreadReaders
 from .results import Meter, RunFiles, StepClock, duration, finished_file, show_validation
 from .run_lock import run_lock
 from .run_samples import encode_samples
@@ -70,15 +71,17 @@ def train(
     observer: Observer,
     group: ProcessGroup | None = None,
     make: MakeControl = new_control,
+    make_readers: MakeReaders = ThreadReaders,
 ) -> Path:
     """Train, or continue a saved run, and return the path of the trained file, which has been read back.
 
     base: the host's models, which are only read; held_out: validation data, None to hold out some of `data`; make:
-    makes the control that trains. Raises Stopped where `observer` asks for it, TrainingError, ConfigError,
-    DatasetError, CheckpointError.
+    makes the control that trains; make_readers: makes what reads files ahead. Raises Stopped where `observer` asks
+    for it, TrainingError, ConfigError, DatasetError, CheckpointError.
     """
     group = group or ProcessGroup()
-    with run_lock(files.folder) if group.is_main else contextlib.nullcontext():
+    lock = run_lock(files.folder) if group.is_main else contextlib.nullcontext()
+    with lock, contextlib.closing(make_readers(config.workers)) as readers:
         torch.manual_seed(config.seed)  # for code that uses torch's global random state, such as the host's layers
         check_before(base, config)
         saved = open_run(files, config, base, group, observer)
@@ -86,7 +89,7 @@ def train(
         rules = rules_of(saved)
         if rules["small_buckets"] == JOINED:
             data = join_small_buckets(data, config.effective_batch * group.size, observer.say)
-        samples = encode_samples(base, data, held_out, config, cache, group, observer, saved_data(saved))
+        samples = encode_samples(base, data, held_out, config, cache, group, observer, saved_data(saved), readers)
         if group.any(observer.stopping()):  # encoded samples are in the cache; there is nothing else to save yet
             raise Stopped(saved.step if saved else 0, saved.folder if saved else None)
         base.release_unused()
@@ -170,7 +173,7 @@ def _is_due(every: int, run: TrainingRun) -> bool:
 def gradients(run: TrainingRun, step: int) -> Tensor:
     """Forward and backward passes of one step's samples; returns the mean loss of this process."""
     config = run.config
-    samples = run.samples.get(run.requests(step), run.requests(step + 1))
+    samples = run.samples.get(run.requests(step), run.coming(step))
     positions = run.positions(step)
     total = torch.zeros((), device=run.controlled.device)
     for part in range(config.accumulation):

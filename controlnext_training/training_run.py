@@ -86,6 +86,11 @@ class TrainingRun:
         batch = self.order.batch(step)
         return tuple((self.indices[batch[position % len(batch)]], position) for position in self.positions(step))
 
+    def coming(self, step: int) -> list[SampleRequests]:
+        """This process's samples of the steps after this one that are to be read ahead."""
+        after = range(step + 1, step + 1 + self.samples.steps_ahead(self.config.effective_batch))
+        return [requests for later in after if (requests := self.requests(later))]
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside, the parameters hold the weights to validate and to save: their moving average, where there is one."""

@@ -97,7 +97,7 @@ def near(found: int, rate: float, draws: int = MANY) -> bool:
 def test_captions_and_hints_are_dropped_at_their_rates_and_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     store = store_of(drawn(1), caption_dropout=0.2, hint_dropout=0.3)
     whole = store.data.load(0)
-    monkeypatch.setattr(store.data, "load", lambda index, seed=0, position=0: whole)
+    monkeypatch.setattr(store.data, "job", lambda *place: lambda: whole)
     length = float(len(whole.caption))
     found = [store.sample(0, position) for position in range(MANY)]
     captionless = [float(sample.given["context"].max()) == 0 for sample in found]
@@ -213,13 +213,13 @@ def test_a_sample_that_breaks_on_the_way_is_replaced_by_another_of_its_size() ->
     data, watch = Torn(4, []), Watcher()
     ahead = Prefetcher(store_of(data), [0, 2, 3], watch.say)
     data.torn = {2}
-    first = ahead.get(((0, 0), (2, 1)), ((2, 2),))
-    second = ahead.get(((2, 2),), ())
+    first = ahead.get(((0, 0), (2, 1)), [((2, 2),)])
+    second = ahead.get(((2, 2),), [])
     assert [sample.caption for sample in (*first, *second)] == [data.captions[i] for i in (0, 3, 3)]
     assert watch.said == ["from now on left out: scene 2: is cut off"], "and it is said once"
     data.torn = {0, 2, 3}
     with pytest.raises(DatasetError, match="None of the samples of 64x64 can be read any more"):
-        ahead.get(((0, 0),), ())
+        ahead.get(((0, 0),), [])
     ahead.close()
 
 
@@ -230,8 +230,8 @@ def test_what_is_read_ahead_is_what_was_asked_for() -> None:
     ahead = Prefetcher(store, range(4), Watcher().say)
     asked = [((0, 0), (1, 1)), ((2, 2), (3, 3)), ((1, 4), (0, 5))]
     for number, wanted in enumerate(asked):
-        upcoming = asked[number + 1] if number + 1 < len(asked) else ()
-        found = ahead.get(wanted, ((3, 9),) if number == 1 else upcoming)  # once it was told something else
+        coming = [((3, 9),)] if number == 1 else asked[number + 1 :]  # once it was told something else
+        found = ahead.get(wanted, coming)
         expected = [store.sample(index, position) for index, position in wanted]
         assert all(torch.equal(a.hint, b.hint) for a, b in zip(found, expected, strict=True))
     ahead.close()

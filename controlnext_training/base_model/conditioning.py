@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..data.samples import Sample, digest
+from ..data.samples import digest
 from ..seeding import generator
 
 Tensors = dict[str, Tensor]
@@ -41,12 +41,28 @@ class Encoders(Protocol):
         """Identity of the weights of `vae`, `text` or `vision`."""
 
 
+class Sample(Protocol):
+    """The part of a sample that conditions need."""
+
+    @property
+    def caption(self) -> str: ...
+    @property
+    def frames(self) -> Tensor:
+        """(F, H, W, 3); looking at it may read them from their files."""
+
+    @property
+    def frame_keys(self) -> tuple[str, ...]: ...
+
+
 class Conditioning(Protocol):
     """One kind of conditions. `cached` keeps encoded tensors; `rate` is the drop-out probability of the recipe."""
 
     @property
     def encoded_while_training(self) -> bool:
         """True: some conditions are first met at a step, so the encoders stay. False: `prepare` encodes all of them."""
+
+    def frame_key(self, base: Encoders, frame: str) -> str | None:
+        """Key under which the reference frame `frame` is cached when encoded; None: no frame is looked at."""
 
     def prepare(self, base: Encoders, cached: Cached, caption: str) -> None:
         """Encode everything that is known of a sample before the first step; '' prepares for dropped captions."""
@@ -62,6 +78,9 @@ class Caption:
     """Text conditions: `context` and, where the text encoder has one, `pooled`. A dropped caption is the empty one."""
 
     encoded_while_training = False
+
+    def frame_key(self, base: Encoders, frame: str) -> None:
+        """None: captions alone."""
 
     def prepare(self, base: Encoders, cached: Cached, caption: str) -> None:
         """Encode the caption."""
@@ -89,6 +108,10 @@ class ReferenceFrame:
 
     encoded_while_training = True
 
+    def frame_key(self, base: Encoders, frame: str) -> str:
+        """By both encoders that see the frame."""
+        return f"reference-{base.identity('vision')}-{base.identity('vae')}-{frame}"
+
     def prepare(self, base: Encoders, cached: Cached, caption: str) -> None:
         """Nothing is known before the frame is drawn."""
 
@@ -110,13 +133,13 @@ class ReferenceFrame:
 
     def reference(self, base: Encoders, cached: Cached, sample: Sample) -> Tensors:
         """The tensors of a clip's first frame. Its noise depends on the frame's key alone."""
-        frame = sample.frames[:1]
 
         def encode() -> Tensors:
+            frame = sample.frames[:1]
             noise = torch.randn(frame.shape, generator=generator(0, f"augmentation {sample.frame_keys[0]}", 0))
             return encode_reference(base.encoder("vision"), base.encoder("vae"), frame, AUGMENTATION * noise)
 
-        return cached(f"reference-{base.identity('vision')}-{base.identity('vae')}-{sample.frame_keys[0]}", encode)
+        return cached(self.frame_key(base, sample.frame_keys[0]), encode)
 
 
 def encode_text(clip: Any, caption: str) -> Tensors:

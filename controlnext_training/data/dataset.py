@@ -2,65 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from ...controlnext_core import encodable
 from .buckets import Fit, bucket_sizes, choose, fit
-from .clips import Clip, Frames, clips
-from .degraded import COMPUTED
+from .clips import clips
 from .index import Index, Progress
-from .pictures import BLACK, WHITE, Picture, cut, luminance
-from .samples import PAIRED, Broken, BrokenSample, ControlDataset, DatasetError, Facts, Sample, digest
+from .reading import CUT_VERSION, Item, Reading, Request
+from .samples import PAIRED, Broken, ControlDataset, DatasetError, Facts, Sample, digest
 from .sources import VIDEO_SUFFIXES, Entry, entries, open_tree
 from .tree import Blob
-from .video_frames import REFERENCES, chosen_frames, region, windows
+from .video_frames import windows
 
 logger = encodable.logger(__name__)
 
-MASKS = ("auto", "alpha", "none")
-"""Sources of loss regions. auto: mask files; alpha: mask files, else the pictures' alpha; none: no regions."""
-CUT_VERSION = 1
-"""Part of every key: raise it when the same file comes to give other values."""
 FIRST = 3
 """Broken files that an error names."""
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One sample before it is read."""
-
-    clip: Clip
-    start: int
-    fit: Fit
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """Rules by which samples are made of files."""
-
-    hint: str = PAIRED
-    mask: str = "auto"
-    clip_frames: int = 1
-    clip_stride: int = 1
-    reference: str = "random"
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("hint", (PAIRED, *COMPUTED)), ("mask", MASKS), ("reference", REFERENCES)):
-            if getattr(self, name) not in allowed:
-                raise DatasetError(f"{name}: {getattr(self, name)!r} is unknown. Choose one of {', '.join(allowed)}.")
-        if self.clip_frames < 1 or self.clip_stride < 1:
-            raise DatasetError("clip_frames, clip_stride: must be 1 or more.")
-
-    def hint_identity(self) -> str:
-        """The kind and, where it is computed, what it is computed with."""
-        return self.hint if self.hint == PAIRED else f"{self.hint}{inspect.signature(COMPUTED[self.hint])}"
 
 
 class FileDataset:
@@ -83,48 +42,22 @@ class FileDataset:
     def frame_keys(self, index: int, seed: int = 0, position: int = 0) -> tuple[str, ...]:
         """See ControlDataset."""
         item = self.items[index]
-        return tuple(self._frame_key(item, number) for number in self._chosen(item, seed, position))
+        return tuple(self._frame_key(item, number) for number in self.reading.chosen(item, seed, position))
+
+    def place(self, index: int) -> Fit:
+        """See ControlDataset."""
+        return self.items[index].fit
+
+    def job(self, index: int, seed: int, position: int, whole: bool) -> Request:
+        """See ControlDataset."""
+        item = self.items[index]
+        numbers = self.reading.chosen(item, seed, position)
+        keys = tuple(self._frame_key(item, number) for number in numbers)
+        return Request(item, self.reading, numbers, keys, whole)
 
     def load(self, index: int, seed: int = 0, position: int = 0) -> Sample:
         """See ControlDataset."""
-        item = self.items[index]
-        numbers = self._chosen(item, seed, position)
-        clip, where = item.clip, item.fit
-        pictures = _read(clip.images, numbers, where.original)
-        frames = [cut(picture.over(WHITE), where, smooth=True) for picture in pictures]
-        masks = self._masks(item, pictures, numbers)
-        if clip.hints is not None:
-            read = clip.hints.read(numbers)
-            hints = [cut(picture.over(BLACK), where, smooth=False) for picture in read]
-        else:
-            alphas = [None if p.alpha is None else cut(p.alpha, where, smooth=False) for p in pictures]
-            hints = [self._computed(f, a if m is None else m) for f, a, m in zip(frames, alphas, masks, strict=True)]
-        held = [mask for mask in masks if mask is not None]
-        keys = tuple(self._frame_key(item, number) for number in numbers)
-        weighed = region(_stack(held)) if held and self.reading.mask != "none" else None
-        return Sample(_stack(frames), _stack(hints), clip.caption, weighed, where.original, where.crop, keys)
-
-    def _masks(self, item: Item, pictures: Sequence[Picture], numbers: Sequence[int]) -> list[np.ndarray | None]:
-        """(H, W) per frame, or None for all: from mask files, else from alpha if the loss is to use it."""
-        if item.clip.masks is not None:
-            read = item.clip.masks.read(numbers)
-            return [cut(luminance(picture), item.fit, smooth=False) for picture in read]
-        if self.reading.mask != "alpha" or all(picture.alpha is None for picture in pictures):
-            return [None] * len(pictures)
-        opaque = np.ones(item.fit.original, np.float32)
-        return [cut(opaque if p.alpha is None else p.alpha, item.fit, smooth=False) for p in pictures]
-
-    def _computed(self, frame: np.ndarray, inside: np.ndarray | None) -> np.ndarray:
-        """The hint of one frame; a mask or alpha channel is the foreground where that is what the hint shows."""
-        if self.reading.hint == "mask":
-            return COMPUTED["mask"](frame, given=inside)
-        return COMPUTED[self.reading.hint](frame)
-
-    def _chosen(self, item: Item, seed: int, position: int) -> tuple[int, ...]:
-        how = self.reading
-        return chosen_frames(
-            item.start, item.clip.count, how.clip_frames, how.clip_stride, how.reference, seed, position
-        )
+        return self.job(index, seed, position, True)()
 
     def _frame_key(self, item: Item, number: int) -> str:
         clip = item.clip
@@ -135,8 +68,7 @@ class FileDataset:
         return digest(CUT_VERSION, content, hint, mask, self.reading.mask, where.resized, where.crop, where.size)
 
     def _identity(self, item: Item) -> list[str]:
-        how = self.reading
-        numbers = chosen_frames(item.start, item.clip.count, how.clip_frames, how.clip_stride, "first", 0, 0)
+        numbers = self.reading.chosen(item, 0, 0, "first")
         return [item.clip.caption, *(self._frame_key(item, number) for number in numbers)]
 
 
@@ -161,6 +93,14 @@ class Subset:
     def load(self, index: int, seed: int = 0, position: int = 0) -> Sample:
         """See ControlDataset."""
         return self.dataset.load(self.indices[index], seed, position)
+
+    def place(self, index: int) -> Fit:
+        """See ControlDataset."""
+        return self.dataset.place(self.indices[index])
+
+    def job(self, index: int, seed: int, position: int, whole: bool) -> Callable[[], Sample]:
+        """See ControlDataset."""
+        return self.dataset.job(self.indices[index], seed, position, whole)
 
 
 def open_dataset(
@@ -228,17 +168,6 @@ def _trimmed(entry: Entry, reading: Reading) -> Entry:
     """Without the files that will not be read."""
     masked = reading.mask != "none" or reading.hint == "mask"
     return replace(entry, hint=entry.hint if reading.hint == PAIRED else None, mask=entry.mask if masked else None)
-
-
-def _read(frames: Frames, numbers: Sequence[int], size: tuple[int, int]) -> list[Picture]:
-    pictures = frames.read(numbers)
-    if any(picture.size != size for picture in pictures):
-        raise BrokenSample(frames.label, "has another size than when the dataset was opened. Open it again")
-    return pictures
-
-
-def _stack(arrays: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(arrays))
 
 
 def _nothing_left(sources: Sequence[str | Path], reading: Reading, broken: Sequence[Broken]) -> DatasetError:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .buckets import Fit
 
 PAIRED = "paired"
 """The kind of hint that is a picture of its own; the other kinds are computed, see controlnext_core.hints."""
@@ -27,6 +30,9 @@ class BrokenSample(ValueError):  # noqa: N818 - it says what is broken
     def __init__(self, path: str, why: str) -> None:
         super().__init__(f"{path}: {why}")
         self.path, self.why = path, why
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.path, self.why)
 
 
 class Broken(NamedTuple):
@@ -59,7 +65,7 @@ class Sample:
     """One picture or clip as the trainer takes it; RGB float32 in [0, 1]."""
 
     frames: Tensor
-    """(F, H, W, 3)"""
+    """(F, H, W, 3); (0, H, W, 3) where hint and mask alone were asked for."""
     hints: Tensor
     """(F, H, W, 3), cut exactly as the frames."""
     caption: str
@@ -103,6 +109,12 @@ class ControlDataset(Protocol):
 
         Raises BrokenSample.
         """
+
+    def place(self, index: int) -> Fit:
+        """Original size, resize and crop of an item."""
+
+    def job(self, index: int, seed: int, position: int, whole: bool) -> Callable[[], Sample]:
+        """Call that does what `load` does; whole: False leaves `frames` empty where hint and mask do without them."""
 
 
 def digest(*parts: object) -> str:

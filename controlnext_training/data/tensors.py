@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -77,6 +77,14 @@ class TensorDataset:
             self._fit.crop,
             self.frame_keys(index, seed, position),
         )
+
+    def place(self, index: int) -> Fit:
+        """See ControlDataset."""
+        return self._fit
+
+    def job(self, index: int, seed: int, position: int, whole: bool) -> Callable[[], Sample]:
+        """See ControlDataset."""
+        return lambda: self.load(index, seed, position)
 
     def _chosen(self, index: int, seed: int, position: int) -> tuple[int, ...]:
         frames, stride, reference = self._clip

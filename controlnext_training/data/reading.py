@@ -1,0 +1,122 @@
+"""Reading of one sample from its files: decoded, cut, its hint computed where it has none of its own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .buckets import Fit
+from .clips import Clip, Frames
+from .degraded import COMPUTED
+from .pictures import BLACK, WHITE, Picture, cut, luminance
+from .samples import PAIRED, BrokenSample, DatasetError, Sample
+from .video_frames import REFERENCES, chosen_frames, region
+
+MASKS = ("auto", "alpha", "none")
+"""Sources of loss regions. auto: mask files; alpha: mask files, else the pictures' alpha; none: no regions."""
+CUT_VERSION = 1
+"""Part of every key: raise it when the same file comes to give other values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One sample before it is read."""
+
+    clip: Clip
+    start: int
+    fit: Fit
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Rules by which samples are made of files."""
+
+    hint: str = PAIRED
+    mask: str = "auto"
+    clip_frames: int = 1
+    clip_stride: int = 1
+    reference: str = "random"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("hint", (PAIRED, *COMPUTED)), ("mask", MASKS), ("reference", REFERENCES)):
+            if getattr(self, name) not in allowed:
+                raise DatasetError(f"{name}: {getattr(self, name)!r} is unknown. Choose one of {', '.join(allowed)}.")
+        if self.clip_frames < 1 or self.clip_stride < 1:
+            raise DatasetError("clip_frames, clip_stride: must be 1 or more.")
+
+    def hint_identity(self) -> str:
+        """The kind and, where it is computed, what it is computed with."""
+        return self.hint if self.hint == PAIRED else f"{self.hint}{inspect.signature(COMPUTED[self.hint])}"
+
+    def chosen(self, item: Item, seed: int, position: int, reference: str = "") -> tuple[int, ...]:
+        """Numbers of the frames of an item at a position of the run. reference: in place of the rule's own."""
+        first = reference or self.reference
+        return chosen_frames(item.start, item.clip.count, self.clip_frames, self.clip_stride, first, seed, position)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A sample to read: calling it does so. It is small and can be sent to another process."""
+
+    item: Item
+    reading: Reading
+    numbers: tuple[int, ...]
+    """Frames of its clip."""
+    keys: tuple[str, ...]
+    whole: bool = True
+    """False: the hint and the mask alone, and pictures only where these come from them."""
+
+    def __call__(self) -> Sample:
+        """Raises BrokenSample."""
+        item, numbers = self.item, self.numbers
+        clip, where = item.clip, item.fit
+        pictures = _read(clip.images, numbers, where.original) if self._opens_pictures() else []
+        frames = [cut(picture.over(WHITE), where, smooth=True) for picture in pictures]
+        masks = self._masks(pictures)
+        if clip.hints is not None:
+            read = clip.hints.read(numbers)
+            hints = [cut(picture.over(BLACK), where, smooth=False) for picture in read]
+        else:
+            alphas = [None if p.alpha is None else cut(p.alpha, where, smooth=False) for p in pictures]
+            hints = [self._computed(f, a if m is None else m) for f, a, m in zip(frames, alphas, masks, strict=True)]
+        held = [mask for mask in masks if mask is not None]
+        weighed = region(_stack(held)) if held and self.reading.mask != "none" else None
+        stacked = _stack(frames) if frames else torch.zeros(0, *where.size, 3)
+        return Sample(stacked, _stack(hints), clip.caption, weighed, where.original, where.crop, self.keys)
+
+    def _opens_pictures(self) -> bool:
+        clip = self.item.clip
+        return self.whole or clip.hints is None or (clip.masks is None and self.reading.mask == "alpha")
+
+    def _masks(self, pictures: Sequence[Picture]) -> list[np.ndarray | None]:
+        """(H, W) per frame, or None for all: from mask files, else from alpha if the loss is to use it."""
+        item, numbers = self.item, self.numbers
+        if item.clip.masks is not None:
+            read = item.clip.masks.read(numbers)
+            return [cut(luminance(picture), item.fit, smooth=False) for picture in read]
+        if self.reading.mask != "alpha" or all(picture.alpha is None for picture in pictures):
+            return [None] * len(numbers)
+        opaque = np.ones(item.fit.original, np.float32)
+        return [cut(opaque if p.alpha is None else p.alpha, item.fit, smooth=False) for p in pictures]
+
+    def _computed(self, frame: np.ndarray, inside: np.ndarray | None) -> np.ndarray:
+        """The hint of one frame; a mask or alpha channel is the foreground where that is what the hint shows."""
+        if self.reading.hint == "mask":
+            return COMPUTED["mask"](frame, given=inside)
+        return COMPUTED[self.reading.hint](frame)
+
+
+def _read(frames: Frames, numbers: Sequence[int], size: tuple[int, int]) -> list[Picture]:
+    pictures = frames.read(numbers)
+    if any(picture.size != size for picture in pictures):
+        raise BrokenSample(frames.label, "has another size than when the dataset was opened. Open it again")
+    return pictures
+
+
+def _stack(arrays: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(arrays))

@@ -1,0 +1,125 @@
+"""Processes that read samples of a training run ahead, for `run.py train`.
+
+They are spawned, on Linux as on Windows and macOS: a fork of a process that uses CUDA or threads is not safe. A spawned
+process imports the main module again. run.py does nothing then; the server of ComfyUI would start once more, and has
+threads instead (controlnext_training/readers.py). Each process has a pipe of its own whose other end closes with the
+run, killed or not, and ends then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import pickle
+import runpy
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ..controlnext_core import encodable
+from ..controlnext_training.data.reading import Request
+from ..controlnext_training.data.samples import BrokenSample, Sample
+from ..controlnext_training.readers import Job
+
+logger = encodable.logger(__name__)
+
+SCRIPT = Path(__file__).with_name("reader_process.py")
+HELD_BACK = ("SIGINT", "SIGHUP")
+"""Signals that a terminal sends to every process in it; a reader starts with them blocked."""
+
+
+class ProcessReaders:
+    """Readers in processes, started when the first file is to be read. Samples without files are made in threads.
+
+    A process that ends on its own costs its speed: its samples are then read in this process.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._threads = ThreadPoolExecutor(max(1, count), "readers")
+        self._mine = threading.local()
+        self._started: list[tuple[Any, Any]] = []
+        self._lock, self._closed = threading.Lock(), False
+
+    def submit(self, job: Job) -> Future[Sample]:
+        """See Readers."""
+        return self._threads.submit(self._read if isinstance(job, Request) else _call, job)
+
+    def close(self) -> None:
+        """See Readers. No process is left."""
+        with self._lock:
+            self._closed = True
+            for process, _ in self._started:
+                process.kill()
+        self._threads.shutdown(cancel_futures=True)
+        for process, connection in self._started:
+            process.join()
+            connection.close()
+        self._started.clear()
+
+    def _read(self, request: Job) -> Sample:
+        """The sample by this thread's process, or by this thread where that is gone."""
+        if not hasattr(self._mine, "connection"):
+            self._mine.connection = self._start()
+        answer = self._ask(pickle.dumps(request, pickle.HIGHEST_PROTOCOL))
+        if answer is None:
+            return request()
+        sample, error = answer
+        if isinstance(error, BrokenSample):
+            raise error
+        return request() if error is not None else sample
+
+    def _ask(self, request: bytes) -> tuple[Sample, Exception | None] | None:
+        """The process's answer; None where it is gone."""
+        connection = self._mine.connection
+        if connection is None:
+            return None
+        try:
+            connection.send_bytes(request)
+            return pickle.loads(connection.recv_bytes())  # noqa: S301 - the other end is this project
+        except (EOFError, OSError) as error:
+            self._mine.connection = None
+            if self._closed:
+                raise RuntimeError("the readers were closed") from error
+            logger.warning("a process that reads pictures has ended; the run goes on and reads more slowly")
+            return None
+
+    def _start(self) -> Any:
+        """Connection to a new process; None where the system gives none."""
+        context = multiprocessing.get_context("spawn")
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the readers were closed")
+            ours, theirs = context.Pipe()
+            given = (str(SCRIPT), {"CONNECTION": theirs}, "controlnext_reader")
+            process = context.Process(target=runpy.run_path, args=given, daemon=True, name="controlnext reader")
+            try:
+                with _blocked():
+                    process.start()
+            except OSError as error:
+                logger.warning("no process to read pictures could be started (%s)", error)
+                return None
+            finally:
+                theirs.close()
+            self._started.append((process, ours))
+            return ours
+
+
+def _call(job: Job) -> Sample:
+    return job()
+
+
+@contextlib.contextmanager
+def _blocked() -> Iterator[None]:
+    """Inside, a process that is started inherits HELD_BACK as blocked, where the system can."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {getattr(signal, name) for name in HELD_BACK})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
