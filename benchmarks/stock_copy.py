@@ -23,6 +23,7 @@ from ..controlnext_core.comfy_adapter.bases.base import LoadedBase
 from ..controlnext_training.base_model.controls import MakeControl, Options
 from ..controlnext_training.base_model.unet import plain_attention
 from ..controlnext_training.config import TrainConfig
+from ..controlnext_training.trainables import Differences
 from .real_size import NOT_STOCK
 
 KEY = "stock_copy"
@@ -75,9 +76,9 @@ class StockCopy:
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, run, options, is_model_options=False)
 
     def save(
-        self, stem: Path, weights: Mapping[str, Any], layout: str, dtype: torch.dtype, facts: Mapping[str, str]
+        self, stem: Path, differences: Differences, layout: str, dtype: torch.dtype, facts: Mapping[str, str]
     ) -> Path:
-        """The host's names, as its own loader takes them. weights: none, since the base does not train."""
+        """The host's names, as its own loader takes them. differences: none, since the base does not train."""
         path = stem.with_name(f"{stem.name}.safetensors")
         tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in self.net.state_dict().items()}
         checkpoint.save(path, tensors, facts)

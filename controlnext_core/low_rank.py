@@ -28,6 +28,8 @@ Slice = tuple[int, int, int]
 """(dim, start, length)"""
 Key = str | tuple[str, Slice]
 """A weight by its host name, or a slice of it, as the host's `add_patches` takes them."""
+Part = Callable[[torch.Size], Slice]
+"""(shape of a fused weight) -> the slice of it that is one of the layers in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,19 @@ def slice_of(key: Key) -> Slice | None:
     return None if isinstance(key, str) else key[1]
 
 
+def in_host(key: Key) -> Key:
+    """The key of a name without prefix, as the host's `add_patches` takes it."""
+    return HOST_PREFIX + key if isinstance(key, str) else (HOST_PREFIX + key[0], key[1])
+
+
+def sliced(shape: torch.Size, part: Slice | None) -> torch.Size:
+    """Shape of a slice of a tensor of this shape; None = all of it."""
+    if part is None:
+        return shape
+    dim, _, length = part
+    return torch.Size(length if i == dim else side for i, side in enumerate(shape))
+
+
 def whole(difference: Difference) -> Tensor:
     """A difference as one tensor in fp32."""
     return difference.whole() if isinstance(difference, LowRank) else difference.float()
@@ -92,7 +107,7 @@ def read_differences(
         )
     for name in _weights_of(tensors):
         difference = _difference_of(name, tensors, source)
-        shape = _sliced(shape_of(HOST_PREFIX + name), slices.get(name), f"{source}: '{name}'")
+        shape = _checked_slice(shape_of(HOST_PREFIX + name), slices.get(name), f"{source}: '{name}'")
         if difference.shape != shape:
             raise CheckpointError(
                 f"{source}: the difference for '{name}' has shape {list(difference.shape)}, the connected model "
@@ -100,7 +115,7 @@ def read_differences(
             )
         if not _is_zero(difference, f"{source}: '{name}'"):
             part = slices.get(name)
-            found[HOST_PREFIX + name if part is None else (HOST_PREFIX + name, part)] = difference
+            found[in_host(name if part is None else (name, part))] = difference
     if not found:
         raise CheckpointError(
             f"{source}: nothing to apply, it holds no difference other than zero. Set weights_name to none."
@@ -184,6 +199,13 @@ def chosen_names(names: Iterable[str], pattern: str, blocks: int | None) -> list
     return [name for name in matching if int(re.findall(r"\d+", name)[0]) < blocks]
 
 
+def chosen_slices(
+    shapes: Mapping[str, torch.Size], names: Iterable[str], fused: Mapping[str, Part]
+) -> dict[str, Slice]:
+    """The slices of those of these weights that are fused. fused: regular expression searched in names -> the part."""
+    return {name: part(shapes[name]) for name in names for pattern, part in fused.items() if re.search(pattern, name)}
+
+
 def low_rank_parameters(shapes: Iterable[torch.Size], rank: int) -> int:
     """Numbers in the factors of weights of these (out, in) shapes; rank 0: of whole differences."""
     return sum(rank * (out + inner) if rank else out * inner for out, inner in shapes)
@@ -213,7 +235,7 @@ def _difference_of(name: str, tensors: Mapping[str, Tensor], source: str) -> Dif
     return LowRank(up, down)
 
 
-def _sliced(shape: torch.Size | None, part: Slice | None, what: str) -> torch.Size:
+def _checked_slice(shape: torch.Size | None, part: Slice | None, what: str) -> torch.Size:
     assert shape is not None, what
     if part is None:
         return shape
@@ -223,7 +245,7 @@ def _sliced(shape: torch.Size | None, part: Slice | None, what: str) -> torch.Si
             f"{what}: its slice {list(part)} (dim, start, length) is not inside the connected model's {list(shape)}. "
             "Connect the base that this control was made for. Nothing was loaded."
         )
-    return torch.Size(length if i == dim else side for i, side in enumerate(shape))
+    return sliced(shape, part)
 
 
 def _is_zero(difference: Difference, what: str) -> bool:

@@ -36,7 +36,7 @@ SUBSETS: dict[str, str] = {
 }
 """Name of a subset -> regular expression searched in the published names of a UNet's tensors."""
 
-TRANSFORMER_SUBSETS = ("none", "to_out", "refiners_too", "all")
+TRANSFORMER_SUBSETS = ("none", "to_out", "single_too", "refiners_too", "all")
 """Names of subsets of a transformer. The tensors, by the host's names, are in the family's row (`Base.trainable`)."""
 
 SIDES: dict[str, str] = {"input": "input_blocks.", "middle": "middle_block.", "output": "output_blocks."}

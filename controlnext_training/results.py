@@ -54,9 +54,10 @@ def finished_file(
     if group.is_main:
         facts = _facts(config, files, losses)
         stem = free_target(files, config)
-        weights = controlled.differences.by_weight()
         try:
-            path = controlled.control.save(stem, weights, config.layout, DTYPES[config.save_dtype], facts)
+            path = controlled.control.save(
+                stem, controlled.differences, config.layout, DTYPES[config.save_dtype], facts
+            )
             controlled.control.check(checkpoint.peek(path))
         except checkpoint.CheckpointError as error:
             raise checkpoint.CheckpointError(

@@ -1,14 +1,15 @@
 """Trainable weights of the base, as differences, because a difference is saved and loaded.
 
 The base's weight stays frozen in its own dtype; the layer computes with base + difference, formed in fp32, exactly
-as the host does when the saved file is put on a model. A difference is one tensor, or the product of two thin ones.
+as the host does when the saved file is put on a model. A difference is one tensor, or the product of two thin ones,
+of a whole weight or of a slice of one in which the host has fused several layers.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..controlnext_core.key_maps import KeyMap, as_target
-from ..controlnext_core.low_rank import DOWN, UP, Difference, LowRank
-from .choices import SIDES, SUBSETS, parse_blocks
+from ..controlnext_core.low_rank import DOWN, UP, Difference, Key, LowRank, Slice, sliced
+from .choices import SIDES, SUBSETS
+from .config import ConfigError, parse_blocks
 from .patterns import Pattern
 from .seeding import generator
 from .settings import ConfigError
@@ -30,22 +32,29 @@ class AddBase(nn.Module):
     base: Tensor
     scale: Tensor | None
 
-    def __init__(self, base: Tensor, scale: Tensor | None = None) -> None:
-        """scale: what the stored base is multiplied by; None = by nothing."""
+    def __init__(self, base: Tensor, scale: Tensor | None = None, part: Slice | None = None) -> None:
+        """scale: what the stored base is multiplied by, None = by nothing; part: the slice that trains, None = all."""
         super().__init__()
         self.register_buffer("base", base, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
+        self.part = part
 
     def forward(self, difference: Tensor) -> Tensor:
-        """difference: any shape, fp32. Returns the layer's weight in fp32 on the difference's device."""
-        return widened(self.base, self.scale, difference.device, torch.float32) + difference
+        """difference: as the part that trains, fp32. Returns the layer's weight in fp32 on the difference's device."""
+        base = widened(self.base, self.scale, difference.device, torch.float32)
+        if self.part is None:
+            return base + difference
+        dim, start, length = self.part
+        return base.slice_scatter(base.narrow(dim, start, length) + difference, dim, start, start + length)
 
 
 class AddProduct(AddBase):
     """Parametrization: base + up @ down in fp32."""
 
-    def __init__(self, base: Tensor, up: Tensor, down: Tensor, scale: Tensor | None = None) -> None:
-        super().__init__(base, scale)
+    def __init__(
+        self, base: Tensor, up: Tensor, down: Tensor, scale: Tensor | None = None, part: Slice | None = None
+    ) -> None:
+        super().__init__(base, scale, part)
         self.start = (up, down)
 
     def forward(self, up: Tensor, down: Tensor) -> Tensor:  # type: ignore[override]
@@ -62,22 +71,29 @@ class Differences:
     """The differences that train, by host name; of a low-rank one `NAME.up` and `NAME.down`."""
 
     parameters: dict[str, nn.Parameter]
+    shapes: Mapping[str, torch.Size] = field(default_factory=dict)
+    """Of the whole weights."""
+    slices: Mapping[str, Slice] = field(default_factory=dict)
+    """Slices that train, by the names of their weights; other weights train whole."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, without gradients."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
-    def by_weight(self) -> dict[str, Difference]:
-        """Differences by the host name of their weight, in fp32 on the CPU."""
+    def by_weight(self) -> dict[Key, Difference]:
+        """Differences by the host name of their weight, or by (name, slice), in fp32 on the CPU."""
         tensors = {name: tensor.cpu() for name, tensor in self.tensors().items()}
-        found: dict[str, Difference] = {}
+        found: dict[Key, Difference] = {}
         for name, tensor in tensors.items():
             if name.endswith(UP):
                 weight = name.removesuffix(UP)
-                found[weight] = LowRank(tensor, tensors[weight + DOWN])
+                found[self._key(weight)] = LowRank(tensor, tensors[weight + DOWN])
             elif not name.endswith(DOWN):
-                found[name] = tensor
+                found[self._key(name)] = tensor
         return found
+
+    def _key(self, weight: str) -> Key:
+        return (weight, self.slices[weight]) if weight in self.slices else weight
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy values by name into the parameters. Raises ValueError where the names or the shapes differ."""
@@ -105,9 +121,9 @@ def selected(
 
     trainable: a key of `subsets` or `re:EXPRESSION` (a `Pattern`), over the names that `key_map` maps from; blocks: as
     `parse_blocks` reads it; sides: start of the host's names of each group of blocks. Raises ConfigError where a choice
-    other than `none` selects nothing, and for a group of blocks that the base lacks.
+    other than `none` selects nothing, and for a subset or a group of blocks that the base lacks.
     """
-    search = Pattern(trainable[3:]).search if trainable.startswith("re:") else re.compile(subsets[trainable]).search
+    search = _search_of(trainable, subsets)
     chosen_blocks = parse_blocks(blocks)
     if absent := [side for side in chosen_blocks if side not in sides]:
         raise ConfigError(f"blocks: this base has no blocks named {absent[0]}. Choose {', '.join(sides)}.")
@@ -122,6 +138,14 @@ def selected(
     return chosen
 
 
+def _search_of(trainable: str, subsets: Mapping[str, str]) -> Callable[[str], object]:
+    if trainable.startswith("re:"):
+        return Pattern(trainable[3:]).search
+    if trainable not in subsets:
+        raise ConfigError(f"trainable: this base has no {trainable!r}. Choose {', '.join(subsets)} or re:EXPRESSION.")
+    return re.compile(subsets[trainable]).search
+
+
 def _inside(name: str, wanted: Mapping[str, range | None]) -> bool:
     """wanted: start of the host's names -> numbers of blocks, None for all."""
     for start, numbers in wanted.items():
@@ -131,28 +155,36 @@ def _inside(name: str, wanted: Mapping[str, range | None]) -> bool:
 
 
 def train_differences(
-    network: nn.Module, names: list[str], device: torch.device, rank: int = 0, seed: int = 0
+    network: nn.Module,
+    names: list[str],
+    device: torch.device,
+    rank: int = 0,
+    seed: int = 0,
+    slices: Mapping[str, Slice] | None = None,
 ) -> Differences:
     """Make the tensors of these names base + difference; the difference, zero at the start, trains on `device`.
 
     rank: of the differences of matrices, 0 for whole ones; a matrix that is no wider than the rank, and what is no
-    matrix, has a whole one. seed: of the factors that do not start at zero.
+    matrix, has a whole one. seed: of the factors that do not start at zero. slices: of weights of which a part trains.
     """
     parameters: dict[str, nn.Parameter] = {}
+    shapes, slices = {}, slices or {}
     for name in names:
         path, _, leaf = name.rpartition(".")
         module = network.get_submodule(path)
         base: Tensor = getattr(module, leaf).detach()
         scale = getattr(module, SCALE, None) if leaf == "weight" else None
-        if rank and base.ndim == 2 and rank < min(base.shape):
-            factors = _factors(base.shape, rank, device, seed, name)
-            up, down = _train_product(module, leaf, AddProduct(base, *factors, scale))
+        shapes[name], part = base.shape, slices.get(name)
+        shape = sliced(base.shape, part)
+        if rank and base.ndim == 2 and rank < min(shape):
+            factors = _factors(shape, rank, device, seed, name)
+            up, down = _train_product(module, leaf, AddProduct(base, *factors, scale, part))
             parameters[name + UP], parameters[name + DOWN] = up, down
             continue
-        module.register_parameter(leaf, nn.Parameter(torch.zeros(base.shape, dtype=torch.float32, device=device)))
-        parametrize.register_parametrization(module, leaf, AddBase(base, scale))
+        module.register_parameter(leaf, nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device)))
+        parametrize.register_parametrization(module, leaf, AddBase(base, scale, part), unsafe=part is not None)
         parameters[name] = module.parametrizations[leaf].original  # type: ignore[union-attr, index]
-    return Differences(parameters)
+    return Differences(parameters, shapes, {name: slices[name] for name in names if name in slices})
 
 
 def _factors(shape: torch.Size, rank: int, device: torch.device, seed: int, name: str) -> tuple[Tensor, Tensor]:

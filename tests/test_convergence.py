@@ -102,7 +102,7 @@ def test_the_hosts_own_loader_takes_a_trained_copy(loaded_studio: Studio, tmp_pa
     import comfy.controlnet
 
     loop = stock_loop(loaded_studio)
-    path = loop.controlled.control.save(tmp_path / "copy", {}, "single", torch.float32, {})
+    path = loop.controlled.control.save(tmp_path / "copy", loop.controlled.differences, "single", torch.float32, {})
     loaded = comfy.controlnet.load_controlnet(str(path))
     assert type(loaded) is comfy.controlnet.ControlNet
 

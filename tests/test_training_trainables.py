@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from comfyui_controlnext.controlnext_core.key_maps import unet_key_map
+from comfyui_controlnext.controlnext_core.low_rank import whole
 from comfyui_controlnext.controlnext_training.choices import SUBSETS
 from comfyui_controlnext.controlnext_training.config import ConfigError, TrainConfig
 from comfyui_controlnext.controlnext_training.trainables import selected, train_differences
@@ -24,7 +26,7 @@ from comfyui_controlnext.tests.training_fixtures import (
     small,
     take_steps,
 )
-from torch import nn
+from torch import Tensor, nn
 
 pytestmark = pytest.mark.comfy
 
@@ -181,6 +183,39 @@ def test_a_difference_is_added_to_its_base_and_starts_at_zero() -> None:
     assert same(differences.tensors(), {"0.weight": change})
     with pytest.raises(ValueError, match=r"1 weights are not those that train, first 0.bias"):
         differences.load({"0.weight": change, "0.bias": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("part", [(1, 0, 4), (0, 2, 3)], ids=str)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_slice_trains_and_the_rest_of_its_weight_does_not(part: tuple[int, int, int], rank: int) -> None:
+    """Gradients against those of a whole difference, of which they are the slice."""
+    torch.manual_seed(0)
+    dim, start, length = part
+    base, x, target = nn.Linear(10, 6).requires_grad_(False), torch.randn(5, 10), torch.randn(5, 6)
+
+    def trained(rank: int, slices: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+        layer = copy.deepcopy(base)
+        differences = train_differences(nn.Sequential(layer), ["0.weight"], CPU, rank, 0, slices)
+        for parameter in differences.parameters.values():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+        if not slices:
+            layer.parametrizations.weight.original.data.copy_(wanted)
+        gradients = torch.autograd.grad((layer(x) - target).square().sum(), list(differences.parameters.values()))
+        return (layer, differences), dict(zip(differences.parameters, gradients, strict=True))
+
+    (layer, differences), found = trained(rank, {"0.weight": part})
+    ((key, difference),) = differences.by_weight().items()
+    assert key == ("0.weight", part) and differences.shapes == {"0.weight": (6, 10)}
+    wanted = torch.zeros(6, 10)
+    wanted.narrow(dim, start, length).copy_(whole(difference))
+    assert torch.equal(layer.weight, base.weight + wanted) and bool(wanted.any()) and bool((wanted == 0).any())
+    gradient = trained(0, {})[1]["0.weight"].narrow(dim, start, length)
+    if rank:
+        up, down = (differences.parameters[f"0.weight{end}"] for end in (".up", ".down"))
+        torch.testing.assert_close(found["0.weight.up"], gradient @ down.T)
+        torch.testing.assert_close(found["0.weight.down"], up.T @ gradient)
+    else:
+        torch.testing.assert_close(found["0.weight"], gradient)
 
 
 def test_every_named_subset_is_a_choice_of_the_configuration() -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from comfyui_controlnext.controlnext_core import checkpoint
 from comfyui_controlnext.controlnext_training.base_model.controlled import Controlled, Sizes
 from comfyui_controlnext.controlnext_training.base_model.unet import plain_attention
 from comfyui_controlnext.tests.narrow_training import FAMILIES, config_for, narrow_base
 from comfyui_controlnext.tests.sampling_fixtures import CELLS, picture, relative
 from comfyui_controlnext.tests.test_training_seam import aligned, applied, loaded_from, saved
 from comfyui_controlnext.tests.training_fixtures import CPU, SIDE, same, shaken
-from comfyui_controlnext.tests.transformer_fixtures import NARROW
+from comfyui_controlnext.tests.transformer_fixtures import NARROW, WIDTH
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 pytestmark = pytest.mark.comfy
@@ -104,6 +107,21 @@ def test_other_ranks_and_layouts_are_what_was_trained(
     assert (path.name == "controlnet.safetensors") == ("layout" in settings)
 
 
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("flux", {"rank": 8}), ("chroma", {}), ("flux", {"rank": 0, "blocks": "single"}), ("chroma", {"layout": "lora"})],
+    ids=str,
+)
+def test_parts_of_fused_weights_are_what_was_trained(
+    family: str, settings: dict[str, Any], tmp_path: Path, pinned_host: bool
+) -> None:
+    path = check_the_seam(family, tmp_path, pinned_host, trainable="single_too", **settings)
+    with safe_open(path, "pt") as file:
+        slices = json.loads(file.metadata().get("controlnext.slices", "{}"))
+    parts = {f"single_blocks.{block}.linear2.weight": [1, 0, WIDTH] for block in range(2)}
+    assert slices == ({} if "layout" in settings else parts)
+
+
 def test_a_run_goes_on_where_a_file_ends(tmp_path: Path) -> None:
     from comfyui_controlnext.controlnext_training.config import ConfigError
 
@@ -116,3 +134,20 @@ def test_a_run_goes_on_where_a_file_ends(tmp_path: Path) -> None:
     assert same(dict(again.net.state_dict()), dict(first.net.state_dict()))
     with pytest.raises(ConfigError, match="init_control: .*Set trainable, blocks and rank as they"):
         Controlled(model, config_for("flux", init_control=str(path), rank=4), torch.float32, CPU)
+
+
+def test_a_run_goes_on_where_a_file_of_parts_ends(tmp_path: Path) -> None:
+    from comfyui_controlnext.controlnext_training.config import ConfigError
+
+    model, settings = narrow_base("flux").model, {"trainable": "single_too", "blocks": "single.1"}
+    first = Controlled(model, config_for("flux", **settings), torch.float32, CPU)
+    shaken(first.differences.parameters)
+    path = saved(first, model, tmp_path, "flux", **settings)
+    again = Controlled(model, config_for("flux", **settings, init_control=str(path), seed=5), torch.float32, CPU)
+    assert same(again.differences.tensors(), first.differences.tensors())
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    metadata["controlnext.slices"] = json.dumps({"single_blocks.1.linear2.weight": (1, 8, WIDTH)})
+    moved = checkpoint.save(tmp_path / "moved.safetensors", load_file(path), metadata)
+    with pytest.raises(ConfigError, match="changes 1 weights that do not train"):
+        Controlled(model, config_for("flux", **settings, init_control=str(moved)), torch.float32, CPU)

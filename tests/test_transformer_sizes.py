@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from comfyui_controlnext.controlnext_core.low_rank import chosen_names, low_rank_parameters
+from comfyui_controlnext.controlnext_core.low_rank import chosen_names, low_rank_parameters, sliced
 from comfyui_controlnext.controlnext_core.specs import SPECS, config_of
 from comfyui_controlnext.models.controlnext import ControlNeXt
 from comfyui_controlnext.tests.transformer_files import SMALL, shapes_of
@@ -42,19 +42,40 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], int, int]] = {
 }
 
 
-@pytest.mark.parametrize("size", PUBLISHED)
-def test_the_default_fits_into_sixteen_mebibytes(size: str, pinned_host: bool) -> None:
+def counted(size: str, pinned: bool) -> tuple[Any, dict[str, torch.Size], int]:
+    """(row of the base, shapes of its weights, numbers in the encoder) of a published size."""
     from comfyui_controlnext.controlnext_core.comfy_adapter.bases.transformers import TRANSFORMERS
 
-    family, more, width, count = PUBLISHED[size]
+    family, more, width, _ = PUBLISHED[size]
     spec, small = SPECS[family], SMALL[family]
-    default = spec.differences
+    shapes = shapes_of(small.network, small.config | ({} if pinned else small.later) | more)
+    encoder = ControlNeXt(config_of(spec, width), dtype=torch.float16, device="meta")
+    row = next(base for base in TRANSFORMERS if base.family is spec.family)
+    return row, shapes, sum(p.numel() for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_the_default_fits_into_sixteen_mebibytes(size: str, pinned_host: bool) -> None:
+    family, _, width, count = PUBLISHED[size]
+    default = SPECS[family].differences
     assert default is not None
-    shapes = shapes_of(small.network, small.config | ({} if pinned_host else small.later) | more)
-    base = next(base for base in TRANSFORMERS if base.family is spec.family)
+    base, shapes, numbers = counted(size, pinned_host)
     names = chosen_names(shapes, base.trainable[default.subset], default.blocks)
     assert len(names) == count and {tuple(shapes[name]) for name in names} == {(width, width)}
-    encoder = ControlNeXt(config_of(spec, width), dtype=torch.float16, device="meta")
-    numbers = sum(p.numel() for p in encoder.parameters())
     numbers += low_rank_parameters((shapes[name] for name in names), default.rank)
     assert 2 * numbers + HEADER < LIMIT, f"{2 * numbers / 2**20:.1f} MiB"
+
+
+@pytest.mark.parametrize("size", ["Flux.1", "Chroma"])
+def test_single_blocks_fit_as_well_at_half_the_rank(size: str, pinned_host: bool) -> None:
+    """Of each single block the attention's columns alone, 3072 of 15360: 14.1 MB at rank 8, and 19.7 at rank 16."""
+    base, shapes, encoder = counted(size, pinned_host)
+    names = chosen_names(shapes, base.trainable["single_too"], None)
+    slices = base.slices("single_too", shapes, names)
+    assert len(names) == 19 + 38 and set(slices.values()) == {(1, 0, 3072)}
+    assert sorted(slices) == sorted(f"single_blocks.{block}.linear2.weight" for block in range(38))
+    assert {tuple(shapes[name]) for name in slices} == {(3072, 15360)}
+    parts = [sliced(shapes[name], slices.get(name)) for name in names]
+    megabytes = [2 * (encoder + low_rank_parameters(parts, rank)) / 1e6 for rank in (8, 16)]
+    assert megabytes == pytest.approx([14.1, 19.7], abs=0.05)
+    assert 1e6 * megabytes[0] + HEADER < LIMIT < 1e6 * megabytes[1]

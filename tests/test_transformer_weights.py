@@ -182,6 +182,75 @@ def parts(seed: int = 2) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return tensors, wholes
 
 
+def attentions(family: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
+    """(a file's tensors for every attention output of `single_too`, its slices, differences of the whole weights)"""
+    network = narrow_model(family).diffusion_model
+    generator, tensors, slices, wholes = torch.Generator().manual_seed(6), {}, {}, {}
+    for name, weight in network.named_parameters():
+        single = name.startswith("single_blocks.") and name.endswith(".linear2.weight")
+        if not (single or name.endswith("img_attn.proj.weight")):
+            continue
+        up = 0.1 * torch.randn(WIDTH, RANK, generator=generator)
+        down = torch.randn(RANK, WIDTH, generator=generator) * WIDTH**-0.5
+        tensors |= {f"{name}.up": up, f"{name}.down": down}
+        wholes[name] = torch.cat([up @ down, torch.zeros(WIDTH, weight.shape[1] - WIDTH)], dim=1)
+        if single:
+            slices[name] = (1, 0, WIDTH)
+    return tensors, slices, wholes
+
+
+@pytest.mark.parametrize("family", ["flux", "chroma"])
+def test_attention_outputs_of_single_blocks_act_at_every_strength(family: str, stage: Any) -> None:
+    """Against layers that compute with the sums; at strength 0 the plain model to the bit."""
+    at, (tensors, slices, wholes) = stage(family), attentions(family)
+    assert len(wholes) == 4 and len(slices) == 2
+    bare = velocity(at.model, family)
+    layers = {name: at.model.model.diffusion_model.get_submodule(name.removesuffix(".weight")) for name in wholes}
+    for strength in (1.0, 0.4, 0.0):
+        loaded = at.load(weights=tensors, slices=json.dumps(slices), weights_strength=strength)
+        found = velocity(loaded.model, family)
+        velocity(at.model, family)
+        sums = {layer: layer.weight.clone() + strength * wholes[name] for name, layer in layers.items()}
+        torch.testing.assert_close(found, _with_weights(at, sums), rtol=1e-4, atol=1e-5)
+        assert torch.equal(found, bare) if strength == 0 else relative(found, bare) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["flux", "chroma"])
+def test_the_first_columns_of_a_single_blocks_output_read_the_attention(family: str, stage: Any) -> None:
+    """What the host's block hands to the fused layer, against what its attention gave."""
+    import comfy.model_management
+
+    at = stage(family)
+    network = at.model.model.diffusion_model
+    row = at.load().control.net.spec.family
+    from comfyui_controlnext.controlnext_core.comfy_adapter.bases.table import BASES
+
+    (base,) = (base for base in BASES if base.family is row)
+    shapes = {name: tensor.shape for name, tensor in network.named_parameters()}
+    name = "single_blocks.1.linear2.weight"
+    (dim, start, length) = base.slices("single_too", shapes, [name])[name]
+    attended: list[Tensor] = []
+    read: list[Tensor] = []
+
+    def attention(function: Any, *args: Any, **more: Any) -> Tensor:
+        attended.append(function(*args, **more))
+        return attended[-1]
+
+    layer = network.get_submodule(name.removesuffix(".weight"))
+    watching = layer.register_forward_pre_hook(lambda module, given: read.append(given[0]))
+    comfy.model_management.load_models_gpu([at.model])
+    given = inputs(family, (8, 8))
+    options = {"cond_or_uncond": [0], "sigmas": given.sigma, "optimized_attention_override": attention}
+    try:
+        at.model.model.apply_model(
+            given.x, given.sigma, c_crossattn=given.context, transformer_options=options, **given.more
+        )
+    finally:
+        watching.remove()
+    assert dim == 1 and torch.equal(read[0].narrow(-1, start, length), attended[-1])
+    assert base.slices("all", shapes, [name]) == {} == base.slices("re:linear2", shapes, [name])
+
+
 @pytest.mark.parametrize("stored", ["plain", "quantised"])
 def test_a_part_of_a_fused_weight_is_changed_and_no_other(stored: str, stage: Any, tmp_path: Path) -> None:
     """Flux: an output projection by its columns, a query-key-value projection by its rows."""
@@ -244,11 +313,18 @@ def test_parts_of_fused_weights_are_saved_as_parts_and_as_a_lora(
 def test_inspect_says_family_subset_rank_and_parts(stage: Any) -> None:
     from comfyui_controlnext.controlnext_core.comfy_adapter.files.inspecting import inspect_file
 
+    single = attentions("chroma")
     for family, weights, slices, words in (
         ("sd3", factors("sd3"), "{}", "changes 1 weights of SD3: subset to_out, rank 3\n"),
         ("z_image", factors("z_image"), "{}", "changes 1 weights of Z-Image: subset to_out, rank 3\n"),
         ("lumina2", _refiner(), "{}", "changes 1 weights of Lumina2: subset refiners_too, rank 3\n"),
         ("flux", parts()[0], json.dumps(SLICES), "changes 2 weights of Flux.1: subset all, rank 3, parts of 2 fused"),
+        (
+            "chroma",
+            single[0],
+            json.dumps(single[1]),
+            "4 weights of Chroma: subset single_too, rank 3, parts of 2 fused",
+        ),
     ):
         text = inspect_file(stage(family).file(weights=weights, slices=slices))
         assert words in text and f"({family})" not in text and f"can be: {family} = " in text

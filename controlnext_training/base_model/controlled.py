@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...controlnext_core.comfy_adapter.bases.base import LoadedBase
 from ...controlnext_core.comfy_adapter.bases.table import loaded_base
 from ...controlnext_core.key_maps import KeyMap
-from ...controlnext_core.low_rank import whole
+from ...controlnext_core.low_rank import name_of, whole
 from ...controlnext_core.specs import SPECS
 from ...controlnext_core.unet_weights import published_names
 from ..choices import rank_of
@@ -87,7 +87,8 @@ class Controlled(nn.Module):
         trains_base = self.control.trains_base
         names = names_that_train(self.facts, self.unet, config) if trains_base else []
         rank = rank_of(config.variant, config.rank)
-        self.differences: Differences = train_differences(self.unet, names, device, rank, config.seed)
+        slices = self.facts.row.slices(config.trainable, shapes_of(self.unet), names)
+        self.differences: Differences = train_differences(self.unet, names, device, rank, config.seed, slices)
         if config.init_control and trains_base:
             start_from(self.differences, Path(config.init_control), self.facts, model)
         fetched_on = device if config.offload else None
@@ -180,7 +181,7 @@ class Controlled(nn.Module):
 
     def published_differences(self) -> dict[str, Tensor]:
         """Learned differences of the base's weights under published names, in fp32 on the CPU."""
-        host = {name: whole(difference) for name, difference in self.differences.by_weight().items()}
+        host = {name_of(key): whole(difference) for key, difference in self.differences.by_weight().items()}
         return published_names(host, self.key_map) if host else {}
 
 
@@ -193,6 +194,11 @@ def names_that_train(facts: LoadedBase, network: nn.Module, config: TrainConfig)
     blocks = config.blocks or (f"joint.0-{own.blocks - 1}" if own.blocks else "")
     names = {name: name for name, _ in network.named_parameters()}
     return selected(names, config.trainable, blocks, row.trainable, row.sides)
+
+
+def shapes_of(network: nn.Module) -> dict[str, torch.Size]:
+    """Shapes of a network's weights by name."""
+    return {name: parameter.shape for name, parameter in network.named_parameters()}
 
 
 def _ready(conditions: Sequence[Conditions], rows: int, device: torch.device) -> list[Conditions]:

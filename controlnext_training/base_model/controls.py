@@ -29,7 +29,17 @@ from ...controlnext_core.detection import ControlFile, choose_spec, read_control
 from ...controlnext_core.families import CONTEXT_FAMILIES
 from ...controlnext_core.finite import check_weights
 from ...controlnext_core.injection import Term, pool_to, prepare
-from ...controlnext_core.low_rank import DOWN, UP, Difference, Key, LowRank, name_of, read_differences
+from ...controlnext_core.low_rank import (
+    DOWN,
+    UP,
+    Difference,
+    LowRank,
+    Slice,
+    in_host,
+    name_of,
+    read_differences,
+    slice_of,
+)
 from ...controlnext_core.specs import SPECS, GainLaw, Spec, config_of, with_normalization, with_trained_gain
 from ...controlnext_core.unet_weights import HOST_PREFIX, published_names
 from ...controlnext_core.xs_convert import write as write_xs
@@ -66,9 +76,9 @@ class TrainedControl(Protocol):
         """
 
     def save(
-        self, stem: Path, weights: Mapping[str, Difference], layout: str, dtype: torch.dtype, facts: Mapping[str, str]
+        self, stem: Path, differences: Differences, layout: str, dtype: torch.dtype, facts: Mapping[str, str]
     ) -> Path:
-        """Write the trained file; weights: differences by host name; facts: metadata of the run."""
+        """Write the trained file; differences: of the base's weights; facts: metadata of the run."""
 
     def check(self, header: checkpoint.Header) -> None:
         """Raise CheckpointError where a loader would not take the trained file."""
@@ -175,13 +185,15 @@ class _NeXt:
         return (gain.factor * strength * scale).reshape(1)
 
     def save(
-        self, stem: Path, weights: Mapping[str, Difference], layout: str, dtype: torch.dtype, facts: Mapping[str, str]
+        self, stem: Path, differences: Differences, layout: str, dtype: torch.dtype, facts: Mapping[str, str]
     ) -> Path:
         encoder = self.net.state_dict()
-        whole = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
+        weights = differences.by_weight()
+        whole = {key: tensor for key, tensor in weights.items() if isinstance(key, str) and isinstance(tensor, Tensor)}
         if self.spec.on_transformer or len(whole) < len(weights):
-            keyed: dict[Key, Difference] = {HOST_PREFIX + name: difference for name, difference in weights.items()}
-            return write_host_control(stem, encoder, keyed, self.spec, layout, dtype, facts, lambda name: None)
+            keyed = {in_host(key): difference for key, difference in weights.items()}
+            shape_of = {HOST_PREFIX + name: shape for name, shape in differences.shapes.items()}.get
+            return write_host_control(stem, encoder, keyed, self.spec, layout, dtype, facts, shape_of)
         published = published_names(whole, self.facts.key_map()) if whole else {}
         return write_control(stem, encoder, published, self.spec, layout, dtype, facts)
 
@@ -233,7 +245,7 @@ class _XS:
         join_forward(options, XSJob((), start))
 
     def save(
-        self, stem: Path, weights: Mapping[str, Difference], layout: str, dtype: torch.dtype, facts: Mapping[str, str]
+        self, stem: Path, differences: Differences, layout: str, dtype: torch.dtype, facts: Mapping[str, str]
     ) -> Path:
         tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in self.net.state_dict().items()}
         folder = layout == "xs_diffusers"
@@ -295,8 +307,9 @@ def start_from(differences: Differences, path: Path, facts: LoadedBase, model: M
     chosen = choose_weights(file, "auto")
     if chosen.path is None:
         return
-    found = _by_parameter(file, chosen, facts, model)
+    found, slices = _by_parameter(file, chosen, facts, model)
     others = sorted(found.keys() - differences.parameters.keys())
+    others = others or sorted(name for name in slices if slices[name] != differences.slices.get(name))
     if others:
         raise ConfigError(
             f"init_control: {chosen.path} changes {len(others)} weights that do not train here, first {others[0]}. Set "
@@ -310,8 +323,8 @@ def start_from(differences: Differences, path: Path, facts: LoadedBase, model: M
 
 def _by_parameter(
     file: ControlFile, chosen: ChosenWeights, facts: LoadedBase, model: ModelPatcher
-) -> dict[str, Tensor]:
-    """The differences of a file by the names of `Differences.parameters`, in fp32."""
+) -> tuple[dict[str, Tensor], dict[str, Slice | None]]:
+    """(differences of a file by the names of `Differences.parameters`, in fp32, slices by the names of weights)."""
     if (named := host_named(file, chosen)) is None:
         whole: Mapping[Any, Difference] = differences_of(file, chosen, facts.key_map(), base_weights(model)).tensors
     else:
@@ -323,4 +336,4 @@ def _by_parameter(
             found[name + UP], found[name + DOWN] = difference.up.float(), difference.down.float()
         else:
             found[name] = difference.float()
-    return found
+    return found, {name_of(key).removeprefix(HOST_PREFIX): slice_of(key) for key in whole}

@@ -6,13 +6,15 @@ image of the batch, a frame, or a whole clip of a base that has one sequence for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ...key_maps import KeyMap
+from ...low_rank import Part, Slice, chosen_slices
 from ...specs import Family, Site, Spec
 
 Options = dict[str, Any]
@@ -72,6 +74,10 @@ class Place:
     was."""
 
 
+ALL = "all"
+"""The subset of every weight."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Base:
     """One family of base models, as the host has it. What is known without the host is in `families.FAMILIES`."""
@@ -89,6 +95,15 @@ class Base:
     """Name of a subset -> regular expression searched in the host's names of the weights in it."""
     sides: Mapping[str, str]
     """Group of blocks as a setting names it -> start of the host's names of its weights; a number may follow."""
+    fused: Mapping[str, Part] = field(default_factory=dict)
+    """Regular expression searched in the host's names -> the part of such a weight that is an attention's output."""
+
+    def slices(self, subset: str, shapes: Mapping[str, torch.Size], names: Iterable[str]) -> dict[str, Slice]:
+        """Slices that a subset means of those of its weights that are fused; `all` and expressions mean whole ones.
+
+        shapes: of the base's weights by the host's names; names: of the weights in the subset.
+        """
+        return chosen_slices(shapes, names, self.fused) if subset in self.trainable and subset != ALL else {}
 
 
 @dataclass(frozen=True, slots=True)

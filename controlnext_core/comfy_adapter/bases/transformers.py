@@ -12,12 +12,13 @@ from typing import Any
 
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 from comfy.model_patcher import ModelPatcher
-from torch import Tensor
+from torch import Size, Tensor
 
 from ...families import FAMILIES
 from ...key_maps import KeyMap, mmdit_key_map
+from ...low_rank import Part, Slice
 from ...specs import Family, Site
-from .base import Base, Door, Place
+from .base import ALL, Base, Door, Place
 from .tokens import (
     FromTheEnd,
     PictureTokens,
@@ -68,6 +69,7 @@ def transformer(
     sides: Mapping[str, str],
     key_map: Callable[[Mapping[str, Any]], KeyMap] = no_published_names,
     subsets: Mapping[str, str] | None = None,
+    fused: Mapping[str, Part] | None = None,
 ) -> Base:
     """One row. attention_out: the output projections of the picture's attention, `to_out`, the default subset."""
     return Base(
@@ -76,8 +78,9 @@ def transformer(
         places=places,
         key_map=key_map,
         encoder_time=thousandths,
-        trainable={"none": r"(?!)", "to_out": attention_out, **(subsets or {}), "all": r""},
+        trainable={"none": r"(?!)", "to_out": attention_out, **(subsets or {}), ALL: r""},
         sides=sides,
+        fused=fused or {},
     )
 
 
@@ -111,19 +114,30 @@ def _is_flux(model: Any) -> bool:
     return _image_model(model) == "flux" and config.get("vec_in_dim") is not None and not config.get("yak_mlp")
 
 
+def attention_columns(shape: Size) -> Slice:
+    """Of a single block's output, (width, width + MLP): the columns that read the attention come first."""
+    return 1, 0, shape[0]
+
+
+TWO_STREAMS: dict[str, Any] = {
+    "attention_out": r"^double_blocks\.\d+\.img_attn\.proj\.weight$",
+    "sides": STREAMS,
+    "subsets": {"single_too": r"^(double_blocks\.\d+\.img_attn\.proj|single_blocks\.\d+\.linear2)\.weight$"},
+    "fused": {r"^single_blocks\.\d+\.linear2\.weight$": attention_columns},
+}
+"""Weights of Flux.1 and Chroma."""
+
 FLUX = transformer(
     Family.FLUX,
     matches=_is_flux,
     places=lambda model: first_block(Family.FLUX, model.diffusion_model.hidden_size, replace_block),
-    attention_out=r"^double_blocks\.\d+\.img_attn\.proj\.weight$",
-    sides=STREAMS,
+    **TWO_STREAMS,
 )
 CHROMA = transformer(
     Family.CHROMA,
     matches=lambda model: _image_model(model) == "chroma",
     places=lambda model: first_block(Family.CHROMA, model.diffusion_model.hidden_size, replace_block),
-    attention_out=r"^double_blocks\.\d+\.img_attn\.proj\.weight$",
-    sides=STREAMS,
+    **TWO_STREAMS,
 )
 QWEN_IMAGE = transformer(
     Family.QWEN_IMAGE,
