@@ -21,10 +21,10 @@ from comfyui_controlnext.benchmarks.candidates.encoder_and_fuse import channels_
 from comfyui_controlnext.benchmarks.candidates.merged_products import merged_products  # noqa: E402
 from comfyui_controlnext.benchmarks.candidates.one_graph import one_graph  # noqa: E402
 from comfyui_controlnext.benchmarks.candidates.streams import beside_the_base, fetched_ahead  # noqa: E402
-from comfyui_controlnext.benchmarks.host import Options, begin  # noqa: E402
+from comfyui_controlnext.benchmarks.host_start import Options, begin  # noqa: E402
 from comfyui_controlnext.benchmarks.paired import RUN_STEPS  # noqa: E402
 from comfyui_controlnext.benchmarks.real_size import make_unet  # noqa: E402
-from comfyui_controlnext.benchmarks.report import append_table, spread  # noqa: E402
+from comfyui_controlnext.benchmarks.recording import append_table, spread  # noqa: E402
 from comfyui_controlnext.benchmarks.sampling import Setup, forget, queue  # noqa: E402
 
 HEAD = ("candidate", "control", "a step against the product", "difference of latents", "pays")

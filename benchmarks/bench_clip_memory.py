@@ -20,13 +20,13 @@ if __package__ in (None, ""):
 import torch  # noqa: E402
 from comfyui_controlnext.benchmarks.bench_transformer_counts import STEPS, counts_of  # noqa: E402
 from comfyui_controlnext.benchmarks.bench_video_memory import MIB, Allocations  # noqa: E402
-from comfyui_controlnext.benchmarks.host import begin  # noqa: E402
+from comfyui_controlnext.benchmarks.host_start import begin  # noqa: E402
 from comfyui_controlnext.benchmarks.real_transformers import (  # noqa: E402
     META,
     PUBLISHED,
     TransformerScene,
 )
-from comfyui_controlnext.benchmarks.report import append_table  # noqa: E402
+from comfyui_controlnext.benchmarks.recording import append_table  # noqa: E402
 from comfyui_controlnext.controlnext_core.families import FAMILIES  # noqa: E402
 from comfyui_controlnext.controlnext_core.injection import prepare  # noqa: E402
 from comfyui_controlnext.controlnext_core.memory import NUMBERS_PER_PIXEL, rows_at_once, wide_bytes  # noqa: E402

@@ -19,9 +19,9 @@ if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
 from comfyui_controlnext.benchmarks.counting import Count, Scene, count, once_per_hint  # noqa: E402
-from comfyui_controlnext.benchmarks.host import begin  # noqa: E402
+from comfyui_controlnext.benchmarks.host_start import begin  # noqa: E402
 from comfyui_controlnext.benchmarks.real_size import make_control, make_stock, make_xs  # noqa: E402
-from comfyui_controlnext.benchmarks.report import append_table  # noqa: E402
+from comfyui_controlnext.benchmarks.recording import append_table  # noqa: E402
 
 STEPS = 20
 SCENES = (("sd15", 512, 512, 1), ("sdxl", 1024, 1024, 1), ("svd", 576, 1024, 14))

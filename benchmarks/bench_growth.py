@@ -16,10 +16,10 @@ if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
 from comfyui_controlnext.benchmarks.counting import Scene, count, once_per_hint  # noqa: E402
-from comfyui_controlnext.benchmarks.host import Options, begin  # noqa: E402
+from comfyui_controlnext.benchmarks.host_start import Options, begin  # noqa: E402
 from comfyui_controlnext.benchmarks.paired import RUN_STEPS, Case, measure  # noqa: E402
 from comfyui_controlnext.benchmarks.real_size import make_control, make_unet  # noqa: E402
-from comfyui_controlnext.benchmarks.report import append_table  # noqa: E402
+from comfyui_controlnext.benchmarks.recording import append_table  # noqa: E402
 from comfyui_controlnext.benchmarks.sampling import Setup, watching  # noqa: E402
 
 Size = tuple[str, int, int, int, int]

@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):
     runpy.run_path(str(ROOT / "_alias.py"))
 
-from comfyui_controlnext.benchmarks.host import add_options  # noqa: E402
-from comfyui_controlnext.benchmarks.report import append_table  # noqa: E402
+from comfyui_controlnext.benchmarks.host_start import add_options  # noqa: E402
+from comfyui_controlnext.benchmarks.recording import append_table  # noqa: E402
 
 CHILD = """
 import gc, importlib.util, runpy, sys, time

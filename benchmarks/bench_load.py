@@ -22,9 +22,9 @@ import torch
 if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
-from comfyui_controlnext.benchmarks.host import Options, begin  # noqa: E402
+from comfyui_controlnext.benchmarks.host_start import Options, begin  # noqa: E402
 from comfyui_controlnext.benchmarks.real_size import UNETS, make_unet  # noqa: E402
-from comfyui_controlnext.benchmarks.report import append_table, spread  # noqa: E402
+from comfyui_controlnext.benchmarks.recording import append_table, spread  # noqa: E402
 from comfyui_controlnext.controlnext_core.feature_cache import MIB  # noqa: E402
 from comfyui_controlnext.tools.tiny_models import attention_layers, make_controlnext  # noqa: E402
 from comfyui_controlnext.tools.tiny_models.storage import random_tensor, save  # noqa: E402

@@ -20,8 +20,8 @@ import torch
 if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
-from comfyui_controlnext.benchmarks.host import Options, begin, has_dynamic_vram  # noqa: E402
-from comfyui_controlnext.benchmarks.report import append_table  # noqa: E402
+from comfyui_controlnext.benchmarks.host_start import Options, begin, has_dynamic_vram  # noqa: E402
+from comfyui_controlnext.benchmarks.recording import append_table  # noqa: E402
 from comfyui_controlnext.benchmarks.sampling import Setup, forget, queue  # noqa: E402
 from comfyui_controlnext.tools import tiny_models  # noqa: E402
 

@@ -19,9 +19,9 @@ if __package__ in (None, ""):
 
 from comfyui_controlnext.benchmarks.bench_counts import make  # noqa: E402
 from comfyui_controlnext.benchmarks.counting import META, Scene, peak  # noqa: E402
-from comfyui_controlnext.benchmarks.host import Options, begin  # noqa: E402
+from comfyui_controlnext.benchmarks.host_start import Options, begin  # noqa: E402
 from comfyui_controlnext.benchmarks.real_size import fits, make_stock, make_unet  # noqa: E402
-from comfyui_controlnext.benchmarks.report import append_table  # noqa: E402
+from comfyui_controlnext.benchmarks.recording import append_table  # noqa: E402
 from comfyui_controlnext.benchmarks.sampling import Setup, forget, queue  # noqa: E402
 from comfyui_controlnext.controlnext_core.feature_cache import MIB  # noqa: E402
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
-from comfyui_controlnext.benchmarks.host import Options, begin  # noqa: E402
-from comfyui_controlnext.benchmarks.report import append_table  # noqa: E402
+from comfyui_controlnext.benchmarks.host_start import Options, begin  # noqa: E402
+from comfyui_controlnext.benchmarks.recording import append_table  # noqa: E402
 
 HEAD = ("network", "s in all", "steps", "loss or error at first", "at the end", "MiB")
 LONGEST = 3600.0

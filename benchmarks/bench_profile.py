@@ -26,9 +26,9 @@ if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
 from comfyui_controlnext.benchmarks.bench_counts import make  # noqa: E402
-from comfyui_controlnext.benchmarks.host import Options, begin  # noqa: E402
+from comfyui_controlnext.benchmarks.host_start import Options, begin  # noqa: E402
 from comfyui_controlnext.benchmarks.real_size import fits, make_unet  # noqa: E402
-from comfyui_controlnext.benchmarks.report import append_table  # noqa: E402
+from comfyui_controlnext.benchmarks.recording import append_table  # noqa: E402
 from comfyui_controlnext.benchmarks.sampling import OWN_RANGE, Setup, forget, queue, watching  # noqa: E402
 
 SIZES = {"sd15": (512, 256), "sdxl": (1024, 512)}

@@ -19,11 +19,11 @@ import torch
 if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
-from comfyui_controlnext.benchmarks.host import Options, begin  # noqa: E402
+from comfyui_controlnext.benchmarks.host_start import Options, begin  # noqa: E402
 from comfyui_controlnext.benchmarks.paired import Case, measure, measure_own  # noqa: E402
+from comfyui_controlnext.benchmarks.published_transformers import TRANSFORMERS, make_model, width_of  # noqa: E402
 from comfyui_controlnext.benchmarks.real_size import make_control, make_stock, make_unet, make_xs  # noqa: E402
 from comfyui_controlnext.benchmarks.sampling import Setup, watching  # noqa: E402
-from comfyui_controlnext.benchmarks.transformers import TRANSFORMERS, make_model, width_of  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
 import torch
-from comfyui_controlnext.benchmarks.host import DTYPES, begin, bring_in
+from comfyui_controlnext.benchmarks.host_start import DTYPES, begin, bring_in
 from comfyui_controlnext.benchmarks.meters import WARM_UP, Peak, Times
-from comfyui_controlnext.benchmarks.report import append_table
+from comfyui_controlnext.benchmarks.recording import append_table
 from torch import Tensor
 
 FILE_DTYPES = {**DTYPES, "fp8": torch.float8_e4m3fn}

@@ -17,14 +17,14 @@ if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
 from comfyui_controlnext.benchmarks.counting import Count, count  # noqa: E402
-from comfyui_controlnext.benchmarks.host import begin  # noqa: E402
+from comfyui_controlnext.benchmarks.host_start import begin  # noqa: E402
 from comfyui_controlnext.benchmarks.other_controls import OTHERS  # noqa: E402
 from comfyui_controlnext.benchmarks.real_transformers import (  # noqa: E402
     PUBLISHED,
     TransformerScene,
     make_control,
 )
-from comfyui_controlnext.benchmarks.report import append_table  # noqa: E402
+from comfyui_controlnext.benchmarks.recording import append_table  # noqa: E402
 
 SIDE = 1024
 STEPS = 20

@@ -20,7 +20,7 @@ import torch
 if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
-from comfyui_controlnext.benchmarks.host import Options, begin  # noqa: E402
+from comfyui_controlnext.benchmarks.host_start import Options, begin  # noqa: E402
 from comfyui_controlnext.benchmarks.real_transformers import (  # noqa: E402
     PUBLISHED,
     Published,
@@ -28,7 +28,7 @@ from comfyui_controlnext.benchmarks.real_transformers import (  # noqa: E402
     make_control,
     sd3,
 )
-from comfyui_controlnext.benchmarks.report import append_table, spread  # noqa: E402
+from comfyui_controlnext.benchmarks.recording import append_table, spread  # noqa: E402
 from comfyui_controlnext.benchmarks.sampling import WATCH, watching  # noqa: E402
 
 HEAD = ("base", "width", "own, second run", "s/forward")

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
-from comfyui_controlnext.benchmarks.report import Report  # noqa: E402
+from comfyui_controlnext.benchmarks.recording import Report  # noqa: E402
 from comfyui_controlnext.controlnext_core.families import FAMILIES  # noqa: E402
 from comfyui_controlnext.controlnext_core.feature_cache import DEVICE_BUDGET, HOST_BUDGET, pinned_bytes  # noqa: E402
 from comfyui_controlnext.controlnext_core.injection import prepare  # noqa: E402

@@ -19,7 +19,7 @@ if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
 from comfyui_controlnext.benchmarks.bench_video_memory import DTYPES, Allocations  # noqa: E402
-from comfyui_controlnext.benchmarks.report import Report  # noqa: E402
+from comfyui_controlnext.benchmarks.recording import Report  # noqa: E402
 from comfyui_controlnext.controlnext_core.checkpoint import Header  # noqa: E402
 from comfyui_controlnext.controlnext_core.memory import xs_numbers_per_cell, xs_numbers_per_pixel  # noqa: E402
 from comfyui_controlnext.controlnext_core.xs_detection import read_xs_file  # noqa: E402

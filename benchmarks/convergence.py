@@ -22,7 +22,7 @@ if __package__ in (None, ""):
 from comfyui_controlnext.benchmarks import evidence_runs as runs  # noqa: E402
 from comfyui_controlnext.benchmarks import evidence_tables  # noqa: E402
 from comfyui_controlnext.benchmarks.evidence_tables import PAGE  # noqa: E402
-from comfyui_controlnext.benchmarks.host import bring_in  # noqa: E402
+from comfyui_controlnext.benchmarks.host_start import bring_in  # noqa: E402
 from comfyui_controlnext.tools.environment import ROOT, SetupError  # noqa: E402
 
 FOLDER = ROOT / ".cache" / "convergence"

@@ -28,7 +28,7 @@ from ..tools.demo_sheet import CFG
 from ..tools.demo_weights.other_base import OTHER, in_negative, make_other_base
 from ..tools.demo_weights.shipped import CHECKPOINT, EDGES, FOLDERS, LORA, MASK, XS, install
 from ..tools.demo_weights.style import at_night
-from .report import facts
+from .recording import facts
 
 COUNT = 8
 """Scenes of each row; those with shapes that do not touch, so that each can have a hint of its own."""

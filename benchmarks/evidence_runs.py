@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..tools.environment import ROOT
-from .report import facts
+from .recording import facts
 
 if TYPE_CHECKING:
     from ..controlnext_training.base_model.encode import BaseWithEncoders

@@ -12,7 +12,7 @@ from typing import Any
 from ..controlnext_training.plots import Line, line_chart
 from ..tools.environment import ROOT
 from .evidence_runs import CASES, Plan, result_of
-from .report import result_path
+from .recording import result_path
 
 PAGE = ROOT / "docs" / "evidence.md"
 SHORT = {

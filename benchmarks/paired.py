@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .host import Options
-from .report import append_table, spread
+from .host_start import Options
+from .recording import append_table, spread
 from .sampling import Cost, Run, Setup, forget, queue
 
 HEAD = ("case", "goal GPU / CPU", "wall", "processor time", "own", "s/step")

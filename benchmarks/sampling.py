@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .published_transformers import TRANSFORMERS
 from .real_size import UNETS
-from .transformers import TRANSFORMERS
 
 CFG = {"sd15": 7.0, "sdxl": 7.0, "svd": 2.5, **{name: row.cfg for name, row in TRANSFORMERS.items()}}
 KEY = "controlnext_benchmark"

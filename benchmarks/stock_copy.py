@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..controlnext_core import checkpoint
 from ..controlnext_core.comfy_adapter.bases.base import LoadedBase
 from ..controlnext_training.base_model.controls import MakeControl, Options
-from ..controlnext_training.base_model.unet import plain_attention
+from ..controlnext_training.base_model.trainable_copy import plain_attention
 from ..controlnext_training.config import TrainConfig
 from ..controlnext_training.trainables import Differences
 from .real_size import NOT_STOCK

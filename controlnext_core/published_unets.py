@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .checkpoint import CheckpointError
-from .counting import Numbered
+from .numbers_in_names import Numbered
 
 Shapes = Mapping[str, tuple[int, ...]]
 

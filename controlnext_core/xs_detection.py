@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from ..models.controlnet_xs import HINT_CONVS, ControlNetXS, ControlNetXSConfig
 from .checkpoint import Header, compare_shapes
-from .counting import Numbered
 from .detection import DetectionError, read_control_file
 from .encodable import cut
+from .numbers_in_names import Numbered
 from .specs import Family
 from .xs_key_maps import DIFFUSERS, OFFICIAL, from_ours, reduce_fused, to_ours
 from .xs_specs import (

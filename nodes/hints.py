@@ -8,7 +8,7 @@ import torch
 
 from ..controlnext_core.hints.pose import MIN_SIDE, SIDE_STEP, align_poses
 from ..controlnext_core.hints.pose_drawing import draw_poses
-from ..controlnext_core.hints.samples import KINDS, PERIOD, SCENE_NAMES, sample
+from ..controlnext_core.hints.sample_inputs import KINDS, PERIOD, SCENE_NAMES, sample
 from ._api import ControlNode, io, ui, wrong_choice
 
 PoseKeypoint = io.Custom("POSE_KEYPOINT")

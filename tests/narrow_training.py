@@ -123,7 +123,7 @@ def on_the_host(model: Any, batch: Any) -> Tensor:
     """Output of the host's own apply_model for a batch, in inference mode and with torch's attention."""
     import comfy.model_management
     from comfy.samplers import cond_cat
-    from comfyui_controlnext.controlnext_training.base_model.unet import plain_attention
+    from comfyui_controlnext.controlnext_training.base_model.trainable_copy import plain_attention
 
     ready = [
         {name: cond.process_cond(batch_size=1, device=CPU, area=None) for name, cond in one.items()}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from comfyui_controlnext.benchmarks import report
+from comfyui_controlnext.benchmarks import recording
 from comfyui_controlnext.tools import bench, cli
 
 MIB = 1024 * 1024
@@ -126,13 +126,13 @@ def test_the_peak_over_the_bare_sdxl_stays_within_the_goals(name: str, most: flo
 def test_a_table_is_appended_with_what_it_was_measured_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(report, "FOLDER", tmp_path)
+    monkeypatch.setattr(recording, "FOLDER", tmp_path)
     for title in ("first", "second"):
-        report.append_table("speed", title, ("case", "ratio"), [("bare", "1")], "fp16", tmp_path / "all.json")
+        recording.append_table("speed", title, ("case", "ratio"), [("bare", "1")], "fp16", tmp_path / "all.json")
     (page,) = tmp_path.glob("speed_*.md")
     text = page.read_text("utf-8")
     assert text.startswith("# speed\n") and text.count("| bare | 1     |") == 2
-    assert f"## second\n\n{report.facts()}; fp16\n" in text and torch.__version__ in text
+    assert f"## second\n\n{recording.facts()}; fp16\n" in text and torch.__version__ in text
     entries = [json.loads(line) for line in (tmp_path / "all.json").read_text("utf-8").splitlines()]
     assert [entry["title"] for entry in entries] == ["first", "second"]
     assert entries[0]["rows"] == [{"case": "bare", "ratio": "1"}]
@@ -140,12 +140,12 @@ def test_a_table_is_appended_with_what_it_was_measured_on(
 
 
 def test_a_spread_is_median_and_range() -> None:
-    assert report.spread([1.1, 1.0, 1.3]) == "1.100 (1.000 to 1.300)"
-    assert report.spread([1.05]) == "1.050"
+    assert recording.spread([1.1, 1.0, 1.3]) == "1.100 (1.000 to 1.300)"
+    assert recording.spread([1.05]) == "1.050"
 
 
 def test_every_benchmark_has_its_script_and_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    scripts = Path(report.__file__).parent
+    scripts = Path(recording.__file__).parent
     assert all((scripts / f"bench_{name}.py").is_file() for name in bench.BENCHMARKS)
     options = cli.parse(["bench", "fly", "--quick"])
     assert bench.run_benchmarks(options, lambda: Path("nowhere")) == 2

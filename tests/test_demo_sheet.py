@@ -169,7 +169,7 @@ def test_parts_of_the_sheet_stand_below_each_other_and_whole() -> None:
 
 
 def test_what_to_do_next_names_a_template_that_there_is() -> None:
-    from comfyui_controlnext.tools.workflows.demo import demo
+    from comfyui_controlnext.tools.workflows.demo_graphs import demo
 
     told = demo_sheet.AFTERWARDS.format(seconds=61.4, sheet="a/sheet.png", pack="Pack")
     assert f"'{demo().title}'" in told and "Done in 61 s. Open a/sheet.png" in told and "run.py comfy" in told

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from comfyui_controlnext.tools.demo_weights import assembling, base, running, style, widening
+from comfyui_controlnext.tools.demo_weights import assembling, running, scene_base, style, widening
 from comfyui_controlnext.tools.demo_weights import autoencoder as ae
 from comfyui_controlnext.tools.demo_weights.text_encoder import text_encoder
 from comfyui_controlnext.tools.tiny_models.storage import Pools
@@ -24,7 +24,7 @@ CIRCLE, SQUARE, END, PAD = 3, 7, 12, 13  # places in either, after the start tok
 @pytest.fixture(scope="module")
 def narrow() -> nn.Module:
     """A narrow UNet none of whose weights are special."""
-    unet = base.new_unet().requires_grad_(False)
+    unet = scene_base.new_unet().requires_grad_(False)
     random = torch.Generator().manual_seed(1)
     for value in unet.parameters():
         value.add_(torch.randn(value.shape, generator=random) * (value[0].numel() ** -0.5 if value.ndim > 1 else 0.1))
@@ -46,7 +46,7 @@ def loaded(narrow: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple
 def output(unet: nn.Module) -> Tensor:
     random = torch.Generator().manual_seed(2)
     x, words = torch.randn(2, 4, 8, 8, generator=random), torch.randn(2, 77, 768, generator=random)
-    return unet(x, torch.tensor([10.0, 800.0]), words, transformer_options=base._options())
+    return unet(x, torch.tensor([10.0, 800.0]), words, transformer_options=scene_base._options())
 
 
 def test_the_wide_network_is_detected_as_sd15_and_computes_what_the_narrow_one_does(
@@ -54,7 +54,7 @@ def test_the_wide_network_is_detected_as_sd15_and_computes_what_the_narrow_one_d
 ) -> None:
     model = loaded[0].model
     assert type(model.model_config).__name__ == "SD15"
-    assert model.model_config.unet_config["model_channels"] == 2 * base.LAYOUT["model_channels"]
+    assert model.model_config.unet_config["model_channels"] == 2 * scene_base.LAYOUT["model_channels"]
     wide = output(model.diffusion_model.float())
     assert wide.std() > 0.1
     torch.testing.assert_close(wide, output(narrow), atol=2e-5, rtol=0)
@@ -71,7 +71,7 @@ def test_a_lora_of_the_narrow_network_acts_on_the_wide_one(narrow: nn.Module) ->
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
     before = {name: value.clone() for name, value in narrow.state_dict().items()}
-    copy = base.new_unet().requires_grad_(False)
+    copy = scene_base.new_unet().requires_grad_(False)
     copy.load_state_dict(before)
     low_ranks = style.add_low_rank(copy)
     random = torch.Generator().manual_seed(3)
@@ -85,7 +85,7 @@ def test_a_lora_of_the_narrow_network_acts_on_the_wide_one(narrow: nn.Module) ->
         }
         up, down = part[".lora_up.weight"].float(), part[".lora_down.weight"].float()
         wide[f"{name}.weight"] += (up.flatten(1) @ down.flatten(1)).view_as(wide[f"{name}.weight"])
-    big = UNetModel(**{**base.LAYOUT, "model_channels": 320}, dtype=torch.float32, operations=_operations())
+    big = UNetModel(**{**scene_base.LAYOUT, "model_channels": 320}, dtype=torch.float32, operations=_operations())
     big.load_state_dict(wide)
     changed = output(copy)
     assert (changed - output(narrow)).abs().max() > 0.1
@@ -100,7 +100,9 @@ def _operations() -> Any:
 
 def test_a_word_says_what_stood_before_it_and_the_end_says_everything(loaded: tuple[Any, Any, Any]) -> None:
     clip = loaded[1]
-    one, two, other = (base.context(clip, text) for text in (WORDS, SWAPPED, "a pink triangle on a black background"))
+    one, two, other = (
+        scene_base.context(clip, text) for text in (WORDS, SWAPPED, "a pink triangle on a black background")
+    )
     away = (one - two).square().mean(1).sqrt()
     assert away[CIRCLE] > 0.4 and away[SQUARE] > 0.4  # the same word behind another colour
     assert away[0] == 0
@@ -120,14 +122,16 @@ def test_the_text_encoder_is_the_same_in_every_file() -> None:
 
 def test_many_captions_at_once_are_what_the_stock_node_encodes(loaded: tuple[Any, Any, Any]) -> None:
     clip = loaded[1]
-    torch.testing.assert_close(base.contexts_of(clip, [WORDS, ""])[1], base.context(clip, ""), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        scene_base.contexts_of(clip, [WORDS, ""])[1], scene_base.context(clip, ""), atol=1e-5, rtol=0
+    )
 
 
 def test_latents_are_as_the_unet_sees_them(loaded: tuple[Any, Any, Any]) -> None:
     """The host multiplies what its VAE encodes by the latent format's factor; the training does not."""
     model, _, vae = loaded
     start = ae.new_autoencoder().requires_grad_(False)
-    picture = torch.from_numpy(base.draw(0, 0, 64).image)[None].float() / 255
+    picture = torch.from_numpy(scene_base.draw(0, 0, 64).image)[None].float() / 255
     seen = model.model.process_latent_in(vae.encode(picture))
     torch.testing.assert_close(seen, ae.encode(start, picture.permute(0, 3, 1, 2)), atol=0.02, rtol=0)
 

@@ -28,7 +28,7 @@ def test_the_files_that_know_the_host_are_read() -> None:
     seen = {path: read_file(path).seen for path in USING}
     assert sum(seen.values()) > 250
     adapter = "controlnext_core/comfy_adapter"
-    for path in ("sampling/host_control", "sampling/windows", "sampling/layers", "files/weights", "files/folders"):
+    for path in ("sampling/host_control", "sampling/windows", "sampling/host_layers", "files/weights", "files/folders"):
         assert seen[f"{adapter}/{path}.py"] >= 3, path
 
 

@@ -53,8 +53,8 @@ def test_the_hosts_own_layers_have_no_weights_until_they_are_loaded(lazy: None) 
 
 
 def test_our_layers_are_whole_from_the_start(lazy: None) -> None:
-    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.layers import Fp32Norms, WholeLayers
-    from comfyui_controlnext.controlnext_training.base_model.stored import operations
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.host_layers import Fp32Norms, WholeLayers
+    from comfyui_controlnext.controlnext_training.base_model.frozen_layers import operations
 
     for kind in (WholeLayers, Fp32Norms, operations):
         assert kind.Linear(3, 2).weight.shape == (2, 3) and kind.Linear(3, 2).bias.shape == (2,)
@@ -117,7 +117,7 @@ def test_a_file_of_another_network_is_refused_as_ever(studio: Studio, lazy: None
 
 
 def test_the_trainers_unet_has_every_weight(lazy_base: Studio, lazy: None) -> None:
-    from comfyui_controlnext.controlnext_training.base_model.unet import training_unet
+    from comfyui_controlnext.controlnext_training.base_model.trainable_copy import training_unet
 
     unet = training_unet(lazy_base.model, torch.float32, torch.device("cpu"))
     linear = [module for module in unet.modules() if isinstance(module, nn.Linear)]

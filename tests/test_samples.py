@@ -1,11 +1,11 @@
-"""controlnext_core/hints/samples.py and its node: every kind in any size, and what the pictures must show."""
+"""controlnext_core/hints/sample_inputs.py and its node: every kind in any size, and what the pictures must show."""
 
 from typing import Any
 
 import numpy as np
 import pytest
-from comfyui_controlnext.controlnext_core.hints import samples
-from comfyui_controlnext.controlnext_core.hints.samples import CLIPS, KINDS, PHOTOGRAPH, SCENE_NAMES, sample
+from comfyui_controlnext.controlnext_core.hints import sample_inputs
+from comfyui_controlnext.controlnext_core.hints.sample_inputs import CLIPS, KINDS, PHOTOGRAPH, SCENE_NAMES, sample
 from comfyui_controlnext.controlnext_core.picturebook import draw
 from PIL import Image
 
@@ -39,21 +39,21 @@ def test_hints_of_a_scene_lie_on_each_other(scene: str) -> None:
 
 
 def test_scenes_are_pages_of_the_picturebook() -> None:
-    seed, index = samples.SCENES["house"]
+    seed, index = sample_inputs.SCENES["house"]
     picture = draw(seed, index, (96, 160))
     assert "house" in picture.caption
     assert np.array_equal(sample("edges", (160, 96)).images[0], picture.hint("edges") / np.float32(255))
-    for name, (seed, index) in samples.SCENES.items():
+    for name, (seed, index) in sample_inputs.SCENES.items():
         assert name in draw(seed, index, 64).caption
 
 
 def test_a_clip_begins_at_its_still_end_and_repeats() -> None:
-    moving = sample("clip", (128, 96), frames=2 * samples.PERIOD + 1)
+    moving = sample("clip", (128, 96), frames=2 * sample_inputs.PERIOD + 1)
     assert np.array_equal(moving.images[0], moving.images[-1])
-    assert np.abs(moving.images[0] - moving.images[samples.PERIOD]).mean() > 0.05
+    assert np.abs(moving.images[0] - moving.images[sample_inputs.PERIOD]).mean() > 0.05
     depth = sample("depth_clip", (128, 96), frames=2)
     assert np.array_equal(depth.masks[1], moving.masks[1]), "the same camera"
-    poses = sample("pose_clip", (96, 96), frames=samples.PERIOD + 1)
+    poses = sample("pose_clip", (96, 96), frames=sample_inputs.PERIOD + 1)
     assert np.abs(poses.images[0] - poses.images[-1]).max() < 0.02
 
 

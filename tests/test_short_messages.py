@@ -64,7 +64,7 @@ def test_a_control_chosen_as_weights_is_sent_to_the_other_widget(control_folder:
 
 @pytest.mark.comfy
 def test_errors_name_files_from_the_hosts_folders(control_folder: Path) -> None:
-    from comfyui_controlnext.nodes.controlnet_xs import ControlNetXSLoader
+    from comfyui_controlnext.nodes.xs_loader import ControlNetXSLoader
 
     (control_folder / "empty one.safetensors").touch()
     with pytest.raises(CheckpointError, match=r"^models/controlnext/empty one\.safetensors: is empty"):
@@ -146,7 +146,7 @@ def refusal(server: ComfyServer, workflow: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.comfy
 def test_wrong_combos_beside_a_text_are_refused() -> None:
     from comfyui_controlnext.nodes.apply import ControlNeXtOptions
-    from comfyui_controlnext.nodes.controlnet_xs import ControlNetXSLoader
+    from comfyui_controlnext.nodes.xs_loader import ControlNetXSLoader
 
     with pytest.raises(ValueError, match=r"apply_to: 'left' is not one of auto, both, positive, negative"):
         ControlNeXtOptions.execute(None, "left")

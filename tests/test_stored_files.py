@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from comfyui_controlnext.controlnext_core import checkpoint, counting
+from comfyui_controlnext.controlnext_core import checkpoint, numbers_in_names
 from comfyui_controlnext.controlnext_core.checkpoint import CheckpointError, load, peek
 from comfyui_controlnext.controlnext_core.published_unets import unet_config_of
 from comfyui_controlnext.controlnext_core.xs_detection import read_xs_file
@@ -194,7 +194,8 @@ def test_many_layers_in_all_are_refused(tmp_path: Path) -> None:
     names = [f"down_blocks.{i}.resnets.{j}.x" for i in range(60) for j in range(60)]
     path = write_header(tmp_path / "x.safetensors", ["control_to_base_for_conv_in.weight", *names])
     with pytest.raises(
-        CheckpointError, match=f"3,600 layers, and no network that is known has more than {counting.MOST_LAYERS}"
+        CheckpointError,
+        match=f"3,600 layers, and no network that is known has more than {numbers_in_names.MOST_LAYERS}",
     ):
         read_xs_file(peek(path))
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from comfyui_controlnext.tools import comfy_server, demo, tiny_models
+from comfyui_controlnext.tools import comfy_command, comfy_server, tiny_models
 from comfyui_controlnext.tools.comfy_client import ComfyClient, ComfyError, Progress, PromptError, time_left
 from comfyui_controlnext.tools.comfy_server import ComfyServer
 from comfyui_controlnext.tools.demo_weights import shipped
 from comfyui_controlnext.tools.environment import SetupError
-from comfyui_controlnext.tools.workflows import training
+from comfyui_controlnext.tools.workflows import training_graphs
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def test_a_fresh_base_keeps_the_models_only(tmp_path: Path) -> None:
 def test_workflow_paths_follow_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     workflow = {"1": {"class_type": "X", "inputs": {"control_name": "demo/a.safetensors", "text": "a/b", "n": 1}}}
     monkeypatch.setattr("os.sep", "\\")
-    adapted = demo.for_this_system(workflow)
+    adapted = comfy_command.for_this_system(workflow)
     assert adapted["1"]["inputs"] == {"control_name": "demo\\a.safetensors", "text": "a/b", "n": 1}
     assert workflow["1"]["inputs"]["control_name"] == "demo/a.safetensors"
 
@@ -245,16 +245,18 @@ def test_comfy_brings_the_demo_and_no_random_weights(tmp_path: Path) -> None:
     tiny_models.make_demo_models(tmp_path)
     own = tmp_path / "models" / "loras" / "mine.safetensors"
     own.write_bytes(b"x")
-    demo.fill(tmp_path)
+    comfy_command.fill(tmp_path)
     for folder in ("checkpoints", "controlnext", "controlnet", "loras"):
         found = {path.name for path in (tmp_path / "models" / folder).rglob("*") if path.is_file()}
         assert found - {own.name} == {name for name, place in shipped.FOLDERS.items() if place == folder}
     assert own.is_file() and (tmp_path / "input" / "astronaut.jpg").is_file()
-    pictures = sorted((tmp_path / "input" / training.FOLDER).iterdir())
-    assert len(pictures) == 2 * demo.PICTURES and (tmp_path / "input" / training.FOLDER / "1.txt").read_text("utf-8")
+    pictures = sorted((tmp_path / "input" / training_graphs.FOLDER).iterdir())
+    assert len(pictures) == 2 * comfy_command.PICTURES and (
+        tmp_path / "input" / training_graphs.FOLDER / "1.txt"
+    ).read_text("utf-8")
     changed = pictures[0]
     changed.unlink()
-    demo.fill(tmp_path)
+    comfy_command.fill(tmp_path)
     assert not changed.exists(), "the person's folder is left alone"
 
 
@@ -262,7 +264,7 @@ def test_files_under_our_names_without_our_stamp_are_left_alone(tmp_path: Path) 
     path = tmp_path / "models" / "checkpoints" / "tiny_sd15.ckpt"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"x")
-    tiny_models.demo.remove_demo_models(tmp_path)
+    tiny_models.server_models.remove_demo_models(tmp_path)
     assert path.is_file()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from comfyui_controlnext.tools import comfy_server, demo
+from comfyui_controlnext.tools import comfy_command, comfy_server
 from comfyui_controlnext.tools.comfy_client import ComfyError
 from comfyui_controlnext.tools.quiet_start import Follower, QuietStart, quiet_logging
 
@@ -212,10 +212,10 @@ def test_comfy_ends_with_our_own_failure_in_words(
     host = tmp_path / "host"
     host.mkdir()
     (host / "main.py").write_text(FAILS.replace("PACK", str(ROOT)) + SERVE, "utf-8")
-    monkeypatch.setattr(demo, "COMFY_BASE", tmp_path / "base")
-    monkeypatch.setattr(demo, "fill", lambda base: base.mkdir())
+    monkeypatch.setattr(comfy_command, "COMFY_BASE", tmp_path / "base")
+    monkeypatch.setattr(comfy_command, "fill", lambda base: base.mkdir())
     with pytest.raises(ComfyError, match=r"could not import the pack:\n +Traceback.*\n +File ours\n") as caught:
-        demo.serve(host, comfy_server.free_port(), None, cpu=True)
+        comfy_command.serve(host, comfy_server.free_port(), None, cpu=True)
     assert "someone" not in str(caught.value) and "someone" not in capsys.readouterr().out
     assert "someone" in (tmp_path / "base" / "server.log").read_text("utf-8"), "the log has everything"
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from comfyui_controlnext.benchmarks.bench_video_memory import Allocations
 from comfyui_controlnext.controlnext_training.base_model.controlled import Controlled, Sizes
-from comfyui_controlnext.controlnext_training.base_model.unet import plain_attention
+from comfyui_controlnext.controlnext_training.base_model.trainable_copy import plain_attention
 from comfyui_controlnext.controlnext_training.config import ConfigError
 from comfyui_controlnext.tests.lazy_layers import EITHER_WAY, WHOLE_ALONE
 from comfyui_controlnext.tests.sampling_fixtures import CELLS, Studio, picture, relative

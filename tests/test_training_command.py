@@ -21,7 +21,7 @@ from comfyui_controlnext.controlnext_training import journal, state
 from comfyui_controlnext.controlnext_training.config import TrainConfig
 from comfyui_controlnext.controlnext_training.config_files import as_toml, read_recipe
 from comfyui_controlnext.controlnext_training.synthetic import write_folder
-from comfyui_controlnext.tools import train as tool
+from comfyui_controlnext.tools import train_command as tool
 
 if TYPE_CHECKING:
     from comfyui_controlnext.tests.conftest import TinyModels
@@ -186,7 +186,7 @@ def test_the_first_options_need_the_standard_library_only() -> None:
 def test_torch_is_not_there_before_its_threads_are_told_to_sleep() -> None:
     code = (
         f"import runpy, sys; runpy.run_path({str(ROOT / '_alias.py')!r})\n"
-        "import comfyui_controlnext.tools.train; print('torch' in sys.modules)"
+        "import comfyui_controlnext.tools.train_command; print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "False"

@@ -21,7 +21,7 @@ from comfyui_controlnext.tests.training_fixtures import SIDE, Watcher, base_of, 
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from comfyui_controlnext.controlnext_training.base_model.families import TrainedFamily
+    from comfyui_controlnext.controlnext_training.base_model.trained_families import TrainedFamily
 
 pytestmark = pytest.mark.comfy
 
@@ -67,7 +67,7 @@ class Encoders:
 
 
 def store_of(data: Any, kept: Any = None, family: Family = Family.SD15, **settings: Any) -> Any:
-    from comfyui_controlnext.controlnext_training.base_model.families import FAMILIES
+    from comfyui_controlnext.controlnext_training.base_model.trained_families import FAMILIES
     from comfyui_controlnext.controlnext_training.encoded import MemoryCache, Store
 
     return Store(Encoders(FAMILIES[family]), data, small(**settings), kept or MemoryCache())  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ ASKED_FOR = {
 
 
 def test_every_variant_is_for_a_family_that_can_be_trained() -> None:
-    from comfyui_controlnext.controlnext_training.base_model.families import FAMILIES
+    from comfyui_controlnext.controlnext_training.base_model.trained_families import FAMILIES
 
     assert {SPECS[name].family for name in VARIANTS if name in SPECS} <= FAMILIES.keys()
     assert not {Family.WAN, Family.WAN_5B} & FAMILIES.keys(), "trained: take wan and wan_5b into the choices"
@@ -39,7 +39,7 @@ def test_each_encoder_of_a_family_is_asked_for_and_no_other(
     loaded_studio: Studio, monkeypatch: pytest.MonkeyPatch, family: Family, needed: set[str]
 ) -> None:
     from comfyui_controlnext.controlnext_training.base_model.encode import BaseWithEncoders
-    from comfyui_controlnext.controlnext_training.base_model.families import FAMILIES
+    from comfyui_controlnext.controlnext_training.base_model.trained_families import FAMILIES
 
     monkeypatch.setattr(BaseWithEncoders, "family", FAMILIES[family])
     for name in ("vae", "clip", "vision"):
@@ -54,7 +54,7 @@ def test_each_encoder_of_a_family_is_asked_for_and_no_other(
 
 
 def test_a_network_of_another_family_is_named(loaded_studio: Studio) -> None:
-    from comfyui_controlnext.controlnext_training.base_model.families import FAMILIES, family_of
+    from comfyui_controlnext.controlnext_training.base_model.trained_families import FAMILIES, family_of
 
     other: Any = SimpleNamespace(
         model=SimpleNamespace(diffusion_model=nn.Linear(1, 1), model_config=SimpleNamespace(unet_config={}))

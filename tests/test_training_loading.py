@@ -89,7 +89,7 @@ def test_a_lora_in_the_base_is_not_rounded_to_the_files_bits(file: Path, tiny: A
 def test_what_no_layer_casts_is_widened_at_once(tmp_path: Path) -> None:
     """SVD mixes space and time by numbers that stand alone; in halves they would be others."""
     import comfy.sd
-    from comfyui_controlnext.controlnext_training.base_model.unet import training_unet
+    from comfyui_controlnext.controlnext_training.base_model.trainable_copy import training_unet
 
     path = tiny_models.make_svd(tmp_path / "svd.ckpt", vision=False)
     options = {"dtype": torch.float16}

@@ -13,7 +13,7 @@ from comfyui_controlnext.tests.quantised_fixtures import FP8, SCALED, _stored, f
 from comfyui_controlnext.tests.training_fixtures import drawn, loop_on, same, small, take_steps
 from comfyui_controlnext.tools.tiny_models.storage import Pools, save
 from comfyui_controlnext.tools.tiny_models.text_and_vae import clip_l, taesd
-from comfyui_controlnext.tools.tiny_models.transformers import CHANNELS, LATENT_SCALE, LATENT_SHIFT, sd3_tensors
+from comfyui_controlnext.tools.tiny_models.tiny_sd3 import CHANNELS, LATENT_SCALE, LATENT_SHIFT, sd3_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 

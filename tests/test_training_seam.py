@@ -14,8 +14,8 @@ from comfyui_controlnext.controlnext_core.detection import read_control_file
 from comfyui_controlnext.controlnext_core.key_maps import unet_key_map
 from comfyui_controlnext.controlnext_core.specs import Family
 from comfyui_controlnext.controlnext_training.base_model.controlled import Controlled, Sizes
-from comfyui_controlnext.controlnext_training.base_model.families import FAMILIES
-from comfyui_controlnext.controlnext_training.base_model.unet import plain_attention
+from comfyui_controlnext.controlnext_training.base_model.trainable_copy import plain_attention
+from comfyui_controlnext.controlnext_training.base_model.trained_families import FAMILIES
 from comfyui_controlnext.controlnext_training.distributed import ProcessGroup
 from comfyui_controlnext.controlnext_training.results import finished_file, name_run
 from comfyui_controlnext.tests.sampling_fixtures import CELLS, picture, relative

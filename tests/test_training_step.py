@@ -136,7 +136,7 @@ def test_min_snr_weighs_samples_by_their_level(controlled: Any) -> None:
 
 
 def test_the_base_decides_what_is_learned_unless_told(controlled: Any) -> None:
-    from comfyui_controlnext.controlnext_training.base_model.families import FAMILIES
+    from comfyui_controlnext.controlnext_training.base_model.trained_families import FAMILIES
 
     assert controlled.predicts == "epsilon"
     law = DiffusionObjective.of(small(), controlled)
@@ -150,7 +150,7 @@ def test_the_base_decides_what_is_learned_unless_told(controlled: Any) -> None:
 
 
 def test_every_kind_of_model_has_an_objective() -> None:
-    from comfyui_controlnext.controlnext_training.base_model.families import PREDICTS
+    from comfyui_controlnext.controlnext_training.base_model.trained_families import PREDICTS
 
     assert set(PREDICTS.values()) == set(OBJECTIVES)
 

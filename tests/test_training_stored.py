@@ -25,7 +25,7 @@ LAYERS = {
 
 def layer_of(kind: str, dtype: torch.dtype) -> tuple[Any, Tensor]:
     """A frozen layer of these numbers, and an input that wants a gradient."""
-    from comfyui_controlnext.controlnext_training.base_model.stored import operations
+    from comfyui_controlnext.controlnext_training.base_model.frozen_layers import operations
 
     name, sizes, shape = LAYERS[kind]
     generator = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ from comfyui_controlnext.controlnext_training.config import ConfigError
 from comfyui_controlnext.tests.training_fixtures import drawn, loop_on, same, small, take_steps
 from comfyui_controlnext.tools.tiny_models.storage import Pools, save
 from comfyui_controlnext.tools.tiny_models.text_and_vae import clip_l, taesd
-from comfyui_controlnext.tools.tiny_models.transformers import (
+from comfyui_controlnext.tools.tiny_models.tiny_sd3 import (
     CHANNELS,
     LATENT_SCALE,
     LATENT_SHIFT,

@@ -111,7 +111,7 @@ def test_weights_come_back_to_host_memory_after_an_error() -> None:
 
 def counted(family: str, side: int) -> tuple[int, int]:
     """(most bytes alive in a forward and a backward pass of a narrow model, tokens), the control left out."""
-    from comfyui_controlnext.controlnext_training.base_model.unet import plain_attention
+    from comfyui_controlnext.controlnext_training.base_model.trainable_copy import plain_attention
 
     base = narrow_base(family)
     loop = loop_on(base, config_for(family, checkpointing=True, trainable="none"), scenes())
@@ -152,7 +152,7 @@ def shape_of(width: int, blocks: int, inside: float, **more: Any) -> StepShape:
 @pytest.mark.parametrize("side", [256, 384, 512])
 def test_the_law_of_the_encoder_holds(side: int, dtype: torch.dtype) -> None:
     """Counted without computing, gradients of its weights left out, which are trained numbers."""
-    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.layers import WholeLayers
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.host_layers import WholeLayers
 
     net = ControlNeXt(config_of(SPECS["sd3"], 1536), device="meta", operations=WholeLayers).float()
     hint = torch.zeros(1, 3, side, side, dtype=dtype, device="meta")
@@ -168,7 +168,7 @@ def test_the_law_of_the_encoder_holds(side: int, dtype: torch.dtype) -> None:
 
 def published(name: str, side: int, bytes_a_weight: int) -> StepShape:
     """A step in bf16 of one row on a published base, to_out of rank 16; the base in so many bytes a weight."""
-    from comfyui_controlnext.controlnext_training.base_model.families import FAMILIES as ROWS
+    from comfyui_controlnext.controlnext_training.base_model.trained_families import FAMILIES as ROWS
 
     row, spec = PUBLISHED[name], SPECS[PUBLISHED[name].variant]
     network = make_transformer(row, torch.bfloat16).diffusion_model

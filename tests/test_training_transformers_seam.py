@@ -10,7 +10,7 @@ import pytest
 import torch
 from comfyui_controlnext.controlnext_core import checkpoint
 from comfyui_controlnext.controlnext_training.base_model.controlled import Controlled, Sizes
-from comfyui_controlnext.controlnext_training.base_model.unet import plain_attention
+from comfyui_controlnext.controlnext_training.base_model.trainable_copy import plain_attention
 from comfyui_controlnext.tests.narrow_training import FAMILIES, config_for, narrow_base
 from comfyui_controlnext.tests.sampling_fixtures import CELLS, picture, relative
 from comfyui_controlnext.tests.test_training_seam import aligned, applied, loaded_from, saved

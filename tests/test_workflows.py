@@ -14,10 +14,10 @@ import torch
 from comfyui_controlnext.controlnext_training.synthetic import write_folder
 from comfyui_controlnext.tools import host, make_workflows
 from comfyui_controlnext.tools import tiny_models as tm
-from comfyui_controlnext.tools.demo import for_this_system
+from comfyui_controlnext.tools.comfy_command import for_this_system
 from comfyui_controlnext.tools.demo_weights import shipped
 from comfyui_controlnext.tools.workflow_graph import NOTE, WIDGET_TYPES, split_inputs
-from comfyui_controlnext.tools.workflows import parts, training, video, xs
+from comfyui_controlnext.tools.workflows import clip_graphs, parts, training_graphs, xs_graphs
 from PIL import Image, ImageSequence
 
 if TYPE_CHECKING:
@@ -75,10 +75,10 @@ def test_a_title_is_a_file_name_on_every_system_and_every_input_comes_with_the_p
 
 def test_every_kind_of_control_is_shown_through_both_doors() -> None:
     used = {name: {node["class_type"] for node in prompt(name).values()} for name in NAMES}
-    xs = [name for name in NAMES if name.startswith("xs_")]
-    assert {"xs_sd15_canny", "xs_sdxl_canny", "xs_sdxl_depth", "xs_sdxl_two", "xs_controlnext_lora"} == set(xs)
-    assert all("ControlNetXSLoader" in used[name] for name in xs)
-    for names in (xs, [name for name in NAMES if name.startswith("sd")]):
+    of_xs = [name for name in NAMES if name.startswith("xs_")]
+    assert {"xs_sd15_canny", "xs_sdxl_canny", "xs_sdxl_depth", "xs_sdxl_two", "xs_controlnext_lora"} == set(of_xs)
+    assert all("ControlNetXSLoader" in used[name] for name in of_xs)
+    for names in (of_xs, [name for name in NAMES if name.startswith("sd")]):
         assert {door for name in names for door in used[name]} >= set(APPLIERS)
     assert {"ControlNetXSLoader", "ControlNeXtLoader", "LoraLoader", *APPLIERS} <= used["xs_controlnext_lora"]
     assert {name: "ControlNeXtVideoWindows" in used[name] for name in VIDEOS} == {
@@ -248,15 +248,15 @@ def published(tiny: "TinyModels") -> Iterator[dict[str, str]]:
     stand_ins = {
         parts.SD15.name: tm.make_sd15_deep(models / "checkpoints" / "deep_sd15.ckpt"),
         parts.SDXL.name: tm.make_sdxl(models / "checkpoints" / "tiny_sdxl.ckpt"),
-        video.SVD.name: tm.make_svd(models / "checkpoints" / "tiny_svd.ckpt"),
-        video.UNET.name: tm.make_published_unet(controls / "tiny_svd_unet.bin", "svd", seed=1),
+        clip_graphs.SVD.name: tm.make_svd(models / "checkpoints" / "tiny_svd.ckpt"),
+        clip_graphs.UNET.name: tm.make_published_unet(controls / "tiny_svd_unet.bin", "svd", seed=1),
     }
     others = (
         tm.make_lora(models / "loras" / parts.OFFSET_LORA.name, "sdxl"),
-        tm.make_controlnext(controls / video.ENCODER.name, "gen2", torch.float16),
-        tm.make_controlnet_xs(controls / xs.XS_SD15_CANNY.name, "sd15_deep"),
-        tm.make_controlnet_xs(controls / xs.XS_SDXL_CANNY.name, "sdxl", own_time=True),
-        tm.make_controlnet_xs(controls / xs.XS_SDXL_DEPTH.name, "sdxl", own_time=True, seed=1),
+        tm.make_controlnext(controls / clip_graphs.ENCODER.name, "gen2", torch.float16),
+        tm.make_controlnet_xs(controls / xs_graphs.XS_SD15_CANNY.name, "sd15_deep"),
+        tm.make_controlnet_xs(controls / xs_graphs.XS_SDXL_CANNY.name, "sdxl", own_time=True),
+        tm.make_controlnet_xs(controls / xs_graphs.XS_SDXL_DEPTH.name, "sdxl", own_time=True, seed=1),
     )
     yield {name: path.name for name, path in stand_ins.items()}
     for path in (*stand_ins.values(), *others):
@@ -269,7 +269,7 @@ def published(tiny: "TinyModels") -> Iterator[dict[str, str]]:
 def pictures(server: "ComfyServer", tiny: "TinyModels") -> None:
     """The demo's models, and a folder to train from."""
     shipped.install(tiny.base)
-    write_folder(tiny.base / "input" / training.FOLDER, 4, SIZE, 0, "edges")
+    write_folder(tiny.base / "input" / training_graphs.FOLDER, 4, SIZE, 0, "edges")
 
 
 def shown(content: bytes) -> tuple[list[Image.Image], float]:

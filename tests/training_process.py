@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT / "tests"]
 runpy.run_path(str(ROOT / "_alias.py"))
 
-from comfyui_controlnext.tools.train import bring_in_host  # noqa: E402
+from comfyui_controlnext.tools.train_command import bring_in_host  # noqa: E402
 
 
 def train(recipe: Path) -> int:

@@ -1,6 +1,6 @@
 """Narrow diffusion transformers of the host, one per family: its own classes in its own BaseModel, 128 wide, 2 blocks.
 
-Detection by the host fixes what a file of a family may not shrink (`tools.tiny_models.transformers`); built by hand
+Detection by the host fixes what a file of a family may not shrink (`tools.tiny_models.tiny_sd3`); built by hand
 they are small enough for every test, and of the same kind. Everything runs on the CPU in fp32.
 """
 

@@ -43,7 +43,7 @@ OWN = {"train": ("batch",)}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of the command; benchmarks/host.py has the same for a single script."""
+    """The options of the command; benchmarks/host_start.py has the same for a single script."""
     listing = "; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items())
     listing += f"; {REPORT}: fills docs/performance.md from results of gpu-day, --folder DIR keeps those in DIR first"
     listing += "; and only by name " + "; ".join(f"{name}: {what}" for name, what in ON_REQUEST.items())

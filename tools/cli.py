@@ -73,7 +73,7 @@ def _add_comfy(parser: Parser) -> None:
 
 
 def _comfy(options: argparse.Namespace) -> int:
-    from .demo import serve
+    from .comfy_command import serve
 
     own = _own(options)
     return serve(own or options.brought, options.port, own / "models" if own else None, cpu=options.cpu)
@@ -169,32 +169,32 @@ def _archive(options: argparse.Namespace) -> int:
 
 
 def _add_train(parser: Parser) -> None:
-    from .train import add_options
+    from .train_command import add_options
 
     add_options(parser)
 
 
 def _check_train(options: argparse.Namespace) -> None:
-    from .train import check_order
+    from .train_command import check_order
 
     check_order(options)
 
 
 def _train(options: argparse.Namespace) -> int:
-    from .train import run_train
+    from .train_command import run_train
 
     own = _own(options)
     return run_train(options, own or options.brought, own=own is not None)
 
 
 def _add_train_demo(parser: Parser) -> None:
-    from .demo_weights.command import add_options
+    from .demo_weights.train_demo import add_options
 
     add_options(parser)
 
 
 def _train_demo(options: argparse.Namespace) -> int:
-    from .demo_weights.command import run_stage
+    from .demo_weights.train_demo import run_stage
 
     return run_stage(options, host.provide(options.comfyui, clone_folder()))
 

@@ -17,7 +17,7 @@ from typing import Any
 if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
-from comfyui_controlnext.controlnext_core.hints.samples import sample  # noqa: E402
+from comfyui_controlnext.controlnext_core.hints.sample_inputs import sample  # noqa: E402
 from comfyui_controlnext.controlnext_training.drawn import SCHEMES  # noqa: E402
 from comfyui_controlnext.tools import demo_sheet  # noqa: E402
 from comfyui_controlnext.tools.comfy_client import ComfyClient, ComfyError  # noqa: E402

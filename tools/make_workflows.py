@@ -16,30 +16,37 @@ if __package__ in (None, ""):
 from comfyui_controlnext.tools.comfy_client import ComfyClient, ComfyError  # noqa: E402
 from comfyui_controlnext.tools.workflow_blueprints import Blueprint, blueprint_format  # noqa: E402
 from comfyui_controlnext.tools.workflow_graph import ObjectInfo, Workflow, api_format, page_format  # noqa: E402
-from comfyui_controlnext.tools.workflows import blueprints, controlnext, demo, training, video, xs  # noqa: E402
+from comfyui_controlnext.tools.workflows import (
+    blueprints,
+    clip_graphs,
+    demo_graphs,
+    image_graphs,
+    training_graphs,
+    xs_graphs,
+)  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parents[1] / "example_workflows"
 WORKFLOWS: tuple[Callable[[], Workflow], ...] = (
-    demo.demo,
-    demo.demo_train,
-    controlnext.sd15_canny,
-    controlnext.sd15_depth,
-    controlnext.sd15_depth_in_mask,
-    controlnext.sd15_pose,
-    controlnext.sd15_pose_positive,
-    controlnext.sd15_mask,
-    controlnext.sdxl_canny,
-    controlnext.sdxl_second_pass,
-    controlnext.sdxl_depth,
-    controlnext.sdxl_lora_two_controls,
-    xs.xs_sd15_canny,
-    xs.xs_sdxl_canny,
-    xs.xs_sdxl_depth,
-    xs.xs_sdxl_two,
-    xs.xs_controlnext_lora,
-    video.svd_short_clip,
-    video.svd_long_clip,
-    training.train_sd15,
+    demo_graphs.demo,
+    demo_graphs.demo_train,
+    image_graphs.sd15_canny,
+    image_graphs.sd15_depth,
+    image_graphs.sd15_depth_in_mask,
+    image_graphs.sd15_pose,
+    image_graphs.sd15_pose_positive,
+    image_graphs.sd15_mask,
+    image_graphs.sdxl_canny,
+    image_graphs.sdxl_second_pass,
+    image_graphs.sdxl_depth,
+    image_graphs.sdxl_lora_two_controls,
+    xs_graphs.xs_sd15_canny,
+    xs_graphs.xs_sdxl_canny,
+    xs_graphs.xs_sdxl_depth,
+    xs_graphs.xs_sdxl_two,
+    xs_graphs.xs_controlnext_lora,
+    clip_graphs.svd_short_clip,
+    clip_graphs.svd_long_clip,
+    training_graphs.train_sd15,
 )
 BLUEPRINTS: tuple[Callable[[], Blueprint], ...] = (blueprints.controlnext_from_picture, blueprints.xs_from_picture)
 SUBGRAPHS = FOLDER.with_name("subgraphs")

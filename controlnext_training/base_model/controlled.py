@@ -28,8 +28,8 @@ from ..trainables import Differences, selected, train_differences
 from .blocks import host_in_training, prepare_blocks
 from .conditioning import host_arguments
 from .controls import MakeControl, TrainedControl, check_base, new_control, start_from
-from .families import PREDICTS, TrainedFamily, family_of
-from .unet import plain_attention, training_unet
+from .trainable_copy import plain_attention, training_unet
+from .trained_families import PREDICTS, TrainedFamily, family_of
 
 Conditions = dict[str, Any]
 """Result of the host's `extra_conds` for one sample: name -> its COND object."""

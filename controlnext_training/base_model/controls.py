@@ -20,7 +20,7 @@ from ...controlnext_core.comfy_adapter.files.loading import differences_of, load
 from ...controlnext_core.comfy_adapter.files.saving import ADAPTER_FILE
 from ...controlnext_core.comfy_adapter.files.weights import base_weights
 from ...controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
-from ...controlnext_core.comfy_adapter.sampling.layers import Fp32Norms, WholeLayers
+from ...controlnext_core.comfy_adapter.sampling.host_layers import Fp32Norms, WholeLayers
 from ...controlnext_core.comfy_adapter.sampling.next_forward import Job, collect
 from ...controlnext_core.comfy_adapter.sampling.xs_control import time_mix
 from ...controlnext_core.comfy_adapter.sampling.xs_forward import Companion, XSJob, join_forward

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...controlnext_core.comfy_adapter.files.weights import base_weights, stored_names, stored_weight
 from ...controlnext_core.unet_weights import HOST_PREFIX
 from ..config import ConfigError
-from .families import TrainedFamily, family_of
+from .trained_families import TrainedFamily, family_of
 
 SAMPLED = 64
 """Numbers of each tensor that enter an identity."""

@@ -19,9 +19,9 @@ from ...controlnext_training.seeding import generator
 from ...controlnext_training.synthetic import draw
 from . import autoencoder
 from .assembling import write_checkpoint
-from .base import SIDE, contexts_of, latents_of, loss_at, new_unet, sigmas, text_model
 from .packing import unpack
 from .running import Stage, cosine, unpaused_steps
+from .scene_base import SIDE, contexts_of, latents_of, loss_at, new_unet, sigmas, text_model
 from .shipped import AUTOENCODER, SHIPPED, UNET
 from .widening import widen
 

@@ -21,7 +21,8 @@ from ...controlnext_training.seeding import generator
 from ...controlnext_training.synthetic import draw
 from ..tiny_models.storage import save
 from . import autoencoder
-from .base import (
+from .running import Stage, cosine, picture_grid, unpaused_steps
+from .scene_base import (
     SIDE,
     context,
     latents_of,
@@ -32,7 +33,6 @@ from .base import (
     text_model,
     trained_autoencoder,
 )
-from .running import Stage, cosine, picture_grid, unpaused_steps
 from .shipped import LORA
 
 SEED = 13

@@ -16,7 +16,9 @@ from .checkpoints import (
     make_svd_deep,
     unet_tensors,
 )
-from .controls import (
+from .layouts import LAYOUTS, attention_layers, unet_shapes
+from .server_models import make_demo_models
+from .tiny_controls import (
     CONTROLNEXT_BUILDS,
     controlnext_shapes,
     make_controlnext,
@@ -24,9 +26,7 @@ from .controls import (
     make_stock_controlnet,
     make_unet_difference,
 )
-from .demo import make_demo_models
-from .layouts import LAYOUTS, attention_layers, unet_shapes
-from .transformers import make_sd3
+from .tiny_sd3 import make_sd3
 from .wrong_files import CODE_MARKER, make_wrong_files
 from .xs import RELEASED_XS, XSSize, make_controlnet_xs, xs_shapes
 

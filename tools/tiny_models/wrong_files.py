@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .checkpoints import make_sd15
-from .controls import make_controlnext, make_lora, make_stock_controlnet
 from .layouts import Shapes, conv, linear
 from .storage import random_tensor, save, write_atomically
+from .tiny_controls import make_controlnext, make_lora, make_stock_controlnet
 
 CODE_MARKER = "code_was_run"  # the folder that the pickle with code makes next to itself when its code runs
 ADAPTER_WIDTHS = (8, 16, 32, 32)  # of the T2I-Adapter; published ones start at 320

@@ -3,8 +3,8 @@
 from ..workflow_blueprints import Blueprint
 from ..workflow_graph import Node, Workflow
 from ..workflow_layout import Column
-from .controlnext import SDXL_CANNY
-from .xs import XS_SDXL_CANNY
+from .image_graphs import SDXL_CANNY
+from .xs_graphs import XS_SDXL_CANNY
 
 LOADING, APPLYING = range(2)
 ARRANGEMENT = (Column((LOADING,), 1), Column((APPLYING,), 1))

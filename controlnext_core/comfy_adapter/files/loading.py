@@ -19,7 +19,7 @@ from ...specs import Family, Spec, config_of, with_normalization, with_trained_g
 from ...unet_weights import BaseWeights, WeightsKind, decide_kind, host_differences, published_base
 from ..bases.base import check_pair
 from ..bases.table import loaded_base
-from ..sampling.layers import WholeLayers
+from ..sampling.host_layers import WholeLayers
 from ..sampling.networks import into_host
 from ..sampling.next_control import ControlNeXtControl, LoadedControlNeXt
 from .folders import ChosenWeights, choose_weights

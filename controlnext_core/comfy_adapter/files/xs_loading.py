@@ -16,7 +16,7 @@ from ... import checkpoint
 from ...xs_detection import XSFile, read_xs_file
 from ...xs_key_maps import DIFFUSERS
 from ...xs_specs import build_config, released_as
-from ..sampling.layers import Fp32Norms, WholeLayers
+from ..sampling.host_layers import Fp32Norms, WholeLayers
 from ..sampling.networks import into_host
 from ..sampling.xs_control import ControlNetXSControl, LoadedXS
 

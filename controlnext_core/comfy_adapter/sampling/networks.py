@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ... import checkpoint
 from ...finite import check_format, check_weights
 from .features import drop_features, keep_features_of
-from .layers import patcher_of
+from .host_layers import patcher_of
 from .next_forward import KEY
 
 STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

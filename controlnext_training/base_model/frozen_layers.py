@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrize
 
-from ...controlnext_core.comfy_adapter.sampling.layers import WholeLayers
+from ...controlnext_core.comfy_adapter.sampling.host_layers import WholeLayers
 from ..widened import SCALE, widened
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .checkpoints import make_sd15
-from .controls import make_controlnext, make_lora, make_stock_controlnet, make_unet_difference
 from .storage import write_atomically
-from .transformers import make_sd3
+from .tiny_controls import make_controlnext, make_lora, make_stock_controlnet, make_unet_difference
+from .tiny_sd3 import make_sd3
 
 STAMP = "tiny_models.version"
 MAKERS: dict[str, tuple[str, str, Callable[[Path], Path]]] = {

@@ -33,14 +33,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run_stage(options: argparse.Namespace, host: Path) -> int:
     """Train one stage, or one after the other, to its end, going on from the last state."""
-    from ..train import bring_in_host
+    from ..train_command import bring_in_host
 
     bring_in_host(host, COMFY_BASE, cpu=True)
     if options.stage in PICTUREBOOK:
         print(_run_picturebook(options.stage, 60 * min(options.minutes, LONGEST)))
         return 0
     from .autoencoder import train_autoencoder, train_decoder
-    from .base import train_base
+    from .scene_base import train_base
     from .shipped import ship_base, ship_controls, train_controls
     from .style import train_style
 

@@ -33,8 +33,8 @@ def fill(base: Path) -> None:
     """Put the demo's models and inputs for every template into a base directory; random weights of earlier versions
     of this project go."""
     from .demo_weights.shipped import install
-    from .tiny_models.demo import remove_demo_models
-    from .workflows.training import FOLDER
+    from .tiny_models.server_models import remove_demo_models
+    from .workflows.training_graphs import FOLDER
 
     prepare_base(base)
     remove_demo_models(base)

@@ -7,9 +7,9 @@ from ...controlnext_training.config_files import read_recipe
 from ..demo_weights.shipped import CHECKPOINT, PICTURE_EDGES, PICTUREBOOK
 from ..workflow_graph import Node, Output, Workflow
 from .parts import CONTROL, GROUPS, HINT, MODELS, PROMPTS, RESULT, finish, sample
-from .training import ARRANGEMENT as TRAINING
-from .training import GROUPS as TRAINING_GROUPS
-from .training import prompts_first
+from .training_graphs import ARRANGEMENT as TRAINING
+from .training_graphs import GROUPS as TRAINING_GROUPS
+from .training_graphs import prompts_first
 
 SIDE = 192
 SAMPLER: dict[str, Any] = {"seed": 7, "steps": 20, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal"}

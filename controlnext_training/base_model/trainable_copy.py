@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ...controlnext_core.comfy_adapter.files.weights import base_weights, is_plain, stored_weight
 from ...controlnext_core.unet_weights import HOST_PREFIX
 from ..widened import SCALE, widened
-from .families import family_of
-from .stored import operations
+from .frozen_layers import operations
+from .trained_families import family_of
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 

@@ -83,7 +83,7 @@ def bring_in_host(host: Path, base: Path, cpu: bool) -> None:
 
 def tiny_base() -> Path:
     """The file TINY of this clone, made where it is missing."""
-    from .tiny_models.transformers import make_sd3
+    from .tiny_models.tiny_sd3 import make_sd3
 
     path = COMFY_BASE / "tiny" / TINY
     return path if path.is_file() else make_sd3(path)
