@@ -1,6 +1,7 @@
 """The node table: ids are public API, shared workflows depend on them."""
 
 from .apply import ControlNeXtApply, ControlNeXtOptions
+from .controlnet_xs import ControlNetXSLoader, ControlNetXSOptions
 from .hint_images import (
     ControlNeXtHintBlur,
     ControlNeXtHintCanny,
@@ -19,6 +20,7 @@ NODE_CLASS_MAPPINGS = {
     "ControlNetXSLoader": ControlNetXSLoader,
     "ControlNeXtApply": ControlNeXtApply,
     "ControlNeXtOptions": ControlNeXtOptions,
+    "ControlNetXSOptions": ControlNetXSOptions,
     "ControlNeXtInspect": ControlNeXtInspect,
     "ControlNeXtSave": ControlNeXtSave,
     "ControlNeXtUNetLoader": ControlNeXtUNetLoader,

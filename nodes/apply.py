@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..controlnext_core.comfy_adapter.feedback import tell
+from ..controlnext_core.comfy_adapter.feedback import report
 from ..controlnext_core.comfy_adapter.sampling.attach import attach
 from ..controlnext_core.comfy_adapter.sampling.cautions import (
     control_cautions,
@@ -87,7 +87,6 @@ class ControlNeXtApply(ControlNode):
                 io.Mask.Input("mask", optional=True, tooltip=MASK_TOOLTIP),
             ],
             outputs=[io.Model.Output(tooltip="The controlled model; connect it to a sampler.")],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -104,20 +103,50 @@ class ControlNeXtApply(ControlNode):
         control = our_control(control_net).with_options(masks=() if mask is None else (mask,))
         control.set_cond_hint(image.movedim(-1, 1), strength, (start_percent, end_percent))
         controlled = attach(model, control)
-        tell("", cls.node_id(), [*control_cautions(control), *model_cautions(control, model)])
-        return io.NodeOutput(controlled)
+        shown = report("", [*control_cautions(control), *model_cautions(control, model)])
+        return io.NodeOutput(controlled, ui=shown)
 
 
-def _part_input(part: str) -> io.Float.Input:
+def xs_inputs(**others: Any) -> list[io.Input]:
+    """Inputs of what ControlNet-XS alone has. others: further arguments of each."""
+    return [
+        *(_part_input(part, **others) for part in ("encoder", "middle", "decoder")),
+        io.Float.Input(
+            "time_mix",
+            default=FOLLOW_STRENGTH,
+            min=FOLLOW_STRENGTH,
+            max=1.0,
+            step=0.01,
+            tooltip="ControlNet-XS with a time embedding of its own: how much that counts (time_mix^0.3). -1 "
+            "follows the strength, 1 is what diffusers does.",
+            **others,
+        ),
+    ]
+
+
+def _part_input(part: str, **others: Any) -> io.Float.Input:
     return io.Float.Input(
         f"{part}_strength",
         default=1.0,
         min=0.0,
         max=10.0,
         step=0.01,
-        optional=True,
         tooltip=f"ControlNet-XS: multiplies what the model's {part} gets, beside the strength of the Apply node.",
+        **others,
     )
+
+
+def hidden(inputs: list[io.Input]) -> list[io.Input]:
+    """The inputs, marked so that pages show them only when asked. Earlier hosts' inputs take no argument for it."""
+    for made in inputs:
+        made.extra_dict = {**made.extra_dict, "advanced": True}
+    return inputs
+
+
+def xs_options(encoder: float, middle: float, decoder: float, time_mix: float) -> dict[str, Any]:
+    """Options behind the values of `xs_inputs`, for `HostControl.with_options`."""
+    parts = {"parts": (encoder, middle, decoder)}
+    return parts if time_mix < 0 else {**parts, "time_mix": time_mix}
 
 
 class ControlNeXtOptions(ControlNode):
@@ -150,20 +179,9 @@ class ControlNeXtOptions(ControlNode):
                     tooltip="percent:strength pairs, e.g. 0:1, 0.4:1, 0.8:0.2, linear in between; multiplies the "
                     "strength of the Apply node.",
                 ),
-                *(_part_input(part) for part in ("encoder", "middle", "decoder")),
-                io.Float.Input(
-                    "time_mix",
-                    default=FOLLOW_STRENGTH,
-                    min=FOLLOW_STRENGTH,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    tooltip="ControlNet-XS with a time embedding of its own: how much that counts (time_mix^0.3). -1 "
-                    "follows the strength, 1 is what diffusers does.",
-                ),
+                *hidden(xs_inputs(optional=True)),  # of graphs that are older than ControlNetXSOptions
             ],
             outputs=[io.ControlNet.Output(tooltip="The control with these options.")],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -186,12 +204,10 @@ class ControlNeXtOptions(ControlNode):
         options: dict[str, Any] = {
             "apply_to": Halves(apply_to),
             "masks": () if mask is None else (mask,),
-            "parts": (encoder_strength, middle_strength, decoder_strength),
+            **xs_options(encoder_strength, middle_strength, decoder_strength, time_mix),
         }
-        if time_mix >= 0:
-            options["time_mix"] = time_mix
         if schedule.strip():
             options["schedule"] = parse_schedule(schedule)
         control = our_control(control_net).with_options(**options)
-        tell("", cls.node_id(), [*mask_cautions(control.options), *schedule_cautions(control.options.schedule)])
-        return io.NodeOutput(control)
+        shown = report("", [*mask_cautions(control.options), *schedule_cautions(control.options.schedule)])
+        return io.NodeOutput(control, ui=shown)

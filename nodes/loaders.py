@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..controlnext_core.checkpoint import CheckpointError
-from ..controlnext_core.comfy_adapter.feedback import tell
+from ..controlnext_core.comfy_adapter.feedback import report
 from ..controlnext_core.comfy_adapter.files import folders, inspecting, loading, saving
 from ..controlnext_core.comfy_adapter.files.saving import save_xs
 from ..controlnext_core.comfy_adapter.sampling.next_control import ControlNeXtControl
@@ -92,7 +92,6 @@ class ControlNeXtLoader(ControlNode):
                 io.Model.Output(tooltip="The model with the control's weights added."),
                 io.ControlNet.Output(tooltip="For Apply ControlNeXt, or the stock Apply ControlNet nodes."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -116,8 +115,7 @@ class ControlNeXtLoader(ControlNode):
     ) -> io.NodeOutput:
         path = folders.control_path(control_name)
         loaded = loading.load_controlnext(model, path, weights_name, weights_strength, variant, weights_kind)
-        tell(loaded.report, cls.node_id(), loaded.cautions)
-        return io.NodeOutput(loaded.model, loaded.control)
+        return io.NodeOutput(loaded.model, loaded.control, ui=report(loaded.report, loaded.cautions))
 
 
 class ControlNeXtInspect(ControlNode):
@@ -140,7 +138,6 @@ class ControlNeXtInspect(ControlNode):
                 )
             ],
             outputs=[io.String.Output(tooltip="The description, also shown on the node.")],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -154,8 +151,7 @@ class ControlNeXtInspect(ControlNode):
             text = inspecting.inspect_file(folders.control_path(control_name))
         except CheckpointError as error:  # a file of another kind, or a damaged one: that is the answer
             text = short_paths(str(error))
-        tell(text, cls.node_id())
-        return io.NodeOutput(text, ui=ui.PreviewText(text))
+        return io.NodeOutput(text, ui={**ui.PreviewText(text).as_dict(), **report(text)})
 
 
 class ControlNeXtSave(ControlNode):
@@ -200,7 +196,6 @@ class ControlNeXtSave(ControlNode):
                 ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The encoder's file.")],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -224,5 +219,4 @@ class ControlNeXtSave(ControlNode):
             path = saving.save_control(control_net, model, filename_prefix, layout, dtype)
         else:
             raise ValueError("control_net: is a stock ControlNet. Connect Load ControlNeXt or Load ControlNet-XS.")
-        tell(f"saved {path}", cls.node_id())
-        return io.NodeOutput(str(path), ui=ui.PreviewText(str(path)))
+        return io.NodeOutput(str(path), ui={**ui.PreviewText(str(path)).as_dict(), **report(f"saved {path}")})

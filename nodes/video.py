@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..controlnext_core.comfy_adapter.feedback import report
 from ..controlnext_core.comfy_adapter.files import whole_unets
 from ..controlnext_core.comfy_adapter.files.folders import file_stamp
 from ..controlnext_core.comfy_adapter.sampling import windows
@@ -52,7 +53,9 @@ class ControlNeXtUNetLoader(ControlNode):
 
     @classmethod
     def execute(cls, weights_name: str, weight_dtype: str = "default") -> io.NodeOutput:
-        return io.NodeOutput(whole_unets.load_unet(whole_unets.unet_path(weights_name), weight_dtype))
+        path = whole_unets.unet_path(weights_name)
+        model = whole_unets.load_unet(path, weight_dtype)
+        return io.NodeOutput(model, ui=report(whole_unets.told(model, path)))
 
 
 class ControlNeXtVideoWindows(ControlNode):

@@ -1,14 +1,15 @@
-"""Load ControlNet-XS."""
+"""Load ControlNet-XS, and set what it alone has."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..controlnext_core.comfy_adapter.feedback import tell
+from ..controlnext_core.comfy_adapter.feedback import report
 from ..controlnext_core.comfy_adapter.files import folders
 from ..controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
 from ..controlnext_core.xs_specs import NORM_RULES, parse_heads
 from ._api import ControlNode, blame, io, refuse_wrong_choice
+from .apply import our_control, xs_inputs, xs_options
 
 
 class ControlNetXSLoader(ControlNode):
@@ -46,7 +47,6 @@ class ControlNetXSLoader(ControlNode):
                 ),
             ],
             outputs=[io.ControlNet.Output(tooltip="For Apply ControlNeXt, or the stock Apply ControlNet nodes.")],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -61,5 +61,41 @@ class ControlNetXSLoader(ControlNode):
     def execute(cls, control_name: str, norm_rule: str = "auto", num_heads: str = "") -> io.NodeOutput:
         refuse_wrong_choice(norm_rule=(norm_rule, ["auto", *NORM_RULES]))
         loaded = load_controlnet_xs(folders.control_path(control_name), norm_rule, num_heads)
-        tell(loaded.report, cls.node_id())
-        return io.NodeOutput(loaded.control)
+        return io.NodeOutput(loaded.control, ui=report(loaded.report))
+
+
+class ControlNetXSOptions(ControlNode):
+    """Strengths of the three parts of a ControlNet-XS, and of its time embedding."""
+
+    SEARCH = ("controlnet", "strength", "encoder", "decoder")
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ControlNetXSOptions",
+            display_name="ControlNet-XS Options",
+            category="ControlNeXt",
+            description="Sets how strongly a ControlNet-XS acts on the model's encoder, middle and decoder. Goes "
+            "between Load ControlNet-XS and any Apply node, before or after ControlNeXt Options.",
+            inputs=[io.ControlNet.Input("control_net", tooltip="From Load ControlNet-XS."), *xs_inputs()],
+            outputs=[io.ControlNet.Output(tooltip="The control with these strengths.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        control_net: Any,
+        encoder_strength: float,
+        middle_strength: float,
+        decoder_strength: float,
+        time_mix: float,
+    ) -> io.NodeOutput:
+        control = our_control(control_net)
+        if not control.has_parts:
+            raise ValueError(
+                f"control_net: {control.name} is a ControlNeXt, which has no such parts. Connect Load ControlNet-XS "
+                "or remove this node."
+            )
+        return io.NodeOutput(
+            control.with_options(**xs_options(encoder_strength, middle_strength, decoder_strength, time_mix))
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,24 @@ def _unsaid() -> Iterator[None]:
     from comfyui_controlnext.controlnext_core.comfy_adapter import feedback
 
     feedback.warn_once.cache_clear()
-    feedback._warned.clear()
     yield
     feedback.warn_once.cache_clear()
 
 
 @pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """(node, text) of all that a node shows, without a page."""
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """All that nodes give the page to show, in the order of their runs."""
     from comfyui_controlnext.controlnext_core.comfy_adapter import feedback
+    from comfyui_controlnext.nodes import apply as module
 
-    texts: list[tuple[str, str]] = []
-    monkeypatch.setattr(feedback, "_show", lambda text, node_id: texts.append((str(node_id), text)))
+    texts: list[str] = []
+
+    def report(text: str, cautions: Sequence[str] = ()) -> dict[str, list[str]]:
+        given = feedback.report(text, cautions)
+        texts.extend(given[feedback.REPORT])
+        return given
+
+    monkeypatch.setattr(module, "report", report)
     return texts
 
 
@@ -60,38 +66,29 @@ CASES = {
 
 @pytest.mark.parametrize("words", CASES)
 def test_a_control_that_does_nothing_is_told_on_the_node_and_once_in_the_log(
-    words: str, studio: Studio, shown: list[tuple[str, str]], caplog: pytest.LogCaptureFixture
+    words: str, studio: Studio, shown: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             model = apply(studio, **CASES[words])
         studio.sample(model)  # the log has it already
-    assert [text.count(words) for _, text in shown] == [1, 1]
-    assert all(text.startswith("Warning: gen2.safetensors: ") for _, text in shown)
+    assert [text.count(words) for text in shown] == [1, 1]
+    assert all(text.startswith("Warning: gen2.safetensors: ") for text in shown)
     assert caplog.text.count(words) == 1
 
 
 def test_sound_settings_are_met_with_silence(
-    studio: Studio, shown: list[tuple[str, str]], caplog: pytest.LogCaptureFixture
+    studio: Studio, shown: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
         model = apply(studio, options(studio.load().control, schedule="0:1, 1:10", mask=torch.eye(8)[None]))
         studio.sample(model)
-    assert shown == [] and caplog.text == ""
+    assert shown == ["", ""] and caplog.text == "", "an empty text takes an earlier warning away"
 
 
-def test_a_warning_is_taken_away_when_its_cause_is_gone(shown: list[tuple[str, str]]) -> None:
-    from comfyui_controlnext.controlnext_core.comfy_adapter.feedback import tell
-
-    tell("", "7", ["bad"])
-    tell("", "7")
-    tell("", "7")
-    assert shown == [("7", "Warning: bad"), ("7", "")]
-
-
-def test_strengths_of_a_schedule_above_ten_are_a_slip(studio: Studio, shown: list[tuple[str, str]]) -> None:
+def test_strengths_of_a_schedule_above_ten_are_a_slip(studio: Studio, shown: list[str]) -> None:
     options(studio.load().control, schedule="0:1, 0.4:12, 1:0")
-    (text,) = (text for _, text in shown)
+    (text,) = shown
     assert text.startswith("Warning: schedule: strength 12 at 0.4 is above 10")
 
 
@@ -104,17 +101,15 @@ def test_the_stock_door_logs_the_same(studio: Studio, caplog: pytest.LogCaptureF
     assert caplog.text.count("start_percent 0.9 is after end_percent 0.1") == 1
 
 
-def test_a_model_that_went_past_the_loader_is_noticed(
-    studio: Studio, shown: list[tuple[str, str]], tmp_path: Path
-) -> None:
+def test_a_model_that_went_past_the_loader_is_noticed(studio: Studio, shown: list[str], tmp_path: Path) -> None:
     make_controlnext(tmp_path / "controlnet.safetensors", "gen2")
     make_unet_difference(tmp_path / "unet.safetensors")
     loaded = studio.load(tmp_path / "controlnet.safetensors", "auto")
     assert loaded.cautions == ()
     apply(studio, loaded.control, model=loaded.model.clone())
-    assert shown == []
     apply(studio, loaded.control)
-    (text,) = (text for _, text in shown)
+    sound, text = shown
+    assert sound == ""
     assert "the model lacks the weights that came with this control: its wire went past the loader" in text
 
 

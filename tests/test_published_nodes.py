@@ -58,7 +58,15 @@ PUBLISHED = {
         "model control_net image strength=1.0 start_percent=0.0 end_percent=1.0 mask",
         ["MODEL"],
     ),
-    "ControlNeXtOptions": ("control_net apply_to=auto mask schedule=", ["CONTROL_NET"]),
+    "ControlNeXtOptions": (
+        "control_net apply_to=auto mask schedule= encoder_strength=1.0 middle_strength=1.0 decoder_strength=1.0 "
+        "time_mix=-1.0",
+        ["CONTROL_NET"],
+    ),
+    "ControlNetXSOptions": (
+        "control_net encoder_strength=1.0 middle_strength=1.0 decoder_strength=1.0 time_mix=-1.0",
+        ["CONTROL_NET"],
+    ),
     "ControlNeXtInspect": ("control_name", ["STRING"]),
     "ControlNeXtSave": ("control_net model filename_prefix layout=single dtype=fp16", ["STRING"]),
     "ControlNetXSLoader": ("control_name norm_rule=auto num_heads=", ["CONTROL_NET"]),
@@ -73,8 +81,8 @@ PUBLISHED = {
     ),
     "ControlDatasetImages": ("images hints captions=", ["CONTROL_DATASET"]),
     "ControlNeXtTrain": (
-        "model vae dataset variant steps=1000 batch_size=1 learning_rate=1e-05 control_learning_rate=0.0001 seed=0 "
-        "output_name=control clip clip_vision config= resume=True",
+        "model vae dataset variant=sd15 steps=1000 batch_size=1 learning_rate=1e-05 control_learning_rate=0.0001 "
+        "seed=0 output_name=control clip clip_vision config= resume=True",
         ["MODEL", "CONTROL_NET", "LOSS_MAP", "STRING"],
     ),
 }

@@ -1,8 +1,9 @@
 """Write locales/en/nodeDefs.json: `python tools/make_locales.py [ADDRESS]`
 
 ADDRESS is a running ComfyUI with this pack (default 127.0.0.1:8188). The English texts are those of the nodes; other
-languages are written by hand to the same keys. `python tools/make_locales.py --translated ja` notes that the Japanese
-texts are translations of the present English ones, in tools/translated_from.json: a hash of the English text by
+languages are written by hand to the same keys; so are the help pages, web/docs/NODE.md in English and
+web/docs/NODE/LANGUAGE.md in the others. `python tools/make_locales.py --translated ja` notes that the Japanese
+texts and pages are translations of the present English ones, in tools/translated_from.json: a hash of the English text by
 language and key. Tests fail where the English file differs, and name each text that another language lacks or that was
 translated from another English text.
 """
@@ -23,6 +24,7 @@ from comfyui_controlnext.tools.comfy_client import ComfyClient, ComfyError  # no
 ROOT = Path(__file__).resolve().parents[1]
 CATEGORY = "ControlNeXt"
 PATH = ROOT / "locales" / "en" / "nodeDefs.json"
+HELP = ROOT / "web" / "docs"
 LANGUAGES = ("zh", "ja", "ko")
 TRANSLATED = ROOT / "tools" / "translated_from.json"
 
@@ -58,8 +60,10 @@ def english(object_info: Mapping[str, Any]) -> str:
 
 
 def texts_of(language: str) -> dict[str, str]:
-    """The texts of a language by key: `ControlNeXtApply.inputs.mask.tooltip`."""
-    found: dict[str, str] = {}
+    """The texts of a language by key: `ControlNeXtApply.inputs.mask.tooltip`, `ControlNeXtApply.help` for the page."""
+    pages = HELP.glob("*.md") if language == "en" else HELP.glob(f"*/{language}.md")
+    names = {path: path.stem if language == "en" else path.parent.name for path in pages}
+    found = {f"{name}.help": path.read_text("utf-8") for path, name in sorted(names.items())}
 
     def take(values: Mapping[str, Any], keys: tuple[str, ...]) -> None:
         for key, value in values.items():
@@ -81,14 +85,19 @@ def out_of_date(language: str) -> list[str]:
     """Sentences that name each text of a language that is missing, left over, or translated from other English."""
     english, theirs = texts_of("en"), texts_of(language)
     noted = json.loads(TRANSLATED.read_text("utf-8")).get(language, {})
-    missing = [f"{key}: no {language} text for {text!r}" for key, text in english.items() if not theirs.get(key)]
+    missing = [f"{key}: no {language} text for {_short(text)}" for key, text in english.items() if not theirs.get(key)]
     left = [f"{key}: a {language} text of no node" for key in theirs.keys() - english.keys()]
     changed = [
-        f"{key}: translate {text!r} again into {language}, then run tools/make_locales.py --translated {language}"
+        f"{key}: translate {_short(text)} again into {language}, then run tools/make_locales.py --translated {language}"
         for key, text in english.items()
         if key in theirs and noted.get(key) != stamp(text)
     ]
     return [*missing, *sorted(left), *changed]
+
+
+def _short(text: str) -> str:
+    """A text, or the title of a page, in quotes."""
+    return repr(text.partition("\n")[0])
 
 
 def note_translated(language: str) -> None:

@@ -200,8 +200,9 @@ def _page_node(node: Node, object_info: ObjectInfo) -> dict[str, Any]:
         made["properties"]["models"] = [model.entry() for model in node.models]
     made["widgets_values"] = values
     rows = max(len(sockets), len(info["output"]))
-    footers = info["python_module"].startswith("custom_nodes.") + bool(node.models)
-    made["size"] = size_of(node.type, rows, len(values), footers)
+    hidden = sum(bool(options.get("advanced")) for _, options, _ in widgets.values())
+    footers = info["python_module"].startswith("custom_nodes.") + bool(node.models) + bool(hidden)
+    made["size"] = size_of(node.type, rows, len(values) - hidden, footers)
     return made
 
 

@@ -26,7 +26,7 @@ HEIGHTS = {  # of nodes that show text or pictures; all others follow from their
     "CLIPTextEncode": 104,
     "CheckpointLoaderSimple": 134,  # with the footer of a missing file
     "ControlDatasetFolder": 400,  # room for its sheet of pictures
-    "ControlNeXtLoader": 270,  # room for the report that appears when it has run
+    "ControlNeXtLoader": 300,  # room for the report that appears when it has run
     "ControlNeXtSampleInputs": 350,  # room for its picture
     "ControlNeXtTrain": 600,  # room for the loss curve and the validation pictures
     "ControlNetXSLoader": 200,

@@ -15,14 +15,15 @@ from .short_paths import short_paths
 log = encodable.logger("controlnext")
 
 
-_warned: set[str] = set()
-"""Nodes that show a warning."""
+REPORT = "controlnext_report"
+"""Key of a node's results under which the page's script, web/js/reports.js, finds the text to show on the node."""
 
 
-def tell(text: str, node_id: str | None, cautions: Sequence[str] = ()) -> None:
-    """Log a report, and show it under its node where a page is connected; warnings stand first there.
+def report(text: str, cautions: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Log a report and its warnings; return both as results of a node, for its `ui`, warnings first.
 
-    cautions: warnings, which are logged once per process.
+    The host keeps the results of a node with its outputs, so that the page gets them from the cache as well. An empty
+    text takes away what the node showed before. cautions: warnings, which are logged once per process.
     """
     text = encodable.encodable(short_paths(text))
     for line in text.splitlines():
@@ -30,13 +31,14 @@ def tell(text: str, node_id: str | None, cautions: Sequence[str] = ()) -> None:
     for caution in cautions:
         warn_once(caution)
     shown = [f"Warning: {encodable.encodable(short_paths(caution))}" for caution in cautions]
-    if shown or text or node_id in _warned:  # a text that is empty takes an earlier warning away
-        _show("\n".join([*shown, *([text] if text else [])]), node_id)
-    if node_id is not None:
-        (_warned.add if shown else _warned.discard)(node_id)
+    return {REPORT: ["\n".join([*shown, *([text] if text else [])])]}
 
 
-def _show(text: str, node_id: str | None) -> None:
+def tell(text: str, node_id: str | None) -> None:
+    """Log how far a node is, and show it on the node where a page is connected, until the next run."""
+    text = encodable.encodable(short_paths(text))
+    for line in text.splitlines():
+        log.info("%s", line)
     server = sys.modules.get("server")
     instance = getattr(getattr(server, "PromptServer", None), "instance", None)
     if instance is not None and node_id is not None and hasattr(instance, "send_progress_text"):

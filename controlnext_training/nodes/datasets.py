@@ -15,7 +15,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ...controlnext_core.comfy_adapter.control_node import ControlNode
-from ...controlnext_core.comfy_adapter.feedback import tell
+from ...controlnext_core.comfy_adapter.feedback import report as show_report
 from ...controlnext_core.encodable import cut
 from ..base_model.base_files import runs_folder
 from ..command import INDEX, open_data
@@ -24,10 +24,13 @@ from ..config_files import make_config
 from ..data.report import contact_sheet, report
 from ..data.samples import PAIRED, ControlDataset
 from ..data.tensors import TensorDataset
-from ..drawn import is_drawn
+from ..drawn import DRAWN_HINTS, SCHEMES, is_drawn
 
 ROOTS_VARIABLE = "CONTROLNEXT_DATA_ROOTS"
 """Environment variable: further folders that datasets may be read from, separated as in PATH."""
+
+LISTED, LISTED_DEPTH, LISTED_SUFFIXES = 200, 2, (".tar", ".jsonl")
+"""Choices of the folder widget: how many of a root, how deep below it, and which files besides folders."""
 
 Dataset = io.Custom("CONTROL_DATASET")
 
@@ -75,6 +78,29 @@ def allowed_roots() -> tuple[Path, ...]:
     return (Path(folder_paths.get_input_directory()), *added)
 
 
+def data_choices() -> list[str]:
+    """Choices of the folder widget: what lies in the allowed roots, by name, then pictures that the project draws."""
+    input_folder, *others = allowed_roots()
+    found = [path.relative_to(input_folder).as_posix() for path in _data_below(input_folder)]
+    found += [str(path) for root in others for path in (root, *_data_below(root))]
+    return [*found, *(f"{scheme}:{hint}:200" for scheme in reversed(SCHEMES) for hint in DRAWN_HINTS)]
+
+
+def _data_below(root: Path, depth: int = LISTED_DEPTH) -> list[Path]:
+    """Folders, tables and tar shards below a folder, sorted, without hidden ones; empty where it cannot be read."""
+    try:
+        entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+        found: list[Path] = []
+        for path in entries:
+            if path.is_dir():
+                found += [path, *(_data_below(path, depth - 1) if depth > 1 else [])]
+            elif path.suffix.lower() in LISTED_SUFFIXES:
+                found.append(path)
+    except OSError:
+        return []
+    return found[:LISTED]
+
+
 def source_of(folder: str) -> str:
     """The data source behind the folder widget: a path, or scenes that the project draws. Raises ConfigError."""
     return folder if is_drawn(folder) else str(find_folder(folder))
@@ -116,11 +142,12 @@ class ControlDatasetFolder(ControlNode):
             description="Pictures to train a control on, from a folder, a metadata.jsonl or tar shards; with their "
             "own hint pictures, or with hints drawn from them. Shows what it found.",
             inputs=[
-                io.String.Input(
+                io.Combo.Input(
                     "folder",
-                    tooltip="Below ComfyUI's input folder, or below a folder listed in the environment variable "
-                    f"{ROOTS_VARIABLE}. images/ and hints/ side by side, or 1.png beside 1_hint.png. "
-                    "picturebook:edges:200 draws 200 illustrations with their edges (or mask, depth), "
+                    options=data_choices(),
+                    tooltip="A folder in ComfyUI's input folder, or in a folder listed in the environment variable "
+                    f"{ROOTS_VARIABLE}; press R after adding one. images/ and hints/ side by side, or 1.png beside "
+                    "1_hint.png. picturebook:edges:200 draws 200 illustrations with their edges (or mask, depth), "
                     "synthetic:edges:200 plain shapes.",
                 ),
                 io.Combo.Input(
@@ -133,13 +160,11 @@ class ControlDatasetFolder(ControlNode):
                 ),
             ],
             outputs=[Dataset.Output(display_name="dataset", tooltip="For Train Control.")],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def validate_inputs(cls, hint: str | None = None) -> bool | str:
-        if hint is not None and hint not in SETTINGS["hint"].choices:
-            return f"hint: {hint!r} is not one of {', '.join(SETTINGS['hint'].choices)}."
+    def validate_inputs(cls, folder: str | None = None, input_types: Any = None) -> bool | str:
+        """Take folders that are not listed, and texts over a wire: `execute` says what is wrong with them."""
         return True
 
     @classmethod
@@ -166,8 +191,8 @@ class ControlDatasetFolder(ControlNode):
         }
         files = Files(settings, allowed_roots())
         opened = files.open(make_config(settings))
-        tell(report(opened).text, cls.hidden.unique_id)
-        return io.NodeOutput(files, ui=ui.PreviewImage(as_image(contact_sheet(opened)), cls=cls))
+        sheet = ui.PreviewImage(as_image(contact_sheet(opened)), cls=cls).as_dict()
+        return io.NodeOutput(files, ui={**sheet, **show_report(report(opened).text)})
 
 
 class ControlDatasetImages(ControlNode):

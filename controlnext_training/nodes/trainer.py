@@ -114,7 +114,14 @@ class ControlNeXtTrain(ControlNode):
                 ),
                 io.Vae.Input("vae", tooltip="The base's VAE."),
                 Dataset.Input("dataset", tooltip="From a Control Dataset node."),
-                io.Combo.Input("variant", options=list(SETTINGS["variant"].choices), tooltip=SETTINGS["variant"].doc),
+                io.Combo.Input(
+                    "variant",
+                    options=list(SETTINGS["variant"].choices),
+                    default=defaults.variant,
+                    tooltip="Kind of control, after the model: sd15 for SD1.5, sdxl for SDXL, svd_v2 for SVD; sd3, "
+                    "flux and so on by name. xs: a ControlNet-XS for SD1.5, SD2.1 or SDXL. Endings such as _legacy, "
+                    "_june and _v1 repeat older releases; new controls need none.",
+                ),
                 io.Int.Input("steps", default=defaults.steps, min=1, max=10_000_000, tooltip=SETTINGS["steps"].doc),
                 io.Int.Input(
                     "batch_size", default=defaults.batch_size, min=1, max=4096, tooltip=SETTINGS["batch_size"].doc

@@ -16,6 +16,7 @@ from ... import checkpoint
 from ...checkpoint import CheckpointError
 from ...key_maps import resolve_names, strip_prefix, unet_key_map
 from ...published_unets import unet_config_of
+from ..bases.table import loaded_base
 from . import folders
 
 UNET_FOLDERS = (folders.FOLDER, "diffusion_models")
@@ -62,6 +63,14 @@ def load_unet(path: Path, weight_dtype: str = "default", disable_dynamic: bool =
     _refuse_missing(model.model.diffusion_model.state_dict().keys() - names, str(path))
     model.cached_patcher_init = (load_unet, (path, weight_dtype))
     return model
+
+
+def told(model: ModelPatcher, path: Path) -> str:
+    """Two lines for the node: what was loaded, and from where."""
+    dtype = str(model.model.get_dtype()).removeprefix("torch.")
+    return (
+        f"{path.name}: a whole UNet, {loaded_base(model.model).family.value}, {dtype}\nUNet weights: all, from {path}"
+    )
 
 
 def _dynamic_option(disable_dynamic: bool) -> dict[str, bool]:

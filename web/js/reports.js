@@ -1,0 +1,112 @@
+// Reports of our nodes, drawn at their lower end. They are kept in the node's properties, so that they are there after a
+// reload of the page. The host sends a report with the other results of a node, also where it takes those from its cache.
+import { app } from "../../../scripts/app.js";
+
+const REPORT = "controlnext_report"; // key of the results, of the properties, and name of the widget
+const LETTER = 5.9, LINE = 15, EDGE = 8, LINES = 8; // of the text, in units of the page; more lines than LINES scroll
+
+const WIDE = [
+    "ControlNeXtLoader", "ControlNetXSLoader", "ControlNeXtUNetLoader", "ControlNeXtInspect", "ControlDatasetFolder",
+];
+const WIDTH = 350; // of nodes that show names of files
+
+function isOurs(nodeData) {
+    return Boolean(nodeData?.category?.startsWith("ControlNeXt"));
+}
+
+function heightOf(text, width) {
+    const lines = text.split("\n").map((line) => Math.max(1, Math.ceil((line.length * LETTER) / (width - 36))));
+    return EDGE + LINE * Math.min(LINES, lines.reduce((sum, count) => sum + count, 0));
+}
+
+function makeElement() {
+    const element = document.createElement("div");
+    element.className = REPORT;
+    Object.assign(element.style, {
+        boxSizing: "border-box", padding: "4px 8px", overflow: "auto", whiteSpace: "pre-wrap", overflowWrap: "anywhere",
+        fontSize: "11px", lineHeight: `${LINE}px`, color: "var(--input-text)", userSelect: "text",
+    });
+    return element;
+}
+
+function fill(element, text) {
+    element.replaceChildren(...text.split("\n").map((line) => {
+        const row = document.createElement("div");
+        row.textContent = line;
+        if (line.startsWith("Warning: ")) row.style.color = "#f0b040";
+        return row;
+    }));
+}
+
+function addWidget(node) {
+    const element = makeElement();
+    const kept = () => node.properties[REPORT] ?? "";
+    const widget = node.addDOMWidget(REPORT, REPORT, element, {
+        serialize: false, // neither saved with the values nor sent to the host
+        getValue: kept,
+        setValue: () => {},
+        getMinHeight: () => heightOf(kept(), node.size[0]),
+    });
+    widget.serialize = false;
+    return widget;
+}
+
+function show(node) {
+    const text = node.properties?.[REPORT] ?? "";
+    let widget = node.widgets?.find((each) => each.name === REPORT);
+    if (!text) {
+        if (widget) node.removeWidget(widget);
+        return;
+    }
+    widget ??= addWidget(node);
+    fill(widget.element, text);
+    widget.element.style.minHeight = `${heightOf(text, node.size[0])}px`;
+    const [width, height] = node.computeSize();
+    node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
+    node.setDirtyCanvas?.(true, true);
+}
+
+function hideUnusedWidgets(node, nodeData) {
+    const inputs = { ...nodeData.input?.required, ...nodeData.input?.optional };
+    const advanced = (node.widgets ?? []).filter((widget) => inputs[widget.name]?.[1]?.advanced);
+    const unused = advanced.every((widget) => widget.value === inputs[widget.name][1].default); // older graphs use some
+    for (const widget of advanced) {
+        widget.hidden = unused; // in the older renderer; Nodes 2.0 folds advanced widgets itself
+        if (unused) widget.computeSize = () => [0, -4]; // else they keep their room
+        else delete widget.computeSize;
+    }
+    if (advanced.length) node.showAdvanced = !unused;
+    return advanced.length > 0;
+}
+
+function after(prototype, name, act) {
+    const before = prototype[name];
+    prototype[name] = function (...given) {
+        const result = before?.apply(this, given);
+        act(this, ...given);
+        return result;
+    };
+}
+
+app.registerExtension({
+    name: "ControlNeXt.Reports",
+    nodeCreated(node) {
+        const nodeData = node.constructor.nodeData;
+        if (!isOurs(nodeData)) return;
+        const height = hideUnusedWidgets(node, nodeData) ? node.computeSize()[1] : node.size[1];
+        const width = WIDE.includes(node.comfyClass) ? WIDTH : 0;
+        node.setSize([Math.max(node.size[0], width), height]);
+    },
+    beforeRegisterNodeDef(nodeType, nodeData) {
+        if (!isOurs(nodeData)) return;
+        after(nodeType.prototype, "onExecuted", (node, results) => {
+            if (!results || !(REPORT in results)) return;
+            node.properties[REPORT] = results[REPORT].join("\n");
+            show(node);
+        });
+        after(nodeType.prototype, "onConfigure", (node) => {
+            show(node);
+            hideUnusedWidgets(node, nodeData);
+        });
+    },
+});
