@@ -25,7 +25,7 @@ PAPER = {"sd15": (361, 1220), "sdxl": (1251, 3818), "svd": (682, 2206)}
 
 
 @dataclass(frozen=True)
-class Row:
+class ParameterRow:
     """A ControlNeXt: base, row of SPECS, subset of the base that trains, and what the paper says, in millions."""
 
     base: str
@@ -36,12 +36,12 @@ class Row:
 
 
 ROWS = (
-    Row("sd15", "sd15_legacy", "to_out", (30, 865)),
-    Row("sd15", "sd15", "to_out"),
-    Row("sdxl", "sdxl_july", "attn2_to_out", (108, 2573)),
-    Row("sdxl", "sdxl", "attn2_to_out"),
-    Row("svd", "svd_v1", "to_out", (55, 1530)),
-    Row("svd", "svd_v2", "all"),
+    ParameterRow("sd15", "sd15_legacy", "to_out", (30, 865)),
+    ParameterRow("sd15", "sd15", "to_out"),
+    ParameterRow("sdxl", "sdxl_july", "attn2_to_out", (108, 2573)),
+    ParameterRow("sdxl", "sdxl", "attn2_to_out"),
+    ParameterRow("svd", "svd_v1", "to_out", (55, 1530)),
+    ParameterRow("svd", "svd_v2", "all"),
 )
 """The variants that have the paper's numbers, each with what the authors train and publish today."""
 XS = {"sd15": ("sd15_53m",), "sdxl": ("sdxl_48m", "sdxl_20m"), "svd": ()}
@@ -54,7 +54,7 @@ def sizes_of(base: str) -> tuple[dict[str, int], dict[str, str]]:
     return sizes, unet_key_map(model.model_config.unet_config)
 
 
-def controlnext(row: Row, sizes: dict[str, int], key_map: dict[str, str]) -> tuple[int, int]:
+def controlnext(row: ParameterRow, sizes: dict[str, int], key_map: dict[str, str]) -> tuple[int, int]:
     """(learnable, total)"""
     encoder = ControlNeXt(config_of(SPECS[row.variant]), device="meta")
     own = numbers(encoder)

@@ -14,7 +14,7 @@ import torch
 
 from .real_transformers import LATENT_CHANNELS, META, TransformerScene
 
-Run = Callable[[], Any]
+RunOnce = Callable[[], Any]
 
 
 class _Network:
@@ -43,7 +43,7 @@ def _config(scene: TransformerScene, **changes: Any) -> dict[str, Any]:
     return {n: v for n, v in scene.model.model_config.unet_config.items() if n not in left_out} | changes
 
 
-def _controlnet(scene: TransformerScene, network: Any) -> Run:
+def _controlnet(scene: TransformerScene, network: Any) -> RunOnce:
     """The base, and beside it a ControlNet that the host runs before it."""
     time, text, hint = torch.zeros(1, device=META), scene.tensor(*scene.row.text), scene.latent
     base = scene.forward()
@@ -55,13 +55,13 @@ def _controlnet(scene: TransformerScene, network: Any) -> Run:
     return run
 
 
-def sd3_controlnet(scene: TransformerScene, blocks: int) -> Run:
+def sd3_controlnet(scene: TransformerScene, blocks: int) -> RunOnce:
     from comfy.cldm.mmdit import ControlNet
 
     return _controlnet(scene, ControlNet(num_blocks=blocks, **_config(scene), **_settings(scene)))
 
 
-def flux_union(scene: TransformerScene, double: int, single: int) -> Run:
+def flux_union(scene: TransformerScene, double: int, single: int) -> RunOnce:
     from comfy.ldm.flux.controlnet import ControlNetFlux
 
     config = _config(scene, depth=double, depth_single_blocks=single)
@@ -69,19 +69,19 @@ def flux_union(scene: TransformerScene, double: int, single: int) -> Run:
     return _controlnet(scene, ControlNetFlux(**config, **more, **_settings(scene)))
 
 
-def qwen_union(scene: TransformerScene, blocks: int) -> Run:
+def qwen_union(scene: TransformerScene, blocks: int) -> RunOnce:
     from comfy.ldm.qwen_image.controlnet import QwenImageControlNetModel
 
     return _controlnet(scene, QwenImageControlNetModel(**_config(scene, num_layers=blocks), **_settings(scene)))
 
 
-def qwen_fun(scene: TransformerScene) -> Run:
+def qwen_fun(scene: TransformerScene) -> RunOnce:
     kind = _of_host("comfy.ldm.qwen_image.controlnet", "QwenImageFunControlNetModel")
     network = kind(**_settings(scene))
     return _controlnet(scene, functools.partial(network, base_model=scene.model.diffusion_model))
 
 
-def qwen_diffsynth(scene: TransformerScene) -> Run:
+def qwen_diffsynth(scene: TransformerScene) -> RunOnce:
     from comfy_extras.nodes_model_patch import DiffSynthCnetPatch, QwenImageBlockWiseControlNet
 
     with META:  # its norms are told no device
@@ -98,7 +98,7 @@ def qwen_diffsynth(scene: TransformerScene) -> Run:
     return scene.forward(options={"patches": {"double_block": [patch]}})
 
 
-def z_fun(scene: TransformerScene, **config: Any) -> Run:
+def z_fun(scene: TransformerScene, **config: Any) -> RunOnce:
     network = _of_host("comfy.ldm.lumina.controlnet", "ZImage_Control")(**config, **_settings(scene))
     channels, cells = LATENT_CHANNELS + config.get("additional_in_dim", 0), scene.side // 8
     kind = _of_host("comfy_extras.nodes_model_patch", "ZImageControlPatch")
@@ -114,7 +114,7 @@ def z_fun(scene: TransformerScene, **config: Any) -> Run:
     return scene.forward(options={"patches": {"double_block": [patch], "noise_refiner": [patch]}})
 
 
-OTHERS: dict[str, dict[str, Callable[[TransformerScene], Run]]] = {
+OTHERS: dict[str, dict[str, Callable[[TransformerScene], RunOnce]]] = {
     "SD3-medium": {"ControlNet, 12 of 24 blocks": functools.partial(sd3_controlnet, blocks=12)},
     "Flux.1": {
         "union, 5 + 10 blocks": functools.partial(flux_union, double=5, single=10),

@@ -14,7 +14,7 @@ import torch
 
 from .host_start import Options
 from .recording import append_table, spread
-from .sampling import Cost, Run, Setup, forget, queue
+from .sampling import Cost, QueueRun, Setup, forget, queue
 
 HEAD = ("case", "goal GPU / CPU", "wall", "processor time", "own", "s/step")
 RUN_STEPS = 20
@@ -43,7 +43,7 @@ def measure(what: str, title: str, cases: Sequence[Case], options: Options) -> N
     for case in cases:  # kernels are chosen and memory is taken in a process's first runs
         if case is cases[0] or case.second or not options.cpu:
             queue(case.setup, length[case.name] if case.second else min(2, length[case.name]), seed=99)
-    found: dict[str, list[tuple[Run, Run]]] = {case.name: [] for case in cases}
+    found: dict[str, list[tuple[QueueRun, QueueRun]]] = {case.name: [] for case in cases}
     began, done = time.monotonic(), 0
     for repeat in range(options.repeats):
         if repeat and options.left < (time.monotonic() - began) / repeat:
@@ -93,7 +93,7 @@ def _own(cost: Cost) -> float:
     return cost.cpu / (cost.cpu - cost.own)
 
 
-def row(case: Case, runs: Sequence[tuple[Run, Run]], options: Options) -> tuple[str, ...]:
+def row(case: Case, runs: Sequence[tuple[QueueRun, QueueRun]], options: Options) -> tuple[str, ...]:
     """Of the table; runs: pairs of the case and the bare model."""
     steps = _first_steps(options)
     costs = [(run.per_step(steps), bare.per_step(steps)) for run, bare in runs]

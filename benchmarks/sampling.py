@@ -71,7 +71,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Run:
+class QueueRun:
     """One queue run."""
 
     first: Cost
@@ -175,7 +175,7 @@ class Timer:
         return result
 
 
-def queue(setup: Setup, steps: int, seed: int = 0) -> Run:
+def queue(setup: Setup, steps: int, seed: int = 0) -> QueueRun:
     """One queue run; nothing before the first step or after the last one is counted."""
     import comfy.model_management
     import comfy.sample
@@ -195,7 +195,7 @@ def queue(setup: Setup, steps: int, seed: int = 0) -> Run:
     end = timer.ends[-1] if timer.device.type == "cpu" else timer.now()
     first = timer.ends[0] - timer.start
     later = (end - timer.ends[0]) * (1 / (steps - 1)) if steps > 1 else first  # a run of one stands for all
-    return Run(first, later, latent)
+    return QueueRun(first, later, latent)
 
 
 def forget(setup: Setup) -> None:

@@ -56,6 +56,20 @@ FAMILIES: dict[Family, FamilyFacts] = {
     Family.WAN_5B: FamilyFacts(architecture="wan-2.2-5b", pixels=16, cells={Site.AFTER_JOINT_0: 32}, frames=4),
 }
 
+UNET_SUBSETS: dict[str, str] = {
+    "none": r"(?!)",
+    "to_out": r"to_out",
+    "attn2_to_out": r"attn2.*to_out",
+    "up_to_out": r"^output_blocks\..*to_out",
+    "all": r"",
+}
+"""Name of a subset of a UNet's weights -> regular expression searched in the host's names.
+
+Source: the released trainers. to_out: SD1.5, SVD v1; attn2_to_out: SDXL; up_to_out: a half of the blocks."""
+
+UNET_SIDES: dict[str, str] = {"input": "input_blocks.", "middle": "middle_block.", "output": "output_blocks."}
+"""Group of a UNet's blocks as a setting names it -> start of the host's names of its weights."""
+
 CONTEXT_FAMILIES: dict[int, Family] = {
     facts.context_width: family for family, facts in FAMILIES.items() if facts.context_width is not None
 }

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
-from ..controlnext_core.encodable import cut
-from ..controlnext_core.families import FAMILIES
+from ..controlnext_core.families import FAMILIES, UNET_SIDES, UNET_SUBSETS
 from ..controlnext_core.specs import PAPER_FUSION, SPECS
 from .settings import ConfigError
 
@@ -26,30 +23,17 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 }
 """Variant -> layouts of its trained file."""
 
-SUBSETS: dict[str, str] = {
-    "none": r"(?!)",
-    # the released trainers' rules, over published names: SD1.5 and SVD v1; SDXL; and one for a half of the blocks
-    "to_out": r"to_out",
-    "attn2_to_out": r"attn2.*to_out",
-    "up_to_out": r"up_blocks.*to_out",
-    "all": r"",
-}
-"""Name of a subset -> regular expression searched in the published names of a UNet's tensors."""
-
-TRANSFORMER_SUBSETS = ("none", "to_out", "single_too", "refiners_too", "all")
+TRANSFORMER_SUBSETS = ("none", "to_out", "refiners_too", "all")
 """Names of subsets of a transformer. The tensors, by the host's names, are in the family's row (`Base.trainable`)."""
 
-SIDES: dict[str, str] = {"input": "input_blocks.", "middle": "middle_block.", "output": "output_blocks."}
-"""Side of a UNet in a setting -> start of the host's names. Those of a transformer are in the family's row."""
-
-BLOCK_GROUPS = (*SIDES, "joint", "double", "single", "refiner")
+BLOCK_GROUPS = (*UNET_SIDES, "joint", "double", "single", "refiner")
 """Every name that a setting may give to a group of blocks of some base."""
 
 
 def subsets_of(variant: str) -> tuple[str, ...]:
     """Names of subsets of the base's weights that a variant may train."""
     on_transformer = variant in SPECS and SPECS[variant].on_transformer
-    return TRANSFORMER_SUBSETS if on_transformer else tuple(SUBSETS)
+    return TRANSFORMER_SUBSETS if on_transformer else tuple(UNET_SUBSETS)
 
 
 def rank_of(variant: str, rank: int) -> int:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..controlnext_core.families import UNET_SIDES, UNET_SUBSETS
 from ..controlnext_core.key_maps import KeyMap, as_target
-from ..controlnext_core.low_rank import DOWN, UP, Difference, Key, LowRank, Slice, sliced
-from .choices import SIDES, SUBSETS
+from ..controlnext_core.low_rank import DOWN, UP, Difference, LowRank
 from .config import ConfigError, parse_blocks
 from .patterns import Pattern
 from .seeding import generator
@@ -114,22 +114,26 @@ def selected(
     key_map: KeyMap,
     trainable: str,
     blocks: str,
-    subsets: Mapping[str, str] = SUBSETS,
-    sides: Mapping[str, str] = SIDES,
+    subsets: Mapping[str, str] = UNET_SUBSETS,
+    sides: Mapping[str, str] = UNET_SIDES,
 ) -> list[str]:
     """Host names of the base's tensors that train, sorted.
 
-    trainable: a key of `subsets` or `re:EXPRESSION` (a `Pattern`), over the names that `key_map` maps from; blocks: as
-    `parse_blocks` reads it; sides: start of the host's names of each group of blocks. Raises ConfigError where a choice
-    other than `none` selects nothing, and for a subset or a group of blocks that the base lacks.
+    trainable: a key of `subsets`, over the host's names, or `re:EXPRESSION` (a `Pattern`), over the names that
+    `key_map` maps from; blocks: as `parse_blocks` reads it; sides: start of the host's names of each group of blocks.
+    Raises ConfigError where a choice other than `none` selects nothing, and for a group of blocks that the base lacks.
     """
-    search = _search_of(trainable, subsets)
+    names = {published: as_target(target).name for published, target in key_map.items()}
+    if trainable.startswith("re:"):
+        search = Pattern(trainable[3:]).search
+        found = {name for published, name in names.items() if search(published)}
+    else:
+        found = set(filter(re.compile(subsets[trainable]).search, names.values()))
     chosen_blocks = parse_blocks(blocks)
     if absent := [side for side in chosen_blocks if side not in sides]:
         raise ConfigError(f"blocks: this base has no blocks named {absent[0]}. Choose {', '.join(sides)}.")
     wanted = {sides[side]: numbers for side, numbers in chosen_blocks.items()}
-    names = {as_target(target).name for published, target in key_map.items() if search(published)}
-    chosen = sorted(name for name in names if not wanted or _inside(name, wanted))
+    chosen = sorted(name for name in found if not wanted or _inside(name, wanted))
     if not chosen and trainable != "none":
         raise ConfigError(
             f"trainable: {trainable!r} in blocks {blocks or 'of every kind'!r} selects none of the {len(key_map)} "

@@ -12,7 +12,7 @@ from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.next_control im
 from comfyui_controlnext.tests import reference_controlnext as released
 from comfyui_controlnext.tests import reference_transformers as reference
 from comfyui_controlnext.tests.sampling_fixtures import relative
-from comfyui_controlnext.tests.transformer_stage import CELLS, Stage
+from comfyui_controlnext.tests.transformer_stage import CELLS, TransformerStage
 from torch import Tensor
 
 pytestmark = pytest.mark.comfy
@@ -30,7 +30,7 @@ def video(count: int = FRAMES, seed: int = 5) -> Tensor:
     return torch.rand(count, 8 * CELLS, 8 * CELLS, 3, generator=torch.Generator().manual_seed(seed))
 
 
-def sample(at: Stage, model: Any = None, conds: Any = None, **settings: Any) -> Tensor:
+def sample(at: TransformerStage, model: Any = None, conds: Any = None, **settings: Any) -> Tensor:
     return at.sample(model, conds, length=LENGTH, **settings)
 
 
@@ -100,7 +100,7 @@ def test_the_encoder_sees_each_frame_once_a_step_and_never_in_a_second_run(stage
     assert seen == once and torch.equal(first, second)
 
 
-def windowed(at: Stage, schedule: str, model: Any = None, **more: Any) -> Any:
+def windowed(at: TransformerStage, schedule: str, model: Any = None, **more: Any) -> Any:
     """A MODEL with the host's own windows along latent frames."""
     from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 

@@ -153,10 +153,10 @@ def test_idle_blocks_of_the_autoencoder_pass_what_enters() -> None:
 def test_a_stage_keeps_its_state_and_waits_while_the_file_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = running.Stage("trial", tmp_path)
+    stage = running.StageRun("trial", tmp_path)
     assert stage.load() is None
     stage.save({"step": 3, "weight": torch.ones(2)})
-    state = running.Stage("trial", tmp_path).load()
+    state = running.StageRun("trial", tmp_path).load()
     assert state is not None and state["step"] == 3
     switch = tmp_path / "PAUSE"
     switch.touch()

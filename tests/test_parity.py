@@ -34,7 +34,7 @@ MIDDLE_WIDTH = 4 * WIDTH
 
 
 @dataclass(frozen=True)
-class Base:
+class BothUNets:
     """One base model, twice, with the same weights."""
 
     host: Any
@@ -110,7 +110,7 @@ DIFFUSERS_SDXL = {
 
 
 @functools.cache
-def base(family: str) -> Base:
+def base(family: str) -> BothUNets:
     """Both UNets of a family: diffusers' random weights, every bias and norm moved, copied into the host's."""
     import comfy.model_base
     import comfy.supported_models
@@ -130,7 +130,7 @@ def base(family: str) -> Base:
     names = comfy.utils.unet_to_diffusers(config.unet_config)
     mapped = {names[name]: tensor for name, tensor in weights.items()}
     host.diffusion_model.load_state_dict(mapped, strict=True)
-    return Base(host.eval().requires_grad_(False), theirs, config.unet_config["context_dim"], xl)
+    return BothUNets(host.eval().requires_grad_(False), theirs, config.unet_config["context_dim"], xl)
 
 
 @functools.cache

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from comfyui_controlnext.controlnext_core.families import UNET_SUBSETS
 from comfyui_controlnext.controlnext_core.specs import SPECS
-from comfyui_controlnext.controlnext_training.choices import FUSIONS, SUBSETS, XS, parse_blocks
-from comfyui_controlnext.controlnext_training.config import SETTINGS, ConfigError, TrainConfig
+from comfyui_controlnext.controlnext_training.choices import FUSIONS, XS
+from comfyui_controlnext.controlnext_training.config import SETTINGS, ConfigError, TrainConfig, parse_blocks
 from comfyui_controlnext.controlnext_training.config_files import (
     KINDS,
     add_flags,
@@ -159,7 +160,7 @@ def test_every_choice_is_allowed_and_nothing_else(key: str) -> None:
 def test_the_choices_are_those_of_the_tables_they_come_from() -> None:
     assert CHOICES["variant"] == (*(name for name in SPECS if name not in ("wan", "wan_5b")), XS)
     assert CHOICES["fusion"] == tuple(FUSIONS) == ("released", "paper", "zero_conv", "add")
-    assert FIELDS["trainable"].default in SUBSETS
+    assert FIELDS["trainable"].default in UNET_SUBSETS
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import time
 
 import hypothesis.strategies as st
 import pytest
+from comfyui_controlnext.controlnext_core.families import UNET_SUBSETS
 from comfyui_controlnext.controlnext_core.key_maps import unet_key_map
-from comfyui_controlnext.controlnext_training.choices import SUBSETS
 from comfyui_controlnext.controlnext_training.config import ConfigError, TrainConfig
 from comfyui_controlnext.controlnext_training.patterns import MAX_LETTERS, Pattern, PatternError
 from comfyui_controlnext.controlnext_training.trainables import selected
@@ -52,7 +52,7 @@ NAMES = list(unet_key_map(SDXL))
         r"transformer_blocks\.\d{1,2}\.ff",
         r"(?:norm|proj)_(in|out)",
         "no_such",
-        *SUBSETS.values(),
+        *UNET_SUBSETS.values(),
     ],
 )
 def test_of_the_names_of_sdxl_the_same_are_chosen(expression: str) -> None:

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from comfyui_controlnext.controlnext_core.families import UNET_SUBSETS
 from comfyui_controlnext.controlnext_core.key_maps import unet_key_map
-from comfyui_controlnext.controlnext_core.low_rank import whole
-from comfyui_controlnext.controlnext_training.choices import SUBSETS
 from comfyui_controlnext.controlnext_training.config import ConfigError, TrainConfig
 from comfyui_controlnext.controlnext_training.trainables import selected, train_differences
 from comfyui_controlnext.tests.sampling_fixtures import Studio
@@ -219,5 +218,5 @@ def test_a_slice_trains_and_the_rest_of_its_weight_does_not(part: tuple[int, int
 
 
 def test_every_named_subset_is_a_choice_of_the_configuration() -> None:
-    for name in SUBSETS:
+    for name in UNET_SUBSETS:
         assert TrainConfig(trainable=name).trainable == name

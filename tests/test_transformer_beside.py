@@ -14,7 +14,7 @@ from comfyui_controlnext.tests.test_interruptions import doors_of, entries, lay,
 from comfyui_controlnext.tests.test_transformer_weights import factors, quantised_stage
 from comfyui_controlnext.tests.transformer_files import make_vae
 from comfyui_controlnext.tests.transformer_fixtures import BLOCKS, NARROW, filled, narrow_model
-from comfyui_controlnext.tests.transformer_stage import Stage, each
+from comfyui_controlnext.tests.transformer_stage import TransformerStage, each
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.comfy
@@ -191,18 +191,22 @@ def test_controls_that_the_host_loads_as_model_patches_run_beside_ours(
     assert torch.equal(at.sample(), plain)
 
 
-def cancelled_after_the_block(patch: pytest.MonkeyPatch, at: Stage, control: Any, error: BaseException) -> None:
+def cancelled_after_the_block(
+    patch: pytest.MonkeyPatch, at: TransformerStage, control: Any, error: BaseException
+) -> None:
     """In the second forward, in the last layer: behind the block where the control acts."""
     network = narrow_model(at.family).diffusion_model
     last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
     lay(patch, last, "forward", error, 2)
 
 
-def cancelled_in_the_block(patch: pytest.MonkeyPatch, at: Stage, control: Any, error: BaseException) -> None:
+def cancelled_in_the_block(patch: pytest.MonkeyPatch, at: TransformerStage, control: Any, error: BaseException) -> None:
     lay(patch, reference.FAMILIES[at.family].block(narrow_model(at.family).diffusion_model), "forward", error, 2)
 
 
-def cancelled_in_the_encoder(patch: pytest.MonkeyPatch, at: Stage, control: Any, error: BaseException) -> None:
+def cancelled_in_the_encoder(
+    patch: pytest.MonkeyPatch, at: TransformerStage, control: Any, error: BaseException
+) -> None:
     lay(patch, control.get_models()[-1].model, "narrow", error, 2)
 
 

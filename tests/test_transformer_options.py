@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from comfyui_controlnext.tests.sampling_fixtures import REASSOCIATED, picture, relative
-from comfyui_controlnext.tests.transformer_stage import CELLS, Stage, each
+from comfyui_controlnext.tests.transformer_stage import CELLS, TransformerStage, each
 from torch import Tensor
 
 pytestmark = pytest.mark.comfy
@@ -16,7 +16,7 @@ LEFT = torch.zeros(1, SIDE, SIDE)
 LEFT[..., : SIDE // 2] = 1
 
 
-def regional(at: Stage, kind: str, control: Any, seed: int = 4) -> Any:
+def regional(at: TransformerStage, kind: str, control: Any, seed: int = 4) -> Any:
     """A prompt for the left half of the picture, with a control or without."""
     import nodes as host_nodes
 
@@ -99,7 +99,7 @@ def test_a_half_is_what_wiring_the_stock_node_to_that_half_gives(family: str, ha
         assert relative(expected, other) > 0.003
 
 
-def guided(at: Stage, name: str, model: Any, positive: Any, negative: Any) -> Tensor:
+def guided(at: TransformerStage, name: str, model: Any, positive: Any, negative: Any) -> Tensor:
     """Two steps under a guider of the host."""
     from comfy_extras import nodes_custom_sampler as nodes
 

@@ -15,7 +15,7 @@ from comfyui_controlnext.controlnext_core.checkpoint import CheckpointError
 from comfyui_controlnext.tests.quantised_fixtures import FP8, WIDE, formats, quantised_model
 from comfyui_controlnext.tests.test_transformer_weights import factors, product, velocity
 from comfyui_controlnext.tests.transformer_fixtures import NARROW
-from comfyui_controlnext.tests.transformer_stage import FAMILIES, Stage
+from comfyui_controlnext.tests.transformer_stage import FAMILIES, TransformerStage
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def inference() -> Iterator[None]:
         comfy.model_management.unload_all_models()
 
 
-def stage_of(family: str, kind: str, folder: Path, pinned: bool) -> Stage:
+def stage_of(family: str, kind: str, folder: Path, pinned: bool) -> TransformerStage:
     """A stage whose model is quantised; skips what this host does not read or the narrow model cannot be."""
     from comfy.model_patcher import ModelPatcher
 
@@ -54,7 +54,7 @@ def stage_of(family: str, kind: str, folder: Path, pinned: bool) -> Stage:
         pytest.skip(f"this host has no {kind}")
     if kind in WIDE and NARROW[family].width % 256:
         pytest.skip(f"{kind} needs rows of 256 numbers")
-    at = Stage(family, folder)
+    at = TransformerStage(family, folder)
     at.model = ModelPatcher(quantised_model(family, kind, pinned), torch.device("cpu"), torch.device("cpu"))
     return at
 

@@ -14,7 +14,7 @@ from comfyui_controlnext.controlnext_core import checkpoint
 from comfyui_controlnext.tests import reference_transformers as reference
 from comfyui_controlnext.tests.sampling_fixtures import picture, relative
 from comfyui_controlnext.tests.transformer_fixtures import NARROW, WIDTH, inputs, narrow_model
-from comfyui_controlnext.tests.transformer_stage import Stage, each
+from comfyui_controlnext.tests.transformer_stage import TransformerStage, each
 from torch import Tensor
 
 pytestmark = pytest.mark.comfy
@@ -44,7 +44,7 @@ def stage(tmp_path: Path) -> Iterator[Any]:
 
     CACHE.clear()
     with torch.inference_mode():
-        yield lambda family: Stage(family, tmp_path)
+        yield lambda family: TransformerStage(family, tmp_path)
         comfy.model_management.unload_all_models()  # the narrow models are shared: they get their own weights back
 
 
@@ -87,10 +87,10 @@ def test_strength_zero_is_the_plain_model_and_loras_commute(family: str, stage: 
         assert relative(at.sample(less), after) > 1e-3
 
 
-def quantised_stage(family: str, folder: Path) -> Stage:
+def quantised_stage(family: str, folder: Path) -> TransformerStage:
     from comfy.model_patcher import ModelPatcher
 
-    at = Stage(family, folder)
+    at = TransformerStage(family, folder)
     at.model = ModelPatcher(narrow_model(family, FP8), torch.device("cpu"), torch.device("cpu"))
     return at
 
@@ -278,7 +278,7 @@ def test_a_part_of_a_fused_weight_is_changed_and_no_other(stored: str, stage: An
     assert float((found - expected).norm() / effect.norm()) < 1e-3
 
 
-def _with_weights(at: Stage, weights: dict[Any, Tensor]) -> Tensor:
+def _with_weights(at: TransformerStage, weights: dict[Any, Tensor]) -> Tensor:
     """A forward whose layers compute with these weights in fp32."""
     for layer, weight in weights.items():
         layer.forward = functools.partial(_linear, weight=weight, bias=_bias(layer))

@@ -20,7 +20,7 @@ POSE_SEED = 9
 
 
 @dataclass
-class Stage:
+class VideoStage:
     """A loaded checkpoint with its start image encoded, and a control on it."""
 
     model: Any
@@ -44,7 +44,7 @@ class Stage:
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VideoStage]:
     """ImageOnlyCheckpointLoader, SVD_img2vid_Conditioning, and the loader of a control."""
     import folder_paths
     from comfy_extras.nodes_video_model import ImageOnlyCheckpointLoader, SVD_img2vid_Conditioning
@@ -63,10 +63,10 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         assert latent["samples"].shape == (40, 4, SIDE // 8, SIDE // 8)
         loaded = load_controlnext(model, folder / "svd_v2" / "controlnet.bin")
         assert loaded.control.net.spec.name == "svd_v2"
-        yield Stage(loaded.model, loaded.control, vae, positive, negative)
+        yield VideoStage(loaded.model, loaded.control, vae, positive, negative)
 
 
-def controlled_in_windows(stage: Stage, frames: int, length: int, overlap: int, strength: float = 1.0) -> Any:
+def controlled_in_windows(stage: VideoStage, frames: int, length: int, overlap: int, strength: float = 1.0) -> Any:
     hints = video.hints(frames, (SIDE // 8, SIDE // 8))
     model = video.controlled(stage.model, "svd_v2", hints, strength, control=stage.control)
     return video.windowed(model, length, overlap, "standard_static", "pyramid")
@@ -77,7 +77,7 @@ def check_film(pictures: Tensor, frames: int) -> None:
     assert pictures.isfinite().all() and float(pictures.std()) > 0.02
 
 
-def test_the_control_shows_in_every_frame_of_a_film_in_windows(stage: Stage) -> None:
+def test_the_control_shows_in_every_frame_of_a_film_in_windows(stage: VideoStage) -> None:
     with torch.inference_mode():
         pictures = stage.film(controlled_in_windows(stage, 7, 4, 1), 7)
         off = stage.film(controlled_in_windows(stage, 7, 4, 1, 0.0), 7)
@@ -85,7 +85,7 @@ def test_the_control_shows_in_every_frame_of_a_film_in_windows(stage: Stage) -> 
     assert all(relative(one, other) > 1e-4 for one, other in zip(pictures, off, strict=True))
 
 
-def test_forty_frames_in_windows_of_fourteen(stage: Stage) -> None:
+def test_forty_frames_in_windows_of_fourteen(stage: VideoStage) -> None:
     with torch.inference_mode():
         pictures = stage.film(controlled_in_windows(stage, 40, 14, 4), 40)
     check_film(pictures, 40)

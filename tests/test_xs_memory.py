@@ -105,7 +105,7 @@ def test_a_forward_needs_no_more_than_the_host_is_told(how: str, forward: Forwar
     chunks = {"cond_or_uncond": [1, 0]}
     peak_of(forward, hinted, **chunks)  # the hint's features are in the cache now
     more = peak_of(forward, hinted, **chunks) - peak_of(forward, **chunks)
-    told = hinted.beside_bytes(FULL)
+    told = hinted.bytes_beside_base(FULL)
     assert told == XS_ROWS_PER_HINT * 32 * 32 * 4 * xs_numbers_per_cell(control.loaded.net.config, False)
     assert 0.2 * told < more < told
 
@@ -132,7 +132,7 @@ def test_the_host_is_told_the_larger_of_both_and_the_room_for_the_features(
     forward: Forward, control: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hinted = control.set_cond_hint(hint_for(forward.x, count=2), 1.0, (0.0, 1.0))
-    beside, row = hinted.beside_bytes(HALF), 256 * 256 * hinted.bytes_per_pixel(HALF)
+    beside, row = hinted.bytes_beside_base(HALF), 256 * 256 * hinted.bytes_per_pixel(HALF)
     assert hinted.inference_memory_requirements(HALF) == max(2 * beside, row * min(2, rows_at_once(row)))
     assert hinted.inference_memory_requirements(torch.float8_e4m3fn) == hinted.inference_memory_requirements(HALF)
     assert hinted.inference_memory_requirements(FULL) == 2 * hinted.inference_memory_requirements(HALF)

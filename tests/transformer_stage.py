@@ -21,7 +21,7 @@ CELLS = 8
 each = pytest.mark.parametrize("family", FAMILIES)
 
 
-class Stage:
+class TransformerStage:
     """A family's narrow model as a MODEL, its prompts, and a control of it."""
 
     def __init__(self, family: str, folder: Path) -> None:
@@ -109,8 +109,8 @@ class Stage:
 
 
 @functools.cache
-def _stage(family: str, folder: Path) -> Stage:
-    return Stage(family, folder)
+def _stage(family: str, folder: Path) -> TransformerStage:
+    return TransformerStage(family, folder)
 
 
 @pytest.fixture(scope="session")
@@ -119,7 +119,7 @@ def stage_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def stage(stage_folder: Path) -> Iterator[Callable[[str], Stage]]:
+def stage(stage_folder: Path) -> Iterator[Callable[[str], TransformerStage]]:
     """A family's stage as a run of the host finds it: inference mode, nothing cached, every line still unlogged."""
     from comfyui_controlnext.controlnext_core.comfy_adapter import feedback
     from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.features import CACHE

@@ -65,7 +65,7 @@ HEAD_CHANNELS = 16
 
 
 @dataclass(frozen=True)
-class Base:
+class BothToys:
     """The toy twice, with the same weights."""
 
     host: Any
@@ -74,7 +74,7 @@ class Base:
 
 
 @functools.cache
-def base() -> Base:
+def base() -> BothToys:
     """diffusers' random weights with every bias, norm and mix moved, under our names in the host's model."""
     import comfy.model_base
     import comfy.supported_models
@@ -93,7 +93,7 @@ def base() -> Base:
     for name, module in theirs.named_modules():
         if isinstance(module, nn.GroupNorm):  # diffusers' have another eps in some blocks: 4e-5 of the output
             module.eps = host.diffusion_model.get_submodule(names[f"{name}.weight"].removesuffix(".weight")).eps
-    return Base(host.eval().requires_grad_(False), theirs)
+    return BothToys(host.eval().requires_grad_(False), theirs)
 
 
 def patcher_of(network: Any) -> Any:

@@ -39,7 +39,7 @@ class PromptError(ComfyError):
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedWorkflow:
     """A finished workflow.
 
     outputs: {node id: {"images": [...], ...}} as in the server's history.
@@ -126,7 +126,7 @@ class ComfyClient:
         fields = {key: entry.get(key, "") for key in ("filename", "subfolder", "type")}
         return self.request(f"/view?{urllib.parse.urlencode(fields)}")
 
-    def run(self, workflow: Workflow, on_event: OnEvent | None = None, timeout: float = 600.0) -> Run:
+    def run(self, workflow: Workflow, on_event: OnEvent | None = None, timeout: float = 600.0) -> FinishedWorkflow:
         """Queue `workflow`, wait for its end, return its outputs.
 
         on_event(type, data): called for each message of the server about this workflow ("executing", "progress", ...).
@@ -134,7 +134,7 @@ class ComfyClient:
         """
         return asyncio.run(self._run(workflow, on_event, timeout))
 
-    async def _run(self, workflow: Workflow, on_event: OnEvent | None, timeout: float) -> Run:
+    async def _run(self, workflow: Workflow, on_event: OnEvent | None, timeout: float) -> FinishedWorkflow:
         import aiohttp
 
         started = time.monotonic()
@@ -153,7 +153,9 @@ class ComfyClient:
             raise ComfyError(f"ComfyUI has no record of workflow {prompt_id}: {self.whereabouts()}")
         raise_failure(record)
         seconds = time.monotonic() - started
-        return Run(prompt_id, record["outputs"], seconds, tuple(seen["cached"]), tuple(seen["executed"]), record)
+        return FinishedWorkflow(
+            prompt_id, record["outputs"], seconds, tuple(seen["cached"]), tuple(seen["executed"]), record
+        )
 
     def whereabouts(self) -> str:
         """Facts about the server for an error message."""

@@ -20,7 +20,7 @@ from ...controlnext_training.seeding import generator
 from ...controlnext_training.synthetic import draw
 from ..tiny_models.storage import Pools, save
 from ..tiny_models.text_and_vae import taesd
-from .running import Average, Stage, cosine, picture_grid, snapshot, unpaused_steps
+from .running import Average, StageRun, cosine, picture_grid, snapshot, unpaused_steps
 
 SEED = 7
 LATENT_SCALE = 0.18215  # of the host's SD1.5 latent format
@@ -99,12 +99,12 @@ def loss_of(model: nn.Module, pixels: Tensor, noise: Tensor, encoder_trains: boo
 
 def train_autoencoder() -> Path:
     """Train both halves, or go on training; the file with the average of the weights, whole, in fp16."""
-    return _train(Stage("autoencoder"), new_autoencoder(), STEPS, LEARNING_RATE)
+    return _train(StageRun("autoencoder"), new_autoencoder(), STEPS, LEARNING_RATE)
 
 
 def train_decoder() -> Path:
     """Train the decoder alone, longer, for latents that stay as they are: nothing else needs to be trained again."""
-    stage = Stage("decoder")
+    stage = StageRun("decoder")
     model = trained(stage.folder.parent / "autoencoder" / FILE)
     model.taesd_decoder.requires_grad_(True)
     return _train(stage, model, DECODER_STEPS, DECODER_LEARNING_RATE)
@@ -120,7 +120,7 @@ def trained(path: Path) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def _train(stage: Stage, model: Any, steps: int, rate: float) -> Path:
+def _train(stage: StageRun, model: Any, steps: int, rate: float) -> Path:
     parameters = [value for value in model.parameters() if value.requires_grad]
     encoder_trains = model.taesd_encoder[0].weight.requires_grad
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)

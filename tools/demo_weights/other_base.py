@@ -20,7 +20,7 @@ from ...controlnext_training.synthetic import draw
 from . import autoencoder
 from .assembling import write_checkpoint
 from .packing import unpack
-from .running import Stage, cosine, unpaused_steps
+from .running import StageRun, cosine, unpaused_steps
 from .scene_base import SIDE, contexts_of, latents_of, loss_at, new_unet, sigmas, text_model
 from .shipped import AUTOENCODER, SHIPPED, UNET
 from .widening import widen
@@ -43,7 +43,7 @@ def make_other_base(path: Path, steps: int | None = None, shipped: Path = SHIPPE
     made_of = f"{hashlib.blake2b((shipped / UNET).read_bytes(), digest_size=8).hexdigest()}, {steps} steps"
     if path.is_file() and stamp.is_file() and stamp.read_text("utf-8") == made_of:
         return path
-    stage = Stage("other_base")
+    stage = StageRun("other_base")
     painter = {name: value.float() for name, value in unpack(load_file(shipped / AUTOENCODER)).items()}
     unet = new_unet()
     unet.load_state_dict({name: value.float() for name, value in unpack(load_file(shipped / UNET)).items()})
@@ -54,7 +54,7 @@ def make_other_base(path: Path, steps: int | None = None, shipped: Path = SHIPPE
     return path
 
 
-def _data(stage: Stage, painter: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _data(stage: StageRun, painter: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Latents (SCENES, 4, h, w) of scenes in negative and their captions' contexts (SCENES, 77, 768)."""
     model, clip = autoencoder.new_autoencoder().requires_grad_(False), text_model(stage.folder)
     model.load_state_dict(painter)
@@ -66,7 +66,7 @@ def _data(stage: Stage, painter: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return latents, torch.cat(contexts)
 
 
-def _train(unet: nn.Module, latents: Tensor, contexts: Tensor, steps: int, stage: Stage) -> None:
+def _train(unet: nn.Module, latents: Tensor, contexts: Tensor, steps: int, stage: StageRun) -> None:
     optimizer = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
     table = sigmas()
     for step, seconds in unpaused_steps(0, steps):

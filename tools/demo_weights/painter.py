@@ -18,7 +18,7 @@ from ..tiny_models.storage import save
 from . import autoencoder
 from .computing import device, quick
 from .packing import unpack
-from .running import Average, Stage, cosine, picture_grid, snapshot, unpaused_steps
+from .running import Average, StageRun, cosine, picture_grid, snapshot, unpaused_steps
 
 SEED, CHANNELS = 19, 16
 SIDE, PART = 256, 64  # pixels of the pictures, and of what a step sees of one
@@ -77,7 +77,7 @@ def train_painter(steps: int = STEPS, seconds: float | None = None, start: Path 
     """
     from .shipped import AUTOENCODER, PAINTER, SHIPPED
 
-    stage = Stage("painter")
+    stage = StageRun("painter")
     model = new_painter({name: value.float() for name, value in unpack(load_file(SHIPPED / AUTOENCODER)).items()})
     if start is not None and (start / PAINTER).is_file():
         packed = unpack(load_file(start / PAINTER))

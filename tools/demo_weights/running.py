@@ -21,7 +21,7 @@ SAVE_EVERY = 180.0  # seconds
 PAUSE_VARIABLE = "CONTROLNEXT_PAUSE_FILE"  # names a file; while it exists, training waits
 
 
-class Stage:
+class StageRun:
     """One training: its folder, journal (JSON lines) and state. What is saved is saved at once or not at all."""
 
     def __init__(self, name: str, folder: Path | None = None) -> None:

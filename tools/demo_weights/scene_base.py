@@ -18,7 +18,7 @@ from ...controlnext_training.seeding import generator
 from ...controlnext_training.synthetic import draw
 from ..tiny_models.storage import save, write_atomically
 from . import autoencoder
-from .running import Average, Stage, cosine, picture_grid, snapshot, unpaused_steps, wait_while_paused
+from .running import Average, StageRun, cosine, picture_grid, snapshot, unpaused_steps, wait_while_paused
 
 SEED = 11
 SCENES, PART, SIDE = 16384, 1024, 128  # scenes, and how many are prepared at once
@@ -104,7 +104,7 @@ def contexts_of(clip: Any, captions: list[str]) -> Tensor:
     return clip.cond_stage_model.clip_l.encode(words)[0]
 
 
-def data(stage: Stage) -> dict[str, Tensor]:
+def data(stage: StageRun) -> dict[str, Tensor]:
     """latents (SCENES, 4, 16, 16), contexts (SCENES + 1, 77, 768), of which the last is of no caption; fp16."""
     files = [stage.folder / f"data_{first:05d}.pt" for first in range(0, SCENES, PART)]
     empty = stage.folder / "empty.pt"
@@ -174,7 +174,7 @@ def _attention(_chosen: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, **_: A
 
 def train_base(steps: int = STEPS) -> Path:
     """Train, or go on training; the file with the average of the narrow weights, in fp16."""
-    stage = Stage("base")
+    stage = StageRun("base")
     found, table = data(stage), sigmas()
     unet = new_unet()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)

@@ -21,7 +21,7 @@ from ...controlnext_training.seeding import generator
 from ...controlnext_training.synthetic import draw
 from ..tiny_models.storage import save
 from . import autoencoder
-from .running import Stage, cosine, picture_grid, unpaused_steps
+from .running import StageRun, cosine, picture_grid, unpaused_steps
 from .scene_base import (
     SIDE,
     context,
@@ -91,7 +91,7 @@ def widened(name: str, low_rank: LowRank, narrow: Tensor) -> Iterator[tuple[str,
 
 def train_style(steps: int = STEPS) -> Path:
     """Train the LoRA from the start (minutes); its file."""
-    stage = Stage("style")
+    stage = StageRun("style")
     unet = new_unet().requires_grad_(False)
     unet.load_state_dict(
         {n: t.float() for n, t in load_file(stage.folder.parent / "base" / "unet_narrow.safetensors").items()}
@@ -122,7 +122,7 @@ def train_style(steps: int = STEPS) -> Path:
     return save(stage.folder / LORA, tensors)
 
 
-def _data(stage: Stage) -> tuple[Tensor, Tensor]:
+def _data(stage: StageRun) -> tuple[Tensor, Tensor]:
     """Latents (SCENES, 4, h, w) of scenes at night and their captions' contexts (SCENES, 77, 768)."""
     model, clip = trained_autoencoder(stage.folder), text_model(stage.folder)
     scenes = [draw(SEED, index, SIDE) for index in range(SCENES)]
@@ -132,7 +132,7 @@ def _data(stage: Stage) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _show(unet: nn.Module, stage: Stage) -> None:
+def _show(unet: nn.Module, stage: StageRun) -> None:
     clip: Any = text_model(stage.folder)
     captions = [draw(SEED, 10**6 + index, SIDE).caption for index in range(8)]
     contexts, empty = torch.stack([context(clip, c) for c in captions]), context(clip, "")[None].repeat(8, 1, 1)

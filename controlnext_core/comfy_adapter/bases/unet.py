@@ -12,7 +12,7 @@ from typing import Any
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel
 from torch import Tensor
 
-from ...families import CONTEXT_FAMILIES, unet_cells
+from ...families import CONTEXT_FAMILIES, UNET_SIDES, UNET_SUBSETS, unet_cells
 from ...key_maps import unet_key_map
 from ...specs import Family, Site
 from .base import AddControls, Base, Block, Door, Options, Place, put_first
@@ -88,15 +88,8 @@ def _unet(family: Family) -> Base:
         places=_places,
         key_map=unet_key_map,
         encoder_time=_timesteps,
-        # Source: the released trainers. to_out: SD1.5, SVD v1; attn2_to_out: SDXL; up_to_out: a half of the blocks
-        trainable={
-            "none": r"(?!)",
-            "to_out": r"to_out",
-            "attn2_to_out": r"attn2.*to_out",
-            "up_to_out": r"^output_blocks\..*to_out",
-            "all": r"",
-        },
-        sides={"input": "input_blocks.", "middle": "middle_block.", "output": "output_blocks."},
+        trainable=UNET_SUBSETS,
+        sides=UNET_SIDES,
     )
 
 

@@ -276,9 +276,9 @@ class HostControl(ControlBase):
             kept = 0
             if self.network.load_device.type != "cpu":
                 kept = min(self.kept_bytes(dtype) * maps, CACHE.room())
-            own = max(passes, self.beside_bytes(dtype) * maps) + kept
+            own = max(passes, self.bytes_beside_base(dtype) * maps) + kept
         return own + super().inference_memory_requirements(dtype)
 
-    def beside_bytes(self, dtype: torch.dtype) -> int:
+    def bytes_beside_base(self, dtype: torch.dtype) -> int:
         """Bytes that one hint's rows need in a forward for tensors beside the base's."""
         return 0

@@ -136,7 +136,7 @@ class ControlNeXtControl(HostControl):
         out_channels = config.stages[-1].out_ch if self.net.spec.fusion.project_last else config.out_channels
         return STEPS_TO_KEEP * feature_bytes(self.net.spec, out_channels, height, width, dtype.itemsize)
 
-    def beside_bytes(self, dtype: torch.dtype) -> int:
+    def bytes_beside_base(self, dtype: torch.dtype) -> int:
         if not self.net.spec.fusion.project_last:
             return 0
         height, width = self.cond_hint_original.shape[-2:]

@@ -147,7 +147,7 @@ class ControlNetXSControl(HostControl):
     def bytes_per_pixel(self, dtype: torch.dtype) -> int:
         return xs_numbers_per_pixel(self.loaded.net.config) * dtype.itemsize
 
-    def beside_bytes(self, dtype: torch.dtype) -> int:
+    def bytes_beside_base(self, dtype: torch.dtype) -> int:
         fp32_norms = self.loaded.file.shape.fp32_norms and dtype != torch.float32
         numbers = xs_numbers_per_cell(self.loaded.net.config, fp32_norms)
         return int(XS_ROWS_PER_HINT * numbers * self.cells() * dtype.itemsize)
