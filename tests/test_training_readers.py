@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 PROCESS = Path(__file__).with_name("training_process.py")
 NAMES = tuple(f"picture {number}" for number in range(6))
-PATIENCE = 10.0
+PATIENCE = 30.0
 """Seconds in which a process whose run was killed must have ended."""
 
 

@@ -90,3 +90,12 @@ def test_kinds_of_pictures_that_are_not_read_are_said(tmp_path: Path) -> None:
     said = {Path(path).name: why for path, why in open_dataset(tmp_path, resolution=64).broken}
     assert said.keys() == {"a.gif", "c.tiff"} and "(.gif)" in said["a.gif"] and "as 1 more" in said["a.gif"]
     assert "Save it as png, jpg, webp or bmp" in said["c.tiff"]
+
+
+def test_pictures_that_share_one_hint_are_said(tmp_path: Path) -> None:
+    root = pairs(tmp_path / "d")
+    one, other = (write(root / "images" / f"i.{suffix}", coordinates(64, 64, 5)) for suffix in ("JPG", "png"))
+    write(root / "hints" / "i.png", coordinates(64, 64, 6))
+    found = report(open_dataset(root, resolution=64))
+    assert found.shared == ((str(one), str(other)),)
+    assert f"1 groups of pictures share one hint:\n  {one}, {other}" in found.text

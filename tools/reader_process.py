@@ -6,6 +6,7 @@ connection, and so with the process at the other end, however that ended.
 
 from __future__ import annotations
 
+import os
 import pickle
 import runpy
 import signal
@@ -32,6 +33,7 @@ def serve(connection: Any) -> None:
             request = pickle.loads(connection.recv_bytes())  # noqa: S301 - the other end is this project
         except (EOFError, OSError):
             return
+        answer: tuple[Any, Exception | None]
         try:
             answer = request(), None
         except Exception as error:  # noqa: BLE001 - the other end decides
@@ -51,3 +53,4 @@ if "CONNECTION" in globals():
 
     torch.set_num_threads(1)
     serve(globals()["CONNECTION"])
+    os._exit(0)  # at once: nothing here needs tidying up

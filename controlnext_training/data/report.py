@@ -40,6 +40,8 @@ class Report:
     """Pictures whose hint has another aspect."""
     coarse: tuple[str, ...] = ()
     """Pictures whose hint has less than half the pixels along a side of its bucket."""
+    shared: tuple[tuple[str, ...], ...] = ()
+    """Groups of pictures that have one hint file, such as i.JPG and i.png."""
 
     @property
     def text(self) -> str:
@@ -48,6 +50,7 @@ class Report:
         lines += _listed("have a hint of another aspect, which is stretched over the picture", self.stretched)
         lines += _listed("have a hint much smaller than what trains, which is enlarged", self.coarse)
         lines += _listed("groups of files are the same", [", ".join(group) for group in self.duplicates])
+        lines += _listed("groups of pictures share one hint", [", ".join(group) for group in self.shared])
         lines += _listed("have no caption", self.without_caption)
         lines.append(f"{self.items} samples")
         lines += [f"  {width}x{height}: {count}" for (height, width), count in self.buckets.items()]
@@ -69,8 +72,11 @@ def report(dataset: ControlDataset) -> Report:
     items = dataset.items
     clips = list({id(item.clip): item.clip for item in items}.values())
     same: dict[str, list[str]] = {}
+    of_hint: dict[str, list[str]] = {}
     for clip in clips:
         same.setdefault(" ".join(clip.images.content(n) for n in range(clip.count)), []).append(clip.images.label)
+        if clip.hints is not None:
+            of_hint.setdefault(clip.hints.label, []).append(clip.images.label)
     return Report(
         items=len(items),
         buckets=buckets,
@@ -82,6 +88,7 @@ def report(dataset: ControlDataset) -> Report:
         broken=dataset.broken,
         stretched=tuple(dict.fromkeys(item.clip.images.label for item in items if _is_stretched(item))),
         coarse=tuple(dict.fromkeys(item.clip.images.label for item in items if _is_coarse(item))),
+        shared=tuple(tuple(labels) for labels in of_hint.values() if len(labels) > 1),
     )
 
 
