@@ -11,13 +11,15 @@ from urllib.parse import urlparse
 
 import pytest
 import torch
+from comfyui_controlnext.controlnext_core import checkpoint
 from comfyui_controlnext.controlnext_training.synthetic import write_folder
+from comfyui_controlnext.tests import reference_controlnext as released
 from comfyui_controlnext.tools import host, make_workflows
 from comfyui_controlnext.tools import tiny_models as tm
 from comfyui_controlnext.tools.comfy_command import for_this_system
 from comfyui_controlnext.tools.demo_weights import shipped
 from comfyui_controlnext.tools.workflow_graph import NOTE, WIDGET_TYPES, split_inputs
-from comfyui_controlnext.tools.workflows import clip_graphs, parts, training_graphs, xs_graphs
+from comfyui_controlnext.tools.workflows import controlnext, parts, training, video, xs
 from PIL import Image, ImageSequence
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).resolve().parents[1] / "example_workflows"
 TITLES = {describe.__name__: describe().title for describe in make_workflows.WORKFLOWS}
 NAMES = sorted(TITLES)
+OWN = ("sd15_canny", "sd35_canny")
+"""Workflows of controls that a user trains."""
 DEMOS = [name for name in NAMES if name.startswith("demo")]
 VIDEOS = [name for name in NAMES if name.startswith("svd_")]
 ADDED_BY_THE_PAGE = ("fixed", "image")  # of `control_after_generate` and of the upload button
@@ -160,7 +164,7 @@ def test_published_files_are_reported_where_the_page_looks(name: str) -> None:
         assert entry["directory"] in ("checkpoints", "controlnext", "loras")
         if entry["directory"] == "controlnext":
             assert url.path.endswith(f"/main/{entry['name']}"), "below models/controlnext as where it is published"
-    unpublished = {"ControlNeXtLoader"} if name == "sd15_canny" else set()  # no canny for SD1.5 has been
+    unpublished = {"ControlNeXtLoader"} if name in OWN else set()  # no canny for SD1.5 or SD3.5 has been
     for node in graph["nodes"]:
         if "Loader" in node["type"] and name not in DEMOS:
             wanted = (
@@ -248,10 +252,12 @@ def published(tiny: "TinyModels") -> Iterator[dict[str, str]]:
     stand_ins = {
         parts.SD15.name: tm.make_sd15_deep(models / "checkpoints" / "deep_sd15.ckpt"),
         parts.SDXL.name: tm.make_sdxl(models / "checkpoints" / "tiny_sdxl.ckpt"),
-        clip_graphs.SVD.name: tm.make_svd(models / "checkpoints" / "tiny_svd.ckpt"),
-        clip_graphs.UNET.name: tm.make_published_unet(controls / "tiny_svd_unet.bin", "svd", seed=1),
+        parts.SD35.name: tm.make_sd3(models / "checkpoints" / "small_sd3.ckpt"),
+        video.SVD.name: tm.make_svd(models / "checkpoints" / "tiny_svd.ckpt"),
+        video.UNET.name: tm.make_published_unet(controls / "tiny_svd_unet.bin", "svd", seed=1),
     }
     others = (
+        _own_sd35(controls / controlnext.OWN_SD35_CANNY),
         tm.make_lora(models / "loras" / parts.OFFSET_LORA.name, "sdxl"),
         tm.make_controlnext(controls / clip_graphs.ENCODER.name, "gen2", torch.float16),
         tm.make_controlnet_xs(controls / xs_graphs.XS_SD15_CANNY.name, "sd15_deep"),
@@ -263,6 +269,15 @@ def published(tiny: "TinyModels") -> Iterator[dict[str, str]]:
         path.unlink()
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _own_sd35(path: Path) -> Path:
+    """A control of SD3's shape as the trainer leaves it: one file, with a low-rank difference."""
+    encoder = released.random_weights("SD15-T", seed=3, out=128)
+    proj = "base.joint_blocks.0.x_block.attn.proj.weight"
+    factors = {f"{proj}.up": 0.1 * torch.randn(128, 4), f"{proj}.down": torch.randn(4, 128) * 128**-0.5}
+    bundled = {f"controlnext.{name}": tensor for name, tensor in encoder.items()}
+    return checkpoint.save(path, bundled | factors, {"controlnext.spec": "sd3"})
 
 
 @pytest.fixture(scope="module")
@@ -318,14 +333,18 @@ def test_api_workflow_runs(name: str, server: "ComfyServer", published: dict[str
         assert picture.convert("L").getextrema() != (0, 0)
     said = "\n".join(server.log_lines()[seen:])
     names = [str(n["inputs"]["weights_name"]) for n in workflow.values() if n["class_type"] == "ControlNeXtLoader"]
-    beside = "bundled in the control file" if name == "demo" else "unet.safetensors, the only one beside the control"
+    beside = (
+        "bundled in the control file"
+        if name in ("demo", "sd35_canny")
+        else "unet.safetensors, the only one beside the control"
+    )
     assert said.count(beside) == names.count("auto")
     assert said.count("unet.safetensors, as chosen") == sum(n.endswith("unet.safetensors") for n in names)
     assert "had no effect" not in said and "hints for" not in said
 
 
 @pytest.mark.comfy
-@pytest.mark.parametrize("name", ["sd15_canny", "svd_short_clip", "xs_controlnext_lora"])
+@pytest.mark.parametrize("name", ["sd15_canny", "sd35_canny", "svd_short_clip", "xs_controlnext_lora"])
 def test_each_control_of_a_workflow_acts(
     name: str, server: "ComfyServer", published: dict[str, str], pictures: None
 ) -> None:

@@ -29,7 +29,10 @@ BENCHMARKS = {
     "candidates": "changes that only a GPU can judge, against the product",
 }
 """Name -> the question; the script is benchmarks/bench_<name>.py. Those that take minutes on a CPU come last."""
-ON_REQUEST = {"convergence": "how soon each way of control is heard, on the demo's base: trains for most of an hour"}
+ON_REQUEST = {
+    "convergence": "how soon each way of control is heard, on the demo's base: trains for most of an hour",
+    "super_resolution": "a picture from its low-resolution copy, on the demo's base of SD3's shape: trains as long",
+}
 """Benchmarks of the same form that run only when they are named."""
 REPORT = "report"
 """In the place of a name: no benchmark, but the tables of docs/performance.md from the results of GPUs."""
@@ -39,6 +42,11 @@ SHARED = ("quick", "cpu")
 VALUES = ("json", "dtype", "repeats", "cases", "threads")
 TRAINING = ("parts", "base", "steps", "batch", "scenes", "looks", "folder")
 """Options of convergence."""
+OF_REQUEST = {
+    "convergence": ("cases", "threads", *TRAINING),
+    "super_resolution": ("threads", *(option for option in TRAINING if option != "looks")),
+}
+"""Options of ON_REQUEST."""
 OWN = {"train": ("batch",)}
 """Further options of BENCHMARKS."""
 
@@ -88,7 +96,7 @@ def run_benchmarks(options: argparse.Namespace, host: Callable[[], Path]) -> int
 def _arguments(name: str, options: argparse.Namespace, comfyui: Path) -> list[str]:
     """Arguments for the script of a benchmark."""
     arguments = ["--comfyui", str(comfyui), *(f"--{switch}" for switch in SHARED if getattr(options, switch))]
-    own = ("cases", "threads", *TRAINING) if name in ON_REQUEST else (*VALUES, *OWN.get(name, ()))
+    own = OF_REQUEST[name] if name in ON_REQUEST else (*VALUES, *OWN.get(name, ()))
     for key in own:
         value = getattr(options, key)
         if value is not None:

@@ -43,6 +43,8 @@ SHOWN: dict[str, tuple[Column, int]] = {
     "xs_sdxl_two": (XS, 23),
     "xs_controlnext_lora": (XS, 12),
     "train_sd15": (EDGES, 33),
+    "sd35_canny": (EDGES, 33),
+    "train_sd35": (EDGES, 3),
 }
 """Workflow -> the demo's controls that stand for its own, and the number of a scene that no training saw."""
 CLIP = ("photo", "pose_clip", "pose_clip", "pose_clip")

@@ -1,12 +1,16 @@
 """Image workflows of ControlNeXt."""
 
-from ..workflow_graph import Workflow
+from typing import Any
+
+from ..workflow_graph import Model, Workflow
 from .parts import (
     CONTROL,
+    FLOW,
     HINT,
     MODELS,
     RESULT,
     SD15,
+    SD35,
     SDXL,
     SDXL_DEPTH,
     SIDE,
@@ -29,27 +33,50 @@ SD15_POSE = published("ControlNeXt-SD1.5/deepfashion_multiview")
 SD15_MASK = published("ControlNeXt-SD1.5/deepfashoin_mask")  # spelled so where it is published
 SDXL_CANNY = published("ControlAny-SDXL/anime_canny")
 OWN_SD15_CANNY = "sd15_canny/controlnet.safetensors"
+OWN_SD35_CANNY = "my_sd35_canny.safetensors"
 
 
 def sd15_canny() -> Workflow:
     """Two nodes of ours: load, apply."""
-    workflow, base = start("sd15_canny", "SD1.5 canny, your own control", SD15)
-    loader = workflow.add(
-        MODELS, "ControlNeXtLoader", model=base["MODEL"], control_name=OWN_SD15_CANNY, weights_name="auto"
-    )
-    workflow.note(
-        MODELS,
-        "Bring your own control",
+    return _own_canny(
+        "sd15_canny",
+        "SD1.5 canny, your own control",
+        SD15,
+        OWN_SD15_CANNY,
+        {},
         """
 No canny control for SD1.5 has been published. Put one that you trained into **models/controlnext/sd15_canny**
 (controlnet.safetensors, and unet.safetensors if there is one), or choose another file here.
 """,
-        150,
     )
-    positive, negative, latent = prompts(workflow, base["CLIP"], SD15, "a portrait in a sunlit garden, detailed photo")
-    hint = edges(workflow, SD15)
+
+
+def sd35_canny() -> Workflow:
+    """The same on SD3.5, with what the graph `train_sd35` leaves."""
+    return _own_canny(
+        "sd35_canny",
+        "SD3.5 canny, your own control",
+        SD35,
+        OWN_SD35_CANNY,
+        FLOW,
+        """
+No ControlNeXt for SD3.5 has been published. *SD3.5, train on your pictures* leaves this file in **models/controlnext**;
+or choose another one here. For other transformers put their loaders in place of the checkpoint's.
+""",
+    )
+
+
+def _own_canny(name: str, title: str, checkpoint: Model, control: str, sampling: dict[str, Any], own: str) -> Workflow:
+    """Load, apply. own: says where the control comes from; sampling: settings of the sampler."""
+    workflow, base = start(name, title, checkpoint)
+    loader = workflow.add(MODELS, "ControlNeXtLoader", model=base["MODEL"], control_name=control, weights_name="auto")
+    workflow.note(MODELS, "Bring your own control", own, 150)
+    positive, negative, latent = prompts(
+        workflow, base["CLIP"], checkpoint, "a portrait in a sunlit garden, detailed photo"
+    )
+    hint = edges(workflow, checkpoint)
     workflow.add(HINT, "PreviewImage", images=hint)
-    control = workflow.add(
+    applied = workflow.add(
         CONTROL, "ControlNeXtApply", model=loader["MODEL"], control_net=loader["CONTROL_NET"], image=hint
     )
     workflow.note(
@@ -59,7 +86,7 @@ No canny control for SD1.5 has been published. Put one that you trained into **m
         "the model, so the prompts go straight to the sampler.",
         120,
     )
-    return finish(workflow, control["MODEL"], positive, negative, latent, base["VAE"])
+    return finish(workflow, applied["MODEL"], positive, negative, latent, base["VAE"], **sampling)
 
 
 def sd15_depth() -> Workflow:

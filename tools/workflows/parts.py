@@ -25,6 +25,11 @@ SDXL = Model(
     "sd_xl_base_1.0.safetensors",
     f"{HUB}stabilityai/stable-diffusion-xl-base-1.0/resolve/main/sd_xl_base_1.0.safetensors",
 )
+SD35 = Model(
+    "checkpoints",
+    "sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors",
+    f"{HUB}Comfy-Org/stable-diffusion-3.5-fp8/resolve/main/sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors",
+)
 OFFSET_LORA = Model(
     "loras",
     "sd_xl_offset_example-lora_1.0.safetensors",
@@ -35,7 +40,11 @@ SDXL_DEPTH = published("ControlAny-SDXL/vidit_depth")
 MODELS, PROMPTS, HINT, CONTROL, RESULT = range(5)
 GROUPS = ("Models", "Prompts and size", "Hint", "Control", "Result")
 NEGATIVE = "lowres, blurry, deformed, text, watermark"
-SIDE = {SD15: 512, SDXL: 1024}
+SIDE = {SD15: 512, SDXL: 1024, SD35: 1024}
+LATENTS = {SD15: "EmptyLatentImage", SDXL: "EmptyLatentImage", SD35: "EmptySD3LatentImage"}
+"""The node that makes an empty latent of a base."""
+FLOW: dict[str, Any] = {"steps": 28, "cfg": 4.5, "sampler_name": "euler", "scheduler": "sgm_uniform"}
+"""Settings of the sampler for SD3.5."""
 CONDITION_IMAGE = """
 Put *Load Image* in place of the sample. A preprocessor pack, for instance **comfyui_controlnet_aux**, makes a {what}
 image from a photograph. It should have the proportions of the latent: it is scaled to fill that, the middle is kept.
@@ -82,7 +91,7 @@ def prompts(workflow: Workflow, clip: Output, base: Model, text: str) -> tuple[O
     """Positive, negative and an empty latent."""
     positive = workflow.add(PROMPTS, "CLIPTextEncode", "Positive prompt", clip=clip, text=text)
     negative = workflow.add(PROMPTS, "CLIPTextEncode", "Negative prompt", clip=clip, text=NEGATIVE)
-    latent = workflow.add(PROMPTS, "EmptyLatentImage", width=SIDE[base], height=SIDE[base], batch_size=1)
+    latent = workflow.add(PROMPTS, LATENTS[base], width=SIDE[base], height=SIDE[base], batch_size=1)
     return positive["CONDITIONING"], negative["CONDITIONING"], latent["LATENT"]
 
 
