@@ -167,14 +167,14 @@ def filled(name: str, shape: torch.Size, seed: int = 0) -> Tensor:
 
 
 @functools.cache
-def narrow_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The host's BaseModel of a family, weights stored in `dtype`, arithmetic in fp32."""
+def narrow_model(family: str, dtype: torch.dtype = torch.float32, changes: tuple[tuple[str, Any], ...] = ()) -> Any:
+    """The host's BaseModel, weights stored in `dtype`, arithmetic in fp32; changes: of the family's configuration."""
     import comfy.supported_models
     import comfyui_version
     from comfyui_controlnext.tests.conftest import HOST_VERSION
 
     row = NARROW[family]
-    config = dict(row.config)
+    config = row.config | dict(changes)
     if comfyui_version.__version__ != HOST_VERSION:
         config |= row.later
     settings = getattr(comfy.supported_models, row.supported)(config)
