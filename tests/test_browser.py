@@ -7,7 +7,6 @@ chromium`.
 """
 
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -19,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import pytest
+from comfyui_controlnext.tests import page_graphs
+from comfyui_controlnext.tests.page_graphs import overlapping, same_but_for_additions
 from comfyui_controlnext.tools import make_locales, make_workflows
 from comfyui_controlnext.tools.demo_weights import shipped
 from comfyui_controlnext.tools.workflow_graph import split_inputs
@@ -128,27 +129,6 @@ def page_graph(name: str) -> dict[str, Any]:
 def of_ours(text: str) -> bool:
     """True means that a message is about this pack; the page's own questions to hosts elsewhere (https) are not."""
     return "https://" not in text and ("controlnext" in text.lower() or f"/{quote(ROOT.name)}/" in text)
-
-
-def same_but_for_additions(sent: dict[str, Any], kept: dict[str, Any]) -> bool:
-    """True if both graphs of the API have the same nodes, and `sent` has every input of `kept` with its value.
-
-    Newer hosts change titles of core nodes and add inputs to them.
-    """
-    return sent.keys() == kept.keys() and all(
-        sent[number]["class_type"] == node["class_type"]
-        and node["inputs"].items() <= dict(sent[number]["inputs"]).items()
-        for number, node in kept.items()
-    )
-
-
-def overlapping(boxes: dict[int, list[float]]) -> list[tuple[int, int]]:
-    """Pairs of nodes that cover each other. boxes: x, y, width and height by number, titles included."""
-    return [
-        (one, other)
-        for (one, (x, y, w, h)), (other, (u, v, s, t)) in itertools.combinations(boxes.items(), 2)
-        if x < u + s and u < x + w and y < v + t and v < y + h
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -298,6 +278,61 @@ def test_the_training_demo_trains_from_its_template(browser: Browser, server: "C
     for kind in ("ControlDatasetFolder", "ControlNeXtTrain"):
         assert page.evaluate(shown, kind) > 200
     browser.shot("demo_train", clip=page.evaluate(SHOW_ALL))
+
+
+REPORTS = """() => Object.fromEntries(app.graph.nodes.filter(n => n.properties.controlnext_report)
+    .map(n => [n.title, n.properties.controlnext_report]))"""
+
+
+def reports(page: "Page", enough: int) -> dict[str, str]:
+    """{title: report} of nodes, once there are `enough`; each is drawn too."""
+    page.wait_for_function(f"() => Object.keys(({REPORTS})()).length >= {enough}", timeout=120_000)
+    shown = page.evaluate(REPORTS)
+    drawn = page.evaluate("[...document.querySelectorAll('div.controlnext_report')].map(each => each.innerText)")
+    assert set(shown.values()) <= set(drawn)
+    return shown
+
+
+def test_warnings_and_reports_are_on_the_nodes_and_stay(
+    browser: Browser, server: "ComfyServer", tiny: "TinyModels"
+) -> None:
+    """On a run, in the graph as it is saved, and on a page that gets every result from the host's cache."""
+    page = browser.page
+    page_graphs.write_files(server.base / "models")
+    page.evaluate("app.extensionManager.command.execute('Comfy.RefreshNodeDefinitions')")
+    page.evaluate("(graph) => app.loadApiJson(graph, 'warnings')", page_graphs.warning_graph(tiny))
+    page.get_by_test_id("queue-button").click()
+    shown = reports(page, len(page_graphs.WARNINGS))
+    for title, words in page_graphs.WARNINGS.items():
+        assert shown[title].startswith("Warning: ") and words in shown[title]
+    assert "controlnet.safetensors: ControlNeXt" in shown["full"] and "\nUNet weights: " in shown["full"]
+    browser.shot("warnings", clip=page.evaluate(SHOW_ALL))
+    saved = page.evaluate("JSON.parse(JSON.stringify(app.graph.serialize()))")
+    page.evaluate("(graph) => app.loadGraphData(graph)", saved)
+    assert reports(page, len(shown)) == shown
+    for node in saved["nodes"]:
+        node["properties"].pop("controlnext_report", None)
+    page.evaluate("(graph) => app.loadGraphData(graph)", saved)
+    assert page.evaluate(REPORTS) == {}
+    page.get_by_test_id("queue-button").click()
+    assert reports(page, len(shown)) == shown
+
+
+@pytest.mark.parametrize("what", page_graphs.REFUSED)
+def test_the_page_says_what_is_wrong(what: str, browser: Browser, server: "ComfyServer", tiny: "TinyModels") -> None:
+    page = browser.page
+    page_graphs.write_files(server.base / "models")
+    page.evaluate("(graph) => app.loadApiJson(graph, 'refused')", page_graphs.refused_graph(tiny, what))
+    page.get_by_test_id("queue-button").click()
+    overlay = page.get_by_test_id("error-overlay-see-errors")
+    said = page.get_by_text(page_graphs.REFUSED[what][2])
+    said.or_(overlay).first.wait_for()
+    if said.count() == 0:
+        overlay.click()
+        said.first.wait_for()
+    assert str(server.base) not in said.first.inner_text()
+    browser.shot(what)
+    page.keyboard.press("Escape")
 
 
 def test_help_of_a_node_opens(browser: Browser) -> None:

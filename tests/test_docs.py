@@ -43,6 +43,29 @@ def test_translations_are_of_the_present_english(language: str) -> None:
     assert [key for key, text in plain.items() if not letters.search(text)] == []
 
 
+def shape_of(text: str) -> list[int]:
+    """Headings, points, numbered points, rows of tables, fences of code."""
+    return [len(re.findall(mark, text, re.M)) for mark in (r"^#+ ", r"^\* ", r"^\d\. ", r"^\|", r"^```")]
+
+
+@pytest.mark.parametrize("language", make_locales.LANGUAGES)
+def test_help_pages_in_other_languages_have_the_parts_of_the_english(language: str) -> None:
+    """Parts, names of inputs, values and messages in quotes; the words are compared by their hash."""
+    names = locale(language)
+    for english in HELP.glob("*.md"):
+        text, theirs = english.read_text("utf-8"), (HELP / english.stem / f"{language}.md").read_text("utf-8")
+        assert theirs.startswith(f"# {names[english.stem]['display_name']}\n")
+        assert shape_of(theirs) == shape_of(text), english.name
+        for name in re.findall(r"\*\*([a-z_, ]+?)(?: \(optional\))?\*\*:", text):
+            assert f"**{name}" in theirs, f"{english.name} {language}: {name}"
+        for word in (*re.findall(r"`[\w.*/=:]+`", text), *re.findall(r'\*\*"(.+?)"', text)):
+            assert word in theirs, f"{english.name} {language}: {word}"
+
+
+def test_every_help_page_says_when_a_stock_node_does() -> None:
+    assert [path.stem for path in HELP.glob("*.md") if "**Or the stock node.** " not in path.read_text("utf-8")] == []
+
+
 def test_a_changed_lost_or_left_over_text_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {language: make_locales.texts_of(language) for language in ("en", "ja")}
     mask, strength = "ControlNeXtApply.inputs.mask.tooltip", "ControlNeXtApply.inputs.strength.tooltip"
@@ -53,6 +76,10 @@ def test_a_changed_lost_or_left_over_text_is_named(monkeypatch: pytest.MonkeyPat
     said = make_locales.out_of_date("ja")
     assert [line.partition(":")[0] for line in said] == [strength, "Gone.description", mask]
     assert "no ja text for '1 as released, 0 no control.'" in said[0] and "--translated ja" in said[2]
+    texts["en"]["ControlNeXtApply.help"] += "One more line."
+    assert [
+        line for line in make_locales.out_of_date("ja") if line.startswith("ControlNeXtApply.help: translate '# Apply")
+    ]
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
@@ -164,8 +191,9 @@ def test_every_node_has_a_help_page_that_names_its_inputs(server: "ComfyServer")
 @pytest.mark.comfy
 def test_the_host_serves_help_texts_and_workflows(server: "ComfyServer") -> None:
     pack = quote(ROOT.name)
-    for path in HELP.glob("*.md"):
-        assert server.request(f"/extensions/{pack}/docs/{path.name}") == path.read_bytes()
+    for path in HELP.rglob("*.md"):
+        served = quote(path.relative_to(HELP).as_posix())
+        assert server.request(f"/extensions/{pack}/docs/{served}") == path.read_bytes()
     translations = server.get("/i18n")
     for language in ("en", *make_locales.LANGUAGES):
         for name, texts in locale(language).items():

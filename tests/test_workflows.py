@@ -221,8 +221,9 @@ def test_every_node_and_slot_exists_in_the_host(name: str, object_info: dict[str
         kept = [value for value in node["widgets_values"] if value not in ADDED_BY_THE_PAGE]
         assert all(kind in WIDGET_TYPES for kind, _, _ in widgets.values())
         assert len(kept) == len(widgets) or (not pinned_host and needed(info) <= len(kept) < len(widgets))
-        for value, (kind, options, _) in zip(kept, widgets.values(), strict=pinned_host):
-            if kind == "COMBO" and not str(value).endswith((".safetensors", ".ckpt", ".png", ".mp4")):
+        for value, (widget, (kind, options, _)) in zip(kept, widgets.items(), strict=pinned_host):
+            of_a_person = widget == "folder" or str(value).endswith((".safetensors", ".ckpt", ".png", ".mp4"))
+            if kind == "COMBO" and not of_a_person:
                 assert value in options["options"]
             if kind in ("INT", "FLOAT"):
                 assert options["min"] <= value <= options["max"]
