@@ -1,14 +1,17 @@
-"""Pictures of a run: the curve of its loss, and grids of what the model draws. PIL only."""
+"""Pictures of a run: the curve of its loss, and grids of what the model draws. PIL draws both; the curve is a figure of
+matplotlib where that is installed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .figure import as_picture, curve_figure
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -17,7 +20,6 @@ if TYPE_CHECKING:
 BACKGROUND, INK, FAINT = (255, 255, 255), (40, 40, 40), (225, 225, 225)
 RAW, SMOOTH, VALIDATION = (176, 205, 236), (31, 94, 170), (214, 92, 20)
 BARE = (110, 130, 60)
-NAMES = ("Training loss (weighted mean squared error of the network's output)", "steps of the optimizer")
 NAMED_FROM = 300  # pixels of height from which there is room for a title and names of axes
 FINER = 3  # lines are drawn this many times larger and shrunk: PIL's own are jagged
 SMOOTHING = 0.03  # the smoothed line averages over about this part of the points
@@ -26,6 +28,20 @@ MAX_POINTS = 4000  # more cannot be seen, and a long run draws its curve often
 Point = tuple[float, float]
 Line = tuple[str, list[Point], tuple[int, int, int]]
 """Name, points and colour."""
+
+
+class Names(NamedTuple):
+    """Title of a curve, and names of its axes with their units."""
+
+    title: str
+    x: str
+    y: str
+
+
+NAMES = Names("Training loss", "step of the optimizer", "weighted mean squared error (no unit)")
+MEAN, SMOOTHED = "mean of the steps since the last line", "smoothed mean"
+BRIEF = ("mean", "smoothed", "validation", "without control")
+WITH, WITHOUT = "validation with the control", "validation without it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +59,7 @@ def loss_curve(
     steps: Sequence[float],
     losses: Sequence[float],
     validation: Sequence[tuple[float, float]] = (),
-    size: tuple[int, int] = (720, 400),
+    size: tuple[int, int] = (960, 540),
     without: Sequence[tuple[float, float]] = (),
 ) -> Image:
     """The losses, their smoothed line and the validation losses (step, loss) over the steps; size: (width, height).
@@ -57,15 +73,22 @@ def loss_curve(
     smooth, checked = _smoothed(raw)[::every], _finite(validation)
     raw = raw[::every]
     bare = _finite(without)
+    small = size[1] < NAMED_FROM
+    mean, smoothed, validated, without_it = BRIEF if small else (MEAN, SMOOTHED, WITH, WITHOUT)
     lines: tuple[Line, ...] = (
-        ("mean of the steps", raw, RAW),
-        ("smoothed", smooth, SMOOTH),
-        ("validation", checked, VALIDATION),
-        ("without control", bare, BARE),
+        (mean, raw, RAW),
+        (smoothed, smooth, SMOOTH),
+        (validated, checked, VALIDATION),
+        (without_it, bare, BARE),
     )
     ends = _range([y for _, points, _ in lines[1:] for _, y in points], [y for _, y in raw])
-    dotted = ("validation", "without control")
-    return _chart(lines, ends, size, thick=("smoothed",), dotted=dotted, names=NAMES if size[1] >= NAMED_FROM else ())
+    thick, dotted = (smoothed,), (validated, without_it)
+    if not small and any(points for _, points, _ in lines):
+        try:
+            return as_picture(curve_figure(lines, ends, size, thick, dotted, NAMES))
+        except ImportError:
+            return _chart(lines, ends, size, thick, dotted, NAMES)
+    return _chart(lines, ends, size, thick, dotted, None if small else NAMES)
 
 
 def line_chart(lines: Sequence[Line], size: tuple[int, int] = (720, 400)) -> Image:
@@ -82,21 +105,21 @@ def _chart(
     size: tuple[int, int],
     thick: Sequence[str],
     dotted: Sequence[str],
-    names: Sequence[str] = (),
+    names: Names | None = None,
 ) -> Image:
-    """ends: lowest and highest value of the frame; thick, dotted: names of lines that are so; names: title with the
-    value axis, and name of the other axis."""
+    """ends: lowest and highest value of the frame; thick, dotted: names of lines that are so; names: None = none."""
     from PIL import Image, ImageDraw
 
-    font, (low, high) = _font(max(10, size[1] // 30)), ends
+    font, (low, high) = font_of(max(10, size[1] // 30)), ends
     first, last = _ends([x for _, points, _ in lines for x, _ in points])
     y_ticks, x_ticks = _ticks(low, high, 5), [x for x in _ticks(first, last, 8) if x == round(x)]
     left = 14 + round(max(font.getlength(_number(y)) for y in y_ticks))
-    legend = _legend(lines, font, left, size[0] - 18)
+    right = size[0] - 6 - round(max(12.0, font.getlength(_number(x_ticks[-1] if x_ticks else 0.0)) / 2))
+    legend = _legend(lines, font, left, right)
     rows = 1 + max((row for _, row, _, _ in legend), default=0)
     title = 1.5 if names else 0.0  # lines of text
     top, bottom = round(font.size * (0.6 + title + 1.6 * rows)), size[1] - round(font.size * (2.2 + 0.8 * title))
-    box = (left, top, size[0] - 18, bottom)
+    box = (left, top, right, bottom)
 
     def place(point: Point) -> Point:
         x = box[0] + (point[0] - first) / (last - first) * (box[2] - box[0])
@@ -122,8 +145,8 @@ def _chart(
     for tick in x_ticks:
         draw.text((place((tick, low))[0] / FINER, box[3] + 4), _number(tick), INK, font, anchor="ma")
     if names:
-        draw.text((left, font.size * 0.4), names[0], INK, font, anchor="la")
-        draw.text(((box[0] + box[2]) / 2, size[1] - 3), names[1], INK, font, anchor="md")
+        draw.text((left, font.size * 0.4), f"{names.title}: {names.y}", INK, font, anchor="la")
+        draw.text(((box[0] + box[2]) / 2, size[1] - 3), names.x, INK, font, anchor="md")
     for x, row, text, key in legend:
         middle = font.size * (1.05 + title + 1.6 * row)
         if key is not None:
@@ -138,7 +161,7 @@ def picture_grid(rows: Sequence[Sequence[Cell]], side: int = 256) -> Image:
 
     if not rows or not any(rows):
         raise ValueError("rows: a grid needs at least one picture.")
-    font = _font(max(10, side // 18))
+    font = font_of(max(10, side // 18))
     gap, line = max(4, side // 32), round(font.size * 1.35)
     texts = [[_texts(cell, font, side) for cell in row] for row in rows]
     heights = [side + gap + line * max((len(lines) for lines in row), default=0) for row in texts]
@@ -158,8 +181,8 @@ def picture_grid(rows: Sequence[Sequence[Cell]], side: int = 256) -> Image:
 
 def _texts(cell: Cell, font: FreeTypeFont, width: int) -> list[tuple[str, tuple[int, int, int]]]:
     """The lines under a picture."""
-    caption = [(text, INK) for text in _wrapped(cell.caption, font, width, 2)]
-    return caption + [(text, SMOOTH) for text in _wrapped(cell.metric, font, width, 1)]
+    caption = [(text, INK) for text in wrapped(cell.caption, font, width, 3)]
+    return caption + [(text, SMOOTH) for text in wrapped(cell.metric, font, width, 2)]
 
 
 def _fitted(picture: Tensor, side: int) -> Image:
@@ -173,7 +196,7 @@ def _fitted(picture: Tensor, side: int) -> Image:
     return image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC)
 
 
-def _wrapped(text: str, font: FreeTypeFont, width: int, most: int) -> list[str]:
+def wrapped(text: str, font: FreeTypeFont, width: int, most: int) -> list[str]:
     """The text in at most `most` lines of `width` pixels, with an ellipsis where it is cut."""
     lines: list[str] = []
     words = text.split()
@@ -193,7 +216,7 @@ def _wrapped(text: str, font: FreeTypeFont, width: int, most: int) -> list[str]:
     return lines
 
 
-def _font(size: int) -> FreeTypeFont:
+def font_of(size: int) -> FreeTypeFont:
     from PIL import ImageFont
 
     font = ImageFont.load_default(size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,12 @@ from comfyui_controlnext.controlnext_training.plots import (
     picture_grid,
 )
 from torch import Tensor
+
+
+@pytest.fixture(autouse=True)
+def without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the curve drawn by the pack, as where matplotlib is not installed; see test_training_figure."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 
 
 def pixels(image: Any) -> Tensor:
@@ -183,17 +190,17 @@ def test_captions_and_metrics_are_printed_beneath() -> None:
 
 
 def test_a_long_caption_is_cut_and_a_word_too_wide_as_well() -> None:
-    from comfyui_controlnext.controlnext_training.plots import _font, _wrapped
+    from comfyui_controlnext.controlnext_training.plots import font_of, wrapped
 
-    font = _font(12)
+    font = font_of(12)
     words = "a red circle, a blue square and a yellow triangle on a green background".split()
-    lines = _wrapped(" ".join(words), font, 140, 2)
+    lines = wrapped(" ".join(words), font, 140, 2)
     assert len(lines) == 2 and lines[1].endswith("...")
     assert all(font.getlength(line) <= 140 for line in lines)
     assert " ".join(lines).removesuffix("...").split() == words[: len(" ".join(lines).removesuffix("...").split())]
-    (wide,) = _wrapped("w" * 100, font, 60, 1)
+    (wide,) = wrapped("w" * 100, font, 60, 1)
     assert wide.endswith("...") and font.getlength(wide) <= 60
-    assert _wrapped("", font, 60, 2) == [] and _wrapped(" one \n two ", font, 200, 2) == ["one two"]
+    assert wrapped("", font, 60, 2) == [] and wrapped(" one \n two ", font, 200, 2) == ["one two"]
 
 
 def test_values_out_of_range_and_halves_are_drawn() -> None:

@@ -1,4 +1,4 @@
-"""The report on a dataset: what it counts, and its contact sheet."""
+"""The report on a dataset: what it counts and names."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from comfyui_controlnext.controlnext_training.data import TensorDataset, contact_sheet, open_dataset, report
+from comfyui_controlnext.controlnext_training.data import TensorDataset, open_dataset, report
 from comfyui_controlnext.tests.data_fixtures import broken_files, coordinates, pairs, write
-from PIL import Image
 
 
 def test_counts_sizes_captions_masks_duplicates_and_broken_files(tmp_path: Path) -> None:
@@ -54,21 +53,6 @@ def test_images_from_the_graph_are_reported_too() -> None:
     images = np.stack([coordinates(64, 64, mark) for mark in range(3)]).astype(np.float32) / 255
     found = report(TensorDataset(torch.from_numpy(images), torch.from_numpy(images), ["a", "", "c"]))
     assert found.items == 3 and found.without_caption == ("sample 1",) and "64x64: 3" in found.text
-
-
-def test_the_contact_sheet_shows_pictures_beside_their_hints(tmp_path: Path) -> None:
-    for number in range(5):
-        write(tmp_path / "images" / f"{number}.png", np.full((64, 64, 3), 40 * number, np.uint8))
-        write(tmp_path / "hints" / f"{number}.png", np.full((64, 64, 3), 40 * number + 20, np.uint8))
-    dataset = open_dataset(tmp_path, resolution=64)
-    sheet = contact_sheet(dataset, count=4, columns=2, side=64)
-    assert isinstance(sheet, Image.Image) and sheet.mode == "RGB"
-    values = np.asarray(sheet)
-    middle = [values[32 + 68 * row, [36 + 136 * c, 102 + 136 * c], 0].tolist() for row in range(2) for c in range(2)]
-    assert middle == [[40 * number, 40 * number + 20] for number in (0, 1, 2, 3)]
-    (tmp_path / "images" / "0.png").unlink()
-    assert np.asarray(contact_sheet(dataset, count=4, columns=2, side=64))[32, 36, 0] == 40, "its place stays empty"
-    assert contact_sheet(dataset, count=99, columns=99, side=16).size[1] == 16 + 2 * 4
 
 
 def test_hints_of_another_aspect_and_coarse_hints_are_named_first(tmp_path: Path) -> None:

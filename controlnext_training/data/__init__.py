@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from .cache import Cache
+from .contact_sheet import contact_sheet
 from .dataset import FileDataset, Subset, open_dataset
 from .order import Order, order
-from .report import contact_sheet, report
+from .report import report
 from .samples import PAIRED, Broken, BrokenSample, ControlDataset, DatasetError, Sample
 from .tensors import TensorDataset
 

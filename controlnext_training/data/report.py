@@ -1,23 +1,18 @@
-"""Report on a dataset, in words and as a picture, to look at before a run."""
+"""Report on a dataset in words, to look at before a run."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 from .dataset import FileDataset, Item
-from .samples import Broken, BrokenSample, ControlDataset
+from .samples import Broken, ControlDataset
 
 LISTED = 20
 """Files of a kind that the text names; the report holds all of them."""
 ASPECT = 0.02
 """Relative difference of aspects that rounding of sizes does not explain."""
-GAP = 4
-GRAY = (40, 40, 40)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,33 +100,6 @@ def _is_coarse(item: Item) -> bool:
     """True: a side of the hint is enlarged more than twice."""
     hints = item.clip.hints
     return hints is not None and any(2 * own < side for own, side in zip(hints.size, item.fit.resized, strict=True))
-
-
-def contact_sheet(dataset: ControlDataset, count: int = 12, columns: int = 3, side: int = 192) -> Any:
-    """PIL image of the first `count` samples, evenly spread over the set: picture and hint side by side.
-
-    side: longest side of a picture in pixels. What cannot be read any more stays empty.
-    """
-    from PIL import Image
-
-    count = min(count, len(dataset))
-    columns = min(columns, count)
-    indices = [number * len(dataset) // count for number in range(count)]
-    rows = -(-count // columns)
-    cell = (2 * side + 2 * GAP, side + GAP)
-    sheet = Image.new("RGB", (columns * cell[0] + GAP, rows * cell[1] + GAP), GRAY)
-    for place, index in enumerate(indices):
-        try:
-            sample = dataset.load(index)
-        except BrokenSample:
-            continue
-        row, column = divmod(place, columns)
-        for half, frames in enumerate((sample.frames, sample.hints)):
-            picture = Image.fromarray(np.rint(frames[0].numpy() * 255).astype(np.uint8))
-            scale = side / max(picture.size)
-            picture = picture.resize((round(picture.width * scale), round(picture.height * scale)))
-            sheet.paste(picture, (GAP + column * cell[0] + half * (side + GAP // 2), GAP + row * cell[1]))
-    return sheet
 
 
 def _area(size: tuple[int, int]) -> int:

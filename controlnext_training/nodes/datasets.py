@@ -21,7 +21,8 @@ from ..base_model.base_files import runs_folder
 from ..command import INDEX, open_data
 from ..config import SETTINGS, ConfigError, TrainConfig
 from ..config_files import make_config
-from ..data.report import contact_sheet, report
+from ..data.contact_sheet import contact_sheet
+from ..data.report import report
 from ..data.samples import PAIRED, ControlDataset
 from ..data.tensors import TensorDataset
 from ..drawn import DRAWN_HINTS, SCHEMES, is_drawn
