@@ -14,6 +14,7 @@ import asyncio
 import difflib
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -158,7 +159,7 @@ def tell(content: str | bytes, prompt: str, graph: Graph) -> int | None:
     if isinstance(content, bytes):
         number, length = struct.unpack(">II", content[:8].ljust(8, b"\0"))
         if number == NODE_TEXT:
-            say(content[8 + length :].decode("utf-8", "replace"))
+            show(content[8 + length :].decode("utf-8", "replace"))
         return None
     event = json.loads(content)
     data = event.get("data") or {}
@@ -171,9 +172,32 @@ def tell(content: str | bytes, prompt: str, graph: Graph) -> int | None:
     return {"execution_success": 0, "execution_error": 1, "execution_interrupted": 130}.get(event["type"])
 
 
+PASSING = re.compile(r"(?:encoding|validating)\b.*?(?:(\d+) of (\d+))?$")
+"""Texts of which each takes the place of the one before: how far something has come."""
+_width = 0
+"""Letters of the unfinished line on the terminal."""
+
+
 def say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
+    """Print lines; one that stands unfinished is ended first."""
+    global _width
+    sys.stdout.write("\n" * bool(_width) + f"{text}\n")
     sys.stdout.flush()
+    _width = 0
+
+
+def show(text: str) -> None:
+    """Print what a node says. On a terminal progress stays on one line; elsewhere its last word is printed alone."""
+    global _width
+    progress = PASSING.fullmatch(text)
+    if progress is None:
+        say(text)
+    elif sys.stdout.isatty():
+        sys.stdout.write(f"\r{text.ljust(_width)}")
+        sys.stdout.flush()
+        _width = max(_width, len(text))
+    elif progress[1] and progress[1] == progress[2]:
+        say(text)
 
 
 def main(arguments: list[str]) -> int:
