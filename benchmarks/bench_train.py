@@ -215,6 +215,9 @@ class Watch:
     def picture(self, image: Any) -> None:
         pass
 
+    def curve(self, draw: Any) -> None:
+        pass
+
     def stopping(self) -> bool:
         return False
 

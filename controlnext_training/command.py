@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from .drawn import is_drawn, open_drawn
 from .readers import MakeReaders, ThreadReaders
 from .results import RunFiles
 from .train import train
+from .validation import VALIDATING
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,11 +60,15 @@ class Console:
             sys.stdout.flush()
 
     def progress(self, step: int, steps: int, text: str) -> None:
-        if text.startswith("step") or step in (1, steps) or step % 100 == 0:
+        rare = step in (1, steps) or step % 100 == 0
+        if text.startswith("step") or (rare and not text.startswith(VALIDATING)):
             self.say(text)
 
     def picture(self, image: Image) -> None:
         """Ignored: the picture is also written to a file."""
+
+    def curve(self, draw: Callable[[], Image]) -> None:
+        """Ignored: the curve is written to a file at each validation and at the end."""
 
     def stopping(self) -> bool:
         return self.asked.is_set()

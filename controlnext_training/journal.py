@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,7 +30,10 @@ class Observer(Protocol):
         """Progress of a phase: step of steps, and a line for a person."""
 
     def picture(self, image: Image) -> None:
-        """Show a picture of the run."""
+        """Show the grid of a validation."""
+
+    def curve(self, draw: Callable[[], Image]) -> None:
+        """Offer the loss curve, which has grown; `draw` takes a fraction of a second."""
 
     def stopping(self) -> bool:
         """True: the run has to save and end."""

@@ -7,6 +7,7 @@ import secrets
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +22,9 @@ from .journal import Journal, Observer
 from .plots import loss_curve
 from .state import where_it_ends
 from .validation import NO_EFFECT, Validation
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 NAME_FILE = "run.txt"
 CURVE = "loss.png"
@@ -148,18 +152,23 @@ def show_validation(found: Validation, step: int, files: RunFiles, journal: Jour
         path = files.folder / f"validation-{step:08d}.png"
         with journals.lenient(path):
             found.grid.save(path)
-        observer.picture(found.grid)
+        observer.picture(found.short or found.grid)
     with journals.lenient(files.folder / CURVE):
         show_curve(files)
 
 
-def show_curve(files: RunFiles) -> Path:
-    """Draw loss.png from the log."""
+def curve_of(files: RunFiles) -> Image:
+    """The loss curve of a run, from its log."""
     steps = journals.read(files.folder, "step", "loss")
     validated = journals.read(files.folder, "validation", "loss")
     without = journals.read(files.folder, "validation", "loss_without")
+    return loss_curve(list(steps), list(steps.values()), list(validated.items()), without=list(without.items()))
+
+
+def show_curve(files: RunFiles) -> Path:
+    """Draw loss.png from the log."""
     path = files.folder / CURVE
-    loss_curve(list(steps), list(steps.values()), list(validated.items()), without=list(without.items())).save(path)
+    curve_of(files).save(path)
     return path
 
 

@@ -27,14 +27,13 @@ from .data.samples import ControlDataset
 from .distributed import ProcessGroup
 from .encoded import MemoryCache
 from .journal import Journal, Observer
-from .readers import MakeReaders, ThreadReaders
-from .results import Meter, RunFiles, StepClock, duration, finished_file, show_validation
+from .results import Meter, RunFiles, StepClock, curve_of, duration, finished_file, show_validation
 from .run_lock import run_lock
 from .run_samples import encode_samples
 from .step import draw, losses
 from .training_run import TrainingRun, make_run, open_run, resume, rules_of, save, saved_data
 from .undisturbed import undisturbed
-from .validation import Validator
+from .validation import VALIDATING, Validator
 
 
 class TrainingError(RuntimeError):
@@ -265,9 +264,6 @@ def _tell(run: TrainingRun, seconds: float, outputs: Outputs) -> None:
     loss, norm = _mean(run.losses[-count:]), _mean(run.norms[-count:])
     left = duration(seconds * (config.steps - step))
     rate = run.schedule.factor(step - 1)
-    outputs.observer.progress(
-        step, config.steps, f"step {step}/{config.steps}  loss {loss:.4f}  {1 / seconds:.2f} it/s  {left} left"
-    )
     outputs.journal.write(
         "step",
         step,
@@ -278,6 +274,10 @@ def _tell(run: TrainingRun, seconds: float, outputs: Outputs) -> None:
         control_learning_rate=config.control_learning_rate * rate,
         seconds_per_step=seconds,
     )
+    outputs.observer.curve(lambda: curve_of(outputs.files))
+    outputs.observer.progress(
+        step, config.steps, f"step {step}/{config.steps}  loss {loss:.4f}  {1 / seconds:.2f} it/s  {left} left"
+    )
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -286,8 +286,13 @@ def _mean(values: Sequence[float]) -> float:
 
 def _validate(run: TrainingRun, validator: Validator, outputs: Outputs) -> None:
     """Measure and draw with the weights that would be saved."""
+
+    def tell(text: str) -> None:
+        outputs.observer.progress(run.step, run.config.steps, f"{VALIDATING} after step {run.step}: {text}")
+
     with run.averaged():
-        show_validation(validator.run(run.controlled), run.step, outputs.files, outputs.journal, outputs.observer)
+        found = validator.run(run.controlled, tell)
+        show_validation(found, run.step, outputs.files, outputs.journal, outputs.observer)
     validator.store.base.release_unused()
 
 

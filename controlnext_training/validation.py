@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,6 +24,18 @@ from .step import DiffusionObjective, conditions_of, draw, losses
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+STRENGTHS = ("without control", "with control (strength 1)")
+
+VALIDATING = "validating"
+"""First word of what a validation tells of its progress."""
+
+SHOWN = 4
+"""Rows of the grid that are shown while a run goes on; the file has all."""
+
+TONES, EDGES = "tone correlation", "edge F1"
+METRIC_NAMES = {"mask": "mask overlap", "blur": TONES, "gray": TONES, "depth": TONES, "low_resolution": TONES}
+"""Kind of hint -> name of its metric; of other kinds EDGES. 1 is perfect."""
 
 LEVELS = (0.125, 0.375, 0.625, 0.875)
 """Quantiles in (0, 1) of the noise levels at which the loss is measured."""
@@ -50,6 +62,8 @@ class Validation:
     """Mean over the pictures at strength 1 of the root mean square difference between their latents and the original's,
     by the base's own autoencoder; None without pictures."""
     distance_without: float | None = None
+    short: Image | None = None
+    """The grid's first SHOWN rows, where it has more."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +71,7 @@ class Pictures:
     """Pictures of a validation; pairs are (at strength 0, at strength 1)."""
 
     grid: Image
+    short: Image | None
     fidelity: tuple[float, float]
     distance: tuple[float, float]
 
@@ -77,12 +92,16 @@ class Validator:
         self.pictures = len(self.indices)
         """Number of pictures to make; halved after a lack of memory."""
 
-    def run(self, controlled: Controlled) -> Validation:
-        """Measure and draw with the current weights; training state and random numbers are not touched."""
+    def run(self, controlled: Controlled, tell: Callable[[str], None] = lambda text: None) -> Validation:
+        """Measure and draw with the current weights; training state and random numbers are not touched.
+
+        tell: is told what comes next.
+        """
+        tell("loss with and without the control")
         samples = self._readable()
         with torch.no_grad(), _training_off(controlled):
             loss, without = (self._loss(controlled, samples, strength) for strength in (1.0, 0.0))
-            seen = self._pictures_that_fit(controlled, samples)
+            seen = self._pictures_that_fit(controlled, samples, tell)
         return Validation(
             loss=loss,
             loss_without=without,
@@ -92,6 +111,7 @@ class Validator:
             grid=seen.grid if seen else None,
             distance=seen.distance[1] if seen else None,
             distance_without=seen.distance[0] if seen else None,
+            short=seen.short if seen else None,
         )
 
     def _readable(self) -> list[Encoded]:
@@ -116,11 +136,13 @@ class Validator:
                 found.append(losses(controlled, batch, self.objective, self.config, strength))
         return float(torch.cat(found).mean())
 
-    def _pictures_that_fit(self, controlled: Controlled, samples: Sequence[Encoded]) -> Pictures | None:
+    def _pictures_that_fit(
+        self, controlled: Controlled, samples: Sequence[Encoded], tell: Callable[[str], None]
+    ) -> Pictures | None:
         """As many pictures as memory allows; None where there is room for none."""
         while self.pictures:
             try:
-                return self._pictures(controlled, samples[: self.pictures])
+                return self._pictures(controlled, samples[: self.pictures], tell)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -131,26 +153,30 @@ class Validator:
                 torch.cuda.empty_cache()
         return None
 
-    def _pictures(self, controlled: Controlled, samples: Sequence[Encoded]) -> Pictures:
+    def _pictures(self, controlled: Controlled, samples: Sequence[Encoded], tell: Callable[[str], None]) -> Pictures:
         metric = METRICS[self.config.hint]
         rows, scores, distances = [], [], []
         for number, sample in enumerate(samples):
+            tell(f"picture {number + 1} of {len(samples)}")
             pair = [self._picture(controlled, sample, number, strength) for strength in (0.0, 1.0)]
             middle = len(sample.latent) // 2
             hint, original = sample.hint[middle].movedim(0, -1), sample.latent[middle : middle + 1]
             target = self.store.base.picture(original)[0]
             followed = [metric(picture.numpy(), hint.numpy()) for picture in pair]
+            away = [float((self._latent(picture) - original).square().mean().sqrt()) for picture in pair]
             scores.append(followed)
-            distances.append([float((self._latent(picture) - original).square().mean().sqrt()) for picture in pair])
-            rows.append(
-                [
-                    Cell(hint, "hint"),
-                    Cell(target, "original"),
-                    Cell(pair[0], "strength 0", f"{followed[0]:.2f}"),
-                    Cell(pair[1], "strength 1", f"{followed[1]:.2f}"),
-                ]
-            )
-        return Pictures(picture_grid(rows), _means(scores), _means(distances))
+            distances.append(away)
+            rows.append([*_given(hint, target, sample.caption), *map(self._drawn, STRENGTHS, pair, followed, away)])
+        return Pictures(
+            grid=picture_grid(rows),
+            short=picture_grid(rows[:SHOWN]) if len(rows) > SHOWN else None,
+            fidelity=_means(scores),
+            distance=_means(distances),
+        )
+
+    def _drawn(self, name: str, picture: Tensor, followed: float, away: float) -> Cell:
+        """A picture of the model, with its figures by name."""
+        return Cell(picture, name, f"{METRIC_NAMES.get(self.config.hint, EDGES)} {followed:.2f}, distance {away:.2f}")
 
     def _latent(self, picture: Tensor) -> Tensor:
         """(1, C, h, w) of a picture (H, W, 3)."""
@@ -173,6 +199,11 @@ class Validator:
         )
         middle = len(latents) // 2
         return self.store.base.picture(latents[middle : middle + 1])[0]
+
+
+def _given(hint: Tensor, target: Tensor, caption: str) -> tuple[Cell, Cell]:
+    """Cells of a sample's hint and picture, with its prompt under the hint."""
+    return Cell(hint, f"hint, prompt: {caption}" if caption else "hint, no prompt"), Cell(target, "original")
 
 
 def _means(pairs: Sequence[Sequence[float]]) -> tuple[float, float]:

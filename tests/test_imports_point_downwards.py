@@ -48,7 +48,12 @@ LAYERS = (
     Layer("controlnext_core/picturebook", MATHS | {"numpy"}, CORE, PICTURES),
     Layer("controlnext_core/comfy_adapter", MATHS | HOST, CORE, PICTURES),
     Layer("nodes", HOST | {"torch"}, ("controlnext_core", "nodes")),  # torch: types of what goes through
-    Layer("controlnext_training", TRAINING, (*CORE, "controlnext_training"), PICTURES | {"av", "psutil", "tomli"}),
+    Layer(
+        "controlnext_training",
+        TRAINING,
+        (*CORE, "controlnext_training"),
+        PICTURES | {"av", "matplotlib", "psutil", "tomli"},
+    ),
     Layer("controlnext_training/base_model", TRAINING | HOST, (*CORE, "controlnext_training"), PICTURES),
     Layer("controlnext_training/queue_training.py", frozenset({"aiohttp"})),
     Layer("controlnext_training/nodes", TRAINING | HOST, (*CORE, "controlnext_training"), PICTURES),

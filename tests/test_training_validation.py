@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from comfyui_controlnext.controlnext_core.fidelity import METRICS
 from comfyui_controlnext.controlnext_training.base_model import preview
 from comfyui_controlnext.controlnext_training.data.samples import BrokenSample, DatasetError
 from comfyui_controlnext.controlnext_training.results import RunFiles, show_validation
@@ -86,6 +88,11 @@ def test_a_run_that_looks_ends_with_the_weights_of_one_that_does_not(loaded_stud
         "validation-00000002.png",
     ]
     assert len(watch.pictures) == 2 and watch.told("validation after 2 steps: loss ")
+    assert [line for line in watch.lines if line.startswith("validating after step 2")] == [
+        "validating after step 2: loss with and without the control",
+        "validating after step 2: picture 1 of 1",
+    ]
+    assert len(watch.curves) == 2 and watch.curves[0]().size == (960, 540), "offered at each line of the log"
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
     validated = [line for line in lines if line["event"] == "validation"]
     assert [line["step"] for line in validated] == [1, 2]
@@ -236,6 +243,34 @@ def test_a_picture_is_what_the_hosts_sampler_makes(loaded_studio: Studio) -> Non
     assert relative(found, expected) < 1e-4
     with_control = preview.sample(controlled, noise.clone(), *conditions, hint, steps=3, cfg=4.0, strength=1.0)
     assert relative(with_control, latents) > 1e-3
+
+
+def test_a_grid_names_its_figures_and_prompts_and_shows_four_rows(
+    loaded_studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from comfyui_controlnext.controlnext_training import validation
+
+    grids: list[Any] = []
+    picture_grid = validation.picture_grid
+
+    def kept(rows: Any) -> Any:
+        grids.append(rows)
+        return picture_grid(rows)
+
+    monkeypatch.setattr(validation, "picture_grid", kept)
+    monkeypatch.setattr(
+        Validator, "_picture", lambda self, controlled, sample, number, strength: sample.hint[0].movedim(0, -1)
+    )
+    loop = loop_on(base_of(loaded_studio), small(validation_samples=5), drawn(5))
+    found = validator_on(loop, count=5).run(loop.controlled)
+    whole, short = grids
+    assert len(whole) == 5 and short == whole[:4]
+    assert found.grid is not None and found.short is not None and found.short.size[1] < found.grid.size[1]
+    hint, original, without, with_it = whole[0]
+    assert hint.caption == f"hint, prompt: {drawn(5).captions[0]}" and original.caption == "original"
+    assert without.caption == "without control" and with_it.caption == "with control (strength 1)"
+    assert re.fullmatch(r"edge F1 \d\.\d\d, distance \d+\.\d\d", with_it.metric)
+    assert validation.METRIC_NAMES.keys() <= METRICS.keys()
 
 
 def test_figures_are_told_in_words(tmp_path: Path) -> None:

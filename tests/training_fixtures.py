@@ -50,6 +50,7 @@ class Watcher:
     said: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     pictures: list[Any] = field(default_factory=list)
+    curves: list[Any] = field(default_factory=list)
     steps_done: int = 0
 
     def say(self, text: str) -> None:
@@ -62,6 +63,9 @@ class Watcher:
 
     def picture(self, image: Any) -> None:
         self.pictures.append(image)
+
+    def curve(self, draw: Any) -> None:
+        self.curves.append(draw)
 
     def stopping(self) -> bool:
         return self.stop_at is not None and self.steps_done >= self.stop_at

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfy.model_management
 import folder_paths
 import torch
-from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
 from ...controlnext_core.comfy_adapter.control_node import ControlNode
-from ...controlnext_core.comfy_adapter.feedback import tell
 from .. import state
 from ..base_model.controls import load_trained
 from ..base_model.encode import BaseWithEncoders
@@ -25,41 +23,14 @@ from ..permission import refusal
 from ..results import RunFiles, show_curve
 from ..train import Stopped, train
 from .datasets import Dataset, Files, Images, as_image
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-PREVIEW_SIDE = 1024
-
-
-class NodeObserver:
-    """Observer that shows a run on its node; Cancel makes the run save and end."""
-
-    def __init__(self, node_id: str | None) -> None:
-        self.node_id = node_id
-        self.bar: ProgressBar | None = None
-        self.shown: Image | None = None
-
-    def say(self, text: str) -> None:
-        tell(text, self.node_id)
-
-    def progress(self, step: int, steps: int, text: str) -> None:
-        if self.bar is None or self.bar.total != steps:
-            self.bar = ProgressBar(steps, node_id=self.node_id)
-        tell(text, self.node_id)
-        picture = None if self.shown is None else ("JPEG", self.shown, PREVIEW_SIDE)
-        if not self.stopping():  # the host's bar raises at once where the run would save first
-            self.bar.update_absolute(step, steps, picture)
-
-    def picture(self, image: Image) -> None:
-        self.shown = image
-
-    def stopping(self) -> bool:
-        return bool(comfy.model_management.processing_interrupted())
-
+from .observer import NodeObserver
 
 FROM_INPUTS = ("base", "clip", "vae", "data", "validation_data")
 """Keys of a recipe that are inputs of the node."""
+NO_PRESET = "none"
+RECIPES = Path(__file__).parents[1] / "recipes"
+PRESETS = (NO_PRESET, *sorted(path.stem for path in RECIPES.glob("*.toml")))
+"""Choices of the preset: the recipes of the pack by name."""
 FOLDERS = ("output_folder", "runs_folder", "cache_folder")
 
 
@@ -90,6 +61,23 @@ def recipe_of_node(text: str) -> dict[str, Any]:
             )
         settings["init_control"] = found
     return settings
+
+
+def config_of_node(
+    text: str, preset: str | None, widgets: Mapping[str, Any], dataset: Mapping[str, Any]
+) -> TrainConfig:
+    """The configuration. text: of the config box; widgets, dataset: keys of TrainConfig that the two nodes set.
+
+    Strongest first: the config box, the widgets (with a preset those that were changed), the dataset, the preset.
+    Raises ConfigError.
+    """
+    recipe = recipe_of_node(text)
+    if preset in (None, NO_PRESET):
+        return make_config(recipe, widgets, dataset)
+    if preset not in PRESETS:
+        raise ConfigError(f"preset: {preset!r} is unknown. Choose one of {', '.join(PRESETS)}.")
+    changed = {key: value for key, value in widgets.items() if value != getattr(TrainConfig(), key)}
+    return make_config(recipe, changed, dataset, recipe_of_node((RECIPES / f"{preset}.toml").read_text("utf-8")))
 
 
 class ControlNeXtTrain(ControlNode):
@@ -155,6 +143,14 @@ class ControlNeXtTrain(ControlNode):
                     "widgets; the recipes of the pack are in controlnext_training/recipes.",
                 ),
                 io.Boolean.Input("resume", default=True, optional=True, tooltip=SETTINGS["resume"].doc),
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    default=NO_PRESET,
+                    optional=True,
+                    tooltip="A recipe of the pack to start from. Widgets that you change, the dataset and the config "
+                    "box win over it.",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with the trained weights of the base, read from the saved file."),
@@ -166,12 +162,14 @@ class ControlNeXtTrain(ControlNode):
         )
 
     @classmethod
-    def validate_inputs(cls, variant: str | None = None, config: str | None = None) -> bool | str:
+    def validate_inputs(
+        cls, variant: str | None = None, config: str | None = None, preset: str | None = None
+    ) -> bool | str:
         refused = refusal()
         if refused:
             return refused
         try:
-            make_config(recipe_of_node(config or ""), {"variant": variant} if variant is not None else {})
+            config_of_node(config or "", preset, {} if variant is None else {"variant": variant}, {})
         except ConfigError as error:
             return f"config: {error}"
         return True
@@ -193,6 +191,7 @@ class ControlNeXtTrain(ControlNode):
         clip_vision: Any = None,
         config: str = "",
         resume: bool = True,
+        preset: str = NO_PRESET,
     ) -> io.NodeOutput:
         widgets = {
             "variant": variant,
@@ -207,7 +206,7 @@ class ControlNeXtTrain(ControlNode):
         refused = refusal()  # a graph may reach a node without being queued, as from a pack that expands it
         if refused:
             raise ConfigError(refused)
-        settings = make_config(recipe_of_node(config), widgets, dataset.settings)
+        settings = config_of_node(config, preset, widgets, dataset.settings)
         base = BaseWithEncoders(model, vae, clip, clip_vision)
         observer = NodeObserver(cls.hidden.unique_id)
         run, frames = run_of(settings, base), base.family.frames(settings)
