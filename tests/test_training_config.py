@@ -33,7 +33,7 @@ BOUNDS = {key: (facts.low, facts.high) for key, facts in SETTINGS.items() if mat
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 UNBOUND = {
     *("xs_own_time", "buckets", "stratified_timesteps", "ema_on_cpu", "checkpointing", "offload"),
-    *("cache", "zero", "resume", "tensorboard"),
+    *("compile", "cache", "zero", "resume", "tensorboard"),
 }
 """Switches: there is nothing to be out of."""
 OF_XS = ("xs_official", "xs_diffusers")

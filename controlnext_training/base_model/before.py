@@ -8,18 +8,19 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...controlnext_core.comfy_adapter.bases.table import loaded_base
+from ...controlnext_core.encodable import cut
 from ..choices import XS
 from ..config import ConfigError, TrainConfig
 from ..optimizers import check_optimizer
 from .controlled import check_fits, names_that_train
 from .controls import new_control
-from .encode import BaseWithEncoders
+from .encode import BaseWithEncoders, device_of_host
 
 
 def check_before(base: BaseWithEncoders, config: TrainConfig) -> None:
     """Raise ConfigError, CheckpointError or ValueError for what a run would otherwise find after hours of encoding.
 
-    These are: the control's family, the encoders, `trainable` with `blocks`, `init_control`, and the optimizer.
+    These are: the control's family, the encoders, `trainable` with `blocks`, `init_control`, the optimizer, `compile`.
     """
     check_fits(base.model, config)
     base.check()
@@ -28,6 +29,8 @@ def check_before(base: BaseWithEncoders, config: TrainConfig) -> None:
     check_optimizer(config.optimizer, rates)
     _check_selection(base.model, config)
     _check_start(base.model, config)
+    if config.compile:
+        _check_compile(device_of_host())
 
 
 def _check_selection(model: ModelPatcher, config: TrainConfig) -> None:
@@ -45,3 +48,15 @@ def _check_start(model: ModelPatcher, config: TrainConfig) -> None:
             "folder, or leave it empty to start from fresh weights."
         )
     new_control(config, loaded_base(model.model), torch.device("cpu"))
+
+
+def _check_compile(device: torch.device) -> None:
+    """Compile one line. Raises ConfigError where that does not work."""
+    try:
+        torch.compile(lambda x: 2 * x + 1, dynamic=False)(torch.ones(8, device=device))
+    except Exception as error:  # of torch, of its backend or of the compiler: each has its own
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"compile: torch.compile does not work here ({cut(reason)}). Install a C++ compiler, and triton for an "
+            "NVIDIA GPU, or set compile = false."
+        ) from error

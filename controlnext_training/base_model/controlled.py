@@ -93,7 +93,9 @@ class Controlled(nn.Module):
             start_from(self.differences, Path(config.init_control), self.facts, model)
         fetched_on = device if config.offload else None
         family = self.family
-        self.blocks = prepare_blocks(self.unet, family.blocks, config.checkpointing, family.writes_in_place, fetched_on)
+        self.blocks = prepare_blocks(
+            self.unet, family.blocks, config.checkpointing, family.writes_in_place, fetched_on, config.compile
+        )
         self.net = self.control.net
         # not sub-modules: they are the host's, and hold the network again
         sampling = _sampling_of(model)
