@@ -86,9 +86,9 @@ def write_photos(folder: Path, size: tuple[int, int]) -> None:
     from PIL import Image
 
     random = np.random.default_rng(0)
+    grain = random.integers(-12, 12, (*size, 3), dtype=np.int16)
     for number in range(PICTURES):
         coarse = Image.fromarray(random.integers(0, 255, (30, 40, 3), dtype=np.uint8)).resize(size[::-1], 3)
-        grain = random.integers(-12, 12, (*size, 3), dtype=np.int16)
         photo = Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8))
         for kind, picture, suffix in (("images", photo, "jpg"), ("hints", coarse.resize(HINT[::-1]), "png")):
             (folder / kind).mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ def old_path(store: Store, count: int) -> Callable[[], int]:
     def run() -> int:
         for step in range(count):
             sample = store.data.load(step % PICTURES, 0, step)
-            store._latent(store.begin(step % PICTURES, step))
+            store._latent(store.begin(step % PICTURES, step, 0))
             sample.hints.movedim(-1, 1).contiguous()
         return count
 
@@ -161,7 +161,7 @@ def measure(host: Path, folder: Path, case: Case) -> dict[str, float]:
 
     def encode(store: Store) -> int:
         quiet = SimpleNamespace(stopping=lambda: False, progress=lambda *told: None)
-        return len(store.prepare(range(PICTURES), ProcessGroup(), quiet)[0])  # type: ignore[arg-type]
+        return len(store.prepare(range(PICTURES), ProcessGroup(), quiet)[0])
 
     hint = "canny" if case.kind == UNCACHED else "paired"
     data = open_dataset(folder / "data", hint=hint, index=folder / "index.json")

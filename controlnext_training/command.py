@@ -20,7 +20,7 @@ from .config import ConfigError, TrainConfig
 from .data.dataset import open_dataset
 from .data.index import Progress
 from .data.report import report
-from .data.samples import ControlDataset
+from .data.samples import ControlDataset, Share
 from .distributed import ProcessGroup, join_group, together
 from .drawn import is_drawn, open_drawn
 from .readers import MakeReaders, ThreadReaders
@@ -115,7 +115,10 @@ def open_data(
     """
     if not sources:
         raise ConfigError("data: is empty. Name a folder of pictures, a metadata.jsonl or a tar shard.")
+    trains = sources == config.data
     if any(is_drawn(source) for source in sources):
+        if trains and (config.repeats or config.weights or config.flip or config.crops > 1):
+            raise ConfigError("repeats, weights, crops, flip: are for files. Leave them out for a drawn source.")
         if len(sources) > 1:
             raise ConfigError("data: a drawn source stands alone. Keep it, or the files.")
         return open_drawn(sources[0], config.resolution, config.hint)
@@ -128,10 +131,19 @@ def open_data(
         caption_extension=config.caption_extension,
         clip_frames=frames,
         clip_stride=config.clip_stride,
+        crops=config.crops if trains else 1,
+        flip=config.flip and trains,
+        shares=_shares(config) if trains else (),
         roots=roots,
         index=index,
         progress=progress,
     )
+
+
+def _shares(config: TrainConfig) -> list[Share]:
+    """Share of each source of the data."""
+    count = len(config.data)
+    return [Share(*pair) for pair in zip(config.repeats or [1] * count, config.weights or [1.0] * count, strict=True)]
 
 
 def seen_from(folder: Path, config: TrainConfig) -> TrainConfig:

@@ -129,6 +129,14 @@ class TrainConfig:
     caption_extension: str = setting(".txt", "Suffix of the caption beside a picture.")
     clip_frames: int = setting(14, "SVD: frames of a clip.", low=1, high=1024)
     clip_stride: int = setting(3, "SVD: every n-th frame of the source.", low=1, high=1024)
+    repeats: tuple[int, ...] = setting(
+        (), "Uses of each sample in an epoch, a number for each of data, in its order; empty = 1.", low=1, high=10_000
+    )
+    weights: tuple[float, ...] = setting(
+        (), "Factors on the loss, a number for each of data, in its order; empty = 1.", low=0, high=1e3
+    )
+    crops: int = setting(1, "Crops of each picture: its centre, and drawn ones, the hint alike.", low=1, high=64)
+    flip: bool = setting(False, "Mirror picture and hint in half of the uses. Not where left and right matter.")
     workers: int = setting(
         2, "Workers that read pictures ahead of their use; 0 = each is read where it is needed.", low=0, high=64
     )
@@ -296,6 +304,10 @@ class TrainConfig:
             raise ConfigError("offload: saves nothing without checkpointing. Set checkpointing = true as well.")
         if self.zero and self.optimizer != "adamw":
             raise ConfigError(f"zero: is for adamw, and optimizer is {self.optimizer}. Change one of them.")
+        for key in ("repeats", "weights"):
+            given = getattr(self, key)
+            if given and self.data and len(given) != len(self.data):
+                raise ConfigError(f"{key}: are {len(given)} for {len(self.data)} of data. Give one for each.")
         self._check_names()
 
     def _check_names(self) -> None:

@@ -67,6 +67,9 @@ FOREIGN: dict[str, str] = {
 
 KINDS: dict[str, type] = get_type_hints(TrainConfig)
 """Key -> its type."""
+LISTS: dict[Any, type] = {tuple[str, ...]: str, tuple[int, ...]: int, tuple[float, ...]: float}
+"""Type of a list -> that of its parts."""
+NAMES_OF_LISTS = dict(zip(LISTS, ("texts", "whole numbers", "numbers"), strict=True))
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -134,13 +137,14 @@ def checked(key: str, value: Any) -> Any:
     _refuse_extremes(key, value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if kind == tuple[str, ...]:
-        value = [value] if isinstance(value, str) else value
-        if isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
-            return tuple(value)
+    if kind in LISTS:
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        wide = (int, float) if LISTS[kind] is float else LISTS[kind]
+        if all(isinstance(part, wide) and not isinstance(part, bool) for part in parts):
+            return tuple(map(LISTS[kind], parts))
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
-    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}.get(kind, "texts")
+    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", **NAMES_OF_LISTS}[kind]
     raise ConfigError(f"{key}: {cut(repr(value))} is not {wanted}.")
 
 
@@ -171,8 +175,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         text = SETTINGS[key].doc.replace("%", "%%") + f" (default {defaults[key]!r})".replace("%", "%%")
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-        elif kind == tuple[str, ...]:
-            parser.add_argument(flag, nargs="+", metavar="PATH", help=text)
+        elif kind in LISTS:
+            name = "PATH" if LISTS[kind] is str else "NUMBER"
+            parser.add_argument(flag, nargs="+", type=LISTS[kind], metavar=name, help=text)
         else:
             parser.add_argument(flag, type=kind, choices=SETTINGS[key].choices or None, metavar=key.upper(), help=text)
 

@@ -18,7 +18,7 @@ from ..controlnext_core.picturebook import HINTS as DRAWN_HINTS
 from ..controlnext_core.picturebook import Picture
 from .data.buckets import Fit
 from .data.degraded import COMPUTED
-from .data.samples import PAIRED, DatasetError, Sample, digest
+from .data.samples import PAIRED, DatasetError, Sample, Share, digest
 from .synthetic import draw
 
 SCHEMES: dict[str, Callable[[int, int, int], Picture]] = {
@@ -34,6 +34,8 @@ HINTS_OF = {scheme: HINTS if scheme == "children" else PLANES for scheme in SCHE
 class DrawnDataset:
     """Pictures 0 to count - 1 of one scheme and seed, all of one size."""
 
+    variants = 1
+
     def __init__(self, scheme: str, name: str, count: int, side: int, hint: str = PAIRED, seed: int = 0) -> None:
         """scheme: a key of SCHEMES; name: the drawn hint that `paired` means, of HINTS_OF; side: pixels;
         hint: `paired`, or a kind that is computed."""
@@ -45,13 +47,17 @@ class DrawnDataset:
     def captions(self) -> Sequence[str]:
         return [self._scene(index).caption for index in range(len(self))]
 
+    def share(self, index: int) -> Share:
+        """See ControlDataset."""
+        return Share()
+
     def __len__(self) -> int:
         return len(self.sizes)
 
     def _scene(self, index: int) -> Picture:
         return SCHEMES[self.scheme](self.seed, index, self.side)
 
-    def frame_keys(self, index: int, seed: int = 0, position: int = 0) -> tuple[str, ...]:
+    def frame_keys(self, index: int, seed: int = 0, position: int = 0, variant: int = 0) -> tuple[str, ...]:
         return (digest(self.scheme, self.seed, index, self.side, self.name, self.hint),)
 
     def load(self, index: int, seed: int = 0, position: int = 0) -> Sample:
@@ -69,11 +75,11 @@ class DrawnDataset:
             frame_keys=self.frame_keys(index),
         )
 
-    def place(self, index: int) -> Fit:
+    def place(self, index: int, variant: int = 0) -> Fit:
         """See ControlDataset."""
         return Fit((self.side,) * 2, (self.side,) * 2, (0, 0), (self.side,) * 2)
 
-    def job(self, index: int, seed: int, position: int, whole: bool) -> Callable[[], Sample]:
+    def job(self, index: int, seed: int, position: int, whole: bool, variant: int = 0) -> Callable[[], Sample]:
         """See ControlDataset."""
         return lambda: self.load(index, seed, position)
 

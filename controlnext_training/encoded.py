@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -62,6 +63,8 @@ class Encoded:
     original_size: tuple[int, int]
     crop: tuple[int, int]
     caption: str
+    weight: float = 1.0
+    """Factor on its loss."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -104,7 +107,8 @@ class Store:
             except BrokenSample as error:
                 broken.append(Broken(error.path, error.why))
                 bad.append(begun.index)
-            observer.progress(done + 1, len(mine), f"encoding {done + 1} of {len(mine)}")
+            total = len(mine) * self.data.variants
+            observer.progress(done + 1, total, f"encoding {done + 1} of {total}")
         out = {index for part in group.gather(bad) for index in part}
         usable = [index for index in indices if index not in out]
         if not usable:
@@ -113,10 +117,10 @@ class Store:
         return usable, [item for part in group.gather(broken) for item in part]
 
     def _ahead(self, indices: Sequence[int]) -> Iterator[Begun]:
-        """The samples in order; twice as many as there are readers are begun before they are asked for."""
+        """Every cut of the samples, in order; twice as many as there are readers are begun ahead."""
         coming: deque[Begun] = deque()
-        for index in indices:
-            coming.append(self.begin(index, index))
+        for index, variant in itertools.product(indices, range(self.data.variants)):
+            coming.append(self.begin(index, index, variant))
             if len(coming) > 2 * self.readers.count:
                 yield coming.popleft()
         yield from coming
@@ -129,9 +133,14 @@ class Store:
         if self.config.cache and not self._has_hints(begun):
             self._hint(begun)
 
-    def begin(self, index: int, position: int) -> Begun:
-        """The sample at one position of the run; its files are read ahead where something of them is not cached."""
-        begun = Begun(self.data, index, self.config.seed, position)
+    def variant(self, position: int) -> int:
+        """Number of the cut that a position of the run draws."""
+        count = self.data.variants
+        return int(uniform(self.config.seed, "cut", position) * count) if count > 1 else 0
+
+    def begin(self, index: int, position: int, variant: int) -> Begun:
+        """One cut of the sample at one position of the run; its files are read ahead where it is not cached."""
+        begun = Begun(self.data, index, self.config.seed, position, variant)
         first = self.base.family.conditioning.frame_key(self.base, begun.frame_keys[0])
         whole = not self._has_latents(begun) or (first is not None and first not in self.cache)
         if whole or not self._has_hints(begun):
@@ -189,8 +198,9 @@ class Store:
         return found
 
     def sample(self, index: int, position: int, dropout: bool = True) -> Encoded:
-        """The sample at one position of the run; dropout: let caption and hint drop out. Raises BrokenSample."""
-        return self.finish(self.begin(index, position), dropout)
+        """The sample at one position of the run; dropout: True lets caption and hint drop out,
+        draws a cut and weighs the loss. Raises BrokenSample."""
+        return self.finish(self.begin(index, position, self.variant(position) if dropout else 0), dropout)
 
     def finish(self, begun: Begun, dropout: bool = True) -> Encoded:
         """Encode what was begun. Raises BrokenSample."""
@@ -199,7 +209,7 @@ class Store:
         if dropout and uniform(seed, "hint dropout", position) < self.config.hint_dropout:
             hint = torch.zeros_like(hint)
         drop = uniform(seed, "caption dropout", position) if dropout else 1.0
-        place = self.data.place(begun.index)
+        place = self.data.place(begun.index, begun.variant)
         return Encoded(
             latent=self._latent(begun),
             given=self.base.family.conditioning.encode(
@@ -208,8 +218,9 @@ class Store:
             hint=hint,
             mask=mask,
             original_size=place.original,
-            crop=place.crop,
+            crop=place.seen_crop,
             caption=begun.caption,
+            weight=self.data.share(begun.index).weight if dropout else 1.0,
         )
 
     def empty(self, like: Encoded) -> dict[str, Tensor]:
@@ -247,7 +258,7 @@ class Prefetcher:
         return found
 
     def _begin(self, wanted: SampleRequests) -> list[Begun]:
-        return [self.store.begin(index, position) for index, position in wanted]
+        return [self.store.begin(index, position, self.store.variant(position)) for index, position in wanted]
 
     def _finish_later(self, begun: Future[list[Begun]]) -> list[Encoded]:
         return self._finish(begun.result())
@@ -264,7 +275,8 @@ class Prefetcher:
             if candidate in self.gone or sizes[candidate] != sizes[begun.index]:
                 continue
             try:
-                return self.store.finish(begun if not offset else self.store.begin(candidate, begun.position))
+                position, cut = begun.position, begun.variant
+                return self.store.finish(begun if not offset else self.store.begin(candidate, position, cut))
             except BrokenSample as error:
                 self.gone.add(candidate)
                 self.say(f"from now on left out: {error}")

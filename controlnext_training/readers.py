@@ -52,9 +52,10 @@ MakeReaders = Callable[[int], Readers]
 class Begun:
     """One sample at one position of the run; its files, where something of them is needed, are being read."""
 
-    def __init__(self, data: ControlDataset, index: int, seed: int, position: int) -> None:
-        self.data, self.index, self.position, self.seed = data, index, position, seed
-        self.frame_keys = data.frame_keys(index, seed, position)
+    def __init__(self, data: ControlDataset, index: int, seed: int, position: int, variant: int = 0) -> None:
+        """variant: number of the cut."""
+        self.data, self.index, self.position, self.seed, self.variant = data, index, position, seed, variant
+        self.frame_keys = data.frame_keys(index, seed, position, variant)
         self.caption = data.captions[index]
         self._coming: Future[Sample] | None = None
         self._read: Sample | None = None
@@ -64,7 +65,7 @@ class Begun:
         """Read ahead; whole: also the frames, else the hints and masks alone."""
         self._whole = whole
         if readers.count:
-            self._coming = readers.submit(self.data.job(self.index, self.seed, self.position, whole))
+            self._coming = readers.submit(self._job(whole))
 
     @property
     def frames(self) -> Tensor:
@@ -76,5 +77,8 @@ class Begun:
         if self._coming is not None:
             self._read, self._coming = self._coming.result(), None
         if self._read is None or (whole and not len(self._read.frames)):
-            self._read = self.data.job(self.index, self.seed, self.position, whole or self._whole)()
+            self._read = self._job(whole or self._whole)()
         return self._read
+
+    def _job(self, whole: bool) -> Job:
+        return self.data.job(self.index, self.seed, self.position, whole, self.variant)

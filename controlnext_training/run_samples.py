@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,6 +16,9 @@ from .encoded import Store, TensorCache
 from .journal import Observer
 from .readers import Readers
 from .split import SavedData, split
+
+SIDES = re.compile(r"\b(left|right)(wards?|most)?\b", re.IGNORECASE)
+"""Words that a mirrored picture contradicts."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ def encode_samples(
     Raises DatasetError where no sample can be read.
     """
     store = validation_store = Store(base, data, config, cache, readers)
+    if config.flip and (line := _of_sides(data.captions)):
+        observer.say(line)
     count = min(len(data), config.max_samples or len(data))
     readable, broken = store.prepare(range(count), group, observer)
     parts = split(data, count, readable, config, held_out is not None, saved)
@@ -63,3 +70,9 @@ def encode_samples(
     for name, why in broken:
         observer.say(f"left out: {name}: {why}")
     return RunSamples(store, parts.training, validation_store, validation, parts.tensors, len(broken))
+
+
+def _of_sides(captions: Sequence[str]) -> str:
+    """Warning on captions that mirrored pictures contradict; '' where there are none."""
+    found = [caption for caption in captions if SIDES.search(caption)]
+    return f"flip: {len(found)} captions name a side, which is wrong when mirrored: {found[0]}" if found else ""

@@ -32,8 +32,9 @@ class Setting:
         """Raise ConfigError for a value that is not among the choices or out of bounds."""
         if self.choices and value not in self.choices:
             raise ConfigError(f"{key}: {value!r} is unknown. Choose one of {', '.join(self.choices)}.")
-        if isinstance(value, (int, float)) and not self.low <= value <= self.high:
-            raise ConfigError(f"{key}: {value} is out of range. Set it to {self.low:g} to {self.high:g}.")
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, (int, float)) and not self.low <= part <= self.high:
+                raise ConfigError(f"{key}: {part} is out of range. Set it to {self.low:g} to {self.high:g}.")
 
 
 def setting(default: Any, doc: str, **facts: Any) -> Any:

@@ -65,6 +65,8 @@ class Batch:
     """(B,)"""
     region: Tensor | None
     """(R, 1, h, w), or None."""
+    weight: Tensor
+    """(B,), factors on the losses."""
 
 
 def draw(
@@ -99,6 +101,7 @@ def draw(
         noise=noise.to(device),
         sigma=sigma.to(device),
         region=_region(samples, config, latent),
+        weight=torch.tensor([sample.weight for sample in samples], device=device),
     )
 
 
@@ -133,7 +136,7 @@ def losses(
     x = objectives.noisy(batch.latent, batch.noise, batch.sigma, objective.parameterisation)
     rows = batch.sigma.repeat_interleave(frames)
     out = model(x, rows, batch.conditions, batch.hint, strength)
-    return objectives.loss(
+    return batch.weight * objectives.loss(
         out,
         batch.latent,
         batch.noise,

@@ -123,6 +123,7 @@ def make_run(
     parameters = {**encoder, **unet}
     rates = ((encoder, config.control_learning_rate), (unet, config.learning_rate))
     sizes = [store.data.sizes[index] for index in usable]
+    repeats = [store.data.share(index).repeats for index in usable]
     return TrainingRun(
         config=config,
         controlled=controlled,
@@ -133,7 +134,7 @@ def make_run(
         ema=Ema(parameters, config.ema_decay, config.ema_on_cpu) if config.ema_decay and group.is_main else None,
         objective=DiffusionObjective.of(config, controlled),
         schedule=config.learning_rate_schedule,
-        order=order(sizes, config.effective_batch * group.size, config.seed),
+        order=order(sizes, config.effective_batch * group.size, config.seed, repeats),
         samples=Prefetcher(store, usable, observer.say),
         indices=usable,
         group=group,

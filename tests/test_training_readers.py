@@ -80,7 +80,7 @@ def test_a_process_reads_the_same_bits_and_may_end_and_none_is_left(tmp_path: Pa
     alone, together = store_of(data), store_of(data)
     together.readers = readers
     try:
-        begun = [together.begin(index, index) for index in range(6)]
+        begun = [together.begin(index, index, 0) for index in range(6)]
         for index in range(5):
             one, other = alone.sample(index, index), together.finish(begun[index])
             assert torch.equal(one.latent, other.latent) and torch.equal(one.hint, other.hint)
@@ -92,7 +92,7 @@ def test_a_process_reads_the_same_bits_and_may_end_and_none_is_left(tmp_path: Pa
         process.join()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(store_of(data).cache.__class__, "__contains__", lambda *given: False)
-            assert torch.equal(together.finish(together.begin(0, 0)).hint, alone.sample(0, 0).hint)
+            assert torch.equal(together.finish(together.begin(0, 0, 0)).hint, alone.sample(0, 0).hint)
     finally:
         readers.close()
     assert not alive(process.pid) and readers._started == []

@@ -27,7 +27,7 @@ class Some(DrawnDataset):
         self.numbers = list(numbers)
         self.fingerprint = repr(self.numbers)
 
-    def frame_keys(self, index: int, seed: int = 0, position: int = 0) -> tuple[str, ...]:
+    def frame_keys(self, index: int, seed: int = 0, position: int = 0, variant: int = 0) -> tuple[str, ...]:
         return super().frame_keys(self.numbers[index])
 
     def _scene(self, index: int) -> Any:

@@ -29,7 +29,7 @@ class Silhouettes(DrawnDataset):
 
     captions = ("a scene",) * SCENES
 
-    def frame_keys(self, index: int, seed: int = 0, position: int = 0) -> tuple[str, ...]:
+    def frame_keys(self, index: int, seed: int = 0, position: int = 0, variant: int = 0) -> tuple[str, ...]:
         return (f"silhouette {self.seed} {index}",)
 
     def load(self, index: int, seed: int = 0, position: int = 0) -> Any:

@@ -6,8 +6,9 @@ Sizes are (height, width) in pixels. All arithmetic is on whole numbers, so ever
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ..seeding import uniform
 from .samples import DatasetError
 
 LATENT_STEP = 8
@@ -26,6 +27,14 @@ class Fit:
     """(top, left) in the resized picture."""
     size: tuple[int, int]
     """The bucket."""
+    flipped: bool = False
+    """True: mirrored, left to right, after the crop."""
+
+    @property
+    def seen_crop(self) -> tuple[int, int]:
+        """(top, left) of the crop in the resized picture, mirrored where the crop is."""
+        top, left = self.crop
+        return (top, self.resized[1] - self.size[1] - left) if self.flipped else (top, left)
 
 
 def bucket_sizes(resolution: int, step: int = 64, buckets: bool = True) -> tuple[tuple[int, int], ...]:
@@ -66,6 +75,15 @@ def fit(original: tuple[int, int], size: tuple[int, int]) -> Fit:
         resized = (to_height, max(to_width, _rounded(width * to_height, height)))
     crop = ((resized[0] - to_height) // 2, (resized[1] - to_width) // 2)
     return Fit(original, resized, crop, size)
+
+
+def variant_of(where: Fit, content: str, variant: int, flip: bool) -> Fit:
+    """Variant of a cut: 0 is the centre crop, further crops are drawn by the picture's content, uniform over all
+    places; with `flip` odd variants are the even ones before them, mirrored."""
+    number, flipped = divmod(variant, 2) if flip else (variant, 0)
+    room = [resized - size for resized, size in zip(where.resized, where.size, strict=True)]
+    top, left = (int(uniform(0, f"crop {number} of {content}", axis) * (room[axis] + 1)) for axis in (0, 1))
+    return replace(where, crop=(top, left) if number else where.crop, flipped=bool(flipped))
 
 
 def _rounded(numerator: int, denominator: int) -> int:

@@ -11,7 +11,7 @@ from .buckets import Fit, bucket_sizes, choose, fit
 from .clips import clips
 from .index import Index, Progress
 from .reading import CUT_VERSION, Item, Reading, Request
-from .samples import PAIRED, Broken, ControlDataset, DatasetError, Facts, Sample, digest
+from .samples import PAIRED, Broken, ControlDataset, DatasetError, Facts, Sample, Share, digest
 from .sources import VIDEO_SUFFIXES, Entry, entries, open_tree
 from .tree import Blob
 from .video_frames import windows
@@ -31,6 +31,7 @@ class FileDataset:
         self.broken = tuple(broken)
         self.sizes = [item.fit.size for item in items]
         self.captions = [item.clip.caption for item in items]
+        self.variants = reading.variants
         self._hint_identity = reading.hint_identity()
         self.fingerprint = digest(
             reading.clip_frames, reading.clip_stride, reading.reference, [self._identity(item) for item in items]
@@ -39,18 +40,22 @@ class FileDataset:
     def __len__(self) -> int:
         return len(self.items)
 
-    def frame_keys(self, index: int, seed: int = 0, position: int = 0) -> tuple[str, ...]:
+    def share(self, index: int) -> Share:
         """See ControlDataset."""
-        item = self.items[index]
+        return self.items[index].share
+
+    def frame_keys(self, index: int, seed: int = 0, position: int = 0, variant: int = 0) -> tuple[str, ...]:
+        """See ControlDataset."""
+        item = self.reading.variant(self.items[index], variant)
         return tuple(self._frame_key(item, number) for number in self.reading.chosen(item, seed, position))
 
-    def place(self, index: int) -> Fit:
+    def place(self, index: int, variant: int = 0) -> Fit:
         """See ControlDataset."""
-        return self.items[index].fit
+        return self.reading.variant(self.items[index], variant).fit
 
-    def job(self, index: int, seed: int, position: int, whole: bool) -> Request:
+    def job(self, index: int, seed: int, position: int, whole: bool, variant: int = 0) -> Request:
         """See ControlDataset."""
-        item = self.items[index]
+        item = self.reading.variant(self.items[index], variant)
         numbers = self.reading.chosen(item, seed, position)
         keys = tuple(self._frame_key(item, number) for number in numbers)
         return Request(item, self.reading, numbers, keys, whole)
@@ -65,7 +70,8 @@ class FileDataset:
         mask = None if clip.masks is None else clip.masks.content(number)
         where = item.fit
         content = clip.images.content(number)
-        return digest(CUT_VERSION, content, hint, mask, self.reading.mask, where.resized, where.crop, where.size)
+        cut = (where.resized, where.crop, where.size, *(["flipped"] if where.flipped else []))
+        return digest(CUT_VERSION, content, hint, mask, self.reading.mask, *cut)
 
     def _identity(self, item: Item) -> list[str]:
         numbers = self.reading.chosen(item, 0, 0, "first")
@@ -81,26 +87,31 @@ class Subset:
             raise DatasetError("No items are left of the dataset. Add pictures, or keep fewer for validation.")
         self.sizes = [dataset.sizes[index] for index in self.indices]
         self.captions = [dataset.captions[index] for index in self.indices]
+        self.variants = dataset.variants
         self.fingerprint = digest(dataset.fingerprint, self.indices)
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def frame_keys(self, index: int, seed: int = 0, position: int = 0) -> tuple[str, ...]:
+    def share(self, index: int) -> Share:
         """See ControlDataset."""
-        return self.dataset.frame_keys(self.indices[index], seed, position)
+        return self.dataset.share(self.indices[index])
+
+    def frame_keys(self, index: int, seed: int = 0, position: int = 0, variant: int = 0) -> tuple[str, ...]:
+        """See ControlDataset."""
+        return self.dataset.frame_keys(self.indices[index], seed, position, variant)
 
     def load(self, index: int, seed: int = 0, position: int = 0) -> Sample:
         """See ControlDataset."""
         return self.dataset.load(self.indices[index], seed, position)
 
-    def place(self, index: int) -> Fit:
+    def place(self, index: int, variant: int = 0) -> Fit:
         """See ControlDataset."""
-        return self.dataset.place(self.indices[index])
+        return self.dataset.place(self.indices[index], variant)
 
-    def job(self, index: int, seed: int, position: int, whole: bool) -> Callable[[], Sample]:
+    def job(self, index: int, seed: int, position: int, whole: bool, variant: int = 0) -> Callable[[], Sample]:
         """See ControlDataset."""
-        return self.dataset.job(self.indices[index], seed, position, whole)
+        return self.dataset.job(self.indices[index], seed, position, whole, variant)
 
 
 def open_dataset(
@@ -115,6 +126,9 @@ def open_dataset(
     clip_frames: int = 1,
     clip_stride: int = 1,
     reference: str = "random",
+    crops: int = 1,
+    flip: bool = False,
+    shares: Sequence[Share] = (),
     roots: Sequence[Path] | None = None,
     index: Path | None = None,
     progress: Progress | None = None,
@@ -122,10 +136,11 @@ def open_dataset(
     """Find and examine what can train in folders, shards and tables; `sources.py` says what belongs together.
 
     clip_frames: 1 for pictures; more for clips of every clip_stride-th frame, from folders of frames and from videos.
+    crops, flip: number of cuts of each picture, and True for their mirror images too; shares: of each source.
     roots: folders that files must lie in, links followed; None = anywhere. index: file that remembers what was read.
     Files that cannot be used are listed in `.broken`. Raises DatasetError if nothing is left, or for a bad setting.
     """
-    reading = Reading(hint, mask, clip_frames, clip_stride, reference)
+    reading = Reading(hint, mask, clip_frames, clip_stride, reference, crops, flip)
     sizes = bucket_sizes(resolution, bucket_step, buckets)
     given = [sources] if isinstance(sources, str | Path) else list(sources)
     extension = caption_extension if caption_extension.startswith(".") else f".{caption_extension}"
@@ -138,7 +153,8 @@ def open_dataset(
     wanted = [e for part in found for e in part if clip_frames > 1 or e.image.suffix not in VIDEO_SUFFIXES]
     blobs = [blob for entry in wanted for blob in (entry.image, entry.hint, entry.mask) if blob is not None]
     facts = Index(index).facts(blobs, progress)
-    items = [item for part in found for item in _items(part, facts, reading, sizes, broken)]
+    parts = zip(found, shares or [Share()] * len(found), strict=True)
+    items = [replace(item, share=own) for part, own in parts for item in _items(part, facts, reading, sizes, broken)]
     if not items:
         raise _nothing_left(given, reading, broken)
     if broken:

@@ -12,21 +12,22 @@ from .samples import DatasetError
 
 
 class Order:
-    """Batches of one bucket each. Every epoch has its own shuffle and holds every item once.
+    """Batches of one bucket each. Every epoch has its own shuffle and holds every item, as often as it is repeated.
 
     A bucket whose items do not fill its last batch completes it from the start of its own order in that epoch, so
-    such items come twice.
+    such items come once more.
     """
 
-    def __init__(self, sizes: Sequence[tuple[int, int]], batch: int, seed: int) -> None:
-        """sizes: the bucket of every item; batch: items of one step over all processes. Raises DatasetError."""
+    def __init__(self, sizes: Sequence[tuple[int, int]], batch: int, seed: int, repeats: Sequence[int] = ()) -> None:
+        """sizes: the bucket of every item; batch: items of one step over all processes; repeats: of every item, ()
+        for one of each. Raises DatasetError."""
         if not sizes:
             raise DatasetError("The dataset has no items. Add pictures.")
         if batch < 1:
             raise DatasetError(f"batch: {batch} must be 1 or more.")
         members: dict[tuple[int, int], list[int]] = {}
         for index, size in enumerate(sizes):
-            members.setdefault(size, []).append(index)
+            members.setdefault(size, []).extend([index] * (repeats[index] if repeats else 1))
         self._buckets = [(size, torch.tensor(members[size])) for size in sorted(members)]
         self._batch, self._seed = batch, seed
         self._epoch: tuple[int, Tensor] | None = None
@@ -52,6 +53,6 @@ class Order:
         return torch.randperm(count, generator=generator(self._seed, purpose, epoch))
 
 
-def order(sizes: Sequence[tuple[int, int]], batch: int, seed: int) -> Order:
+def order(sizes: Sequence[tuple[int, int]], batch: int, seed: int, repeats: Sequence[int] = ()) -> Order:
     """The order of a run, see Order."""
-    return Order(sizes, batch, seed)
+    return Order(sizes, batch, seed, repeats)

@@ -198,7 +198,8 @@ def resize(values: np.ndarray, size: tuple[int, int], smooth: bool) -> np.ndarra
 
 
 def cut(values: np.ndarray, fit: Fit, smooth: bool) -> np.ndarray:
-    """Resize and crop as `fit` says; a hint or mask of another size is stretched over its picture by that."""
+    """Resize, crop and mirror as `fit` says; a hint or mask of another size is stretched over its picture by that."""
     resized = resize(values, fit.resized, smooth)
     (top, left), (height, width) = fit.crop, fit.size
-    return np.ascontiguousarray(resized[top : top + height, left : left + width])
+    part = resized[top : top + height, left : left + width]
+    return np.ascontiguousarray(part[:, ::-1] if fit.flipped else part)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .buckets import Fit
+from .buckets import Fit, variant_of
 from .clips import Clip, Frames
 from .degraded import COMPUTED
 from .pictures import BLACK, WHITE, Picture, cut, luminance
-from .samples import PAIRED, BrokenSample, DatasetError, Sample
+from .samples import PAIRED, BrokenSample, DatasetError, Sample, Share
 from .video_frames import REFERENCES, chosen_frames, region
 
 MASKS = ("auto", "alpha", "none")
@@ -30,6 +30,7 @@ class Item:
     clip: Clip
     start: int
     fit: Fit
+    share: Share = Share()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,19 @@ class Reading:
     clip_frames: int = 1
     clip_stride: int = 1
     reference: str = "random"
+    crops: int = 1
+    flip: bool = False
+
+    @property
+    def variants(self) -> int:
+        """Number of cuts of one sample."""
+        return self.crops * (1 + self.flip)
+
+    def variant(self, item: Item, number: int) -> Item:
+        """The item with one of its cuts; 0 is its own."""
+        if not number:
+            return item
+        return replace(item, fit=variant_of(item.fit, item.clip.images.content(0), number, self.flip))
 
     def __post_init__(self) -> None:
         for name, allowed in (("hint", (PAIRED, *COMPUTED)), ("mask", MASKS), ("reference", REFERENCES)):
@@ -87,7 +101,7 @@ class Request:
         held = [mask for mask in masks if mask is not None]
         weighed = region(_stack(held)) if held and self.reading.mask != "none" else None
         stacked = _stack(frames) if frames else torch.zeros(0, *where.size, 3)
-        return Sample(stacked, _stack(hints), clip.caption, weighed, where.original, where.crop, self.keys)
+        return Sample(stacked, _stack(hints), clip.caption, weighed, where.original, where.seen_crop, self.keys)
 
     def _opens_pictures(self) -> bool:
         clip = self.item.clip

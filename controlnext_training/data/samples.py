@@ -60,6 +60,15 @@ class Facts:
         return self.height, self.width
 
 
+class Share(NamedTuple):
+    """Part of a source in a run."""
+
+    repeats: int = 1
+    """Uses of each of its samples in an epoch."""
+    weight: float = 1.0
+    """Factor on the loss of its samples."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One picture or clip as the trainer takes it; RGB float32 in [0, 1]."""
@@ -99,9 +108,16 @@ class ControlDataset(Protocol):
     def fingerprint(self) -> str:
         """Content identity of the whole set, the same wherever its files lie."""
 
+    @property
+    def variants(self) -> int:
+        """Number of cuts of each item; cut 0 is the plain one."""
+
     def __len__(self) -> int: ...
 
-    def frame_keys(self, index: int, seed: int = 0, position: int = 0) -> tuple[str, ...]:
+    def share(self, index: int) -> Share:
+        """Part of the item's source."""
+
+    def frame_keys(self, index: int, seed: int = 0, position: int = 0, variant: int = 0) -> tuple[str, ...]:
         """`load(...).frame_keys` without reading a picture, to look up encoded frames in a cache."""
 
     def load(self, index: int, seed: int = 0, position: int = 0) -> Sample:
@@ -110,10 +126,10 @@ class ControlDataset(Protocol):
         Raises BrokenSample.
         """
 
-    def place(self, index: int) -> Fit:
+    def place(self, index: int, variant: int = 0) -> Fit:
         """Original size, resize and crop of an item."""
 
-    def job(self, index: int, seed: int, position: int, whole: bool) -> Callable[[], Sample]:
+    def job(self, index: int, seed: int, position: int, whole: bool, variant: int = 0) -> Callable[[], Sample]:
         """Call that does what `load` does; whole: False leaves `frames` empty where hint and mask do without them."""
 
 

@@ -14,12 +14,14 @@ from torch import Tensor
 from ...controlnext_core.hints.picture import CLIPPED
 from .buckets import LATENT_STEP, Fit
 from .pictures import cut
-from .samples import DatasetError, Sample, digest
+from .samples import DatasetError, Sample, Share, digest
 from .video_frames import chosen_frames, region, windows
 
 
 class TensorDataset:
     """Pairs of images and hints, cropped at the centre to sides that latents have."""
+
+    variants = 1
 
     def __init__(
         self,
@@ -57,10 +59,14 @@ class TensorDataset:
         self._keys = [self._frame_key(number) for number in range(count)]
         self.fingerprint = digest(self._clip, self.captions, self._keys)
 
+    def share(self, index: int) -> Share:
+        """See ControlDataset."""
+        return Share()
+
     def __len__(self) -> int:
         return len(self._starts)
 
-    def frame_keys(self, index: int, seed: int = 0, position: int = 0) -> tuple[str, ...]:
+    def frame_keys(self, index: int, seed: int = 0, position: int = 0, variant: int = 0) -> tuple[str, ...]:
         """See ControlDataset."""
         return tuple(self._keys[number] for number in self._chosen(index, seed, position))
 
@@ -78,11 +84,11 @@ class TensorDataset:
             self.frame_keys(index, seed, position),
         )
 
-    def place(self, index: int) -> Fit:
+    def place(self, index: int, variant: int = 0) -> Fit:
         """See ControlDataset."""
         return self._fit
 
-    def job(self, index: int, seed: int, position: int, whole: bool) -> Callable[[], Sample]:
+    def job(self, index: int, seed: int, position: int, whole: bool, variant: int = 0) -> Callable[[], Sample]:
         """See ControlDataset."""
         return lambda: self.load(index, seed, position)
 
