@@ -1,4 +1,4 @@
-"""Graphs for the page's tests, which never sample: one node for each warning, one graph for each message; comparisons."""
+"""Graphs for the page's tests, which never sample: a node for each warning, a graph for each message; comparisons."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def write_files(models: Path) -> None:
     (folder / "empty.safetensors").touch()
 
 
-def node(kind: str, title: str = "", **inputs: Any) -> dict[str, Any]:
-    return {"class_type": kind, "inputs": inputs, "_meta": {"title": title or kind}}
+def node(type: str, /, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": type, "inputs": inputs, "_meta": {"title": type}}
 
 
 def loader(**inputs: Any) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 ADDRESS is a running ComfyUI with this pack (default 127.0.0.1:8188). The English texts are those of the nodes; other
 languages are written by hand to the same keys; so are the help pages, web/docs/NODE.md in English and
-web/docs/NODE/LANGUAGE.md in the others. `python tools/make_locales.py --translated ja` notes that the Japanese texts and
-pages are translations of the present English ones, in tools/translated_from.json: a hash of the English text by language
-and key. Tests fail where the English file differs, and name each text that another language lacks or that was
-translated from another English text.
+web/docs/NODE/LANGUAGE.md in the others. `python tools/make_locales.py --translated ja` notes that the Japanese texts
+and pages are translations of the present English ones, in tools/translated_from.json: a hash of the English text by
+language and key. Tests fail where the English file differs, and name each text that another language lacks or that
+was translated from another English text.
 """
 
 import hashlib
