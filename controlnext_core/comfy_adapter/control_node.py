@@ -22,11 +22,6 @@ class ControlNode(io.ComfyNode):
     SEARCH: ClassVar[tuple[str, ...]] = ()
     """Words besides the node's name by which the page's search finds it, on hosts whose schema has `search_aliases`."""
 
-    @classmethod
-    def node_id(cls) -> str | None:
-        """The node's number in the graph that runs; None outside of a run, and without a hidden `unique_id`."""
-        return getattr(cls.hidden, "unique_id", None)
-
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         for name in METHODS:
