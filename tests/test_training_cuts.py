@@ -49,8 +49,8 @@ def test_a_crop_and_its_mirror_image_are_cut_alike_from_picture_hint_and_mask(tm
         assert sample.crop == place.seen_crop == (0, 64 - place.crop[1] if number % 2 else place.crop[1])
         assert sample.frame_keys == data.frame_keys(0, 0, 0, number)
         lefts.add(place.crop[1])
-    assert len(lefts) == 4 and all(0 <= left <= 64 for left in lefts)
-    assert len({data.frame_keys(0, 0, 0, number) for number in range(8)}) == 8
+    assert 32 in lefts and len(lefts) >= 3 and all(0 <= left <= 64 for left in lefts)
+    assert len({data.frame_keys(0, 0, 0, number) for number in range(8)}) == 2 * len(lefts)
     assert data.frame_keys(0) == opened(tmp_path).frame_keys(0), "the plain cut is as it was"
     assert opened(tmp_path, crops=4, flip=True).place(0, 5) == data.place(0, 5)
     assert Subset(data, [0]).frame_keys(0, 0, 0, 3) == data.frame_keys(0, 0, 0, 3)
