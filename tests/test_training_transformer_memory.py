@@ -142,7 +142,13 @@ def counted(family: str, side: int, precision: str) -> float:
     return found / needed(replace(shape, tokens=tokens, itemsize=controlled.dtype.itemsize)).blocks
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+SHORT = ("sd3", "qwen_image")
+"""Families that are counted in every run of the suite."""
+
+
+@pytest.mark.parametrize(
+    "family", [family if family in SHORT else pytest.param(family, marks=pytest.mark.long) for family in FAMILIES]
+)
 def test_the_law_of_the_blocks_holds_on_narrow_models_at_three_sizes(family: str) -> None:
     """Their parts are as wide, by the width, as those of the published ones; in bf16, as the law was counted."""
     parts = [counted(family, side, "bf16") for side in SIZES]
