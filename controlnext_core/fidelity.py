@@ -24,6 +24,9 @@ matches one to one; here one edge may match many, and among dense edges that wou
 ON = 0.5
 """From here on a pixel of an edge map or mask counts as set."""
 
+OUTPAINT_GRAY = 0.5
+"""Every channel of what is to be painted, in hints for outpainting. Source: the host's ImagePadForOutpaint."""
+
 Metric = Callable[[np.ndarray, np.ndarray], float]
 """(image, hint) -> up to 1. Both (H, W, 3), or gray or with alpha; ValueError if they differ in size."""
 
@@ -120,6 +123,17 @@ def picture_edge_f1(image: np.ndarray, hint: np.ndarray) -> float:
     return edge_f1(image, HINTS["canny"](hint))
 
 
+def kept_agreement(image: np.ndarray, hint: np.ndarray) -> float:
+    """1 minus the root mean square difference where an outpainting hint shows the picture, that is, is not its gray.
+
+    1 where the hint is gray everywhere. Raises ValueError if the sizes differ.
+    """
+    _check_sizes(image, hint)
+    shown = (np.abs(as_rgb(hint) - OUTPAINT_GRAY) > 1 / 255).any(axis=-1)
+    difference = (as_rgb(image) - as_rgb(hint))[shown]
+    return 1 - float(np.sqrt(np.mean(difference**2))) if shown.any() else 1.0
+
+
 METRICS: dict[str, Metric] = {
     "canny": edge_f1,
     "soft_edge": partial(edge_f1, draw=HINTS["soft_edge"]),
@@ -129,10 +143,12 @@ METRICS: dict[str, Metric] = {
     "gray": tone_correlation,
     "depth": tone_correlation,
     "low_resolution": tone_correlation,
+    "outpaint": kept_agreement,
     "paired": picture_edge_f1,
 }
 """Kind of hint -> metric. Each name in HINTS is there with the defaults of its drawing: an image scores 1 against a
-hint drawn from itself. `depth` and `paired` are for hints from elsewhere, `low_resolution` for degraded pictures."""
+hint drawn from itself. `depth` and `paired` are for hints from elsewhere, `low_resolution` for degraded pictures,
+`outpaint` for pictures that continue the hint."""
 
 
 def _one_channel(values: np.ndarray) -> np.ndarray:

@@ -9,8 +9,8 @@ from .settings import ConfigError
 XS = "xs"
 """The variant that trains a ControlNet-XS and not a ControlNeXt."""
 
-VARIANTS = (*(name for name, spec in SPECS.items() if FAMILIES[spec.family].frames is None), XS)
-"""Variants that can be trained: not those for clips in one latent, whose rows are no frames."""
+VARIANTS = (*SPECS, XS)
+"""Variants that can be trained."""
 
 AUTO = "auto"
 
@@ -23,11 +23,17 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 }
 """Variant -> layouts of its trained file."""
 
-TRANSFORMER_SUBSETS = ("none", "to_out", "refiners_too", "all")
+TRANSFORMER_SUBSETS = ("none", "to_out", "single_too", "refiners_too", "cross_too", "all")
 """Names of subsets of a transformer. The tensors, by the host's names, are in the family's row (`Base.trainable`)."""
 
 BLOCK_GROUPS = (*UNET_SIDES, "joint", "double", "single", "refiner")
 """Every name that a setting may give to a group of blocks of some base."""
+
+
+def reference_of(variant: str) -> str:
+    """First frame of a clip, of `video_frames.REFERENCES`: a random one as SVD's authors train, or the clip's own."""
+    own = variant in SPECS and FAMILIES[SPECS[variant].family].frames is not None
+    return "first" if own else "random"
 
 
 def subsets_of(variant: str) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..controlnext_core.encodable import escaped
 from .base_model.base_files import control_folder, load_base, runs_folder
+from .choices import reference_of
 from .config import ConfigError, TrainConfig
 from .data.dataset import open_dataset
 from .data.index import Progress
@@ -131,6 +132,7 @@ def open_data(
         caption_extension=config.caption_extension,
         clip_frames=frames,
         clip_stride=config.clip_stride,
+        reference=reference_of(config.variant),
         crops=config.crops if trains else 1,
         flip=config.flip and trains,
         shares=_shares(config) if trains else (),

@@ -11,9 +11,8 @@ import json
 from dataclasses import dataclass
 
 from ..controlnext_core.file_names import problem_of_control
-from .block_names import parse_blocks as parse_blocks
-from .choices import AUTO, FUSIONS, LAYOUTS, VARIANTS, rank_of, subsets_of
-from .data.degraded import COMPUTED
+from .choices import AUTO, FUSIONS, LAYOUTS, VARIANTS, parse_blocks, rank_of, subsets_of
+from .data.outpainting import HINT_KINDS
 from .data.samples import PAIRED
 from .objective import LOG_NORMAL, OBJECTIVES, TIMESTEP_LAWS
 from .optimizers import OPTIMIZERS
@@ -55,8 +54,8 @@ class TrainConfig:
     trainable: str = setting(
         "to_out",
         "Weights of the base that train beside the encoder: none, to_out (output projections of attention), all; of a "
-        "UNet also attn2_to_out, up_to_out; of Flux.1 and Chroma single_too; of Lumina2 and Z-Image refiners_too; or "
-        "re:EXPRESSION over published names (UNet) or ComfyUI's names (transformer).",
+        "UNet also attn2_to_out, up_to_out; of Flux.1 and Chroma single_too; of Lumina2 and Z-Image refiners_too; Wan "
+        "cross_too; or re:EXPRESSION over published names (UNet) or ComfyUI's (transformer).",
         fixed_on_resume=True,
     )
     blocks: str = setting(
@@ -113,8 +112,9 @@ class TrainConfig:
     hint: str = setting(
         PAIRED,
         "Source of the hint: paired (a picture of its own), or drawn from the picture: canny, soft_edge, lines, blur, "
-        "mask, gray, or low_resolution (blurred, shrunk, with noise and JPEG, for super-resolution).",
-        choices=(PAIRED, *COMPUTED),
+        "mask, gray, low_resolution (blurred, shrunk, with noise and JPEG, for super-resolution), or outpaint (the "
+        "picture with gray around a rectangle).",
+        choices=HINT_KINDS,
     )
     resolution: int = setting(
         512,
@@ -127,8 +127,8 @@ class TrainConfig:
     )
     bucket_step: int = setting(64, "Sides are multiples of this many pixels.", low=8, high=512)
     caption_extension: str = setting(".txt", "Suffix of the caption beside a picture.")
-    clip_frames: int = setting(14, "SVD: frames of a clip.", low=1, high=1024)
-    clip_stride: int = setting(3, "SVD: every n-th frame of the source.", low=1, high=1024)
+    clip_frames: int = setting(14, "Frames of a clip, of SVD any number, of Wan 1, 5, 9 and so on.", low=1, high=1024)
+    clip_stride: int = setting(3, "Every n-th frame of a clip's source.", low=1, high=1024)
     repeats: tuple[int, ...] = setting(
         (), "Uses of each sample in an epoch, a number for each of data, in its order; empty = 1.", low=1, high=10_000
     )

@@ -18,6 +18,7 @@ from ..controlnext_core.picturebook import HINTS as DRAWN_HINTS
 from ..controlnext_core.picturebook import Picture
 from .data.buckets import Fit
 from .data.degraded import COMPUTED
+from .data.outpainting import OUTPAINT, outpainting_hints
 from .data.samples import PAIRED, DatasetError, Sample, Share, digest
 from .synthetic import draw
 
@@ -60,11 +61,16 @@ class DrawnDataset:
     def frame_keys(self, index: int, seed: int = 0, position: int = 0, variant: int = 0) -> tuple[str, ...]:
         return (digest(self.scheme, self.seed, index, self.side, self.name, self.hint),)
 
+    def _computed(self, picture: Tensor, keys: tuple[str, ...]) -> Tensor:
+        if self.hint == OUTPAINT:
+            return outpainting_hints(picture[None], keys)[0]
+        return torch.from_numpy(COMPUTED[self.hint](picture.numpy()))
+
     def load(self, index: int, seed: int = 0, position: int = 0) -> Sample:
         scene = self._scene(index)
         picture = _floats(scene.image)
         own = _floats(scene.hint(self.name))
-        hint = own if self.hint == PAIRED else torch.from_numpy(COMPUTED[self.hint](picture.numpy()))
+        hint = own if self.hint == PAIRED else self._computed(picture, self.frame_keys(index))
         return Sample(
             frames=picture[None],
             hints=hint[None],

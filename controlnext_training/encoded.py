@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .base_model.encode import BaseWithEncoders
 from .config import TrainConfig
-from .data.samples import Broken, BrokenSample, ControlDataset, DatasetError
+from .data.samples import Broken, BrokenSample, ControlDataset, DatasetError, digest
 from .distributed import ProcessGroup
 from .journal import Observer
 from .packed import bytes_of, floats_of, pack, unpack
@@ -53,7 +53,7 @@ class Encoded:
     """One sample, on the CPU. F frames, 1 for a picture."""
 
     latent: Tensor
-    """(F, C, H/8, W/8), as the UNet takes latents."""
+    """(F, C, H/8, W/8), or (1, C, T, H/8, W/8) of a clip in one latent, as the network takes latents."""
     given: dict[str, Tensor]
     """Encoded conditions by name; see `base_model.conditioning`."""
     hint: Tensor
@@ -148,21 +148,24 @@ class Store:
         return begun
 
     def _has_latents(self, begun: Begun) -> bool:
-        return all(self._latent_key(key) in self.cache for key in begun.frame_keys)
+        return all(key in self.cache for key in self._latent_keys(begun.frame_keys))
 
     def _has_hints(self, begun: Begun) -> bool:
         return self.config.cache and all(key in self.cache for key in _hint_keys(begun))
 
-    def _latent_key(self, frame_key: str) -> str:
-        return f"latent-{self.base.identity('vae')}-{frame_key}"
+    def _latent_keys(self, frame_keys: Sequence[str]) -> list[str]:
+        """A key for each latent of a sample: of each frame, or of the clip as a whole."""
+        whole = self.base.family.one_latent and len(frame_keys) > 1
+        return [f"latent-{self.base.identity('vae')}-{key}" for key in ([digest(*frame_keys)] if whole else frame_keys)]
 
     def _latent(self, begun: Begun) -> Tensor:
-        """Latents (F, C, H/8, W/8) of a sample; frames that are kept are not encoded again. Raises BrokenSample."""
-        keys = [self._latent_key(key) for key in begun.frame_keys]
+        """Latents of a sample, see `Encoded`; those that are kept are not encoded again. Raises BrokenSample."""
+        keys = self._latent_keys(begun.frame_keys)
+        each = len(begun.frame_keys) // len(keys)
         found = {key: kept["latent"] for key in keys if (kept := self.cache.get(key)) is not None}
         for place, key in enumerate(keys):
             if key not in found:
-                found[key] = self.base.latent(begun.frames[place : place + 1])
+                found[key] = self.base.latent(begun.frames[place * each : (place + 1) * each])
                 self.cache.put(key, {"latent": found[key]})
         return torch.cat([found[key] for key in keys])
 

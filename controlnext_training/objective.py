@@ -134,14 +134,14 @@ def loss(
 ) -> Tensor:
     """Each sample's loss (B,): the mean over frames, channels and places of the weighted squared error.
 
-    out: the network's output (R, C, H, W) or (R, C, 1, H, W); z, n: latents and noise, alike; region: (R, 1, H, W) of
-    `region_weight`,
-    multiplied on (not normalised, so that a region counts more and nothing else counts less).
+    out: the network's output (R, C, H, W) or (R, C, T, H, W); z, n: latents and noise, alike; region: of
+    `region_weight`, (R, 1, H, W), or (R, 1, T, H, W) for T > 1; multiplied on (not
+    normalised, so that a region counts more and nothing else counts less).
     """
     level = per_row(sigma, out)
     error = (out.to(level.dtype) - objective.target(z.to(level.dtype), n.to(level.dtype), level)).square()
     if region is not None:
-        error = error * region.to(error).view(*region.shape[:2], *[1] * (error.ndim - 4), *region.shape[2:])
+        error = error * region.to(error).view(*region.shape[:2], *[1] * (error.ndim - region.ndim), *region.shape[2:])
     samples = sigma.to(error)
     return error.reshape(len(sigma), -1).mean(dim=1) * weight(samples, objective, min_snr_gamma)
 

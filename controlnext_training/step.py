@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..controlnext_core.clips import averaged, frame_groups
 from . import objective as objectives
 from .base_model.controlled import Controlled, Sizes
 from .choices import AUTO
@@ -52,19 +53,19 @@ class DiffusionObjective:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples on the device, ready for a forward. R rows = samples x frames."""
+    """Samples on the device, ready for a forward. R rows = samples x frames, or samples where a clip is one latent."""
 
     latent: Tensor
-    """(R, C, h, w)"""
+    """(R, C, h, w), or (R, C, T, h, w)"""
     hint: Tensor
-    """(R, 3, H, W)"""
+    """(samples x frames, 3, H, W)"""
     conditions: list[Any]
     noise: Tensor
-    """(R, C, h, w)"""
+    """As the latent."""
     sigma: Tensor
     """(B,)"""
     region: Tensor | None
-    """(R, 1, h, w), or None."""
+    """(R, 1, h, w), (R, 1, T, h, w) of clips of several latent frames, or None."""
     weight: Tensor
     """(B,), factors on the losses."""
 
@@ -125,7 +126,17 @@ def _region(samples: Sequence[Encoded], config: TrainConfig, latent: Tensor) -> 
         return None
     masks = [torch.zeros(sample.hint[:, 0].shape) if sample.mask is None else sample.mask for sample in samples]
     size = (int(latent.shape[-2]), int(latent.shape[-1]))
-    return objectives.region_weight(torch.cat(masks).to(latent.device), size, config.mask_weight)
+    weights = objectives.region_weight(torch.cat(masks).to(latent.device), size, config.mask_weight)
+    if latent.ndim < 5 or latent.shape[2] == 1:
+        return weights
+    return torch.stack([_of_latent_frames(w, int(latent.shape[2])) for w in weights.unflatten(0, (len(samples), -1))])
+
+
+def _of_latent_frames(weights: Tensor, length: int) -> Tensor:
+    """(F, 1, h, w) of a clip's frames -> (1, T, h, w), means over the frames of each latent frame."""
+    count = len(weights)
+    groups = frame_groups(range(length), count, (count - 1) // (length - 1))
+    return averaged(weights, range(count), groups).movedim(0, 1)
 
 
 def losses(

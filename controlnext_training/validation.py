@@ -158,12 +158,13 @@ class Validator:
         rows, scores, distances = [], [], []
         for number, sample in enumerate(samples):
             tell(f"picture {number + 1} of {len(samples)}")
-            pair = [self._picture(controlled, sample, number, strength) for strength in (0.0, 1.0)]
-            middle = len(sample.latent) // 2
-            hint, original = sample.hint[middle].movedim(0, -1), sample.latent[middle : middle + 1]
-            target = self.store.base.picture(original)[0]
+            hint, original = _middle(sample.hint)[0].movedim(0, -1), _shown(sample.latent)
+            target = _middle(self.store.base.picture(original))[0]
+            clips = [self._pictures_of(controlled, sample, number, strength) for strength in (0.0, 1.0)]
+            pair = [_middle(clip)[0] for clip in clips]
             followed = [metric(picture.numpy(), hint.numpy()) for picture in pair]
-            away = [float((self._latent(picture) - original).square().mean().sqrt()) for picture in pair]
+            again = [self.store.base.latent(clip) for clip in clips]
+            away = [float((latent - original).square().mean().sqrt()) for latent in again]
             scores.append(followed)
             distances.append(away)
             rows.append([*_given(hint, target, sample.caption), *map(self._drawn, STRENGTHS, pair, followed, away)])
@@ -178,12 +179,8 @@ class Validator:
         """A picture of the model, with its figures by name."""
         return Cell(picture, name, f"{METRIC_NAMES.get(self.config.hint, EDGES)} {followed:.2f}, distance {away:.2f}")
 
-    def _latent(self, picture: Tensor) -> Tensor:
-        """(1, C, h, w) of a picture (H, W, 3)."""
-        return self.store.base.latent(picture[None])
-
-    def _picture(self, controlled: Controlled, sample: Encoded, number: int, strength: float) -> Tensor:
-        """(H, W, 3) in [0, 1]; of a clip its middle frame."""
+    def _pictures_of(self, controlled: Controlled, sample: Encoded, number: int, strength: float) -> Tensor:
+        """(n, H, W, 3) in [0, 1]: a picture, all frames of a clip in one latent, of another clip the middle one."""
         noise = torch.randn(
             sample.latent.shape, generator=generator(self.config.seed, "validation picture", number)
         ).to(controlled.device)
@@ -197,8 +194,17 @@ class Validator:
             cfg=self.config.validation_cfg,
             strength=strength,
         )
-        middle = len(latents) // 2
-        return self.store.base.picture(latents[middle : middle + 1])[0]
+        return self.store.base.picture(_shown(latents))
+
+
+def _middle(rows: Tensor) -> Tensor:
+    """The middle one of some rows, with its dimension."""
+    return rows[len(rows) // 2 : len(rows) // 2 + 1]
+
+
+def _shown(latents: Tensor) -> Tensor:
+    """The part of a sample's latents that is decoded: a clip in one latent whole, of others the middle frame."""
+    return latents if latents.ndim == 5 else _middle(latents)
 
 
 def _given(hint: Tensor, target: Tensor, caption: str) -> tuple[Cell, Cell]:

@@ -17,7 +17,11 @@ from comfyui_controlnext.tests.training_fixtures import CPU, drawn, small
 from comfyui_controlnext.tests.transformer_fixtures import NARROW, narrow_model
 from torch import Tensor, nn
 
-FAMILIES = ("sd3", "flux", "chroma", "qwen_image", "lumina2", "z_image")
+PICTURES = ("sd3", "flux", "chroma", "qwen_image", "lumina2", "z_image")
+CLIPS = ("wan", "wan_5b")
+"""Families that train on clips of one latent."""
+FAMILIES = (*PICTURES, *CLIPS)
+CLIP_FRAMES = 5
 COLORS = 3.5
 """A colour, whose standard deviation is about 0.3 in [0, 1], becomes a latent of about 1."""
 
@@ -43,6 +47,67 @@ class Averaging:
         colors = torch.einsum("co,fohw->fchw", torch.linalg.pinv(self.first_stage_model.weight.detach()), latent)
         pixels = F.interpolate(colors + 0.5, scale_factor=8).clamp(0, 1).movedim(1, -1)
         return pixels[:, None] if self.frames else pixels
+
+
+class AveragingClips:
+    """A linear autoencoder of clips: a cell is the mean colour of its pixels, in the four frames of a latent frame."""
+
+    def __init__(self, model: Any, channels: int, pixels: int, seed: int) -> None:
+        self.format, self.pixels = model.latent_format, pixels
+        self.first_stage_model = nn.Linear(3, channels, bias=False)
+        mix = torch.linalg.qr(torch.randn(channels, 3, generator=torch.Generator().manual_seed(seed)))[0]
+        self.first_stage_model.weight.data.copy_(mix * COLORS * (channels / 3) ** 0.5)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(4n + 1, H, W, 3) in [0, 1] -> (1, C, n + 1, h, w)"""
+        small = F.avg_pool2d(pixels.movedim(-1, 1) - 0.5, self.pixels)
+        groups = torch.stack([small[0], *(group.mean(0) for group in small[1:].split(4) if len(group))])
+        return self.format.process_out(
+            torch.einsum("oc,tchw->othw", self.first_stage_model.weight.detach(), groups)[None]
+        )
+
+    def decode(self, latent: Tensor) -> Tensor:
+        latent = self.format.process_in(latent)[0]
+        colors = torch.einsum("co,othw->tchw", torch.linalg.pinv(self.first_stage_model.weight.detach()), latent)
+        frames = torch.cat([colors[:1], colors[1:].repeat_interleave(4, 0)])
+        return F.interpolate(frames + 0.5, scale_factor=self.pixels).clamp(0, 1).movedim(1, -1)[None]
+
+
+class MovingScenes:
+    """Drawn scenes that move to the side, two pixels a frame, as clips."""
+
+    def __init__(self, count: int, frames: int) -> None:
+        self.still, self.frames = drawn(count), frames
+        self.sizes, self.captions = self.still.sizes, self.still.captions
+        self.fingerprint = f"{self.still.fingerprint} {frames}"
+
+    def __len__(self) -> int:
+        return len(self.still)
+
+    variants = 1
+
+    def share(self, index: int) -> Any:
+        return self.still.share(index)
+
+    def place(self, index: int, variant: int = 0) -> Any:
+        return self.still.place(index)
+
+    def job(self, index: int, seed: int, position: int, whole: bool, variant: int = 0) -> Any:
+        return lambda: self.load(index, seed, position)
+
+    def frame_keys(self, index: int, seed: int = 0, position: int = 0, variant: int = 0) -> tuple[str, ...]:
+        return tuple(f"{self.still.frame_keys(index)[0]} {number}" for number in range(self.frames))
+
+    def load(self, index: int, seed: int = 0, position: int = 0) -> Any:
+        from dataclasses import replace
+
+        scene = self.still.load(index)
+        frames, hints = (
+            torch.cat([tensor.roll(2 * number, 2) for number in range(self.frames)])
+            for tensor in (scene.frames, scene.hints)
+        )
+        mask = None if scene.mask is None else scene.mask.expand(self.frames, -1, -1)
+        return replace(scene, frames=frames, hints=hints, mask=mask, frame_keys=self.frame_keys(index))
 
 
 class Words:
@@ -82,17 +147,19 @@ def base_on(model: Any, family: str) -> Any:
 
     row = NARROW[family]
     seed = FAMILIES.index(family)  # what they give is cached by the identity of an encoder
-    vae, words = Averaging(model, row.frames, seed), Words(row.text, row.pooled, seed)
+    clips = family in CLIPS
+    vae = AveragingClips(model, row.channels, row.pixels, seed) if clips else Averaging(model, row.frames, seed)
+    words = Words(row.text, row.pooled, seed)
     return BaseWithEncoders(as_patcher(model), vae, words)
 
 
 def config_for(family: str, **settings: Any) -> Any:
-    return small(**({"variant": family, "learning_rate": 1e-3} | settings))
+    return small(**({"variant": family, "learning_rate": 1e-3, "clip_frames": CLIP_FRAMES} | settings))
 
 
-def scenes(count: int = 4) -> Any:
-    """Drawn scenes, whose captions are of several lengths."""
-    found = drawn(count)
+def scenes(count: int = 4, family: str = "") -> Any:
+    """Drawn scenes, clips for families that train on them, whose captions are of several lengths."""
+    found = MovingScenes(count, CLIP_FRAMES) if family in CLIPS else drawn(count)
     assert len({len(caption.split()) for caption in found.captions}) > 1
     return found
 
@@ -101,7 +168,7 @@ def train_narrow(folder: Path, family: str, watch: Any = None, base: Any = None,
     """A whole run; the trained file."""
     from comfyui_controlnext.tests.training_fixtures import train_in
 
-    return train_in(folder, base or narrow_base(family), config_for(family, **settings), watch, scenes())
+    return train_in(folder, base or narrow_base(family), config_for(family, **settings), watch, scenes(4, family))
 
 
 def with_model(base: Any, model: Any) -> Any:

@@ -56,6 +56,7 @@ FAMILIES: dict[str, Family] = {
     "wan_wide": _WAN,
     "wan_reference": _WAN,
     "wan_i2v": _WAN,
+    "wan_vace": _WAN,
     "wan_5b": replace(_WAN, build="TOKENS-32"),
 }
 

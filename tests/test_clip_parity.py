@@ -13,7 +13,7 @@ from comfyui_controlnext.controlnext_core.specs import SPECS
 from comfyui_controlnext.tests import reference_controlnext as released
 from comfyui_controlnext.tests import reference_transformers as reference
 from comfyui_controlnext.tests.test_transformer_parity import SIGMA, STRENGTH, TOLERANCE, forward, relative
-from comfyui_controlnext.tests.transformer_fixtures import NARROW, Inputs, inputs, narrow_model
+from comfyui_controlnext.tests.transformer_fixtures import NARROW, VACE_CHANNELS, Inputs, inputs, narrow_model
 from torch import Tensor
 
 pytestmark = pytest.mark.comfy
@@ -123,6 +123,15 @@ def test_image_to_video(control_of: Any) -> None:
     given.more["c_concat"] = torch.randn(2, 20, 5, *SIZE, generator=generator)
     given.more["clip_fea"] = torch.randn(2, 257, 1280, generator=generator)
     compare("wan_i2v", control_of("wan_i2v").copy(), given, video(17, "wan_i2v"))
+
+
+def test_beside_vace(control_of: Any) -> None:
+    """VACE's blocks add to the clip's tokens after the first block has run, and with it the control."""
+    given = inputs("wan_vace", EVEN, 2, TEXT, SIGMA, length=5)
+    generator = torch.Generator().manual_seed(8)
+    given.more["vace_context"] = torch.randn(2, 1, VACE_CHANNELS, 5, *EVEN, generator=generator)
+    given.more["vace_strength"] = [0.8]
+    compare("wan_vace", control_of("wan_vace").copy(), given, video(17, "wan_vace", EVEN))
 
 
 def test_one_hint_is_a_still_for_all_frames(control_of: Any) -> None:

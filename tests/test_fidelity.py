@@ -120,7 +120,7 @@ def test_every_kind_of_hint_has_a_metric_that_an_image_meets_with_its_own_hint(
 
 
 def test_hints_from_elsewhere_have_metrics_too(photograph: np.ndarray) -> None:
-    assert METRICS.keys() == HINTS.keys() | {"depth", "low_resolution", "paired"}
+    assert METRICS.keys() == HINTS.keys() | {"depth", "low_resolution", "outpaint", "paired"}
     assert METRICS["depth"](photograph, HINTS["gray"](photograph) ** 3) == pytest.approx(1, abs=1e-3)
     assert METRICS["paired"](photograph, photograph) == 1
 
@@ -150,3 +150,14 @@ def test_metrics_fall_from_a_little_noise_to_a_shift_to_another_picture(kind: st
 def test_what_cannot_be_compared_is_refused(call: Callable[..., float], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call(np.zeros((16, 16, 3), np.float32), np.zeros((16, 24, 3), np.float32))
+
+
+def test_outpainting_is_measured_where_the_hint_shows_the_picture() -> None:
+    hint = np.full((8, 8, 3), 0.5, np.float32)
+    hint[:, :4] = 0.2
+    image = hint.copy()
+    image[:, 4:] = 0.9
+    assert METRICS["outpaint"](image, hint) == 1
+    image[:, :4] = 0.3
+    assert METRICS["outpaint"](image, hint) == pytest.approx(0.9)
+    assert METRICS["outpaint"](image, np.full((8, 8, 3), 0.5, np.float32)) == 1

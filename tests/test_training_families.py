@@ -26,9 +26,20 @@ def test_every_variant_is_for_a_family_that_can_be_trained() -> None:
     from comfyui_controlnext.controlnext_training.base_model.trained_families import FAMILIES
 
     assert {SPECS[name].family for name in VARIANTS if name in SPECS} <= FAMILIES.keys()
-    assert not {Family.WAN, Family.WAN_5B} & FAMILIES.keys(), "trained: take wan and wan_5b into the choices"
     frames = {family.value: row.frames(small(clip_frames=5)) for family, row in FAMILIES.items()}
-    assert frames == dict.fromkeys(frames, 1) | {"SVD": 5}
+    assert frames == dict.fromkeys(frames, 1) | {"SVD": 5, "Wan": 5, "Wan 2.2 5B": 5}
+
+
+@pytest.mark.parametrize(("frames", "right"), [(14, "13 or 17"), (2, "1 or 5"), (17, ""), (1, "")])
+def test_clips_of_one_latent_have_as_many_frames_as_latents_stand_for(frames: int, right: str) -> None:
+    from comfyui_controlnext.controlnext_training.base_model.families import FAMILIES
+
+    row, config = FAMILIES[Family.WAN], small(clip_frames=frames)
+    if right:
+        with pytest.raises(ConfigError, match=f"clip_frames: {frames} do not fill .* Set {right}."):
+            row.frames(config)
+    else:
+        assert row.frames(config) == frames
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,9 @@ TRANSFORMERS = {
     "chroma": "chroma",
     "qwen_image": "qwen_image",
     "z_image": "z_image",
+    "wan_1_3b": "wan",
+    "wan_5b": "wan_5b",
+    "wan_outpaint": "wan",
 }
 """Recipes for bases of which nobody has released a trainer, and their variants."""
 

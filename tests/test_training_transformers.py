@@ -11,6 +11,7 @@ import pytest
 import torch
 from comfyui_controlnext.tests.narrow_training import (
     FAMILIES,
+    PICTURES,
     config_for,
     drawn_batch,
     narrow_base,
@@ -45,7 +46,7 @@ STEP, CENTRAL = 2e-4, 5e-3
 
 
 def loop_of(family: str, **settings: Any) -> Any:
-    return loop_on(narrow_base(family), config_for(family, **settings), scenes())
+    return loop_on(narrow_base(family), config_for(family, **settings), scenes(4, family))
 
 
 @each
@@ -71,7 +72,7 @@ def test_blocks_made_ready_for_training_give_what_the_host_gives(family: str, pi
     torch.testing.assert_close(found, expected, rtol=FUSED, atol=FUSED)
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux", "qwen_image", "lumina2"])
+@pytest.mark.parametrize("family", ["sd3", "flux", "qwen_image", "lumina2", "wan"])
 def test_gradients_are_the_slopes_of_the_loss(family: str) -> None:
     """Of the encoder and of the differences by themselves, along the gradient. One family of each kind of block."""
     loop = loop_of(family, batch_size=2, checkpointing=True)
@@ -155,18 +156,27 @@ def test_blocks_and_subsets_are_those_of_the_family() -> None:
         loop_of("sd3", blocks="joint.7")
 
 
-def test_a_stopped_run_goes_on_to_the_same_file(tmp_path: Path) -> None:
-    """Whole, and stopped after two of four steps: the weights, their average and the file are equal in every bit."""
+STOPPED = {"steps": 4, "batch_size": 2, "ema_decay": 0.5, "checkpointing": True}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"), [("sd3", {}), ("wan", {"steps": 2, "batch_size": 1, "mask_weight": 2.0})], ids=str
+)
+def test_a_stopped_run_goes_on_to_the_same_file(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Whole, and stopped in the middle: the weights, their average and the file are equal in every bit."""
     from comfyui_controlnext.controlnext_training.train import Stopped
 
-    settings = {"steps": 4, "batch_size": 2, "ema_decay": 0.5, "checkpointing": True}
-    whole = train_narrow(tmp_path / "whole", "sd3", **settings)
+    settings = STOPPED | settings
+    whole = train_narrow(tmp_path / "whole", family, **settings)
     with pytest.raises(Stopped):
-        train_narrow(tmp_path / "parts", "sd3", Watcher(stop_at=2), **settings)
-    again = train_narrow(tmp_path / "parts", "sd3", **settings)
+        train_narrow(tmp_path / "parts", family, Watcher(stop_at=settings["steps"] // 2), **settings)
+    again = train_narrow(tmp_path / "parts", family, **settings)
     assert same(load_file(again), load_file(whole))
-    last = train_narrow(tmp_path / "plain", "sd3", **settings | {"ema_decay": 0.0})
-    assert not same(load_file(last), load_file(whole)), "the file holds the average"
+
+
+def test_the_file_holds_the_average(tmp_path: Path) -> None:
+    files = [train_narrow(tmp_path / str(ema), "sd3", **STOPPED | {"steps": 2, "ema_decay": ema}) for ema in (0.5, 0.0)]
+    assert not same(*map(load_file, files))
 
 
 def test_states_from_before_a_setting_was_there_go_on(tmp_path: Path) -> None:
@@ -187,7 +197,7 @@ def test_states_from_before_a_setting_was_there_go_on(tmp_path: Path) -> None:
     assert same(load_file(train_narrow(tmp_path / "parts", "sd3", steps=2)), load_file(whole))
 
 
-@pytest.mark.parametrize("family", ["sd3", "lumina2"])
+@pytest.mark.parametrize("family", ["sd3", "lumina2", "wan"])
 def test_captions_of_unequal_length_train_in_one_batch(family: str) -> None:
     """Nothing is padded: samples that the host cannot join are computed one after the other."""
     loop = loop_of(family)
@@ -197,8 +207,9 @@ def test_captions_of_unequal_length_train_in_one_batch(family: str) -> None:
     with torch.no_grad():
         together = loop.controlled(batch.noise, batch.sigma, batch.conditions, batch.hint)
         for row in range(4):
-            one = slice(row, row + 1)
-            alone = loop.controlled(batch.noise[one], batch.sigma[one], batch.conditions[one], batch.hint[one])
+            one, each = slice(row, row + 1), len(batch.hint) // 4
+            hint = batch.hint[row * each : (row + 1) * each]
+            alone = loop.controlled(batch.noise[one], batch.sigma[one], batch.conditions[one], hint)
             torch.testing.assert_close(together[one], alone, rtol=REASSOCIATED, atol=REASSOCIATED)
 
 
@@ -269,7 +280,7 @@ def test_a_text_keeps_its_length_its_mask_and_its_pooled_vector() -> None:
     assert found.keys() == {"context", "mask"}
 
 
-@each
+@pytest.mark.parametrize("family", PICTURES)
 def test_steps_in_bf16_are_near_those_in_fp32(family: str) -> None:
     """The base computes in bf16; what trains stays in fp32."""
     losses = []

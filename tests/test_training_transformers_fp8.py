@@ -16,7 +16,7 @@ FP8 = torch.float8_e4m3fn
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", ["sd3", "flux", "qwen_image", "z_image"])
+@pytest.mark.parametrize("family", ["sd3", "flux", "qwen_image", "z_image", "wan"])
 def test_it_is_the_control_of_the_rounded_weights(family: str, checkpointing: bool) -> None:
     """To the bit: fp8 widens without rounding, and the same products are formed of it."""
     rounded: Any = narrow_model.__wrapped__(family)  # one that no other test has
@@ -24,9 +24,10 @@ def test_it_is_the_control_of_the_rounded_weights(family: str, checkpointing: bo
     rounded.diffusion_model.load_state_dict({name: tensor.float() for name, tensor in stored_in_fp8.items()})
     losses, weights, stored = [], [], []
     for model in (rounded, narrow_model(family, FP8)):
-        loop = loop_on(base_on(model, family), config_for(family, checkpointing=checkpointing), scenes())
+        loop = loop_on(base_on(model, family), config_for(family, checkpointing=checkpointing), scenes(4, family))
         losses.append(take_steps(loop, 3))
         weights.append(dict(loop.parameters))
-        stored.append({p.dtype for n, p in loop.controlled.unet.named_parameters() if n.endswith("qkv.weight")})
+        inside = loop.controlled.unet.named_parameters()
+        stored.append({p.dtype for n, p in inside if n.endswith(("qkv.weight", "self_attn.q.weight"))})
     assert losses[0] == losses[1] and same(*weights)
     assert stored[1] <= {FP8 if checkpointing else torch.float32}

@@ -11,8 +11,8 @@ import torch
 from comfyui_controlnext.controlnext_core import checkpoint
 from comfyui_controlnext.controlnext_training.base_model.controlled import Controlled, Sizes
 from comfyui_controlnext.controlnext_training.base_model.trainable_copy import plain_attention
-from comfyui_controlnext.tests.narrow_training import FAMILIES, config_for, narrow_base
-from comfyui_controlnext.tests.sampling_fixtures import CELLS, picture, relative
+from comfyui_controlnext.tests.narrow_training import CLIP_FRAMES, CLIPS, FAMILIES, config_for, narrow_base
+from comfyui_controlnext.tests.sampling_fixtures import picture, relative
 from comfyui_controlnext.tests.test_training_seam import aligned, applied, loaded_from, saved
 from comfyui_controlnext.tests.training_fixtures import CPU, SIDE, same, shaken
 from comfyui_controlnext.tests.transformer_fixtures import NARROW, WIDTH
@@ -34,6 +34,12 @@ def given_to(family: str) -> dict[str, Tensor]:
     return found | ({"pooled": torch.randn(1, row.pooled, generator=generator)} if row.pooled else {})
 
 
+def hint_of(family: str) -> Tensor:
+    """An IMAGE (F, H, W, 3): a picture, or a clip whose picture moves."""
+    count = CLIP_FRAMES if family in CLIPS else 1
+    return torch.cat([picture().roll(3 * number, 2) for number in range(count)])
+
+
 def first_step(model: Any, family: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """Inputs of the model in the stock KSampler's first step, and the network's own output, with torch's attention.
 
@@ -52,8 +58,10 @@ def first_step(model: Any, family: str, given: dict[str, Tensor]) -> dict[str, T
     watched.set_model_unet_function_wrapper(look)
     options = watched.model_options["transformer_options"]
     watched.model_options["transformer_options"] = {**options, "optimized_attention_override": plain_attention}
-    frames = (1,) if NARROW[family].frames else ()
-    latent = {"samples": torch.zeros(1, 16, *frames, CELLS, CELLS)}
+    row, frames = NARROW[family], hint_of(family).shape[0]
+    length = ((frames - 1) // 4 + 1,) if row.frames else ()
+    side = SIDE // row.pixels
+    latent = {"samples": torch.zeros(1, row.channels, *length, side, side)}
     conditions = [[given["context"], {"pooled_output": given.get("pooled"), "guidance": 3.5}]]
     if family == "chroma":
         conditions[0][1].pop("guidance")  # type: ignore[attr-defined]
@@ -63,11 +71,11 @@ def first_step(model: Any, family: str, given: dict[str, Tensor]) -> dict[str, T
 
 
 def in_training(
-    controlled: Controlled, given: dict[str, Tensor], seen: dict[str, Tensor], strength: float = 1.0
+    controlled: Controlled, family: str, given: dict[str, Tensor], seen: dict[str, Tensor], strength: float = 1.0
 ) -> Tensor:
     square = Sizes((SIDE, SIDE), (0, 0), (SIDE, SIDE))
     conditions = [controlled.conditions(seen["x"], given, square, 3.5)]
-    hint = picture().movedim(-1, 1).contiguous()
+    hint = hint_of(family).movedim(-1, 1).contiguous()
     with torch.no_grad():
         return controlled.denoised(seen["x"], seen["sigma"], conditions, hint, strength)
 
@@ -83,10 +91,10 @@ def check_the_seam(family: str, folder: Path, exact: bool, **settings: Any) -> P
     assert same(dict(loaded.control.net.patcher.model.state_dict()), dict(controlled.net.state_dict()))
     aligned(loaded.control.net.patcher.model)
     given = given_to(family)
-    seen = first_step(applied(loaded.model, loaded.control, picture()), family, given)
-    found = in_training(controlled, given, seen)
+    seen = first_step(applied(loaded.model, loaded.control, hint_of(family)), family, given)
+    found = in_training(controlled, family, given, seen)
     assert torch.equal(found, seen["denoised"]) if exact else relative(found, seen["denoised"]) < FUSED
-    assert relative(in_training(controlled, given, seen, 0.0), seen["denoised"]) > 1e-3, "the control is heard"
+    assert relative(in_training(controlled, family, given, seen, 0.0), seen["denoised"]) > 1e-3, "the control is heard"
     return path
 
 

@@ -18,6 +18,8 @@ WIDTH, BLOCKS = 128, 2
 TEXT, POOLED = 48, 40
 """Widths of the text and of the pooled vector, where a family lets them be any."""
 LATENT_CHANNELS = 16
+VACE_CHANNELS = 96
+"""Of VACE: a latent of what is left alone, one of what changes, and a mask of 64."""
 
 _AXES = [16, 56, 56]
 _FLUX: dict[str, Any] = {
@@ -153,6 +155,9 @@ NARROW: dict[str, Narrow] = {
     # text-to-video with a reference frame, as the Fun control models have it
     "wan_reference": Narrow("WAN21_T2V", _WAN | {"in_dim_ref_conv": 16}, frames=True),
     "wan_i2v": Narrow("WAN21_I2V", _WAN | {"model_type": "i2v", "in_dim": 36}, frames=True),
+    "wan_vace": Narrow(
+        "WAN21_Vace", _WAN | {"model_type": "vace", "vace_layers": 1, "vace_in_dim": VACE_CHANNELS}, frames=True
+    ),
     "wan_5b": Narrow("WAN22_T2V", _WAN | {"in_dim": 48, "out_dim": 48}, frames=True, channels=48, pixels=16),
 }
 

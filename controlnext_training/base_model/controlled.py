@@ -122,10 +122,10 @@ class Controlled(nn.Module):
     def forward(
         self, noisy: Tensor, sigma: Tensor, conditions: Sequence[Conditions], hint: Tensor, strength: float = 1.0
     ) -> Tensor:
-        """The UNet's output for noisy (rows, C, H, W) at sigma (rows,), in fp32.
+        """The network's output for noisy (rows, C, H, W), or (rows, C, T, H, W) of clips, at sigma (rows,), in fp32.
 
-        conditions: one per sample, whose rows follow each other; hint: (rows, 3, 8H, 8W) in [0, 1]. At strength 0
-        the control does not run.
+        conditions: one per sample, whose rows follow each other; hint: (rows, 3, 8H, 8W) in [0, 1], of clips one for
+        each frame of each row. At strength 0 the control does not run.
         """
         return self._call(self._shells[0], noisy, sigma, conditions, hint, strength)
 
@@ -143,8 +143,8 @@ class Controlled(nn.Module):
         parts = []
         with host_in_training():
             for samples in joined(ready):
-                rows = slice(samples.start * len(noisy) // len(ready), samples.stop * len(noisy) // len(ready))
-                parts.append(self._together(shell, noisy[rows], sigma[rows], ready[samples], hint[rows], strength))
+                x, levels, hints = (_of(samples, tensor, len(ready)) for tensor in (noisy, sigma, hint))
+                parts.append(self._together(shell, x, levels, ready[samples], hints, strength))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _together(
@@ -162,8 +162,8 @@ class Controlled(nn.Module):
     ) -> Conditions:
         """The host's conditions of one sample.
 
-        latent: (rows, C, H, W), for its shape; encoded: the tensors of the family's conditioning; guidance: what a
-        guidance-distilled base is told, None = the configuration's.
+        latent: (rows, C, H, W) or (rows, C, T, H, W), for its shape; encoded: the tensors of the family's
+        conditioning; guidance: what a guidance-distilled base is told, None = the configuration's.
         """
         given: dict[str, Any] = {
             "noise": latent,
@@ -209,6 +209,12 @@ def _ready(conditions: Sequence[Conditions], rows: int, device: torch.device) ->
         {name: cond.process_cond(batch_size=rows, device=device, area=None) for name, cond in one.items()}
         for one in conditions
     ]
+
+
+def _of(samples: slice, tensor: Tensor, count: int) -> Tensor:
+    """The part of some of `count` samples, which have as much of the first dimension each."""
+    each = len(tensor) // count
+    return tensor[samples.start * each : samples.stop * each]
 
 
 def joined(conditions: Sequence[Conditions]) -> list[slice]:

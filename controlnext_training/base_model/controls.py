@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from ...controlnext_core import checkpoint
+from ...controlnext_core.clips import clip_of
 from ...controlnext_core.comfy_adapter.bases.base import LoadedBase, check_pair
 from ...controlnext_core.comfy_adapter.files.folders import ChosenWeights, choose_weights
 from ...controlnext_core.comfy_adapter.files.host_weights import host_named, shape_of
@@ -51,6 +52,7 @@ from ...models.layers import zeroed
 from ..choices import FUSIONS, XS
 from ..config import ConfigError, TrainConfig
 from ..trainables import Differences
+from .clip_encoding import ClipEncoding, laid_out, projected
 
 Options = dict[str, Any]
 
@@ -71,8 +73,8 @@ class TrainedControl(Protocol):
     def join(self, options: Options, latent: tuple[int, ...], hint: Tensor, timesteps: Tensor, strength: float) -> None:
         """Add the control to the coming forward pass.
 
-        latent: shape of the base's input; hint: (rows, 3, 8H, 8W) in [0, 1], one per row of the batch;
-        timesteps: (rows,), as the UNet is given them, or (1,) for all rows.
+        latent: shape of the base's input; hint: (rows, 3, 8H, 8W) in [0, 1], one per row of the batch, or one per frame
+        where a row is a clip; timesteps: (rows,), as the UNet is given them, or (1,) for all rows.
         """
 
     def save(
@@ -112,11 +114,6 @@ def _initialised(net: nn.Module, fresh: nn.Module, device: torch.device) -> None
     net.to(device).train().requires_grad_(True)
 
 
-def _laid_out(hint: Tensor) -> Tensor:
-    """The hint in inference's memory layout, which decides the kernels and so speed and rounding."""
-    return hint.contiguous(memory_format=torch.channels_last) if hint.device.type == "cpu" else hint
-
-
 class _NeXt:
     """A ControlNeXt encoder."""
 
@@ -144,6 +141,7 @@ class _NeXt:
         self.place = facts.places[spec.fusion.site]
         self.checkpointing = config.checkpointing
         self.net = ControlNeXt(built, device="meta", operations=WholeLayers)
+        self._clips = ClipEncoding(self.net, self.spec, config.checkpointing)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             fresh = ControlNeXt(built)
@@ -154,9 +152,14 @@ class _NeXt:
         _initialised(self.net, fresh, device)
 
     def join(self, options: Options, latent: tuple[int, ...], hint: Tensor, timesteps: Tensor, strength: float) -> None:
+        clip = clip_of(self.spec.family, latent)
+
         def term(h: Tensor, given: Options) -> Term:
-            size = (int(h.shape[-2]), int(h.shape[-1]))
-            control = self._encode(_laid_out(hint.to(h.dtype)), timesteps, size)
+            ready, size = laid_out(hint.to(h.dtype)), (int(h.shape[-2]), int(h.shape[-1]))
+            if clip is None:
+                control = self._encode(ready, timesteps, size)
+            else:
+                control = self._clips.encode(ready, timesteps, size, clip, latent[0])
             return Term(control, self._gains(strength), self.spec.fusion)
 
         collect(options, self.place, latent, Job((), term))
@@ -173,8 +176,9 @@ class _NeXt:
         fusion, dtype = self.spec.fusion, begun.first_half.dtype
         if not fusion.project_last:
             return prepare(self.net.finish(begun, timesteps), size, fusion).contiguous()
-        narrow = pool_to(self.net.narrow(begun, timesteps).float(), size).to(dtype).contiguous()
-        return prepare(self.net.project(narrow), size, fusion).to(dtype, memory_format=torch.channels_last)
+        return projected(
+            self.net, pool_to(self.net.narrow(begun, timesteps).float(), size).to(dtype).contiguous(), size, fusion
+        )
 
     def _gains(self, strength: float) -> tuple[float] | Tensor:
         """The gain of all rows, as a tensor with a gradient where the variant learns its scale."""
@@ -233,7 +237,7 @@ class _XS:
             own_time = self.net.embed_time(timesteps, x.dtype) if self.net.config.own_time is not None else None
             return Companion(
                 name="the control in training",
-                walk=Walk(self.net, x, self.net.encode_hint(_laid_out(hint.to(x.dtype))).contiguous()),
+                walk=Walk(self.net, x, self.net.encode_hint(laid_out(hint.to(x.dtype))).contiguous()),
                 rows=None,
                 context=context,
                 strengths=(strength, strength, strength),

@@ -88,7 +88,10 @@ class BaseWithEncoders:
             return getattr(self, name)
 
     def latent(self, frames: Tensor) -> Tensor:
-        """frames (F, H, W, 3) in [0, 1] -> latents (F, C, H/8, W/8) as the UNet takes them, fp32, on the CPU."""
+        """frames (F, H, W, 3) in [0, 1] -> latents (F, C, H/8, W/8) as the network takes them, fp32, on the CPU.
+
+        Of a base whose clips are one latent, (1, C, T, H/8, W/8); T = 1 for one frame.
+        """
         with torch.inference_mode():
             latent = self.encoder("vae").encode(frames)
             latent = self.model.model.process_latent_in(latent.float())

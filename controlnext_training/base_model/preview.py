@@ -26,9 +26,10 @@ def sample(
     cfg: float,
     strength: float,
 ) -> Tensor:
-    """Latents (rows, C, H, W), as the UNet takes them, from noise of that shape: the host's Euler, with guidance.
+    """Latents (rows, C, H, W), or (rows, C, T, H, W) of clips, as the network takes them, from noise of that shape:
+    the host's Euler, with guidance.
 
-    positive, negative: conditions per sample; hint: (rows, 3, 8H, 8W); both halves get the control.
+    positive, negative: conditions per sample; hint: as for `Controlled.forward`; both halves get the control.
     """
     sampling = controlled.base.model_sampling
     sigmas = comfy.samplers.calculate_sigmas(sampling, SCHEDULER, steps).to(noise.device)

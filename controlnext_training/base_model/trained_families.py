@@ -16,13 +16,15 @@ from comfy.ldm.modules.attention import BasicTransformerBlock
 from comfy.ldm.modules.diffusionmodules.mmdit import JointBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.ldm.qwen_image.model import QwenImageTransformerBlock
+from comfy.ldm.wan.model import WanAttentionBlock
 from comfy.model_base import ModelType
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from ...controlnext_core.comfy_adapter.bases.table import loaded_base
+from ...controlnext_core.families import FAMILIES as KNOWN
 from ...controlnext_core.specs import Family
-from ..config import TrainConfig
+from ..config import ConfigError, TrainConfig
 from .conditioning import Caption, Conditioning, ReferenceFrame
 
 
@@ -37,7 +39,10 @@ class TrainedFamily:
     constants: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the host's `extra_conds` that are the same for every sample."""
     clips: bool = False
-    """True: a sample is a clip, and its frames follow each other as rows. False: a sample is one picture."""
+    """True: a sample is a clip. False: a sample is one picture."""
+    frames_in_latent: int | None = None
+    """Frames of each latent frame after the first, where a clip is one latent and one row; None: its frames follow each
+    other as rows."""
     timesteps: str = "uniform"
     """Key of TIMESTEP_LAWS that `timesteps = auto` stands for."""
     blocks: tuple[type[nn.Module], ...]
@@ -53,8 +58,22 @@ class TrainedFamily:
     """The host's name (`comfy.sd.CLIPType`) of the text encoders, where they come as files of their own."""
 
     def frames(self, config: TrainConfig) -> int:
-        """Frames of one sample."""
-        return config.clip_frames if self.clips else 1
+        """Frames of one sample. Raises ConfigError for a length that clips of this family do not have."""
+        if not self.clips:
+            return 1
+        each, count = self.frames_in_latent or 1, config.clip_frames
+        if (count - 1) % each:
+            low = (count - 1) // each * each + 1
+            raise ConfigError(
+                f"clip_frames: {count} do not fill this base's latent frames, of which the first has 1 frame and the "
+                f"others have {each}. Set {low} or {low + each}."
+            )
+        return count
+
+    @property
+    def one_latent(self) -> bool:
+        """True: a clip is one latent, which its autoencoder makes of all frames together."""
+        return self.frames_in_latent is not None
 
 
 _UNET_BLOCKS = (ResBlock, BasicTransformerBlock)
@@ -81,6 +100,10 @@ def _transformer(block: type[nn.Module], *others: type[nn.Module], **facts: Any)
     )
 
 
+def _wan(family: Family) -> TrainedFamily:
+    return _transformer(WanAttentionBlock, clips=True, frames_in_latent=KNOWN[family].frames, clip_type="WAN")
+
+
 _STREAMS = (DoubleStreamBlock, SingleStreamBlock)
 
 FAMILIES: dict[Family, TrainedFamily] = {
@@ -94,6 +117,8 @@ FAMILIES: dict[Family, TrainedFamily] = {
     Family.QWEN_IMAGE: _transformer(QwenImageTransformerBlock, clip_type="QWEN_IMAGE", inside=22.0),
     Family.LUMINA2: _transformer(JointTransformerBlock, clip_type="LUMINA2", inside=36.5),
     Family.Z_IMAGE: _transformer(JointTransformerBlock, clip_type="LUMINA2", inside=34.0),
+    Family.WAN: _wan(Family.WAN),
+    Family.WAN_5B: _wan(Family.WAN_5B),
 }
 
 PREDICTS = {

@@ -13,6 +13,7 @@ from torch import Tensor
 from .buckets import Fit, variant_of
 from .clips import Clip, Frames
 from .degraded import COMPUTED
+from .outpainting import HINT_KINDS, OUTPAINT, outpainting_hints
 from .pictures import BLACK, WHITE, Picture, cut, luminance
 from .samples import PAIRED, BrokenSample, DatasetError, Sample, Share
 from .video_frames import REFERENCES, chosen_frames, region
@@ -57,7 +58,7 @@ class Reading:
         return replace(item, fit=variant_of(item.fit, item.clip.images.content(0), number, self.flip))
 
     def __post_init__(self) -> None:
-        for name, allowed in (("hint", (PAIRED, *COMPUTED)), ("mask", MASKS), ("reference", REFERENCES)):
+        for name, allowed in (("hint", HINT_KINDS), ("mask", MASKS), ("reference", REFERENCES)):
             if getattr(self, name) not in allowed:
                 raise DatasetError(f"{name}: {getattr(self, name)!r} is unknown. Choose one of {', '.join(allowed)}.")
         if self.clip_frames < 1 or self.clip_stride < 1:
@@ -65,7 +66,7 @@ class Reading:
 
     def hint_identity(self) -> str:
         """The kind and, where it is computed, what it is computed with."""
-        return self.hint if self.hint == PAIRED else f"{self.hint}{inspect.signature(COMPUTED[self.hint])}"
+        return f"{self.hint}{inspect.signature(COMPUTED[self.hint])}" if self.hint in COMPUTED else self.hint
 
     def chosen(self, item: Item, seed: int, position: int, reference: str = "") -> tuple[int, ...]:
         """Numbers of the frames of an item at a position of the run. reference: in place of the rule's own."""
@@ -95,11 +96,13 @@ class Request:
         if clip.hints is not None:
             read = clip.hints.read(numbers)
             hints = [cut(picture.over(BLACK), where, smooth=False) for picture in read]
+        elif self.reading.hint == OUTPAINT:
+            hints = list(outpainting_hints(_stack(frames), self.keys).numpy())
         else:
             alphas = [None if p.alpha is None else cut(p.alpha, where, smooth=False) for p in pictures]
             hints = [self._computed(f, a if m is None else m) for f, a, m in zip(frames, alphas, masks, strict=True)]
         held = [mask for mask in masks if mask is not None]
-        weighed = region(_stack(held)) if held and self.reading.mask != "none" else None
+        weighed = region(_stack(held), self.reading.reference) if held and self.reading.mask != "none" else None
         stacked = _stack(frames) if frames else torch.zeros(0, *where.size, 3)
         return Sample(stacked, _stack(hints), clip.caption, weighed, where.original, where.seen_crop, self.keys)
 

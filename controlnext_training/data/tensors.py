@@ -73,7 +73,7 @@ class TensorDataset:
     def load(self, index: int, seed: int = 0, position: int = 0) -> Sample:
         """See ControlDataset."""
         numbers = self._chosen(index, seed, position)
-        mask = None if self._masks is None else region(self._cut(self._masks, numbers, False))
+        mask = None if self._masks is None else region(self._cut(self._masks, numbers, False), self._clip[2])
         return Sample(
             self._cut(self._images, numbers, True),
             self._cut(self._hints, numbers, False),

@@ -46,12 +46,12 @@ def chosen_frames(
     return (int(uniform(seed, "reference", position) * count), *own[1:])
 
 
-def region(masks: Tensor) -> Tensor:
-    """Loss regions (F, H, W) of a sample: a clip's reference frame has none, it counts as all of its frames do.
+def region(masks: Tensor, reference: str) -> Tensor:
+    """Loss regions (F, H, W) of a sample: a clip's random reference frame has none, it counts as all of its frames do.
 
     Source: the same.
     """
-    if len(masks) > 1:
+    if len(masks) > 1 and reference == "random":
         masks[0] = 0
     return masks
 

@@ -18,6 +18,7 @@ from ...controlnext_core.comfy_adapter.control_node import ControlNode
 from ...controlnext_core.comfy_adapter.feedback import report as show_report
 from ...controlnext_core.encodable import cut
 from ..base_model.base_files import runs_folder
+from ..choices import reference_of
 from ..command import INDEX, open_data
 from ..config import SETTINGS, ConfigError, TrainConfig
 from ..config_files import make_config
@@ -66,6 +67,7 @@ class Images:
             self.captions,
             clip_frames=frames,
             clip_stride=config.clip_stride,
+            reference=reference_of(config.variant),
         )
 
 

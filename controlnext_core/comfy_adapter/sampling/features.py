@@ -12,9 +12,9 @@ from comfy.cli_args import args
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
+from ...clips import Frames
 from ...feature_cache import FeatureCache, GroupKey
 from ...memory import ROWS_AT_ONCE
-from .hint_inputs import Frames
 
 CACHE = FeatureCache(pinned=not getattr(args, "disable_pinned_memory", False))
 """Outlives nodes and runs: a queue run with another seed finds the features of the one before."""

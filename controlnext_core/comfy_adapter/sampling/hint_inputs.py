@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from ...families import FAMILIES
-from ...specs import Family
+from ...clips import Clip, Frames, frame_groups
 
 
 def clean_hint(hint: Tensor, name: str) -> Tensor:
@@ -39,28 +37,6 @@ def clean_mask(mask: Tensor | None) -> Tensor | None:
     return None if bool((mask == 1).all()) else mask
 
 
-Frames = tuple[int, ...]
-"""Frames of a hint whose features are averaged; one that counts several times is there as often."""
-
-
-@dataclass(frozen=True, slots=True)
-class Clip:
-    """Time in a latent (rows, C, T, H, W)."""
-
-    length: int
-    """Latent frames."""
-    frames: int
-    """Frames of the video in each latent frame after the first, which has one."""
-
-
-def clip_of(family: Family, latent: tuple[int, ...]) -> Clip | None:
-    """Time in a latent of this shape; None where each row is one picture."""
-    frames = FAMILIES[family].frames
-    if frames is None or len(latent) < 5 or latent[2] == 1:
-        return None
-    return Clip(latent[2], frames)
-
-
 def hint_rows(latents: int, hints: int, transformer_options: dict[str, Any]) -> tuple[int, ...]:
     """Hint of each latent of a chunk: one for all, or its own; inside a context window its frame's own.
 
@@ -72,20 +48,8 @@ def hint_rows(latents: int, hints: int, transformer_options: dict[str, Any]) -> 
 
 
 def clip_rows(clip: Clip, hints: int, transformer_options: dict[str, Any]) -> tuple[Frames, ...]:
-    """Frames of a hint for each latent frame of a clip; inside a context window its own.
-
-    Latent frame 0 is frame 0, latent frame k the frames frames * (k - 1) + 1 to frames * k. Source: the causal video
-    autoencoders of Wan and others. Where the hint ends before the clip does, its last frame is held.
-    """
-    if hints == 1:
-        return ((0,),) * clip.length
-    return tuple(_frames_of(k, hints, clip.frames) for k in _frames_at_hand(clip.length, transformer_options))
-
-
-def _frames_of(latent_frame: int, hints: int, frames: int) -> Frames:
-    last = frames * latent_frame
-    found = tuple(min(frame, hints - 1) for frame in range(max(0, last - frames + 1), last + 1))
-    return found[:1] if len(set(found)) == 1 else found
+    """Frames of a hint for each latent frame of a clip, see `frame_groups`; inside a context window its own."""
+    return frame_groups(_frames_at_hand(clip.length, transformer_options), hints, clip.frames)
 
 
 def _frames_at_hand(count: int, transformer_options: dict[str, Any]) -> Frames:

@@ -11,6 +11,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ... import encodable
+from ...clips import Clip, Frames
 from ...memory import rows_at_once
 from ...specs import Gain
 from ..bases.base import LoadedBase
@@ -21,7 +22,7 @@ from .cautions import control_cautions, has_one_colour, model_cautions, patcher_
 from .control_options import ControlOptions
 from .features import CACHE
 from .halves import chunk_gains, half_gains, needs_halves, places_hook
-from .hint_inputs import Clip, Frames, clean_hint, clip_rows, content_id, frames_of, hint_rows
+from .hint_inputs import clean_hint, clip_rows, content_id, frames_of, hint_rows
 from .networks import on_device
 from .run_state import SamplingRun, release_after_failure, sigma_of
 

@@ -12,6 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ....models.controlnext import Begun
+from ...clips import Clip, averaged, clip_of, distinct_frames, one_below_the_other
 from ...families import FAMILIES
 from ...injection import Term, pool_to, prepare
 from ...memory import NUMBERS_PER_PIXEL, feature_bytes, rows_at_once, wide_bytes
@@ -19,7 +20,6 @@ from ...specs import Spec
 from ..bases.base import LoadedBase, check_pair
 from ..feedback import warn_if_tiled
 from .features import Row, cached_rows, group_of
-from .hint_inputs import Clip, clip_of
 from .host_control import STEPS_TO_KEEP, HostControl
 from .next_forward import Job, collect
 
@@ -173,8 +173,8 @@ class _Encoder:
     def project(self, kept: Tensor) -> Tensor:
         """The features (rows, C, H, W) of a narrow map, which is all that `encode` gives where the base is wide."""
         size = self.size
-        if self.clip is not None:  # (T, C, H, W) -> (1, C, T * H, W), one sample
-            kept, size = kept.movedim(0, 1).flatten(1, 2)[None], (len(kept) * size[0], size[1])
+        if self.clip is not None:
+            kept, size = one_below_the_other(kept, len(kept)), (len(kept) * size[0], size[1])
         wide = prepare(self.control.network.model.project(kept), size, self.fusion)
         return wide.to(self.dtype, memory_format=torch.channels_last)  # as tokens lie in memory
 
@@ -183,13 +183,10 @@ def _distinct(rows: tuple[Row, ...]) -> tuple[int, ...]:
     """The frames of the hint that rows are of; of a clip each once, whichever latent frames share it."""
     if not any(isinstance(row, tuple) for row in rows):
         return cast(tuple[int, ...], rows)
-    return tuple(dict.fromkeys(frame for row in rows if isinstance(row, tuple) for frame in row))
+    return distinct_frames(row for row in rows if isinstance(row, tuple))
 
 
 def _averaged(maps: Tensor, frames: tuple[int, ...], rows: tuple[Row, ...]) -> Tensor:
-    """Maps (len(frames), C, H, W) of frames -> of rows: groups of frames are averaged, by how often each counts."""
+    """Maps (len(frames), C, H, W) of frames -> of rows: groups of frames are averaged."""
     groups = [row for row in rows if isinstance(row, tuple)]
-    if not groups:
-        return maps
-    place = {frame: number for number, frame in enumerate(frames)}
-    return torch.stack([maps[[place[frame] for frame in group]].mean(0) for group in groups])
+    return averaged(maps, frames, groups) if groups else maps

@@ -1,0 +1,70 @@
+"""An encoder in training on hints of clips: inference's passes and averages, with a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as checkpointed
+
+from ...controlnext_core.clips import Clip, Frames, averaged, distinct_frames, frame_groups, one_below_the_other
+from ...controlnext_core.injection import pool_to, prepare
+from ...controlnext_core.memory import NUMBERS_PER_PIXEL, rows_at_once
+from ...controlnext_core.specs import Fusion, Spec
+from ...models.controlnext import ControlNeXt
+
+
+def laid_out(hint: Tensor) -> Tensor:
+    """The hint in inference's memory layout, which decides the kernels and so speed and rounding."""
+    return hint.contiguous(memory_format=torch.channels_last) if hint.device.type == "cpu" else hint
+
+
+def projected(net: ControlNeXt, narrow: Tensor, size: tuple[int, int], fusion: Fusion) -> Tensor:
+    """Narrow maps (rows, C, H, W), which have this size, at the base's width and normalised."""
+    wide = prepare(net.project(narrow), size, fusion)
+    return wide.to(narrow.dtype, memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True, slots=True)
+class ClipEncoding:
+    """The way from the frames of hints to the features of clips."""
+
+    net: ControlNeXt
+    spec: Spec
+    checkpointing: bool
+    """True: the backward pass computes a pass of the encoder again, in place of keeping all frames of all clips."""
+
+    def encode(self, hint: Tensor, timesteps: Tensor, size: tuple[int, int], clip: Clip, rows: int) -> Tensor:
+        """The features (rows, C, T * H, W) of clips, normalised.
+
+        hint: (rows * frames, 3, 8H, 8W), clip after clip; timesteps: (rows,), or (1,) for all; size: (T * H, W).
+        """
+        of_frame, count = (size[0] // clip.length, size[1]), len(hint) // rows
+        groups = frame_groups(range(clip.length), count, clip.frames)
+        pixels = int(hint.shape[-2] * hint.shape[-1])
+        at_once = rows_at_once(pixels * NUMBERS_PER_PIXEL[self.spec.build] * hint.element_size() * clip.frames)
+        maps = []
+        for row in range(rows):
+            own = hint[row * count : (row + 1) * count]
+            time = timesteps[row : row + 1] if len(timesteps) > 1 else timesteps
+            for start in range(0, clip.length, at_once):
+                maps.append(self._again(self._latent_frames, own, time, of_frame, groups[start : start + at_once]))
+        return self._again(self._project, one_below_the_other(torch.cat(maps), clip.length), size)
+
+    def _project(self, narrow: Tensor, size: tuple[int, int]) -> Tensor:
+        return projected(self.net, narrow, size, self.spec.fusion)
+
+    def _latent_frames(self, hint: Tensor, time: Tensor, size: tuple[int, int], groups: Sequence[Frames]) -> Tensor:
+        """Narrow maps (len(groups), C, H, W) of some latent frames of one clip; hint: all its frames."""
+        frames = distinct_frames(groups)
+        narrow = self.net.narrow(self.net.begin(laid_out(hint[list(frames)])), time)
+        return averaged(pool_to(narrow.float(), size), frames, groups).to(hint.dtype).contiguous()
+
+    def _again(self, function: Callable[..., Tensor], *given: Any) -> Tensor:
+        if not self.checkpointing:
+            return function(*given)
+        found: Tensor = checkpointed(function, *given, use_reentrant=False, preserve_rng_state=False)
+        return found
