@@ -1,5 +1,5 @@
 // Reports of our nodes, drawn at their lower end. They are kept in the node's properties, so that they are there after a
-// reload of the page. The host sends a report with the other results of a node, also where it takes those from its cache.
+// reload of the page: for a node whose outputs it takes from its cache, the host sends no results again.
 import { app } from "../../../scripts/app.js";
 
 const REPORT = "controlnext_report"; // key of the results, of the properties, and name of the widget
