@@ -137,9 +137,7 @@ class TrainConfig:
     )
     crops: int = setting(1, "Crops of each picture: its centre, and drawn ones, the hint alike.", low=1, high=64)
     flip: bool = setting(False, "Mirror picture and hint in half of the uses. Not where left and right matter.")
-    workers: int = setting(
-        2, "Workers that read pictures ahead of their use; 0 = each is read where it is needed.", low=0, high=64
-    )
+    workers: int = setting(1, "Workers that read pictures ahead; 0 = none, 1 = a thread.", low=0, high=64)
     max_samples: int = setting(0, "Largest number of pictures to use; 0 = all.", low=0, high=1e12)
 
     # optimisation

@@ -215,6 +215,7 @@ def test_a_run_that_is_killed_or_stopped_leaves_no_process(
         validate_every=0,
         log_every=1,
         cache=False,
+        workers=2,
         precision="fp32",
         runs_folder="runs",
         output_folder="out",

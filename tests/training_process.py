@@ -23,7 +23,7 @@ def train(recipe: Path) -> int:
     from comfyui_controlnext.controlnext_training.command import run_config
     from comfyui_controlnext.controlnext_training.config_files import make_config, read_recipe
     from comfyui_controlnext.controlnext_training.train import Stopped
-    from comfyui_controlnext.tools.reader_processes import ProcessReaders
+    from comfyui_controlnext.tools.reader_processes import readers_of
 
     with open(recipe.with_suffix(".out"), "ab") as out:
         for stream in (1, 2):
@@ -31,7 +31,7 @@ def train(recipe: Path) -> int:
     if "STOP_AFTER" in os.environ:
         send_stop_after(int(os.environ["STOP_AFTER"]))
     try:
-        run_config(make_config(read_recipe(recipe)), recipe.parent, ProcessReaders)
+        run_config(make_config(read_recipe(recipe)), recipe.parent, readers_of)
     except Stopped:
         return 130
     except Exception:

@@ -22,7 +22,7 @@ from typing import Any
 from ..controlnext_core import encodable
 from ..controlnext_training.data.reading import Request
 from ..controlnext_training.data.samples import BrokenSample, Sample
-from ..controlnext_training.readers import Job
+from ..controlnext_training.readers import Job, Readers, ThreadReaders
 
 logger = encodable.logger(__name__)
 
@@ -106,6 +106,11 @@ class ProcessReaders:
                 theirs.close()
             self._started.append((process, ours))
             return ours
+
+
+def readers_of(count: int) -> Readers:
+    """One reader is a thread, which costs no memory; more are processes, which decode at the same time."""
+    return ProcessReaders(count) if count > 1 else ThreadReaders(count)
 
 
 def _call(job: Job) -> Sample:

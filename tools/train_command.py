@@ -113,10 +113,10 @@ def run_train(options: argparse.Namespace, host: Path, own: bool) -> int:
         bring_in_host(host, base, options.cpu)
         from ..controlnext_training.command import run_config
         from ..controlnext_training.train import Stopped, TrainingError
-        from .reader_processes import ProcessReaders
+        from .reader_processes import readers_of
 
         try:
-            path = run_config(config, recipe.parent, ProcessReaders)
+            path = run_config(config, recipe.parent, readers_of)
             if os.environ.get("RANK", "0") == "0":  # of many processes one speaks
                 print(path)
         except Stopped as stopped:
