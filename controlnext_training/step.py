@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..controlnext_core.clips import averaged, frame_groups
+from ..controlnext_core.latent_clips import averaged, frame_groups
 from . import objective as objectives
 from .base_model.controlled import Controlled, Sizes
 from .choices import AUTO

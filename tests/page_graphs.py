@@ -37,7 +37,7 @@ REFUSED = {
     "a bad schedule": ("options", {"schedule": "0:1; 1:0"}, "is not a percent:strength pair"),
     "bad heads": ("xs", {"num_heads": "many"}, "is not a list of whole numbers"),
 }
-"""What is wrong -> (node, its inputs, what the page says)."""
+"""Fault -> (node, its inputs, what the page says)."""
 
 
 def write_files(models: Path) -> None:

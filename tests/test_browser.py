@@ -296,7 +296,7 @@ def reports(page: "Page", enough: int) -> dict[str, str]:
 def test_warnings_and_reports_are_on_the_nodes_and_stay(
     browser: Browser, server: "ComfyServer", tiny: "TinyModels"
 ) -> None:
-    """On a run, and in the graph as it is saved and opened again."""
+    """Seen after a run, and again when the saved graph is opened."""
     page = browser.page
     page_graphs.write_files(server.base / "models")
     page.evaluate("app.extensionManager.command.execute('Comfy.RefreshNodeDefinitions')")

@@ -14,7 +14,7 @@ from comfyui_controlnext.controlnext_core.picturebook import (
     PLANES,
     THINGS,
     canvas,
-    child,
+    children,
     draw,
     draw_children,
     things,
@@ -123,7 +123,7 @@ def test_a_pose_hint_has_openpose_sticks_where_the_joints_are() -> None:
 
 
 def test_poses_differ_and_stand_on_the_ground() -> None:
-    poses = [child.joints(canvas.Numbers(f"pose {index}")) for index in range(50)]
+    poses = [children.joints(canvas.Numbers(f"pose {index}")) for index in range(50)]
     assert all(pose.shape == (18, 2) and abs(max(pose[10, 1], pose[13, 1]) + 0.035) < 1e-9 for pose in poses)
     assert np.stack(poses)[:, [4, 7]].std(0).min() > 0.05, "hands move"
 

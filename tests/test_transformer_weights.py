@@ -217,7 +217,7 @@ def test_attention_outputs_of_single_blocks_act_at_every_strength(family: str, s
 
 @pytest.mark.parametrize("family", ["flux", "chroma"])
 def test_the_first_columns_of_a_single_blocks_output_read_the_attention(family: str, stage: Any) -> None:
-    """What the host's block hands to the fused layer, against what its attention gave."""
+    """Input of the fused layer in the host's block, against the output of its attention."""
     import comfy.model_management
 
     at = stage(family)

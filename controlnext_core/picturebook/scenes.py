@@ -10,7 +10,7 @@ import numpy as np
 
 from ..hints.pose_drawing import draw_sticks
 from .canvas import FINE, LINE, Array, Canvas, Numbers, box, ellipse, lobes, polygon, smooth
-from .child import CHILD
+from .children import CHILD
 from .colors import COLORS, DEEP, MEADOW, SAND, SEA, SKIES, SNOW, TABLE, WALLS, Color, darker, lighter, mix
 from .things import THINGS, Kind, Pen, potted_flower
 
@@ -69,7 +69,7 @@ class Item:
         return f"{_article(self.color)} {self.kind}"
 
 
-Place = Callable[[Canvas, Numbers], tuple[list[Item], str]]
+SceneDrawer = Callable[[Canvas, Numbers], tuple[list[Item], str]]
 
 
 def draw(seed: int, index: int, size: int | tuple[int, int]) -> Picture:
@@ -82,7 +82,7 @@ def draw_children(seed: int, index: int, size: int | tuple[int, int]) -> Picture
     return _draw(f"children/{seed}/{index}", size, PLAYGROUNDS)
 
 
-def _draw(name: str, size: int | tuple[int, int], places: tuple[Place, ...]) -> Picture:
+def _draw(name: str, size: int | tuple[int, int], places: tuple[SceneDrawer, ...]) -> Picture:
     height, width = (size, size) if isinstance(size, int) else size
     numbers = Numbers(name)
     canvas = Canvas(height, width)
@@ -209,8 +209,8 @@ def _room(canvas: Canvas, numbers: Numbers, kinds: Kinds = IN_ROOMS) -> tuple[li
     return items, f"in front of a {wall} wall"
 
 
-PLACES: tuple[Place, ...] = (_meadow, _sea, _underwater, _room, _meadow)
-PLAYGROUNDS: tuple[Place, ...] = (partial(_meadow, kinds=PLAYING), partial(_room, kinds=PLAYING))
+PLACES: tuple[SceneDrawer, ...] = (_meadow, _sea, _underwater, _room, _meadow)
+PLAYGROUNDS: tuple[SceneDrawer, ...] = (partial(_meadow, kinds=PLAYING), partial(_room, kinds=PLAYING))
 
 
 def _row(canvas: Canvas, numbers: Numbers, kinds: tuple[str, ...], y: float, sizes: tuple[float, float]) -> list[Item]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as checkpointed
 
-from ...controlnext_core.clips import Clip, Frames, averaged, distinct_frames, frame_groups, one_below_the_other
 from ...controlnext_core.injection import pool_to, prepare
+from ...controlnext_core.latent_clips import Clip, Frames, averaged, distinct_frames, frame_groups, one_below_the_other
 from ...controlnext_core.memory import NUMBERS_PER_PIXEL, rows_at_once
 from ...controlnext_core.specs import Fusion, Spec
 from ...models.controlnext import ControlNeXt

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from ...controlnext_core import checkpoint
-from ...controlnext_core.clips import clip_of
 from ...controlnext_core.comfy_adapter.bases.base import LoadedBase, check_pair
 from ...controlnext_core.comfy_adapter.files.folders import ChosenWeights, choose_weights
 from ...controlnext_core.comfy_adapter.files.host_weights import host_named, shape_of
@@ -30,6 +29,7 @@ from ...controlnext_core.detection import ControlFile, choose_spec, read_control
 from ...controlnext_core.families import CONTEXT_FAMILIES
 from ...controlnext_core.finite import check_weights
 from ...controlnext_core.injection import Term, pool_to, prepare
+from ...controlnext_core.latent_clips import clip_of
 from ...controlnext_core.low_rank import (
     DOWN,
     UP,

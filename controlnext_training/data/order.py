@@ -12,7 +12,7 @@ from .samples import DatasetError
 
 
 class Order:
-    """Batches of one bucket each. Every epoch has its own shuffle and holds every item, as often as it is repeated.
+    """Batches of one bucket each. Every epoch has its own shuffle and holds every item once per repeat.
 
     A bucket whose items do not fill its last batch completes it from the start of its own order in that epoch, so
     such items come once more.

@@ -52,7 +52,7 @@ No canny control for SD1.5 has been published. Put one that you trained into **m
 
 
 def sd35_canny() -> Workflow:
-    """The same on SD3.5, with what the graph `train_sd35` leaves."""
+    """A control of your own on SD3.5, the one that the graph `train_sd35` leaves."""
     return _own_canny(
         "sd35_canny",
         "SD3.5 canny, your own control",

@@ -12,8 +12,8 @@ from comfy.cli_args import args
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from ...clips import Frames
 from ...feature_cache import FeatureCache, GroupKey
+from ...latent_clips import Frames
 from ...memory import ROWS_AT_ONCE
 
 CACHE = FeatureCache(pinned=not getattr(args, "disable_pinned_memory", False))

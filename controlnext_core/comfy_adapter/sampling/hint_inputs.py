@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...clips import Clip, Frames, frame_groups
+from ...latent_clips import Clip, Frames, frame_groups
 
 
 def clean_hint(hint: Tensor, name: str) -> Tensor:

@@ -11,7 +11,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ... import encodable
-from ...clips import Clip, Frames
+from ...latent_clips import Clip, Frames
 from ...memory import rows_at_once
 from ...specs import Gain
 from ..bases.base import LoadedBase

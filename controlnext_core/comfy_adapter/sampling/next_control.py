@@ -12,9 +12,9 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ....models.controlnext import Begun
-from ...clips import Clip, averaged, clip_of, distinct_frames, one_below_the_other
 from ...families import FAMILIES
 from ...injection import Term, pool_to, prepare
+from ...latent_clips import Clip, averaged, clip_of, distinct_frames, one_below_the_other
 from ...memory import NUMBERS_PER_PIXEL, feature_bytes, rows_at_once, wide_bytes
 from ...specs import Spec
 from ..bases.base import LoadedBase, check_pair

@@ -14,8 +14,8 @@ from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
 from ... import encodable
-from ...clips import Clip, Frames
 from ...injection import pool_to
+from ...latent_clips import Clip, Frames
 from ...schedule import percent_of
 from ..bases.base import LoadedBase
 from .hint_inputs import clip_rows, frames_needed, frames_of, hint_rows
