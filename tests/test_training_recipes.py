@@ -16,7 +16,17 @@ FOLDER = Path(__file__).resolve().parents[1] / "controlnext_training" / "recipes
 RECIPES = {path.stem: path for path in sorted(FOLDER.glob("*.toml"))}
 NO_TRAINER = {"sd15_legacy", "sdxl_july", "sdxl_june"}
 """Published variants of which no trainer and no training facts are known."""
-OURS = {"tiny", "tiny_transformer", "demo_edges", "demo_mask", "demo_depth", "demo_xs", "picture_edges"}
+OURS = {
+    "tiny",
+    "tiny_transformer",
+    "demo_edges",
+    "demo_mask",
+    "demo_depth",
+    "demo_xs",
+    "picture_edges",
+    "picture_depth",
+    "picture_pose",
+}
 """Recipes of our own, for small bases."""
 TRANSFORMERS = {
     "sd35_medium": "sd3",
