@@ -89,7 +89,7 @@ function after(prototype, name, act) {
 }
 
 app.registerExtension({
-    name: "ControlNeXt.Reports",
+    name: "comfyuicontrolnext.reports",
     nodeCreated(node) {
         const nodeData = node.constructor.nodeData;
         if (!isOurs(nodeData)) return;
