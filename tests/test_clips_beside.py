@@ -96,7 +96,7 @@ def test_beside_the_hosts_vace(stage: Any) -> None:
     from comfy.model_patcher import ModelPatcher
     from comfy_extras.nodes_wan import WanVaceToVideo
 
-    model = narrow_model("wan_vace")
+    model: Any = narrow_model.__wrapped__("wan_vace")  # one of its own
     patcher = ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
     at = with_model(stage("wan"), patcher)
     vae, side = AveragingClips(model, NARROW["wan"].channels, 8, 0), 8 * CELLS

@@ -29,10 +29,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 CHOICES = {key: facts.choices for key, facts in SETTINGS.items() if facts.choices}
-BOUNDS = {key: (facts.low, facts.high) for key, facts in SETTINGS.items() if math.isfinite(facts.low)}
+LISTS = ("repeats", "weights")
+"""Settings with a number for each source, which has bounds."""
+BOUNDS = {
+    key: (facts.low, facts.high) for key, facts in SETTINGS.items() if math.isfinite(facts.low) and key not in LISTS
+}
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 UNBOUND = {
-    *("xs_own_time", "buckets", "stratified_timesteps", "ema_on_cpu", "checkpointing", "offload"),
+    *("xs_own_time", "buckets", "flip", "stratified_timesteps", "ema_on_cpu", "checkpointing", "offload"),
     *("compile", "cache", "zero", "resume", "tensorboard"),
 }
 """Switches: there is nothing to be out of."""
@@ -138,6 +142,16 @@ def test_a_number_may_be_at_its_bounds_and_not_beyond(key: str) -> None:
             TrainConfig(**{key: value}, **others)
 
 
+@pytest.mark.parametrize("key", LISTS)
+def test_each_number_of_a_list_is_within_its_bounds(key: str) -> None:
+    facts, kind = SETTINGS[key], int if key == "repeats" else float
+    good = (kind(facts.low), kind(facts.high))
+    assert getattr(TrainConfig(data=("a", "b"), **{key: good}), key) == good
+    for beyond in (kind(facts.low) - 1, kind(facts.high) * 2):
+        with pytest.raises(ConfigError, match=rf"^{key}: "):
+            TrainConfig(data=("a", "b"), **{key: (good[0], beyond)})
+
+
 def test_every_number_has_bounds_and_every_switch_none() -> None:
     numbers = {key for key, kind in KINDS.items() if kind in (int, float)}
     assert numbers == set(BOUNDS)
@@ -158,7 +172,7 @@ def test_every_choice_is_allowed_and_nothing_else(key: str) -> None:
 
 
 def test_the_choices_are_those_of_the_tables_they_come_from() -> None:
-    assert CHOICES["variant"] == (*(name for name in SPECS if name not in ("wan", "wan_5b")), XS)
+    assert CHOICES["variant"] == (*SPECS, XS)
     assert CHOICES["fusion"] == tuple(FUSIONS) == ("released", "paper", "zero_conv", "add")
     assert FIELDS["trainable"].default in UNET_SUBSETS
 

@@ -241,9 +241,9 @@ def test_a_validator_that_is_cut_off_leaves_the_network_in_training(
     seen: list[Any] = []
     run = Validator.run
 
-    def noted(self: Any, controlled: Any) -> Any:
+    def noted(self: Any, controlled: Any, *tell: Any) -> Any:
         seen.append(controlled)
-        return run(self, controlled)
+        return run(self, controlled, *tell)
 
     monkeypatch.setattr(Validator, "run", noted)
     lay_in_class(monkeypatch, Validator, "_pictures", KeyboardInterrupt(), 1)

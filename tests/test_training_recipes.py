@@ -26,6 +26,7 @@ OURS = {
     "picture_edges",
     "picture_depth",
     "picture_pose",
+    "picture_sharp",
 }
 """Recipes of our own, for small bases."""
 TRANSFORMERS = {

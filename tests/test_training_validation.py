@@ -109,9 +109,9 @@ def test_the_distance_of_a_picture_is_that_of_its_latent_from_the_originals(
     original = loop.samples.store.data.load(0).frames[0]
 
     def drawn_before(self: Validator, controlled: Any, sample: Any, number: int, strength: float) -> Any:
-        return original if strength else original.flip(1)
+        return (original if strength else original.flip(1))[None]
 
-    monkeypatch.setattr(Validator, "_picture", drawn_before)
+    monkeypatch.setattr(Validator, "_pictures_of", drawn_before)
     found = looked_at.run(loop.controlled)
     assert found.distance == 0.0 and found.fidelity == 1.0
     assert found.distance_without is not None and found.distance_without > 0.1
@@ -159,14 +159,14 @@ def test_a_validation_without_room_makes_fewer_pictures_and_goes_on(
 ) -> None:
     import comfy.model_management
 
-    picture = Validator._picture
+    picture = Validator._pictures_of
 
     def short_of_memory(self: Validator, controlled: Any, sample: Any, number: int, strength: float) -> Any:
         if number:
             raise comfy.model_management.OOM_EXCEPTION("no room")
         return picture(self, controlled, sample, number, strength)
 
-    monkeypatch.setattr(Validator, "_picture", short_of_memory)
+    monkeypatch.setattr(Validator, "_pictures_of", short_of_memory)
     watch = Watcher()
     config = small(steps=2, validate_every=1, validation_samples=2)
     path = train_in(tmp_path, base_of(loaded_studio), config, watch, held_out=drawn(2))
@@ -259,7 +259,7 @@ def test_a_grid_names_its_figures_and_prompts_and_shows_four_rows(
 
     monkeypatch.setattr(validation, "picture_grid", kept)
     monkeypatch.setattr(
-        Validator, "_picture", lambda self, controlled, sample, number, strength: sample.hint[0].movedim(0, -1)
+        Validator, "_pictures_of", lambda self, controlled, sample, number, strength: sample.hint[:1].movedim(1, -1)
     )
     loop = loop_on(base_of(loaded_studio), small(validation_samples=5), drawn(5))
     found = validator_on(loop, count=5).run(loop.controlled)

@@ -29,8 +29,11 @@ FROM_INPUTS = ("base", "clip", "vae", "data", "validation_data")
 """Keys of a recipe that are inputs of the node."""
 NO_PRESET = "none"
 RECIPES = Path(__file__).parents[1] / "recipes"
-PRESETS = (NO_PRESET, *sorted(path.stem for path in RECIPES.glob("*.toml")))
-"""Choices of the preset: the recipes of the pack by name."""
+PRESETS = (
+    NO_PRESET,
+    *sorted(path.stem for path in RECIPES.glob("*.toml") if not path.stem.startswith(("demo_", "picture_"))),
+)
+"""Choices of the preset: the recipes of the pack by name, without those for the demo's own bases."""
 FOLDERS = ("output_folder", "runs_folder", "cache_folder")
 
 
