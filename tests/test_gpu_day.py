@@ -252,6 +252,7 @@ def in_this_process(arguments: list[str], seconds: float, output: Path, environm
 
 @pytest.mark.comfy
 @pytest.mark.filterwarnings("default")
+@pytest.mark.long
 def test_a_dry_run_goes_through_every_part_and_writes_its_tables(host: Path, tmp_path: Path, real_sizes: None) -> None:
     day = Day(tmp_path, host, dry=True, variables={}, run=in_this_process)
     day.run(PARTS, 3600)
