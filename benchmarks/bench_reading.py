@@ -31,8 +31,8 @@ from torch import Tensor
 if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
-from comfyui_controlnext.benchmarks.host import begin, bring_in  # noqa: E402
-from comfyui_controlnext.benchmarks.report import append_table  # noqa: E402
+from comfyui_controlnext.benchmarks.host_start import begin, bring_in  # noqa: E402
+from comfyui_controlnext.benchmarks.recording import append_table  # noqa: E402
 
 if TYPE_CHECKING:
     from comfyui_controlnext.controlnext_training.encoded import Store

@@ -25,7 +25,7 @@ import torch
 if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
-from comfyui_controlnext.benchmarks.host import bring_in  # noqa: E402
+from comfyui_controlnext.benchmarks.host_start import bring_in  # noqa: E402
 from comfyui_controlnext.controlnext_core.fidelity import edge_f1  # noqa: E402
 from comfyui_controlnext.controlnext_core.hints import HINTS  # noqa: E402
 from comfyui_controlnext.controlnext_core.hints.picture import luminance  # noqa: E402

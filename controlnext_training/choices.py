@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+from ..controlnext_core.encodable import cut
 from ..controlnext_core.families import FAMILIES, UNET_SIDES, UNET_SUBSETS
 from ..controlnext_core.specs import PAPER_FUSION, SPECS
 from .settings import ConfigError

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ..controlnext_core import picturebook
-from ..controlnext_core.picturebook import HINTS as DRAWN_HINTS
-from ..controlnext_core.picturebook import Picture
+from ..controlnext_core.picturebook import HINTS, PLANES, Picture
 from .data.buckets import Fit
 from .data.degraded import COMPUTED
 from .data.outpainting import OUTPAINT, outpainting_hints
@@ -24,8 +23,8 @@ from .synthetic import draw
 
 SCHEMES: dict[str, Callable[[int, int, int], Picture]] = {
     "synthetic": draw,
-    "picturebook": picturebook.draw,
     "children": picturebook.draw_children,
+    "picturebook": picturebook.draw,
 }
 """Name of a source -> (seed, index, side) -> the picture."""
 HINTS_OF = {scheme: HINTS if scheme == "children" else PLANES for scheme in SCHEMES}

@@ -6,8 +6,9 @@
 
 With checkpointing each block keeps its input, once; `inside` is what one block keeps while it is computed again. Both
 and ENCODER were counted on torch's meta device at published widths, in bf16, at 512 and 1024 pixels, with 2 and 4
-blocks (Lumina2 and Chroma with 2 alone): they are the same to 6 %. In fp32 a step needs a quarter less of it, since norms
-and modulations, which compute in fp32, make no copies. Optimizer: AdamW. No GPU has run it; its allocator adds its own.
+blocks (Lumina2 and Chroma with 2 alone): they are the same to 6 %. In fp32 a step needs a quarter less of it, since
+norms and modulations, which compute in fp32, make no copies. Optimizer: AdamW. No GPU has run it, and its allocator
+adds its own.
 """
 
 from __future__ import annotations

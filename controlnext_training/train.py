@@ -27,6 +27,7 @@ from .data.samples import ControlDataset
 from .distributed import ProcessGroup
 from .encoded import MemoryCache
 from .journal import Journal, Observer
+from .readers import MakeReaders, ThreadReaders
 from .results import Meter, RunFiles, StepClock, curve_of, duration, finished_file, show_validation
 from .run_lock import run_lock
 from .run_samples import encode_samples

@@ -8,7 +8,7 @@ of a whole weight or of a slice of one in which the host has fused several layer
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch.nn.utils import parametrize
 
 from ..controlnext_core.families import UNET_SIDES, UNET_SUBSETS
 from ..controlnext_core.key_maps import KeyMap, as_target
-from ..controlnext_core.low_rank import DOWN, UP, Difference, LowRank
-from .config import ConfigError, parse_blocks
+from ..controlnext_core.low_rank import DOWN, UP, Difference, Key, LowRank, Slice, sliced
+from .choices import parse_blocks
 from .patterns import Pattern
 from .seeding import generator
 from .settings import ConfigError
@@ -121,12 +121,15 @@ def selected(
 
     trainable: a key of `subsets`, over the host's names, or `re:EXPRESSION` (a `Pattern`), over the names that
     `key_map` maps from; blocks: as `parse_blocks` reads it; sides: start of the host's names of each group of blocks.
-    Raises ConfigError where a choice other than `none` selects nothing, and for a group of blocks that the base lacks.
+    Raises ConfigError where a choice other than `none` selects nothing, and for a subset or a group of blocks that the
+    base lacks.
     """
     names = {published: as_target(target).name for published, target in key_map.items()}
     if trainable.startswith("re:"):
         search = Pattern(trainable[3:]).search
         found = {name for published, name in names.items() if search(published)}
+    elif trainable not in subsets:
+        raise ConfigError(f"trainable: this base has no {trainable!r}. Choose {', '.join(subsets)} or re:EXPRESSION.")
     else:
         found = set(filter(re.compile(subsets[trainable]).search, names.values()))
     chosen_blocks = parse_blocks(blocks)
@@ -140,14 +143,6 @@ def selected(
             "weights of this base. Set trainable = none to train the encoder alone."
         )
     return chosen
-
-
-def _search_of(trainable: str, subsets: Mapping[str, str]) -> Callable[[str], object]:
-    if trainable.startswith("re:"):
-        return Pattern(trainable[3:]).search
-    if trainable not in subsets:
-        raise ConfigError(f"trainable: this base has no {trainable!r}. Choose {', '.join(subsets)} or re:EXPRESSION.")
-    return re.compile(subsets[trainable]).search
 
 
 def _inside(name: str, wanted: Mapping[str, range | None]) -> bool:

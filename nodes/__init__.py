@@ -1,7 +1,6 @@
 """The node table: ids are public API, shared workflows depend on them."""
 
 from .apply import ControlNeXtApply, ControlNeXtOptions
-from .controlnet_xs import ControlNetXSLoader, ControlNetXSOptions
 from .hint_images import (
     ControlNeXtHintBlur,
     ControlNeXtHintCanny,
@@ -13,7 +12,7 @@ from .hint_images import (
 from .hints import ControlNeXtPoseAlign, ControlNeXtSampleInputs
 from .loaders import ControlNeXtInspect, ControlNeXtLoader, ControlNeXtSave
 from .video import ControlNeXtUNetLoader, ControlNeXtVideoWindows
-from .xs_loader import ControlNetXSLoader
+from .xs_loader import ControlNetXSLoader, ControlNetXSOptions
 
 NODE_CLASS_MAPPINGS = {
     "ControlNeXtLoader": ControlNeXtLoader,

@@ -13,7 +13,7 @@ from comfyui_controlnext.tests.narrow_training import AveragingClips
 from comfyui_controlnext.tests.sampling_fixtures import relative
 from comfyui_controlnext.tests.test_clips_on_host import FRAMES, LENGTH, video
 from comfyui_controlnext.tests.transformer_fixtures import NARROW, filled, narrow_model
-from comfyui_controlnext.tests.transformer_stage import CELLS, Stage
+from comfyui_controlnext.tests.transformer_stage import CELLS, TransformerStage
 from torch import Tensor
 
 pytestmark = pytest.mark.comfy
@@ -33,13 +33,13 @@ def other_expert() -> Any:
     return ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
 
 
-def with_model(at: Stage, model: Any) -> Stage:
+def with_model(at: TransformerStage, model: Any) -> TransformerStage:
     other = copy.copy(at)
     other.model = model
     return other
 
 
-def experts(at: Stage, high: tuple[Any, Any], low: tuple[Any, Any]) -> Tensor:
+def experts(at: TransformerStage, high: tuple[Any, Any], low: tuple[Any, Any]) -> Tensor:
     """Two KSamplerAdvanced, the second on what noise the first has left. high, low: a MODEL and the two prompts."""
     import nodes as host_nodes
 

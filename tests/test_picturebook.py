@@ -112,7 +112,7 @@ def test_the_joints_of_a_child_lie_on_the_child() -> None:
 
 
 def test_a_pose_hint_has_openpose_sticks_where_the_joints_are() -> None:
-    """The nose is red (OpenPose's first hue), the neck orange, the left ankle violet; red and blue are not exchanged."""
+    """The nose is red (OpenPose's first hue), the neck orange, the left ankle violet, not exchanged."""
     picture = draw_children(3, 0, 512)
     hint, points = picture.hint("pose"), picture.people[0].astype(int)
     assert hint.shape == (512, 512, 3) and hint.dtype == np.uint8

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from comfyui_controlnext.controlnext_core.families import UNET_SUBSETS
 from comfyui_controlnext.controlnext_core.specs import SPECS
-from comfyui_controlnext.controlnext_training.choices import FUSIONS, XS
-from comfyui_controlnext.controlnext_training.config import SETTINGS, ConfigError, TrainConfig, parse_blocks
+from comfyui_controlnext.controlnext_training.choices import FUSIONS, XS, parse_blocks
+from comfyui_controlnext.controlnext_training.config import SETTINGS, ConfigError, TrainConfig
 from comfyui_controlnext.controlnext_training.config_files import (
     KINDS,
     add_flags,

@@ -32,7 +32,7 @@ def test_every_variant_is_for_a_family_that_can_be_trained() -> None:
 
 @pytest.mark.parametrize(("frames", "right"), [(14, "13 or 17"), (2, "1 or 5"), (17, ""), (1, "")])
 def test_clips_of_one_latent_have_as_many_frames_as_latents_stand_for(frames: int, right: str) -> None:
-    from comfyui_controlnext.controlnext_training.base_model.families import FAMILIES
+    from comfyui_controlnext.controlnext_training.base_model.trained_families import FAMILIES
 
     row, config = FAMILIES[Family.WAN], small(clip_frames=frames)
     if right:

@@ -20,6 +20,7 @@ from comfyui_controlnext.controlnext_training.data import BrokenSample, Cache, o
 from comfyui_controlnext.controlnext_training.data.tree import Blob
 from comfyui_controlnext.controlnext_training.distributed import ProcessGroup
 from comfyui_controlnext.controlnext_training.packed import bytes_of, floats_of, pack, unpack
+from comfyui_controlnext.controlnext_training.readers import ThreadReaders
 from comfyui_controlnext.tests.data_fixtures import coordinates, pairs, write
 from comfyui_controlnext.tests.test_training_encoded import store_of
 from comfyui_controlnext.tests.training_fixtures import Watcher, base_of, same, small
@@ -102,6 +103,7 @@ def test_a_process_reads_the_same_bits_and_may_end_and_none_is_left(tmp_path: Pa
 def test_a_file_is_read_again_only_where_something_of_it_is_needed(tmp_path: Path, read: list[str]) -> None:
     data = opened(large(tmp_path / "data"))
     store = store_of(data, Cache(tmp_path / "cache"), cache=True)
+    store.readers = ThreadReaders(1)
     fresh = [store_of(data).sample(index, index) for index in range(6)]
     read.clear()
     store.prepare(range(6), ProcessGroup(), Watcher())
@@ -112,9 +114,11 @@ def test_a_file_is_read_again_only_where_something_of_it_is_needed(tmp_path: Pat
         assert torch.equal(one.hint, other.hint) and other.hint.is_contiguous()
         assert (one.mask is None) == (other.mask is None) == (index > 1)
         assert one.mask is None or torch.equal(one.mask, other.mask)
+    store.readers.close()
     assert read == []
     for path in (tmp_path / "cache").rglob("hint-*"):
         path.unlink()
+    store.readers = ThreadReaders(0)
     assert torch.equal(store.sample(0, 0).hint, fresh[0].hint)
     assert sorted(read) == [f"hints/{NAMES[0]}.png", f"masks/{NAMES[0]}.png"], "its latent is there"
 
@@ -128,7 +132,6 @@ def files_of(data: FileDataset) -> Iterator[str]:
 @pytest.mark.comfy
 def test_files_of_later_steps_are_read_while_a_step_computes(tmp_path: Path) -> None:
     from comfyui_controlnext.controlnext_training.encoded import Prefetcher
-    from comfyui_controlnext.controlnext_training.readers import ThreadReaders
 
     store = store_of(opened(large(tmp_path / "data")))
     store.readers = ThreadReaders(2)

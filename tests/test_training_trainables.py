@@ -9,6 +9,7 @@ import pytest
 import torch
 from comfyui_controlnext.controlnext_core.families import UNET_SUBSETS
 from comfyui_controlnext.controlnext_core.key_maps import unet_key_map
+from comfyui_controlnext.controlnext_core.low_rank import whole
 from comfyui_controlnext.controlnext_training.config import ConfigError, TrainConfig
 from comfyui_controlnext.controlnext_training.trainables import selected, train_differences
 from comfyui_controlnext.tests.sampling_fixtures import Studio

@@ -34,8 +34,8 @@ AS_PUBLISHED: dict[str, tuple[tuple[str, Any], ...]] = {
 }
 """Widths of the published models' MLPs, by the width; the other narrow models have them."""
 HEAD = {"flux": 128, "chroma": 128, "qwen_image": 128, "lumina2": 64, "z_image": 64}
-"""Width of a head. Where positions are rotations there are 2 x 2 numbers in fp32 for half of it, for each token: next to
-nothing beside a published width, and up to a sixth of what a narrow model needs."""
+"""Width of a head. Where positions are rotations there are 2 x 2 numbers in fp32 for half of it, for each token: next
+to nothing beside a published width, and up to a sixth of what a narrow model needs."""
 SIZES = (32, 48, 64)
 """Sides of a latent in cells."""
 CARD = 24e9
@@ -119,8 +119,8 @@ def test_weights_come_back_to_host_memory_after_an_error() -> None:
 
 
 def counted(family: str, side: int, precision: str) -> float:
-    """Part of the law that both passes of a narrow model need at most, the control and the table of rotations left out."""
-    from comfyui_controlnext.controlnext_training.base_model.unet import plain_attention
+    """Part of the law that both passes of a narrow model need at most, without the control and the rotations."""
+    from comfyui_controlnext.controlnext_training.base_model.trainable_copy import plain_attention
 
     base = base_on(narrow_model(family, changes=AS_PUBLISHED.get(family, ())), family)
     settings = {"checkpointing": True, "trainable": "none", "precision": precision}

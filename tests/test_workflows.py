@@ -19,7 +19,7 @@ from comfyui_controlnext.tools import tiny_models as tm
 from comfyui_controlnext.tools.comfy_command import for_this_system
 from comfyui_controlnext.tools.demo_weights import shipped
 from comfyui_controlnext.tools.workflow_graph import NOTE, WIDGET_TYPES, split_inputs
-from comfyui_controlnext.tools.workflows import controlnext, parts, training, video, xs
+from comfyui_controlnext.tools.workflows import clip_graphs, image_graphs, parts, training_graphs, xs_graphs
 from PIL import Image, ImageSequence
 
 if TYPE_CHECKING:
@@ -254,11 +254,11 @@ def published(tiny: "TinyModels") -> Iterator[dict[str, str]]:
         parts.SD15.name: tm.make_sd15_deep(models / "checkpoints" / "deep_sd15.ckpt"),
         parts.SDXL.name: tm.make_sdxl(models / "checkpoints" / "tiny_sdxl.ckpt"),
         parts.SD35.name: tm.make_sd3(models / "checkpoints" / "small_sd3.ckpt"),
-        video.SVD.name: tm.make_svd(models / "checkpoints" / "tiny_svd.ckpt"),
-        video.UNET.name: tm.make_published_unet(controls / "tiny_svd_unet.bin", "svd", seed=1),
+        clip_graphs.SVD.name: tm.make_svd(models / "checkpoints" / "tiny_svd.ckpt"),
+        clip_graphs.UNET.name: tm.make_published_unet(controls / "tiny_svd_unet.bin", "svd", seed=1),
     }
     others = (
-        _own_sd35(controls / controlnext.OWN_SD35_CANNY),
+        _own_sd35(controls / image_graphs.OWN_SD35_CANNY),
         tm.make_lora(models / "loras" / parts.OFFSET_LORA.name, "sdxl"),
         tm.make_controlnext(controls / clip_graphs.ENCODER.name, "gen2", torch.float16),
         tm.make_controlnet_xs(controls / xs_graphs.XS_SD15_CANNY.name, "sd15_deep"),

@@ -22,7 +22,8 @@ REPORT = "controlnext_report"
 def report(text: str, cautions: Sequence[str] = ()) -> dict[str, list[str]]:
     """Log a report and its warnings; return both as results of a node, for its `ui`, warnings first.
 
-    The page keeps them with its node, since the host sends none for outputs from its cache. An empty text takes away what the node showed before. cautions: warnings, which are logged once per process.
+    The page keeps them with its node, since the host sends none for outputs from its cache. An empty text takes away
+    what the node showed before. cautions: warnings, which are logged once per process.
     """
     text = encodable.encodable(short_paths(text))
     for line in text.splitlines():

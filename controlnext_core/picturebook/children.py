@@ -62,11 +62,11 @@ def child(pen: Pen, color: Color, numbers: Numbers) -> None:
     pen.shape(_shirt(body), color)
     for shoulder, elbow, wrist in (body[2:5], body[5:8]):
         hand = wrist + 0.025 * (wrist - elbow) / FOREARM
-        pen.shape(ellipse(*hand, 0.038, 0.038), skin, FINE, False)
+        pen.shape(ellipse(hand[0], hand[1], 0.038, 0.038), skin, FINE, False)
         sleeve = ribbon(smooth(np.stack([shoulder, elbow, wrist]), False, 2)[:-1], 0.034)
         pen.shape(sleeve, lighter(color, 0.2), FINE, False)
     center = nose - (0, 0.02)
-    pen.shape(ellipse(*(neck - (0, 0.02)), 0.04, 0.05), darker(skin, 0.12), FINE, False)
+    pen.shape(ellipse(neck[0], neck[1] - 0.02, 0.04, 0.05), darker(skin, 0.12), FINE, False)
     pen.shape(ellipse(center[0], center[1], HEAD, HEAD), skin)
     _face(pen, center, hair, numbers)
 

@@ -26,7 +26,7 @@ from ..data.contact_sheet import contact_sheet
 from ..data.report import report
 from ..data.samples import PAIRED, ControlDataset
 from ..data.tensors import TensorDataset
-from ..drawn import DRAWN_HINTS, SCHEMES, is_drawn
+from ..drawn import HINTS_OF, SCHEMES, is_drawn
 
 ROOTS_VARIABLE = "CONTROLNEXT_DATA_ROOTS"
 """Environment variable: further folders that datasets may be read from, separated as in PATH."""
@@ -86,7 +86,7 @@ def data_choices() -> list[str]:
     input_folder, *others = allowed_roots()
     found = [path.relative_to(input_folder).as_posix() for path in _data_below(input_folder)]
     found += [str(path) for root in others for path in (root, *_data_below(root))]
-    return [*found, *(f"{scheme}:{hint}:200" for scheme in reversed(SCHEMES) for hint in DRAWN_HINTS)]
+    return [*found, *(f"{scheme}:{hint}:200" for scheme in reversed(SCHEMES) for hint in HINTS_OF[scheme])]
 
 
 def _data_below(root: Path, depth: int = LISTED_DEPTH) -> list[Path]:

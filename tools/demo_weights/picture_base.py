@@ -81,9 +81,19 @@ def batch_of(texts: list[Text]) -> Text:
     return {"words": words.to(device()), "lengths": lengths.to(device()), "pooled": pooled.to(device())}
 
 
-def data(stage: StageRun, side: int, count: int) -> tuple[Tensor, list[Text]]:
-    """latents (count, 16, side / 8, side / 8) in fp16 and the captions' texts, the last of which is of no caption."""
-    files = [stage.folder / f"data_{side}_{first:05d}.pt" for first in range(0, count, PART)]
+def data(stage: StageRun, side: int, count: int, children: int = 0) -> tuple[Tensor, list[Text]]:
+    """latents (count + children, 16, side / 8, side / 8) in fp16 and the captions' texts, that of no caption last."""
+    found = [(_parts(stage, "data", draw, side, count), count)]
+    if children:
+        found.append((_parts(stage, "children", draw_children, side, children), children))
+    latents = [torch.cat([part["latents"] for part in parts])[:wanted] for parts, wanted in found]
+    texts = [text for parts, wanted in found for text in [t for part in parts for t in part["texts"]][:wanted]]
+    return torch.cat(latents), [*texts, found[0][0][0]["empty"]]
+
+
+def _parts(stage: StageRun, name: str, drawing: Drawing, side: int, count: int) -> list[dict[str, Any]]:
+    """Parts of PART pictures, read from their files or prepared."""
+    files = [stage.folder / f"{name}_{side}_{first:05d}.pt" for first in range(0, count, PART)]
     network: nn.Module | None = None
     clip: Any = None
     for number, file in enumerate(files):
@@ -197,7 +207,7 @@ def train_base(
     from .shipped import SHIPPED
 
     stage = StageRun("picture_base")
-    latents, texts = data(stage, side, pictures)
+    latents, texts = data(stage, side, pictures, children)
     run = _Slice(stage)
     first = run.go_on(seconds, start or SHIPPED)
     seconds = max(0.0, min(seconds, run.spent + end - time.monotonic()))
