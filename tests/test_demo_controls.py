@@ -26,7 +26,7 @@ OUTLINED, MASKED = Column("outlined", edges=1.0, split=True), Column("masked", m
 BOTH = Column("both", edges=1.0, mask=1.0, split=True)
 NIGHT = Column("night", edges=1.0, lora=1.0)
 FIRST = 100  # scene
-COUNTS = [pytest.param(4, id="4 hints"), pytest.param(16, id="16 hints", marks=pytest.mark.long)]
+COUNTS = [pytest.param(5, id="5 hints"), pytest.param(16, id="16 hints", marks=pytest.mark.long)]
 
 
 @dataclass(frozen=True)
