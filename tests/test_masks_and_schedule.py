@@ -193,3 +193,12 @@ def test_a_schedule_that_cannot_be_read_fails_the_prompts_validation(studio: Stu
     answer = ControlNeXtOptions.validate_inputs(schedule=schedule)
     assert isinstance(answer, str) and answer.startswith("schedule: ")
     assert ControlNeXtOptions.validate_inputs(schedule="0:1, 0.4:1, 0.8:0.2") is True
+
+
+def test_options_of_controlnet_xs_refuse_a_controlnext(studio: Studio) -> None:
+    from comfyui_controlnext.nodes.xs_loader import ControlNetXSOptions
+
+    with pytest.raises(
+        ValueError, match=r"^control_net: .*is a ControlNeXt, which has no such parts\. Connect Load Con"
+    ):
+        ControlNetXSOptions.execute(studio.load().control, 1.0, 1.0, 1.0, -1.0)

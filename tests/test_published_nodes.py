@@ -82,7 +82,7 @@ PUBLISHED = {
     "ControlDatasetImages": ("images hints captions=", ["CONTROL_DATASET"]),
     "ControlNeXtTrain": (
         "model vae dataset variant=sd15 steps=1000 batch_size=1 learning_rate=1e-05 control_learning_rate=0.0001 "
-        "seed=0 output_name=control clip clip_vision config= resume=True",
+        "seed=0 output_name=control clip clip_vision config= resume=True preset=none",
         ["MODEL", "CONTROL_NET", "LOSS_MAP", "STRING"],
     ),
 }

@@ -95,6 +95,26 @@ def test_encoder_middle_and_decoder_have_strengths_of_their_own(folder: Path) ->
     )
 
 
+def test_the_options_node_of_controlnet_xs_acts_before_and_after_the_other_one(folder: Path) -> None:
+    """As the hidden widgets of ControlNeXtOptions, in which older graphs hold these strengths."""
+    from comfyui_controlnext.nodes.apply import ControlNeXtOptions
+    from comfyui_controlnext.nodes.xs_loader import ControlNetXSOptions
+
+    forward, values = forward_of("9"), (0.7, 0.0, 1.6, 0.3)
+    path, hint = file_of(folder, forward, (40, 48, 96), True), hint_for(forward.x)
+    fresh = load(path, hint)
+    made = (
+        ControlNetXSOptions.execute(fresh, *values)[0],
+        ControlNeXtOptions.execute(fresh, "auto", None, "", *values)[0],
+        ControlNeXtOptions.execute(ControlNetXSOptions.execute(fresh, *values)[0], "auto")[0],
+        ControlNetXSOptions.execute(ControlNeXtOptions.execute(fresh, "auto")[0], *values)[0],
+    )
+    expected = forward.run(load(path, hint, parts=values[:3], time_mix=values[3]))
+    assert worst(expected, forward.run(fresh)) > 0.01
+    for control in made:
+        assert torch.equal(forward.run(control.set_cond_hint(hint, 1.0, (0.0, 1.0))), expected)
+
+
 def test_a_fixed_time_mix_takes_the_place_of_the_strength(folder: Path) -> None:
     forward = forward_of("9")
     path, hint = file_of(folder, forward, (40, 48, 96), True), hint_for(forward.x)

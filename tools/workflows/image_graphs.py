@@ -91,15 +91,36 @@ def _own_canny(name: str, title: str, checkpoint: Model, control: str, sampling:
 
 def sd15_depth() -> Workflow:
     """A depth map, the published SD1.5 files."""
-    workflow, base = start("sd15_depth", "SD1.5 depth, one control", SD15)
+    return _sd15_depth("sd15_depth", "SD1.5 depth, one control", "Sample depth map")
+
+
+def _sd15_depth(name: str, title: str, hint: str, masked: bool = False) -> Workflow:
+    """Load, apply. hint: title of the node of the hint; masked: True lets the sample's mask say where it counts."""
+    workflow, base = start(name, title, SD15)
     loader = load_control(workflow, base["MODEL"], SD15_DEPTH)
     positive, negative, latent = prompts(
         workflow, base["CLIP"], SD15, "a small stone house and a tree on a meadow at dawn, photo"
     )
-    image = sample(workflow, "depth", SIDE[SD15], "Sample depth map")
-    condition_note(workflow, "depth")
+    image = sample(workflow, "depth", SIDE[SD15], hint)
+    mask: dict[str, Any] = {}
+    if masked:
+        mask["mask"] = image["MASK"]
+        workflow.note(
+            HINT,
+            "Where the control counts",
+            "**mask** white: controlled; black: free. For a mask of your own put *Load Image* in place of the sample, "
+            "right-click the picture and paint in *Open in MaskEditor*. Grey counts in part.",
+            150,
+        )
+    else:
+        condition_note(workflow, "depth")
     control = workflow.add(
-        CONTROL, "ControlNeXtApply", model=loader["MODEL"], control_net=loader["CONTROL_NET"], image=image["IMAGE"]
+        CONTROL,
+        "ControlNeXtApply",
+        model=loader["MODEL"],
+        control_net=loader["CONTROL_NET"],
+        image=image["IMAGE"],
+        **mask,
     )
     return finish(workflow, control["MODEL"], positive, negative, latent, base["VAE"])
 
@@ -153,28 +174,7 @@ def sd15_pose_positive() -> Workflow:
 
 def sd15_depth_in_mask() -> Workflow:
     """A depth map that counts in a part of the picture."""
-    workflow, base = start("sd15_depth_in_mask", "SD1.5 depth, inside a mask", SD15)
-    loader = load_control(workflow, base["MODEL"], SD15_DEPTH)
-    positive, negative, latent = prompts(
-        workflow, base["CLIP"], SD15, "a small stone house and a tree on a meadow at dawn, photo"
-    )
-    image = sample(workflow, "depth", SIDE[SD15], "Sample depth map and its mask")
-    workflow.note(
-        HINT,
-        "Where the control counts",
-        "**mask** white: controlled; black: free. For a mask of your own put *Load Image* in place of the sample, "
-        "right-click the picture and paint in *Open in MaskEditor*. Grey counts in part.",
-        150,
-    )
-    control = workflow.add(
-        CONTROL,
-        "ControlNeXtApply",
-        model=loader["MODEL"],
-        control_net=loader["CONTROL_NET"],
-        image=image["IMAGE"],
-        mask=image["MASK"],
-    )
-    return finish(workflow, control["MODEL"], positive, negative, latent, base["VAE"])
+    return _sd15_depth("sd15_depth_in_mask", "SD1.5 depth, inside a mask", "Sample depth map and its mask", masked=True)
 
 
 def sd15_mask() -> Workflow:

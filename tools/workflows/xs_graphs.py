@@ -65,7 +65,7 @@ read from it.
     workflow.note(
         RESULT,
         "Strength",
-        "**1** is as trained, **0** switches the control off. *ControlNeXt Options*, between loader and Apply, "
+        "**1** is as trained, **0** switches the control off. *ControlNet-XS Options*, between loader and Apply, "
         "has strengths of its own for the encoder, middle and decoder of the model.",
         130,
     )
