@@ -10,7 +10,7 @@ import numpy as np
 
 from ..hints.pose_drawing import draw_sticks
 from .canvas import FINE, LINE, Array, Canvas, Numbers, box, ellipse, lobes, polygon, smooth
-from .children import CHILD
+from .children import CHILDREN
 from .colors import COLORS, DEEP, MEADOW, SAND, SEA, SKIES, SNOW, TABLE, WALLS, Color, darker, lighter, mix
 from .things import THINGS, Kind, Pen, potted_flower
 
@@ -22,10 +22,11 @@ Kinds = tuple[tuple[str, ...], ...]
 """Groups of kinds that stand beside each other; a picture has one or two of a group."""
 ON_MEADOWS: Kinds = (("house", "tree"), ("tree", "mushroom", "flower"), ("cat", "house", "flower"))
 IN_ROOMS: Kinds = (("cat", "flower"), ("cup", "flower"), ("cat",), ("cup", "cat"), ("mushroom", "cup"))
-PLAYING: Kinds = (("child",), ("child", "child"), ("child", "cat"), ("child", "flower"))
+CHILD = "child"  # among kinds: any of CHILDREN
+PLAYING: Kinds = ((CHILD,), (CHILD, CHILD), (CHILD, "cat"), (CHILD, "flower"))
 FAR, NEAR = 24, 235  # depth of a sky and of the nearest thing
 
-DRAWN: dict[str, Kind] = {**THINGS, "child": CHILD}
+DRAWN: dict[str, Kind] = {**THINGS, **CHILDREN}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,8 @@ class Item:
     size: float
 
     def named(self) -> str:
-        if self.kind == "child":
-            return f"a child in {_article(self.color)} shirt"
+        if self.kind in CHILDREN:
+            return f"{_article(self.kind)} in {_article(self.color)} shirt"
         return f"{_article(self.color)} {self.kind}"
 
 
@@ -218,15 +219,16 @@ def _row(canvas: Canvas, numbers: Numbers, kinds: tuple[str, ...], y: float, siz
     count = min(len(kinds), numbers.pick((1, 2, 2)))
     first = int(numbers.next() * len(kinds))
     chosen = [kinds[(first + place) % len(kinds)] for place in range(count)]
-    if "child" in kinds and "child" not in chosen:
-        chosen[0] = "child"
+    if CHILD in kinds and CHILD not in chosen:
+        chosen[0] = CHILD
+    chosen = [numbers.pick(CHILDREN) if kind == CHILD else kind for kind in chosen]
     items, used = [], set()
     for place, kind in enumerate(chosen):
         color = numbers.pick([name for name in DRAWN[kind].colors if name not in used])
         used.add(color)
         low, high = sizes
         size = numbers.between(low, high) * (1 if count == 1 else 0.8)
-        size *= {"mushroom": 0.85, "cup": 0.85, "flower": 1.0, "cat": 1.0, "child": 1.25}.get(kind, 1.0)
+        size *= {"mushroom": 0.85, "cup": 0.85, "flower": 1.0, "cat": 1.0}.get(kind, 1.4 if kind in CHILDREN else 1.0)
         center = 0.5 if count == 1 else (0.29, 0.73)[place]
         x = center * canvas.width + numbers.between(-0.07, 0.07) * (1 if count == 1 else 0.5)
         items.append(Item(kind, color, x, y + numbers.between(-0.02, 0.02), size))

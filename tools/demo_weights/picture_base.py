@@ -28,7 +28,7 @@ from .running import Average, StageRun, picture_grid, wait_while_paused
 
 SEED = 29
 SIDE = 192  # pixels
-PICTURES, CHILDREN, PART = 3072, 1536, 512  # pictures, more of them with children, and how many are prepared at once
+PICTURES, CHILDREN, PART = 3072, 3072, 512  # pictures, more of them with children, and how many are prepared at once
 BATCH = 16
 RATE, ADAM_RATE, WARMUP, FALL = 0.02, 1.5e-3, 30, 0.35
 EMA_DECAY = 0.995
