@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from comfyui_controlnext.tests.sampling_fixtures import CELLS, picture
+from comfyui_controlnext.tests.wrong_files import CODE_MARKER, make_wrong_files
 from comfyui_controlnext.tools import tiny_models
 from comfyui_controlnext.tools.comfy_client import PromptError
 from PIL import Image
@@ -37,7 +38,7 @@ def hint(server: ComfyServer) -> str:
 @pytest.fixture(scope="module")
 def wrong(server: ComfyServer, tiny: Any) -> dict[str, Path]:
     """Files that are no controls, among the controls of the server."""
-    return tiny_models.make_wrong_files(tiny.models / "controlnext" / "wrong")
+    return make_wrong_files(tiny.models / "controlnext" / "wrong")
 
 
 class Graph:
@@ -179,7 +180,7 @@ def test_a_wrong_file_fails_its_prompt_in_words_and_nothing_else(
     if kind == "folder" and not pinned_host:  # later hosts refuse files that they do not offer
         expected += "|Value not in list"
     assert re.search(expected, message, re.DOTALL), message
-    assert not (wrong[kind].parent / tiny_models.CODE_MARKER).exists()
+    assert not (wrong[kind].parent / CODE_MARKER).exists()
     seed = 100 + list(COMPLAINTS).index(kind)
     assert latents(server, graph("ours", seed=seed)).isfinite().all()
 

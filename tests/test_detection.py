@@ -12,7 +12,7 @@ from comfyui_controlnext.controlnext_core.checkpoint import CheckpointError, Hea
 from comfyui_controlnext.controlnext_core.detection import DetectionError, choose_spec, read_control_file
 from comfyui_controlnext.controlnext_core.specs import SPECS, Family
 from comfyui_controlnext.tests import reference_controlnext as reference
-from comfyui_controlnext.tools.tiny_models import wrong_files
+from comfyui_controlnext.tests import wrong_files
 
 HEADERS = Path(__file__).parent / "data" / "headers"
 FOREIGN = json.loads((HEADERS / "foreign.json").read_text("utf-8"))

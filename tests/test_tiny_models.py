@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comfyui_controlnext.tests.wrong_files import CODE_MARKER, make_wrong_files
 from comfyui_controlnext.tools import tiny_models as tm
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -146,8 +147,8 @@ def test_demo_models_are_made_once_and_remade_when_the_makers_change(tmp_path: P
 
 
 def test_wrong_files_are_what_they_claim(tmp_path: Path) -> None:
-    files = tm.make_wrong_files(tmp_path)
-    marker = tmp_path / tm.CODE_MARKER
+    files = make_wrong_files(tmp_path)
+    marker = tmp_path / CODE_MARKER
     assert files["folder"].is_dir() and files["empty"].stat().st_size == 0
     for kind in ("truncated", "header_overflow", "header_not_json", "empty", "text"):
         with pytest.raises(SafetensorError), safe_open(files[kind], "pt"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from comfyui_controlnext.tests.wrong_files import make_wrong_files
 from comfyui_controlnext.tools import tiny_models as tm
 from safetensors.torch import load_file
 from torch import Tensor
@@ -268,7 +269,7 @@ def test_a_difference_goes_onto_the_model_and_shows(
 def test_the_host_knows_the_sound_wrong_files(tmp_path: Path) -> None:
     import comfy.controlnet
 
-    files = tm.make_wrong_files(tmp_path)
+    files = make_wrong_files(tmp_path)
     adapter = comfy.controlnet.load_controlnet(str(files["t2i_adapter"]))
     stock = comfy.controlnet.load_controlnet(str(files["stock_controlnet"]))
     assert isinstance(adapter, comfy.controlnet.T2IAdapter)

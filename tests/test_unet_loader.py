@@ -11,7 +11,8 @@ import torch
 from comfyui_controlnext.controlnext_core.checkpoint import CheckpointError
 from comfyui_controlnext.tests import video_fixtures as video
 from comfyui_controlnext.tests.lazy_layers import EITHER_WAY
-from comfyui_controlnext.tools.tiny_models import make_controlnext, make_wrong_files, unet_tensors
+from comfyui_controlnext.tests.wrong_files import make_wrong_files
+from comfyui_controlnext.tools.tiny_models import make_controlnext, unet_tensors
 from comfyui_controlnext.tools.tiny_models.storage import save
 from torch import Tensor
 

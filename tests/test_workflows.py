@@ -14,6 +14,7 @@ import torch
 from comfyui_controlnext.controlnext_core import checkpoint
 from comfyui_controlnext.controlnext_training.synthetic import write_folder
 from comfyui_controlnext.tests import reference_controlnext as released
+from comfyui_controlnext.tests.published_unet import make_published_unet
 from comfyui_controlnext.tools import host, make_workflows
 from comfyui_controlnext.tools import tiny_models as tm
 from comfyui_controlnext.tools.comfy_command import for_this_system
@@ -255,7 +256,7 @@ def published(tiny: "TinyModels") -> Iterator[dict[str, str]]:
         parts.SDXL.name: tm.make_sdxl(models / "checkpoints" / "tiny_sdxl.ckpt"),
         parts.SD35.name: tm.make_sd3(models / "checkpoints" / "small_sd3.ckpt"),
         clip_graphs.SVD.name: tm.make_svd(models / "checkpoints" / "tiny_svd.ckpt"),
-        clip_graphs.UNET.name: tm.make_published_unet(controls / "tiny_svd_unet.bin", "svd", seed=1),
+        clip_graphs.UNET.name: make_published_unet(controls / "tiny_svd_unet.bin", seed=1),
     }
     others = (
         _own_sd35(controls / image_graphs.OWN_SD35_CANNY),

@@ -165,7 +165,7 @@ class Day:
         if part.script == PYTEST:
             where = [
                 str(path)
-                for path in sorted((ROOT / "tests").glob("test_*.py"))
+                for path in sorted((ROOT / "tests").rglob("test_*.py"))
                 if "mark.gpu" in path.read_text("utf-8")
             ]
             return [

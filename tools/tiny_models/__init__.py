@@ -5,7 +5,6 @@ safetensors suffice. Every maker takes a path and a seed, writes at once or not 
 """
 
 from .checkpoints import (
-    make_published_unet,
     make_sd15,
     make_sd15_deep,
     make_sd15_full_unet,
@@ -27,11 +26,9 @@ from .tiny_controls import (
     make_unet_difference,
 )
 from .tiny_sd3 import make_sd3
-from .wrong_files import CODE_MARKER, make_wrong_files
 from .xs import RELEASED_XS, XSSize, make_controlnet_xs, xs_shapes
 
 __all__ = [
-    "CODE_MARKER",
     "CONTROLNEXT_BUILDS",
     "LAYOUTS",
     "RELEASED_XS",
@@ -42,7 +39,6 @@ __all__ = [
     "make_controlnext",
     "make_demo_models",
     "make_lora",
-    "make_published_unet",
     "make_sd15",
     "make_sd15_deep",
     "make_sd15_full_unet",
@@ -54,7 +50,6 @@ __all__ = [
     "make_svd",
     "make_svd_deep",
     "make_unet_difference",
-    "make_wrong_files",
     "unet_shapes",
     "unet_tensors",
     "xs_shapes",

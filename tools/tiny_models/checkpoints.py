@@ -72,24 +72,6 @@ def make_sd15_full_unet(path: Path, seed: int = 0) -> Path:
     return save(path, unet_tensors("sd15_full", seed))
 
 
-def make_published_unet(path: Path, layout: str = "svd", seed: int = 0) -> Path:
-    """The UNet of that layout with the names that the authors use (diffusers'), as SVD v2 is published (`.bin`)."""
-    from ...controlnext_core.key_maps import unet_key_map
-
-    unet, tensors = LAYOUTS[layout], unet_tensors(layout, seed)
-    config = {
-        "channel_mult": unet.channel_mult,
-        "num_res_blocks": [unet.num_res_blocks] * len(unet.channel_mult),
-        "transformer_depth": unet.depth,
-        "transformer_depth_middle": unet.depth_middle,
-        "transformer_depth_output": unet.depth_out[::-1],  # the host gives the last block first
-        "adm_in_channels": unet.adm_channels,
-        "use_temporal_resblock": unet.temporal,
-        "use_temporal_attention": unet.temporal,
-    }
-    return save(path, {name: tensors[ldm] for name, ldm in unet_key_map(config).items()})
-
-
 def unet_tensors(layout: str, seed: int = 0) -> dict[str, Tensor]:
     """Tensors of the UNet of that layout, by LDM names without prefix."""
     return _unet(Pools(seed), LAYOUTS[layout], "", seed)

@@ -6,12 +6,10 @@ import os
 from pathlib import Path
 
 import torch
+from comfyui_controlnext.tools.tiny_models import make_controlnext, make_lora, make_sd15, make_stock_controlnet
+from comfyui_controlnext.tools.tiny_models.layouts import Shapes, conv, linear
+from comfyui_controlnext.tools.tiny_models.storage import random_tensor, save, write_atomically
 from torch import Tensor
-
-from .checkpoints import make_sd15
-from .layouts import Shapes, conv, linear
-from .storage import random_tensor, save, write_atomically
-from .tiny_controls import make_controlnext, make_lora, make_stock_controlnet
 
 CODE_MARKER = "code_was_run"  # the folder that the pickle with code makes next to itself when its code runs
 ADAPTER_WIDTHS = (8, 16, 32, 32)  # of the T2I-Adapter; published ones start at 320
