@@ -4,7 +4,7 @@
 
 The steps are those of `bench_transformer_counts`. Kept: what the cache holds of the clip for one step. Wide: most bytes
 alive while the narrow map gets the base's width and is standardised, with the map itself and what comes of it; by the
-law, `memory.WIDE_TENSORS` and `WIDE_FP32_TENSORS` tensors of that width. Pass: the encoder's, by the law of
+formula, `memory.WIDE_TENSORS` and `WIDE_FP32_TENSORS` tensors of that width. Pass: the encoder's, by the formula of
 docs/video.md, over the frames of one latent frame at least.
 """
 
@@ -42,7 +42,7 @@ HEAD = (
     "second run",
     "kept, MiB a step",
     "wide, MiB",
-    "wide, law",
+    "wide, formula",
     "pass, MiB",
 )
 
@@ -53,12 +53,12 @@ class Memory:
 
     kept: int
     wide: int
-    wide_law: int
+    wide_formula: int
     encoder: int
 
 
 def memory_of(name: str, clip: tuple[int, int, int] = CLIP, dtype: torch.dtype = torch.bfloat16) -> Memory:
-    """By the laws, and by counting the tensors that come to life, without numbers."""
+    """By the formulas, and by counting the tensors that come to life, without numbers."""
     row, (frames, height, width) = PUBLISHED[name], clip
     spec = SPECS[row.variant]
     together = FAMILIES[spec.family].frames or 1
@@ -82,7 +82,7 @@ def memory_of(name: str, clip: tuple[int, int, int] = CLIP, dtype: torch.dtype =
 def row_of(name: str, folder: Path) -> tuple[str, ...]:
     counts, memory = counts_of(TransformerScene(PUBLISHED[name], 0, clip=CLIP), folder), memory_of(name)
     ratios = (f"{ratio:.4f}" for ratio in counts.ratios())
-    sizes = (f"{size / MIB:.1f}" for size in (memory.kept, memory.wide, memory.wide_law, memory.encoder))
+    sizes = (f"{size / MIB:.1f}" for size in (memory.kept, memory.wide, memory.wide_formula, memory.encoder))
     return (name, f"{counts.bare.macs / 1e12:,.1f}", *ratios, *sizes)
 
 

@@ -3,7 +3,7 @@
     python benchmarks/bench_video_memory.py [frames height width]
 
 Every tensor that comes to life is counted, operation by operation, on torch's `meta` device: shapes without numbers,
-so that it takes a moment at any size. What a convolution keeps for itself while it runs is not in it. The law of a
+so that it takes a moment at any size. What a convolution keeps for itself while it runs is not in it. The formula of a
 video (controlnext_core/memory.py, docs/video.md) is then worked out for the frames and the size given.
 """
 

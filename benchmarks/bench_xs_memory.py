@@ -3,7 +3,7 @@
     python benchmarks/bench_xs_memory.py
 
 Counted as in bench_video_memory.py, on torch's `meta` device, for the released sizes. What attention and convolutions
-keep for themselves while they run is not in it. The constants of the law are in controlnext_core/memory.py.
+keep for themselves while they run is not in it. The constants of the formula are in controlnext_core/memory.py.
 """
 
 from __future__ import annotations
@@ -120,15 +120,15 @@ def main() -> None:
     report = Report("xs_memory")
     report.line("numbers of the compute dtype: per pixel of the hint, and per latent cell and row of the batch")
     heads = [f"{h}x{w} {str(dtype).removeprefix('torch.float')}" for h, w in SIZES for dtype in DTYPES]
-    report.line(f"{'size':10}{'hint':>8}{'law':>6}" + "".join(f"{head:>14}{'law':>8}" for head in heads))
+    report.line(f"{'size':10}{'hint':>8}{'rule':>6}" + "".join(f"{head:>14}{'rule':>8}" for head in heads))
     for name in RELEASED_XS:
         shape = released_shape(name)
         config = network(shape, torch.float32).config
         row = f"{name:10}{numbers_per_pixel(shape, torch.float16, 512, 512):8.1f}{xs_numbers_per_pixel(config):6}"
         for size in SIZES:
             for dtype in DTYPES:
-                law = xs_numbers_per_cell(config, shape.fp32_norms and dtype != torch.float32)
-                row += f"{numbers_per_cell(shape, dtype, *size):14.1f}{law:8.1f}"
+                rule = xs_numbers_per_cell(config, shape.fp32_norms and dtype != torch.float32)
+                row += f"{numbers_per_cell(shape, dtype, *size):14.1f}{rule:8.1f}"
         report.line(row)
     report.save()
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .specs import Fusion, Gain, GainLaw
+from .specs import Fusion, Gain, GainFormula
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +153,9 @@ def _added(total: Tensor, term: Term, features: Moments) -> Tensor:
 
 def gain_of(gain: Gain, scale: float | None) -> float:
     """The gain of the conditional half at strength 1, from the row and the encoder's learned `scale`."""
-    if gain.law is GainLaw.CONSTANT:
+    if gain.formula is GainFormula.CONSTANT:
         return gain.factor
-    assert scale is not None, f"gain law {gain.law} needs the encoder's scale"
-    if gain.law is GainLaw.LEARNED:
+    assert scale is not None, f"gain formula {gain.formula} needs the encoder's scale"
+    if gain.formula is GainFormula.LEARNED:
         return gain.factor * scale
     return gain.factor * (1 + math.tanh(scale / 2)) / 2  # the sigmoid, for scales of any size

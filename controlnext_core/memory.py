@@ -1,4 +1,4 @@
-"""Memory that controls take: measured numbers, and the laws that follow from them."""
+"""Memory that controls take: measured numbers, and the formulas that use them."""
 
 from __future__ import annotations
 

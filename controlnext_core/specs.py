@@ -49,8 +49,8 @@ class Halves(str, Enum):
     NEGATIVE = "negative"
 
 
-class GainLaw(Enum):
-    """Rule by which the gain of the injection follows from the encoder's learned `scale`."""
+class GainFormula(Enum):
+    """Formula of the injection's gain, from the encoder's learned `scale` and the `factor` of `Gain`."""
 
     CONSTANT = "factor"
     LEARNED = "factor * scale"
@@ -61,7 +61,7 @@ class GainLaw(Enum):
 class Gain:
     """The strength at which a variant was released."""
 
-    law: GainLaw = GainLaw.CONSTANT
+    formula: GainFormula = GainFormula.CONSTANT
     factor: float = 1.0
     uncond: float | None = None
     """Gain of the negative half under `auto`; None = the same as the positive half."""
@@ -194,7 +194,7 @@ SPECS: dict[str, Spec] = {
             name="sd15_legacy",
             family=Family.SD15,
             build="gen1a",
-            fusion=Fusion(site=Site.AFTER_MIDDLE, pool_first=True, eps=1e-12, gain=Gain(law=GainLaw.LEARNED)),
+            fusion=Fusion(site=Site.AFTER_MIDDLE, pool_first=True, eps=1e-12, gain=Gain(formula=GainFormula.LEARNED)),
             title="ControlNeXt SD1.5 (first generation, the published files)",
             source="rel ControlNeXt-SD1.5",
         ),
@@ -218,7 +218,7 @@ SPECS: dict[str, Spec] = {
             name="sdxl_june",
             family=Family.SDXL,
             build="gen1a_norm",
-            fusion=Fusion(site=Site.AFTER_MIDDLE, pool_first=True, eps=1e-12, gain=Gain(law=GainLaw.LEARNED)),
+            fusion=Fusion(site=Site.AFTER_MIDDLE, pool_first=True, eps=1e-12, gain=Gain(formula=GainFormula.LEARNED)),
             title="ControlNeXt SDXL (June 2024)",
             source="rel ControlNeXt-SDXL, commit 5b52496",
         ),
@@ -230,7 +230,7 @@ SPECS: dict[str, Spec] = {
                 site=Site.BEFORE_MIDDLE,
                 pool_first=False,
                 eps=1e-5,
-                gain=Gain(law=GainLaw.SIGMOID, factor=1.3, uncond=0.65),
+                gain=Gain(formula=GainFormula.SIGMOID, factor=1.3, uncond=0.65),
             ),
             title="ControlNeXt SVD v1",
             source="rel ControlNeXt-SVD; the sigmoid follows the zeroing, hence 1.3 * sigmoid(0) = 0.65",

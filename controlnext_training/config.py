@@ -14,7 +14,7 @@ from ..controlnext_core.file_names import problem_of_control
 from .choices import AUTO, FUSIONS, LAYOUTS, VARIANTS, parse_blocks, rank_of, subsets_of
 from .data.outpainting import HINT_KINDS
 from .data.samples import PAIRED
-from .objective import LOG_NORMAL, OBJECTIVES, TIMESTEP_LAWS
+from .objective import LOG_NORMAL, OBJECTIVES, TIMESTEP_DISTRIBUTIONS
 from .optimizers import OPTIMIZERS
 from .patterns import MAX_LETTERS, Pattern, PatternError
 from .schedules import SCHEDULES, Schedule
@@ -197,7 +197,7 @@ class TrainConfig:
         AUTO,
         "Distribution of the timesteps: auto (uniform; svd_cosine for SVD), uniform, logit_normal, svd_cosine, or "
         "log_normal (EDM).",
-        choices=(AUTO, *TIMESTEP_LAWS, LOG_NORMAL),
+        choices=(AUTO, *TIMESTEP_DISTRIBUTIONS, LOG_NORMAL),
     )
     stratified_timesteps: bool = setting(
         False,

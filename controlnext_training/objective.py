@@ -188,7 +188,7 @@ def _svd_cosine(u: Tensor, sigmas: Tensor) -> Tensor:
 
 
 LOG_NORMAL = "log_normal"
-"""Name of the law of EDM, which takes two numbers of the configuration."""
+"""Name of EDM's distribution of timesteps, which takes two numbers of the configuration."""
 
 
 def log_normal(u: Tensor, sigmas: Tensor, mean: float, std: float) -> Tensor:
@@ -212,7 +212,7 @@ def stratified(u: float, place: int, count: int) -> float:
     return (place + u) / count
 
 
-TIMESTEP_LAWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+TIMESTEP_DISTRIBUTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "uniform": _uniform,
     "logit_normal": _logit_normal,
     "svd_cosine": _svd_cosine,

@@ -15,7 +15,7 @@ from .base_model.controlled import Controlled, Sizes
 from .choices import AUTO
 from .config import ConfigError, TrainConfig
 from .encoded import Encoded
-from .objective import LOG_NORMAL, OBJECTIVES, TIMESTEP_LAWS, Parameterisation
+from .objective import LOG_NORMAL, OBJECTIVES, TIMESTEP_DISTRIBUTIONS, Parameterisation
 from .seeding import generator
 
 
@@ -28,7 +28,7 @@ class DiffusionObjective:
     """The base's table, ascending."""
     timesteps: str
     log_normal: tuple[float, float] = (-1.2, 1.2)
-    """Mean and standard deviation of log sigma, for that law."""
+    """Mean and standard deviation of log sigma, for `timesteps = log_normal`."""
 
     @classmethod
     def of(cls, config: TrainConfig, controlled: Controlled) -> DiffusionObjective:
@@ -48,7 +48,7 @@ class DiffusionObjective:
         drawn = torch.tensor(u, dtype=torch.float64)
         if self.timesteps == LOG_NORMAL:
             return objectives.log_normal(drawn, self.sigmas, *self.log_normal)
-        return TIMESTEP_LAWS[self.timesteps](drawn, self.sigmas)
+        return TIMESTEP_DISTRIBUTIONS[self.timesteps](drawn, self.sigmas)
 
 
 @dataclass(frozen=True)

@@ -228,7 +228,7 @@ def _check(run: TrainingRun, norm: float, outputs: Outputs) -> None:
 def _measure_a_step(run: TrainingRun, outputs: Outputs) -> None:
     """Compute the next step's gradients, drop them, and say how much time and memory a step takes.
 
-    What it needs by the law is said first, since a step may not fit.
+    The memory estimate is logged first, since the step may not fit.
     """
     expected = _expected(run, outputs)
     meter = Meter(run.controlled.device)
@@ -246,7 +246,7 @@ def _measure_a_step(run: TrainingRun, outputs: Outputs) -> None:
 
 
 def _expected(run: TrainingRun, outputs: Outputs) -> int | None:
-    """Bytes that a step needs by `memory_law`, told; None where the run is of another kind than it was made for."""
+    """Estimated bytes of a step, also logged; None for a run that `memory_estimate` does not cover."""
     if not (run.config.checkpointing and run.controlled.family.inside and run.requests(run.step)):
         return None
     sample = run.samples.store.sample(*run.requests(run.step)[0])

@@ -201,13 +201,13 @@ def test_kinds_of_wan_with_other_frames_in_front_are_of_no_family() -> None:
 
 
 @pytest.mark.parametrize("name", ["Wan 2.1 1.3B", "Wan 2.1 14B", "Wan 2.2 5B"])
-def test_the_memory_law_of_clips_is_what_is_counted(name: str) -> None:
+def test_the_memory_formula_of_clips_is_what_is_counted(name: str) -> None:
     """On shapes; the narrow map has 256 channels, and 81 frames of 480p for 30 steps fit the cache's budgets."""
     from comfyui_controlnext.benchmarks.bench_clip_memory import CLIP, memory_of
     from comfyui_controlnext.controlnext_core.feature_cache import DEVICE_BUDGET, HOST_BUDGET, pinned_bytes
 
     memory = memory_of(name)
-    assert memory.wide == pytest.approx(memory.wide_law, rel=1e-6)  # and a few numbers for moments
+    assert memory.wide == pytest.approx(memory.wide_formula, rel=1e-6)  # and a few numbers for moments
     frames, height, width = CLIP
     cell = 32 if name.endswith("5B") else 16
     length = 1 + (frames - 1) // 4

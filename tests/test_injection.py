@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from comfyui_controlnext.controlnext_core.injection import NORMALIZATIONS, Term, fuse, gain_of, pool_to, prepare
-from comfyui_controlnext.controlnext_core.specs import SPECS, Fusion, Gain, GainLaw, with_normalization
+from comfyui_controlnext.controlnext_core.specs import SPECS, Fusion, Gain, GainFormula, with_normalization
 from comfyui_controlnext.tests import reference_controlnext as reference
 from torch import Tensor
 
@@ -230,11 +230,11 @@ def test_half_precision_takes_its_statistics_in_fp32(dtype: torch.dtype, toleran
         (Gain(), None, 1.0),
         (Gain(factor=0.35), None, 0.35),
         (Gain(factor=0.2), 0.9, 0.2),
-        (Gain(law=GainLaw.LEARNED), 0.8766, 0.8766),
-        (Gain(law=GainLaw.LEARNED, factor=0.5), -2.0, -1.0),
-        (Gain(law=GainLaw.SIGMOID, factor=1.3), 1.0, 1.3 * math.e / (1 + math.e)),
-        (Gain(law=GainLaw.SIGMOID, factor=1.3), 0.8766, 0.9180),
-        (Gain(law=GainLaw.SIGMOID, factor=1.3), 0.0, 0.65),
+        (Gain(formula=GainFormula.LEARNED), 0.8766, 0.8766),
+        (Gain(formula=GainFormula.LEARNED, factor=0.5), -2.0, -1.0),
+        (Gain(formula=GainFormula.SIGMOID, factor=1.3), 1.0, 1.3 * math.e / (1 + math.e)),
+        (Gain(formula=GainFormula.SIGMOID, factor=1.3), 0.8766, 0.9180),
+        (Gain(formula=GainFormula.SIGMOID, factor=1.3), 0.0, 0.65),
     ],
 )
 def test_gain_laws(gain: Gain, scale: float | None, expected: float) -> None:

@@ -11,7 +11,7 @@ from comfyui_controlnext.controlnext_core.specs import (
     BUILDS,
     PAPER_FUSION,
     SPECS,
-    GainLaw,
+    GainFormula,
     Site,
     config_of,
     with_normalization,
@@ -26,7 +26,7 @@ SITES = {
     "before middle": Site.BEFORE_MIDDLE,
     "after middle": Site.AFTER_MIDDLE,
 }
-LAWS = {"scale": GainLaw.LEARNED, "1.3*sigmoid(scale)": GainLaw.SIGMOID}
+FORMULAS = {"scale": GainFormula.LEARNED, "1.3*sigmoid(scale)": GainFormula.SIGMOID}
 
 
 def test_the_table_has_every_released_variant_and_else_transformers_alone() -> None:
@@ -42,7 +42,7 @@ def test_a_row_is_what_the_released_code_does(name: str) -> None:
     assert spec.fusion.pool_first is (variant.order == "pool, norm")
     assert spec.fusion.eps == variant.eps
     assert spec.fusion.normalization == "released"
-    assert spec.fusion.gain.law is LAWS.get(variant.gain, GainLaw.CONSTANT)
+    assert spec.fusion.gain.formula is FORMULAS.get(variant.gain, GainFormula.CONSTANT)
     assert gain_of(spec.fusion.gain, 0.37) == pytest.approx(reference.gain(variant, 0.37))
     assert spec.fusion.gain.uncond == variant.uncond
     assert spec.source and spec.title
@@ -79,7 +79,7 @@ def test_a_build_for_wide_tokens_has_a_third_stage_and_ends_at_a_sixteenth() -> 
 def test_every_build_is_used_and_gains_that_are_learned_have_a_scale() -> None:
     assert {spec.build for spec in SPECS.values()} == set(BUILDS)
     for spec in SPECS.values():
-        assert BUILDS[spec.build].learned_scale is (spec.fusion.gain.law is not GainLaw.CONSTANT)
+        assert BUILDS[spec.build].learned_scale is (spec.fusion.gain.formula is not GainFormula.CONSTANT)
 
 
 def test_changed_rows_leave_the_table_alone() -> None:

@@ -12,7 +12,7 @@ from comfyui_controlnext.controlnext_core.injection import Term, fuse, prepare
 from comfyui_controlnext.controlnext_core.specs import SPECS, Fusion, Site
 from comfyui_controlnext.controlnext_training.objective import (
     OBJECTIVES,
-    TIMESTEP_LAWS,
+    TIMESTEP_DISTRIBUTIONS,
     denoised,
     loss,
     noisy,
@@ -243,39 +243,39 @@ def grid(count: int) -> Tensor:
     return (torch.arange(count, dtype=torch.float64) + 0.5) / count
 
 
-def test_the_uniform_law_draws_each_integer_timestep_equally_often() -> None:
+def test_the_uniform_distribution_draws_each_integer_timestep_equally_often() -> None:
     sigmas = stable_diffusion_sigmas().float()
-    drawn = TIMESTEP_LAWS["uniform"](grid(5000), sigmas)
+    drawn = TIMESTEP_DISTRIBUTIONS["uniform"](grid(5000), sigmas)
     assert torch.equal(drawn, sigmas.repeat_interleave(5))
-    ends = TIMESTEP_LAWS["uniform"](torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), sigmas)
+    ends = TIMESTEP_DISTRIBUTIONS["uniform"](torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), sigmas)
     assert torch.equal(ends, sigmas[[0, -1]])
 
 
-def test_the_logit_normal_law_is_sd3s(training_utils: Any) -> None:
+def test_the_logit_normal_distribution_is_sd3s(training_utils: Any) -> None:
     source = torch.Generator().manual_seed(0)
     theirs = training_utils.compute_density_for_timestep_sampling(
         "logit_normal", 200_000, logit_mean=0.0, logit_std=1.0, generator=source
     )
     sigmas = (torch.arange(1000) + 1) / 1000
-    ours = TIMESTEP_LAWS["logit_normal"](grid(1000), sigmas)
+    ours = TIMESTEP_DISTRIBUTIONS["logit_normal"](grid(1000), sigmas)
     parts = torch.linspace(0.02, 0.98, 25)
     assert torch.allclose(ours.quantile(parts), theirs.quantile(parts), atol=0.005)  # 1/1000 and the noise of theirs
-    ends = TIMESTEP_LAWS["logit_normal"](torch.tensor([0.0, 1e-300, 1 - 2**-53], dtype=torch.float64), sigmas)
+    ends = TIMESTEP_DISTRIBUTIONS["logit_normal"](torch.tensor([0.0, 1e-300, 1 - 2**-53], dtype=torch.float64), sigmas)
     assert torch.equal(ends, sigmas[[0, 0, -1]])
 
 
 SVD_QUANTILES = {0.01: 58, 0.05: 12.1, 0.1: 5.85, 0.25: 2.03, 0.5: 0.709, 0.75: 0.248, 0.9: 0.087, 0.99: 0.0099}
 
 
-def test_the_svd_law_has_the_quantiles_of_the_released_trainer() -> None:
+def test_the_svd_distribution_has_the_quantiles_of_the_released_trainer() -> None:
     sigmas = torch.linspace(math.log(0.002), math.log(700.0), 1000).exp()
     u = torch.tensor([0.0, *SVD_QUANTILES, 1.0], dtype=torch.float64)
-    found = TIMESTEP_LAWS["svd_cosine"](u, sigmas)
+    found = TIMESTEP_DISTRIBUTIONS["svd_cosine"](u, sigmas)
     assert found.tolist() == pytest.approx([700.0, *SVD_QUANTILES.values(), 0.002], rel=6e-3)
 
 
-def test_the_svd_law_is_the_interpolated_cosine_law_in_log_snr() -> None:
-    """The law as its paper has it: log SNR -2 log tan(a t + b), shifted by 2 log(noise / image), interpolated."""
+def test_the_svd_distribution_is_the_interpolated_cosine_one_in_log_snr() -> None:
+    """The distribution of the paper: log SNR -2 log tan(a t + b), shifted by 2 log(noise / image), interpolated."""
 
     def log_snr(t: float, side: float) -> float:
         shift = 2 * math.log(side / 64)
@@ -284,18 +284,22 @@ def test_the_svd_law_is_the_interpolated_cosine_law_in_log_snr() -> None:
 
     u = grid(97)
     expected = [math.exp(-0.5 * ((1 - t) * log_snr(t, 32) + t * log_snr(t, 64))) * 0.5 for t in u.tolist()]
-    found = TIMESTEP_LAWS["svd_cosine"](u, torch.tensor([0.002, 700.0], dtype=torch.float64))
+    found = TIMESTEP_DISTRIBUTIONS["svd_cosine"](u, torch.tensor([0.002, 700.0], dtype=torch.float64))
     assert found.tolist() == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("law", TIMESTEP_LAWS.values(), ids=TIMESTEP_LAWS)
-def test_a_law_gives_levels_of_the_table_one_per_sample(law: Callable[[Tensor, Tensor], Tensor]) -> None:
+@pytest.mark.parametrize("distribution", TIMESTEP_DISTRIBUTIONS.values(), ids=TIMESTEP_DISTRIBUTIONS)
+def test_a_distribution_gives_levels_of_the_table_one_per_sample(
+    distribution: Callable[[Tensor, Tensor], Tensor],
+) -> None:
     for sigmas in (stable_diffusion_sigmas().float(), torch.linspace(0.001, 1, 1000).double()):
         for u in (grid(1), grid(7), torch.rand(64, dtype=torch.float64)):
-            found = law(u, sigmas)
+            found = distribution(u, sigmas)
             assert found.shape == u.shape and found.dtype is sigmas.dtype
             assert bool((found >= sigmas[0] * 0.999).all() and (found <= sigmas[-1] * 1.001).all())
-            assert torch.equal(found[:1], law(u[:1], sigmas)), "a sample's level depends on its own number alone"
+            assert torch.equal(found[:1], distribution(u[:1], sigmas)), (
+                "a sample's level depends on its own number alone"
+            )
 
 
 def test_a_clip_in_one_row_is_the_clip_in_rows_of_frames() -> None:
@@ -312,7 +316,7 @@ def test_a_clip_in_one_row_is_the_clip_in_rows_of_frames() -> None:
     assert torch.equal(noise, offset_noise(rows[1], offsets, 0.1))
 
 
-def test_the_law_of_edm_is_normal_in_log_sigma_and_stays_in_its_range() -> None:
+def test_the_distribution_of_edm_is_normal_in_log_sigma_and_stays_in_its_range() -> None:
     """Against scipy-free reference: quantiles of a truncated normal by bisection of its distribution function."""
     from statistics import NormalDist
 
@@ -320,10 +324,10 @@ def test_the_law_of_edm_is_normal_in_log_sigma_and_stays_in_its_range() -> None:
 
     table = torch.linspace(0.002, 700, 5000, dtype=torch.float64)
     u = torch.tensor([0.01, 0.25, 0.5, 0.75, 0.99], dtype=torch.float64)
-    law = NormalDist(-1.2, 1.2)
+    distribution = NormalDist(-1.2, 1.2)
     for low, high in ((0.0, 0.0), (0.2, 3.0)):
         sigmas = within(table, low, high)
-        first, last = law.cdf(math.log(float(sigmas[0]))), law.cdf(math.log(float(sigmas[-1])))
-        expected = [math.exp(law.inv_cdf(first + float(x) * (last - first))) for x in u]
+        first, last = distribution.cdf(math.log(float(sigmas[0]))), distribution.cdf(math.log(float(sigmas[-1])))
+        expected = [math.exp(distribution.inv_cdf(first + float(x) * (last - first))) for x in u]
         assert log_normal(u, sigmas, -1.2, 1.2).tolist() == pytest.approx(expected, rel=1e-6)
     assert float(sigmas[0]) >= 0.2 and float(sigmas[-1]) <= 3.0 and len(within(table, 800, 0)) == 0

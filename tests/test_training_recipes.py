@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfyui_controlnext.controlnext_core.specs import SPECS, GainLaw
+from comfyui_controlnext.controlnext_core.specs import SPECS, GainFormula
 from comfyui_controlnext.controlnext_training.choices import XS
 from comfyui_controlnext.controlnext_training.config import TrainConfig
 from comfyui_controlnext.controlnext_training.config_files import read_recipe
@@ -155,7 +155,7 @@ def test_no_released_trainer_took_what_came_later() -> None:
 @pytest.mark.parametrize("name", [n for n in PUBLISHED if n.startswith(("svd", "sd15", "sdxl"))])
 def test_the_gain_is_left_to_the_variant_where_the_file_learns_it(name: str) -> None:
     found = config(name)
-    learned = SPECS[found.variant].fusion.gain.law is not GainLaw.CONSTANT
+    learned = SPECS[found.variant].fusion.gain.formula is not GainFormula.CONSTANT
     assert learned == (found.gain == 0)
 
 

@@ -73,19 +73,19 @@ def test_noise_and_level_depend_on_seed_and_position_alone(controlled: Any) -> N
 
 def test_the_noise_of_validation_is_not_that_of_training(controlled: Any) -> None:
     config = small()
-    law = DiffusionObjective.of(config, controlled)
-    looked_at = draw([encoded(1)], [3], law, config, controlled, [0.5], " of validation")
-    trained = draw([encoded(1)], [3], law, config, controlled)
+    objective = DiffusionObjective.of(config, controlled)
+    looked_at = draw([encoded(1)], [3], objective, config, controlled, [0.5], " of validation")
+    trained = draw([encoded(1)], [3], objective, config, controlled)
     assert not torch.equal(looked_at.noise, trained.noise)
-    assert float(looked_at.sigma) == float(law.sigmas[500]), "the level is the one that is asked for"
+    assert float(looked_at.sigma) == float(objective.sigmas[500]), "the level is the one that is asked for"
 
 
 def test_levels_are_spread_over_the_whole_table(controlled: Any) -> None:
     config = small()
-    law = DiffusionObjective.of(config, controlled)
+    objective = DiffusionObjective.of(config, controlled)
     sample = encoded(1)
-    levels = torch.cat([draw([sample], [n], law, config, controlled).sigma for n in range(300)])
-    steps = torch.searchsorted(law.sigmas, levels)
+    levels = torch.cat([draw([sample], [n], objective, config, controlled).sigma for n in range(300)])
+    steps = torch.searchsorted(objective.sigmas, levels)
     counts = torch.histc(steps.float(), bins=5, min=0, max=1000)
     assert float(counts.min()) > 35 and float(counts.max()) < 85, "60 of 300 in each fifth, give or take"
 
@@ -139,14 +139,14 @@ def test_the_base_decides_what_is_learned_unless_told(controlled: Any) -> None:
     from comfyui_controlnext.controlnext_training.base_model.trained_families import FAMILIES
 
     assert controlled.predicts == "epsilon"
-    law = DiffusionObjective.of(small(), controlled)
-    assert law.parameterisation is OBJECTIVES["epsilon"] and law.timesteps == "uniform"
+    objective = DiffusionObjective.of(small(), controlled)
+    assert objective.parameterisation is OBJECTIVES["epsilon"] and objective.timesteps == "uniform"
     other = DiffusionObjective.of(small(objective="v", timesteps="logit_normal"), controlled)
     assert other.parameterisation is OBJECTIVES["v"] and other.timesteps == "logit_normal"
     video = SimpleNamespace(base=controlled.base, predicts="edm", family=FAMILIES[Family.SVD])
     assert DiffusionObjective.of(small(), video).timesteps == "svd_cosine"  # type: ignore[arg-type]
     sigmas = controlled.base.model_sampling.sigmas
-    assert torch.equal(law.sigma([0.0, 0.9999]), sigmas[[0, -1]].float())
+    assert torch.equal(objective.sigma([0.0, 0.9999]), sigmas[[0, -1]].float())
 
 
 def test_every_kind_of_model_has_an_objective() -> None:

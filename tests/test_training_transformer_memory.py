@@ -1,4 +1,4 @@
-"""Memory of a step on a transformer: the law against what is counted, what it says of 24 GB, and weights that wait."""
+"""Memory of a step on a transformer: the estimate against the count, its figures for 24 GB, and weights that wait."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from comfyui_controlnext.benchmarks.bench_video_memory import Allocations
 from comfyui_controlnext.benchmarks.real_transformers import PUBLISHED, make_transformer
 from comfyui_controlnext.controlnext_core.specs import SPECS, config_of
 from comfyui_controlnext.controlnext_training import journal
-from comfyui_controlnext.controlnext_training.memory_law import ENCODER, GIB, StepShape, advice, needed
+from comfyui_controlnext.controlnext_training.memory_estimate import ENCODER, GIB, StepShape, advice, needed
 from comfyui_controlnext.models.controlnext import ControlNeXt
 from comfyui_controlnext.tests.narrow_training import FAMILIES, base_on, config_for, narrow_base, scenes, train_narrow
 from comfyui_controlnext.tests.training_fixtures import CPU, Watcher, gradients_of, loop_on, run_in, same, shaken
@@ -23,9 +23,9 @@ from torch.utils.checkpoint import checkpoint
 pytestmark = pytest.mark.comfy
 
 ENCODER_LAW = 0.1
-"""Relative error of the law of the encoder."""
+"""Relative error of the estimate of the encoder."""
 OF_THE_LAW, SPREAD = (0.8, 1.1), 0.12
-"""Narrow models in bf16 need so much of the law, and nearly the same part of it at every size."""
+"""Narrow models in bf16 need so much of the estimate, and nearly the same part of it at every size."""
 AS_PUBLISHED: dict[str, tuple[tuple[str, Any], ...]] = {
     "flux": (("mlp_ratio", 4.0),),
     "chroma": (("mlp_ratio", 4.0),),
@@ -119,7 +119,7 @@ def test_weights_come_back_to_host_memory_after_an_error() -> None:
 
 
 def counted(family: str, side: int, precision: str) -> float:
-    """Part of the law that both passes of a narrow model need at most, without the control and the rotations."""
+    """Part of the estimate that both passes of a narrow model need at most, without the control and the rotations."""
     from comfyui_controlnext.controlnext_training.base_model.trainable_copy import plain_attention
 
     base = base_on(narrow_model(family, changes=AS_PUBLISHED.get(family, ())), family)
@@ -149,14 +149,14 @@ SHORT = ("sd3", "qwen_image")
 @pytest.mark.parametrize(
     "family", [family if family in SHORT else pytest.param(family, marks=pytest.mark.long) for family in FAMILIES]
 )
-def test_the_law_of_the_blocks_holds_on_narrow_models_at_three_sizes(family: str) -> None:
-    """Their parts are as wide, by the width, as those of the published ones; in bf16, as the law was counted."""
+def test_the_estimate_of_the_blocks_holds_on_narrow_models_at_three_sizes(family: str) -> None:
+    """Their parts are as wide, by the width, as those of the published ones; in bf16, as the estimate was counted."""
     parts = [counted(family, side, "bf16") for side in SIZES]
     assert OF_THE_LAW[0] < min(parts) and max(parts) < OF_THE_LAW[1], parts
     assert max(parts) - min(parts) < SPREAD, parts
 
 
-def test_in_fp32_a_step_needs_less_of_the_law() -> None:
+def test_in_fp32_a_step_needs_less_than_the_estimate() -> None:
     """A step in bf16 keeps some numbers in fp32, for norms and modulation, beside its own: hence 0.74 of it for SD3."""
     assert counted("sd3", SIZES[0], "fp32") < 0.85 * counted("sd3", SIZES[0], "bf16")
 
@@ -169,7 +169,7 @@ def shape_of(width: int, blocks: int, inside: float, **more: Any) -> StepShape:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("side", [256, 384, 512])
-def test_the_law_of_the_encoder_holds(side: int, dtype: torch.dtype) -> None:
+def test_the_estimate_of_the_encoder_holds(side: int, dtype: torch.dtype) -> None:
     """Counted without computing, gradients of its weights left out, which are trained numbers."""
     from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.host_layers import WholeLayers
 
@@ -214,7 +214,7 @@ def published(name: str, side: int, bytes_a_weight: int) -> StepShape:
     ("name", "side", "gib"),
     [("Z-Image", 1024, 8.2), ("Flux.1", 512, 12.3), ("SD3.5-medium", 1024, 3.1), ("Qwen-Image", 512, 20.0)],
 )
-def test_the_law_says_that_they_fit_into_24_gb_in_fp8(name: str, side: int, gib: float) -> None:
+def test_the_estimate_says_that_they_fit_into_24_gb_in_fp8(name: str, side: int, gib: float) -> None:
     """The figures of docs/transformers.md. Nothing of it was run on a GPU."""
     total = needed(published(name, side, 1)).total
     assert total / GIB == pytest.approx(gib, abs=0.1) and total < CARD
@@ -237,7 +237,7 @@ def test_the_dry_run_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     watch = Watcher()
     train_narrow(tmp_path / "enough", "sd3", watch, steps=1, checkpointing=True)
-    assert watch.told("by the law a step needs ") and not watch.told("Set ")
+    assert watch.told("a step is estimated to need ") and not watch.told("Set ")
     folder = run_in(tmp_path / "enough", narrow_base("sd3")).folder
     (expected,) = journal.read(folder, "dry_run", "expected_bytes").values()
     assert 6e7 < expected < 8e7, "most of it is 16 bytes for each number of the encoder"

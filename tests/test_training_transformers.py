@@ -214,7 +214,7 @@ def test_captions_of_unequal_length_train_in_one_batch(family: str) -> None:
 
 
 def medians(sampling: Callable[[Any], Any] | None = None) -> float:
-    """The noise level of the middle of the law that a run on SD3 draws from."""
+    """The noise level of the middle of the distribution that a run on SD3 draws from."""
     base = narrow_base("sd3")
     if sampling is not None:
         from comfyui_controlnext.tests.narrow_training import with_model

@@ -81,7 +81,7 @@ def test_features_of_a_frame_at_576_by_1024(name: str, expected: int) -> None:
     assert feature_bytes(spec, config_of(spec).out_channels, 576, 1024, 2) == 2 * expected
 
 
-def test_the_page_about_video_states_what_the_law_gives() -> None:
+def test_the_page_about_video_states_what_the_formula_gives() -> None:
     page = (Path(__file__).resolve().parents[1] / "docs" / "video.md").read_text("utf-8")
     plans = [plan(SPECS[name], 240, 576, 1024).split()[1:] for name in ("svd_v1", "svd_v2")]
     for first, second in zip(*plans, strict=True):

@@ -1,4 +1,4 @@
-"""Memory of ControlNet-XS: the laws against what is counted, and what the host is told."""
+"""Memory of ControlNet-XS: the formulas against what is counted, and what the host is told."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ SHAPES: dict[str, XSShape] = {
 HEADS = {name: () if name in tiny_models.RELEASED_XS else (2,) for name in SHAPES}
 
 
-def law(shape: XSShape, dtype: torch.dtype, heads: tuple[int, ...]) -> float:
+def formula(shape: XSShape, dtype: torch.dtype, heads: tuple[int, ...]) -> float:
     return xs_numbers_per_cell(network(shape, dtype, heads).config, shape.fp32_norms and dtype != FULL)
 
 
 @pytest.mark.parametrize("dtype", [FULL, HALF], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_law_holds_what_a_forward_needs_and_little_more(name: str, dtype: torch.dtype) -> None:
+def test_the_formula_holds_what_a_forward_needs_and_little_more(name: str, dtype: torch.dtype) -> None:
     shape, heads = SHAPES[name], HEADS[name]
     for height, width in ((256, 384), (512, 512)):
         measured = numbers_per_cell(shape, dtype, height, width, heads=heads)
-        assert measured < 1.001 * law(shape, dtype, heads) < 1.15 * measured
+        assert measured < 1.001 * formula(shape, dtype, heads) < 1.15 * measured
 
 
 def test_shapes_without_numbers_are_counted_as_real_ones() -> None:
@@ -55,7 +55,7 @@ def test_shapes_without_numbers_are_counted_as_real_ones() -> None:
 
 
 @pytest.mark.parametrize("dtype", [FULL, HALF], ids=str)
-def test_the_law_holds_what_a_hint_needs(dtype: torch.dtype) -> None:
+def test_the_formula_holds_what_a_hint_needs(dtype: torch.dtype) -> None:
     for name in tiny_models.RELEASED_XS:
         told = xs_numbers_per_pixel(network(SHAPES[name], dtype).config)
         for rows in (1, 3):

@@ -110,22 +110,32 @@ STEPS = (
 def choose(only: Sequence[str]) -> tuple[tuple[Step, ...], tuple[str, ...]]:
     """(steps to run, test files to run) of --only: names of steps, and patterns of test files.
 
-    A pattern is a part of a file's path below tests/, or has wildcards for all of it. Raises SetupError where one fits
-    nothing.
+    Raises SetupError where a pattern fits nothing.
     """
     if not only:
         return STEPS, ()
     names = {step.name for step in STEPS}
-    paths = {path.relative_to(TESTS).as_posix(): str(path) for path in sorted(TESTS.rglob("test_*.py"))}
     files: dict[str, None] = {}
     for pattern in (pattern for pattern in only if pattern not in names):
-        found = [path for name, path in paths.items() if pattern in name or fnmatch.fnmatch(name, pattern)]
+        found = test_files(pattern)
         if not found:
             raise SetupError(
                 f"--only {pattern}: is no step ({', '.join(sorted(names))}), and no test file has that name"
             )
         files |= dict.fromkeys(found)
     return tuple(step for step in STEPS if step.name in only or (files and step.name == "pytest")), tuple(files)
+
+
+def test_files(pattern: str) -> list[str]:
+    """Paths of the test files that fit: those in the folder of that name (`core`, `training`), if tests/ has one, else
+    those whose path below tests/ holds `pattern`, or matches it where it has wildcards.
+    """
+    found = sorted(TESTS.rglob("test_*.py"))
+    folder = TESTS / pattern.rstrip("/")
+    if folder.is_dir():
+        return [str(path) for path in found if path.is_relative_to(folder)]
+    names = {path.relative_to(TESTS).as_posix(): str(path) for path in found}
+    return [path for name, path in names.items() if pattern in name or fnmatch.fnmatch(name, pattern)]
 
 
 def run_checks(options: CheckOptions, only: Sequence[str]) -> int:

@@ -41,7 +41,7 @@ from ...controlnext_core.low_rank import (
     read_differences,
     slice_of,
 )
-from ...controlnext_core.specs import SPECS, GainLaw, Spec, config_of, with_normalization, with_trained_gain
+from ...controlnext_core.specs import SPECS, GainFormula, Spec, config_of, with_normalization, with_trained_gain
 from ...controlnext_core.unet_weights import HOST_PREFIX, published_names
 from ...controlnext_core.xs_convert import write as write_xs
 from ...controlnext_core.xs_detection import read_xs_file
@@ -183,9 +183,9 @@ class _NeXt:
     def _gains(self, strength: float) -> tuple[float] | Tensor:
         """The gain of all rows, as a tensor with a gradient where the variant learns its scale."""
         gain = self.spec.fusion.gain
-        if gain.law is GainLaw.CONSTANT:
+        if gain.formula is GainFormula.CONSTANT:
             return (gain.factor * strength,)
-        scale = self.net.scale if gain.law is GainLaw.LEARNED else torch.sigmoid(self.net.scale)
+        scale = self.net.scale if gain.formula is GainFormula.LEARNED else torch.sigmoid(self.net.scale)
         return (gain.factor * strength * scale).reshape(1)
 
     def save(

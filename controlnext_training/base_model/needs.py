@@ -1,4 +1,5 @@
-"""The memory of a run's step on a transformer by `memory_law`, from the networks and samples of the run itself."""
+"""Memory estimate for a step of a run on a transformer: `memory_estimate`, with the sizes of the run's own networks
+and samples."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ...controlnext_core.comfy_adapter.bases.tokens import PATCH
 from ..config import TrainConfig
-from ..memory_law import Need, StepShape, advice, needed, offloaded
+from ..memory_estimate import Need, StepShape, advice, needed, offloaded
 from .controlled import Controlled
 
 
@@ -48,8 +49,8 @@ def _frozen_bytes(network: nn.Module, device: torch.device, everywhere: bool) ->
 
 
 def told(step: StepShape, config: TrainConfig, device: torch.device) -> tuple[Need, str]:
-    """(what a step needs, a line that says so and, where the device has less, which setting to change)."""
+    """(memory estimate of a step; a line for the log, which names the setting to change where the device has less)."""
     need = needed(step)
     available = int(comfy.model_management.get_total_memory(device))
     change = advice(step, config.offload, available)
-    return need, f"by the law a step needs {need}; the device has {available / 2**30:.1f} GiB. {change}".strip()
+    return need, f"a step is estimated to need {need}; the device has {available / 2**30:.1f} GiB. {change}".strip()

@@ -44,7 +44,7 @@ class TrainedFamily:
     """Frames of each latent frame after the first, where a clip is one latent and one row; None: its frames follow each
     other as rows."""
     timesteps: str = "uniform"
-    """Key of TIMESTEP_LAWS that `timesteps = auto` stands for."""
+    """Key of TIMESTEP_DISTRIBUTIONS that `timesteps = auto` stands for."""
     blocks: tuple[type[nn.Module], ...]
     """Blocks of the network; `checkpointing` computes their insides again in the backward pass."""
     writes_in_place: bool = False
@@ -53,7 +53,7 @@ class TrainedFamily:
     """True: the network is told a guidance scale, with which it was distilled."""
     inside: float = 0.0
     """Numbers that one block keeps while it is computed again, for each token and channel; 0 = not counted. See
-    `memory_law`."""
+    `memory_estimate`."""
     clip_type: str = ""
     """The host's name (`comfy.sd.CLIPType`) of the text encoders, where they come as files of their own."""
 

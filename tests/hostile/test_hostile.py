@@ -1,7 +1,7 @@
 """Hostile files, recipes and folders: each is opened, or refused in words that name it, soon and in little memory.
 
-`python run.py test -- tests/hostile --long -k 50000` makes the figures of docs/reliability.md, and writes each part's
-outcome to CONTROLNEXT_RESULTS, a folder, where that is set.
+`python run.py test --only hostile --long -k 50000` makes the figures of docs/reliability.md, and writes the outcome of
+each part to CONTROLNEXT_RESULTS, a folder, where that is set.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ EMA_DECAY = 0.995
 SLICE = 90 * 60.0  # seconds
 SAY_EVERY, SHOW_EVERY = 25, 250  # steps
 NO_CAPTION = 0.1  # part of the samples whose caption is left out
-MIDDLE, SPREAD = 0.3, 1.0  # of the logit-normal law from which every other noise level comes
+MIDDLE, SPREAD = 0.3, 1.0  # of the logit-normal distribution from which every other noise level comes
 FILE = "picturebook_mmdit.safetensors"
 Text = dict[str, Tensor]
 Drawing = Callable[[int, int, int], Picture]
@@ -137,7 +137,7 @@ def latents_of(network: nn.Module, images: Tensor) -> Tensor:
 def loss_at(model: nn.Module, z: Tensor, text: Text, random: torch.Generator) -> Tensor:
     """The mean square of what is wrong with noise - z, for latents z (B, 16, h, w) with their captions.
 
-    Every other noise level is of a logit-normal law in the middle, the others are spread evenly.
+    Every other noise level is of a logit-normal distribution in the middle, the others are spread evenly.
     """
     count = len(z)
     noise = torch.randn(z.shape, generator=random)

@@ -1,4 +1,4 @@
-"""Memory of a step on a transformer, by a law in few terms, and the setting to change where it does not fit.
+"""Memory estimate of a step on a transformer, in four terms, and the setting to change where it does not fit.
 
     most = frozen weights + 16 B * trained numbers + max(blocks, encoder) + copies
     blocks = rows * tokens * width * bytes * (number of blocks + inside)      tokens of text and picture
@@ -71,7 +71,10 @@ class Need:
 
 
 def needed(step: StepShape) -> Need:
-    """The law above; copies: the largest weight in the compute dtype and, before it is scaled, in fp32."""
+    """Memory of a step by the formula of this module, in bytes.
+
+    copies: the largest weight in the compute dtype and, before it is scaled, in fp32.
+    """
     numbers = step.rows * step.tokens * step.width * (step.blocks + step.inside)
     return Need(
         weights=step.frozen,
