@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .demo_weights.shipped import CHECKPOINT, EDGES, PICTURE_EDGES, PICTUREBOOK
+from .demo_weights.shipped import CHECKPOINT, DEPTH, EDGES, MASK, PICTURE_EDGES, PICTURE_POSE, PICTUREBOOK, XS
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy as np
 
 SEED = 5
@@ -17,12 +19,13 @@ SCENE_SEED = 99
 
 @dataclass(frozen=True)
 class Column:
-    """One way to use the hint. title: over its pictures; edges, mask, depth, xs: strengths, 0 = not used."""
+    """One way to use the hint. title: over its pictures; edges, mask, depth, pose, xs: strengths, 0 = not used."""
 
     title: str
     edges: float = 0.0
     mask: float = 0.0
     depth: float = 0.0
+    pose: float = 0.0
     xs: float = 0.0
     lora: float = 0.0
     split: bool = False
@@ -35,17 +38,35 @@ class Column:
     @property
     def words(self) -> str:
         """Controls and strength: "edges and mask, strength 1"."""
-        used = {"edges": self.edges, "ControlNet-XS edges": self.xs, "mask": self.mask, "depth": self.depth}
+        used = {
+            "edges": self.edges,
+            "ControlNet-XS edges": self.xs,
+            "mask": self.mask,
+            "depth": self.depth,
+            "pose": self.pose,
+        }
         names = [name for name, strength in used.items() if strength]
         if not names:
             return "without control"
         return f"{' and '.join(names)}, strength {max(used.values()):g}{' and a LoRA' if self.lora else ''}"
 
     def given(self, hint: Hint) -> np.ndarray | None:
-        """Picture that the controls see, (H, W, 3) bytes, if other than the row's outlines; a mask shows in gray."""
+        """Picture that the controls see, (H, W, 3) bytes, if other than the row's own; a mask shows in gray."""
         if self.split:
             return hint.some_edges | hint.other_mask // 2
         return hint.depth if self.depth else None
+
+    def inputs(self) -> dict[str, tuple[float, str]]:
+        """Kind of each control that is used -> its strength, and the name of its picture in Hint."""
+        outlines = "some_edges" if self.split else "edges"
+        used = {
+            "edges": (self.edges, outlines),
+            "xs": (self.xs, outlines),
+            "mask": (self.mask, "other_mask"),
+            "depth": (self.depth, "depth"),
+            "pose": (self.pose, "pose"),
+        }
+        return {kind: (strength, picture) for kind, (strength, picture) in used.items() if strength}
 
 
 @dataclass(frozen=True)
@@ -62,12 +83,15 @@ class Board:
     scenes: tuple[int, ...]
     """A row each."""
     columns: tuple[Column, ...]
-    edges: str
-    """File of its ControlNeXt for outlines."""
+    files: Mapping[str, str]
+    """Kind of control, as in Column.inputs -> its file."""
+    shown: str = "edges"
+    """Name in Hint of the picture at the beginning of a row."""
     seed: int = SEED
     """Of the first row's noise."""
 
 
+PICTURE_FILES = {"edges": PICTURE_EDGES, "pose": PICTURE_POSE}
 BOOK = Board(
     "A base of SD3's shape, and a ControlNeXt for outlines",
     PICTUREBOOK,
@@ -81,7 +105,22 @@ BOOK = Board(
         Column("ControlNeXt 0.6", edges=0.6),
         Column("ControlNeXt 1.0", edges=1.0),
     ),
-    PICTURE_EDGES,
+    PICTURE_FILES,
+)
+CHILDREN = Board(
+    "The same base, and a ControlNeXt for poses",
+    PICTUREBOOK,
+    "children",
+    192,
+    20,
+    (4, 8),
+    (
+        Column("without control"),
+        Column("pose 0.5", pose=0.5),
+        Column("pose 1.0", pose=1.0),
+    ),
+    PICTURE_FILES,
+    shown="pose",
 )
 SHAPES = Board(
     "A base of SD1.5's shape that knows plain shapes, and every kind of control",
@@ -98,9 +137,9 @@ SHAPES = Board(
         Column("edges + mask", edges=1.0, mask=1.0, split=True),
         Column("with a LoRA", edges=1.0, lora=1.0),
     ),
-    EDGES,
+    {"edges": EDGES, "mask": MASK, "depth": DEPTH, "xs": XS},
 )
-BOARDS = (BOOK, SHAPES)
+BOARDS = (BOOK, CHILDREN, SHAPES)
 
 
 @dataclass(frozen=True)
@@ -116,6 +155,8 @@ class Hint:
     """The other shapes, white on black."""
     depth: np.ndarray
     """Of all shapes and the floor, bright is near."""
+    pose: np.ndarray
+    """Sticks of the people; black without people."""
 
 
 def draw_hint(board: Board, index: int) -> Hint:
@@ -138,6 +179,7 @@ def draw_hint(board: Board, index: int) -> Hint:
         rgb(scene.edges * near_first),
         rgb(scene.mask * ~near_first),
         scene.hint("depth"),
+        scene.hint("pose"),
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .demo_boards import BOARDS, Board, Column, Hint, hints_of
-from .demo_weights.shipped import DEPTH, LORA, MASK, XS, install
+from .demo_weights.shipped import LORA, install
 from .environment import ROOT
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ INSET = 4
 OUTPUT = ROOT / "demo_output"
 AFTERWARDS = """
 Done in {seconds:.0f} s. Open {sheet}
-  Each row has one drawing and one seed. The second picture is the prompt alone; in the following ones things stand
-  where the drawing has them, the more the higher the strength. F1 says how well the edges agree, 1 is perfect. A small
-  picture in a corner is what a control was given in place of the outlines.
+  Each row has one hint and one seed. The second picture is the prompt alone; in the following ones things stand where
+  the hint has them, the more the higher the strength. F1 says how well the edges agree with the drawn ones, 1 is
+  perfect. A small picture in a corner is what a control was given in place of the row's hint.
 Next:
   python run.py comfy   ComfyUI in your browser with these models: Templates, {pack} under Extensions, 'Demo, runs now'
   README.md             controls for SD1.5, SDXL and video, and how to train your own"""
@@ -100,13 +100,9 @@ def _conditions(
     if column.lora:
         lora = graph.add("LoraLoaderModelOnly", model=model, lora_name=LORA, strength_model=column.lora)
         model = [lora, 0]
-    which = "some_edges" if column.split else "edges"
-    edges = ((board.edges, column.edges, which), (XS, column.xs, which))
-    used = (*edges, (MASK, column.mask, "other_mask"), (DEPTH, column.depth, "depth"))
-    for name, strength, picture in used:
-        if not strength:
-            continue
-        if name == XS:
+    for kind, (strength, picture) in column.inputs().items():
+        name = board.files[kind]
+        if kind == "xs":
             control: Link = [graph.add("ControlNetXSLoader", control_name=name), 0]
         else:
             loaded = graph.add(
@@ -129,7 +125,7 @@ def _conditions(
 
 def uploads(hints: Mapping[int, Hint]) -> dict[str, bytes]:
     """Name in the host's input folder -> PNG."""
-    kinds = ("edges", "some_edges", "other_mask", "depth")
+    kinds = ("edges", "some_edges", "other_mask", "depth", "pose")
     return {f"{row}_{kind}.png": png(getattr(hint, kind)) for row, hint in hints.items() for kind in kinds}
 
 
@@ -169,7 +165,7 @@ def compose(
         draw.text((gap + place * (cell + gap), 6), text, fill="black", font=font)
     for number, (row, hint) in enumerate(hints.items()):
         top = title + number * (cell + 2 * line + gap)
-        sheet.paste(Image.fromarray(hint.edges).resize((cell, cell)), (gap, top))
+        sheet.paste(Image.fromarray(getattr(hint, board.shown)).resize((cell, cell)), (gap, top))
         draw.text((gap, top + cell + line), hint.caption, fill="black", font=small)
         for place, column in enumerate(columns):
             left = gap + (place + 1) * (cell + gap)

@@ -1,8 +1,8 @@
 """Write the pictures of the template browser: `python tools/make_thumbnails.py [ADDRESS] [NAME]...`
 
 ADDRESS is a running ComfyUI that `python run.py comfy` started (default 127.0.0.1:8188); NAMEs are workflows, default
-all. Each picture shows a hint and what the demo's model draws without control, at half and at full strength; where the
-demo has no control of that kind, it shows the sample inputs of the workflow.
+all. Each picture shows a hint and what the demo's model draws without control, at half and at full strength; those of
+video show two frames.
 """
 
 from __future__ import annotations
@@ -17,95 +17,118 @@ from typing import Any
 if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
-from comfyui_controlnext.controlnext_core.hints.sample_inputs import sample  # noqa: E402
+from comfyui_controlnext.controlnext_core.hints.pose_drawing import draw_sticks  # noqa: E402
+from comfyui_controlnext.controlnext_core.picturebook import draw_children  # noqa: E402
 from comfyui_controlnext.controlnext_training.drawn import SCHEMES  # noqa: E402
 from comfyui_controlnext.tools import demo_sheet  # noqa: E402
 from comfyui_controlnext.tools.comfy_client import ComfyClient, ComfyError  # noqa: E402
-from comfyui_controlnext.tools.demo_boards import BOOK, SCENE_SEED, SHAPES, Column, Hint, draw_hint  # noqa: E402
+from comfyui_controlnext.tools.demo_boards import (  # noqa: E402
+    BOOK,
+    CHILDREN,
+    SCENE_SEED,
+    SHAPES,
+    Board,
+    Column,
+    Hint,
+    draw_hint,
+)
 from comfyui_controlnext.tools.make_workflows import FOLDER, WORKFLOWS  # noqa: E402
 
 EDGES, XS, DEPTH, MASK = Column("", edges=1), Column("", xs=1), Column("", depth=1), Column("", mask=1)
-TWO = Column("", edges=1, mask=1, split=True)
-SHOWN: dict[str, tuple[Column, int]] = {
-    "demo": (EDGES, 4),
-    "demo_train": (EDGES, 12),
-    "sd15_canny": (EDGES, 3),
-    "sd15_depth": (DEPTH, 4),
-    "sd15_depth_in_mask": (DEPTH, 12),
-    "sd15_mask": (MASK, 3),
-    "sdxl_canny": (EDGES, 23),
-    "sdxl_second_pass": (EDGES, 12),
-    "sdxl_depth": (DEPTH, 12),
-    "sdxl_lora_two_controls": (TWO, 4),
-    "xs_sd15_canny": (XS, 3),
-    "xs_sdxl_canny": (XS, 4),
-    "xs_sdxl_depth": (DEPTH, 23),
-    "xs_sdxl_two": (XS, 23),
-    "xs_controlnext_lora": (XS, 12),
-    "train_sd15": (EDGES, 33),
-    "sd35_canny": (EDGES, 33),
-    "train_sd35": (EDGES, 3),
+POSE, TWO = Column("", pose=1), Column("", edges=1, mask=1, split=True)
+SHOWN: dict[str, tuple[Board, Column, int]] = {
+    "demo": (BOOK, EDGES, 4),
+    "demo_train": (BOOK, EDGES, 12),
+    "sd15_canny": (BOOK, EDGES, 3),
+    "sd15_depth": (SHAPES, DEPTH, 4),
+    "sd15_depth_in_mask": (SHAPES, DEPTH, 12),
+    "sd15_mask": (SHAPES, MASK, 3),
+    "sd15_pose": (CHILDREN, POSE, 4),
+    "sd15_pose_positive": (CHILDREN, POSE, 8),
+    "sdxl_canny": (BOOK, EDGES, 23),
+    "sdxl_second_pass": (BOOK, EDGES, 12),
+    "sdxl_depth": (SHAPES, DEPTH, 12),
+    "sdxl_lora_two_controls": (SHAPES, TWO, 4),
+    "xs_sd15_canny": (SHAPES, XS, 3),
+    "xs_sdxl_canny": (SHAPES, XS, 4),
+    "xs_sdxl_depth": (SHAPES, DEPTH, 23),
+    "xs_sdxl_two": (SHAPES, XS, 23),
+    "xs_controlnext_lora": (SHAPES, XS, 12),
+    "train_sd15": (BOOK, EDGES, 33),
+    "sd35_canny": (BOOK, EDGES, 33),
+    "train_sd35": (BOOK, EDGES, 3),
 }
-"""Workflow -> the demo's controls that stand for its own, and the number of a scene that no training saw."""
-CLIP = ("photo", "pose_clip", "pose_clip", "pose_clip")
-SAMPLES = {"sd15_pose": ("pose",), "sd15_pose_positive": ("pose",), "svd_short_clip": CLIP, "svd_long_clip": CLIP}
-"""Workflow -> kinds of its sample inputs, where the demo has no control of the kind."""
+"""Workflow -> base and controls of the demo that stand for its own, and the number of a scene that no training saw."""
+CLIPS = {"svd_short_clip": 4, "svd_long_clip": 8}
+"""Workflow -> number of the scene in which a child of the demo moves from one pose to another."""
 STRENGTHS = (0.0, 0.5, 1.0)
 SIDE, GAP, QUALITY = 238, 4, 60
 
 
 def scaled(column: Column, strength: float) -> Column:
     """The column with its controls at this strength."""
-    names = ("edges", "mask", "depth", "xs")
+    names = ("edges", "mask", "depth", "pose", "xs")
     return replace(column, **{name: strength * getattr(column, name) for name in names})
 
 
-def given(hint: Hint, column: Column) -> Any:
+def shown(hint: Hint, board: Board, column: Column) -> Any:
     """Picture that the controls of the column see."""
     if column.mask and not column.split:
         return hint.other_mask
-    return hint.edges if column.given(hint) is None else column.given(hint)
+    given = column.given(hint)
+    return getattr(hint, board.shown) if given is None else given
 
 
-def drawn(client: ComfyClient, column: Column, scene: int) -> list[tuple[str, Any]]:
-    """(words, picture) of the four parts, from the demo's model."""
+def drawn(client: ComfyClient, board: Board, column: Column, scene: int) -> list[tuple[str, Any]]:
+    """(words, picture) of the four parts: a hint, and what the demo's model draws with more and more of it."""
     from PIL import Image
 
-    board = BOOK if column == EDGES else SHAPES
     hint = draw_hint(board, scene)
     if column.mask and not column.split:  # of all shapes
         hint = replace(hint, other_mask=SCHEMES[board.scheme](SCENE_SEED, scene, board.side).hint("mask"))
-    cells = demo_sheet.draw_cells(client, board, {0: hint}, tuple(scaled(column, strength) for strength in STRENGTHS))
+    columns = tuple(scaled(column, strength) for strength in STRENGTHS)
     words = ("prompt alone", "strength 0.5", "strength 1")
-    results = [Image.open(io.BytesIO(cells[0, place])).convert("RGB") for place in range(len(STRENGTHS))]
-    return [("hint", Image.fromarray(given(hint, column))), *zip(words, results, strict=True)]
+    results = pictures(client, board, {0: hint}, columns)
+    return [("hint", Image.fromarray(shown(hint, board, column))), *zip(words, results, strict=True)]
 
 
-def samples(kinds: tuple[str, ...]) -> list[tuple[str, Any]]:
-    """(words, picture) of the four parts, from the sample inputs."""
+def moving(client: ComfyClient, scene: int) -> list[tuple[str, Any]]:
+    """(words, picture) of the four parts: two frames of a child who moves both arms, each a hint and a result."""
+    import numpy as np
     from PIL import Image
 
-    parts: list[tuple[str, Any]] = []
-    for place, kind in enumerate(kinds):
-        frame = 6 * (place - 1) if kind == "pose_clip" else 0
-        picture = sample(kind, (2 * SIDE, 2 * SIDE), frames=frame + 1).images[-1]
-        parts.append((f"sample {kind.replace('_', ' ')}", Image.fromarray((255 * picture).astype("uint8"))))
-    return parts
+    hint, points = draw_hint(CHILDREN, scene), draw_children(SCENE_SEED, scene, CHILDREN.side).people[0]
+    moved = points.copy()
+    for shoulder, parts, angle in ((2, (3, 4), -50), (5, (6, 7), -50)):
+        cosine, sine = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
+        turn = np.asarray([[cosine, sine], [-sine, cosine]])
+        moved[list(parts)] = (points[list(parts)] - points[shoulder]) @ turn + points[shoulder]
+    poses = [draw_sticks([frame], (CHILDREN.side, CHILDREN.side)) for frame in (points, moved)]
+    results = [pictures(client, CHILDREN, {0: replace(hint, pose=pose)}, (POSE,))[0] for pose in poses]
+    named = zip(("pose, first", "pose, last"), poses, ("first frame", "last frame"), results, strict=True)
+    return [part for said, pose, words, result in named for part in ((said, Image.fromarray(pose)), (words, result))]
+
+
+def pictures(client: ComfyClient, board: Board, hints: dict[int, Hint], columns: tuple[Column, ...]) -> list[Any]:
+    """Pictures of the demo's model, row by row."""
+    from PIL import Image
+
+    cells = demo_sheet.draw_cells(client, board, hints, columns)
+    return [Image.open(io.BytesIO(cells[place])).convert("RGB") for place in sorted(cells)]
 
 
 def compose(parts: list[tuple[str, Any]]) -> Any:
-    """One picture, or four in a square, each with its words in the corner."""
+    """Four pictures in a square, each with its words in the corner."""
     from PIL import Image, ImageDraw, ImageFont
 
-    side = SIDE if len(parts) > 1 else 2 * SIDE + GAP
     sheet = Image.new("RGB", (2 * SIDE + GAP, 2 * SIDE + GAP), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=18)
     for place, (words, picture) in enumerate(parts):
         left, top = (SIDE + GAP) * (place % 2), (SIDE + GAP) * (place // 2)
-        sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (left, top))
-        box = pen.textbbox((left + 8, top + side - 28), words, font=font)
+        sheet.paste(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (left, top))
+        box = pen.textbbox((left + 8, top + SIDE - 28), words, font=font)
         pen.rectangle((box[0] - 6, box[1] - 4, box[2] + 6, box[3] + 4), fill="white")
-        pen.text((left + 8, top + side - 28), words, fill="black", font=font)
+        pen.text((left + 8, top + SIDE - 28), words, fill="black", font=font)
     return sheet
 
 
@@ -115,8 +138,8 @@ def main(address: str = "127.0.0.1:8188", *names: str) -> None:
     for workflow in (describe() for describe in WORKFLOWS):
         if names and workflow.name not in names:
             continue
-        known = SHOWN.get(workflow.name)
-        parts = drawn(client, *known) if known else samples(SAMPLES[workflow.name])
+        clip = CLIPS.get(workflow.name)
+        parts = drawn(client, *SHOWN[workflow.name]) if clip is None else moving(client, clip)
         path = FOLDER / f"{workflow.title}.jpg"
         compose(parts).save(path, "JPEG", quality=QUALITY, optimize=True)
         print(f"{path.name}: {path.stat().st_size:,} bytes")

@@ -32,11 +32,11 @@ MMDIT, PAINTER = "picturebook_mmdit.safetensors", "picturebook_autoencoder.safet
 PICTUREBOOK = "picturebook_sd3.ckpt"
 EDGES, MASK, DEPTH = "shapes_edges.safetensors", "shapes_mask.safetensors", "shapes_depth.safetensors"
 XS = "shapes_xs_edges.safetensors"
-PICTURE_EDGES = "picture_edges.safetensors"
+PICTURE_EDGES, PICTURE_POSE = "picture_edges.safetensors", "picture_pose.safetensors"
 LORA = "shapes_night.safetensors"
 FOLDERS = {
     **dict.fromkeys((PICTUREBOOK, CHECKPOINT), "checkpoints"),
-    **dict.fromkeys((PICTURE_EDGES, EDGES, MASK, DEPTH), "controlnext"),
+    **dict.fromkeys((PICTURE_EDGES, PICTURE_POSE, EDGES, MASK, DEPTH), "controlnext"),
     XS: "controlnet",
     LORA: "loras",
 }
@@ -45,7 +45,7 @@ SOURCES = {CHECKPOINT: (UNET, AUTOENCODER), PICTUREBOOK: (MMDIT, PAINTER)}
 """Checkpoint -> what it is made of."""
 RECIPES = {EDGES: "demo_edges", MASK: "demo_mask", DEPTH: "demo_depth", XS: "demo_xs"}
 """Trained control of the UNet -> the recipe that makes it, and the name of its result."""
-PICTURE_RECIPES = {PICTURE_EDGES: "picture_edges"}
+PICTURE_RECIPES = {PICTURE_EDGES: "picture_edges", PICTURE_POSE: "picture_pose"}
 """Trained control of the base of SD3's shape -> the recipe that makes it, and the name of its result."""
 STAMP = "shapes.json"
 
