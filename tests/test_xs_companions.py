@@ -113,6 +113,14 @@ def test_several_controls_give_the_same_bits_in_any_order(forward: Forward, file
     assert worst(forward.run(one, two), forward.run(one)) > 0.01
 
 
+def test_masks_alone_order_controls_that_are_otherwise_the_same(forward: Forward, files: list[Path]) -> None:
+    hint, side = hint_for(forward.x), torch.linspace(0.1, 1, 128).expand(1, 128, -1)
+    controls = [load(files[0], hint, 0.7, masks=(mask,)) for mask in (side, 1 - side / 3, side.mT**2)]
+    expected = forward.run(*controls)
+    for order in ((2, 1, 0), (1, 2, 0), (2, 0, 1)):
+        assert torch.equal(forward.run(*(controls[number] for number in order)), expected), order
+
+
 def test_own_time_embeddings_add_their_differences_to_the_base(forward: Forward, files: list[Path]) -> None:
     """emb = base + sum of k_i (own_i - base), seen by a patch that comes after ours."""
     seen: list[Tensor] = []
