@@ -9,6 +9,7 @@ from typing import Protocol
 
 from .index import content_hash
 from .pictures import Picture, PictureError, decode
+from .rows import Cell
 from .samples import Broken, BrokenSample, Facts, first_line
 from .sources import HINT, MASK, VIDEO_SUFFIXES, Entry, read_caption
 from .tree import Blob
@@ -151,6 +152,8 @@ def _clip(group: list[Entry], facts: Mapping[Blob, Facts | str], moving: bool, p
     images = [entry.image for entry in group]
     if not moving and images[0].suffix in VIDEO_SUFFIXES:
         raise BrokenSample(images[0].label, "is a video. Set clip_frames above 1 to train on clips")
+    if moving and isinstance(images[0], Cell):
+        raise BrokenSample(images[0].label, "is a picture, and clips are folders of frames or videos. Name their files")
     pictures = _frames(images, facts)
     hints = _all_or_none([entry.hint for entry in group], images, HINT)
     if paired and hints is None:

@@ -137,17 +137,19 @@ def open_dataset(
 
     clip_frames: 1 for pictures; more for clips of every clip_stride-th frame, from folders of frames and from videos.
     crops, flip: number of cuts of each picture, and True for their mirror images too; shares: of each source.
-    roots: folders that files must lie in, links followed; None = anywhere. index: file that remembers what was read.
+    roots: folders that files must lie in, links followed; None = anywhere. index: file that remembers what was read;
+    beside it lies what Parquet files are turned into.
     Files that cannot be used are listed in `.broken`. Raises DatasetError if nothing is left, or for a bad setting.
     """
     reading = Reading(hint, mask, clip_frames, clip_stride, reference, crops, flip)
     sizes = bucket_sizes(resolution, bucket_step, buckets)
     given = [sources] if isinstance(sources, str | Path) else list(sources)
     extension = caption_extension if caption_extension.startswith(".") else f".{caption_extension}"
+    arrow = None if index is None else index.parent / "arrow"
     broken: list[Broken] = []
     found: list[list[Entry]] = []
     for source in given:
-        tree, table = open_tree(Path(source), roots, lambda: progress(0, 0) if progress else None)
+        tree, table = open_tree(Path(source), roots, lambda: progress(0, 0) if progress else None, arrow)
         found.append([_trimmed(entry, reading) for entry in entries(tree, table, extension, hint == PAIRED)])
         broken += tree.broken
     wanted = [e for part in found for e in part if clip_frames > 1 or e.image.suffix not in VIDEO_SUFFIXES]

@@ -142,4 +142,4 @@ def _places(blobs: Sequence[Blob]) -> dict[Blob, str]:
             return "?"  # examine says why
         return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
 
-    return {blob: f"{state(blob.path)}|{blob.offset}|{blob.size}" for blob in blobs}
+    return {blob: f"{state(blob.path)}|{blob.place}" for blob in blobs}

@@ -6,6 +6,8 @@
 - `metadata.jsonl`, `metadata.csv` (as in Hugging Face's imagefolder) and `prompt.json` (as in fill50k) list what they
   name, relative to where they lie, and speak for their folder and all below it; what a row leaves out is found by the
   rules above. Other .jsonl, .json or .csv files count when they are given as a source themselves.
+- Parquet files, and Arrow files of the library `datasets`, hold rows with the same columns; pictures lie in them, or are
+  named by them. Where some files are of a split to train on, those of test and validation are left out.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 
 from ...controlnext_core.encodable import cut
 from .pictures import PICTURE_SUFFIXES
+from .rows import ROW_SUFFIXES, RowsError, read_rows, row_files
 from .samples import Broken, DatasetError, first_line
 from .tree import TAR_SUFFIX, Blob, Check, Tree, fold, in_order
 
@@ -63,7 +66,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 """Columns of a table, the first that is there counts; `<name>_file_name` is read as `<name>`. pose: the authors'
 SD1.5 files; target, source, prompt: fill50k; video_path, guide_path: the authors' SVD files."""
-
+KNOWN = frozenset(name for names in COLUMNS.values() for column in names for name in (column, f"{column}_file_name"))
+"""Every name of a column."""
 
 Opened = tuple[Tree, Blob | None]
 """A tree, and the table where a source is one."""
@@ -98,22 +102,23 @@ class _Files:
 
 
 def open_tree(
-    source: Path, roots: Sequence[Path] | None = None, check: Check = lambda: None
+    source: Path, roots: Sequence[Path] | None = None, check: Check = lambda: None, arrow: Path | None = None
 ) -> tuple[Tree, Blob | None]:
     """(files of a source, the table if the source is one). Raises DatasetError if there is no such source."""
     allowed = None if roots is None else tuple(roots)
     if source.is_dir():
-        tree = Tree(source, allowed, check=check)
+        tree = Tree(source, allowed, check=check, arrow=arrow)
         tree.walk()
         return tree, None
     if not source.is_file():
         raise DatasetError(f"{source}: no such folder or file. Check the path; relative ones start at the recipe.")
-    tree = Tree(source.parent, allowed, check=check)
+    tree = Tree(source.parent, allowed, check=check, arrow=arrow)
     if source.name.lower().endswith(TAR_SUFFIX):
         tree.add(source, source.name)
         return tree, None
-    if source.suffix.lower() not in TABLE_SUFFIXES:
-        raise DatasetError(f"{source}: is no dataset. Give a folder, a {TAR_SUFFIX}, or {', '.join(TABLE_SUFFIXES)}.")
+    tables = (*TABLE_SUFFIXES, *ROW_SUFFIXES)
+    if source.suffix.lower() not in tables:
+        raise DatasetError(f"{source}: is no dataset. Give a folder, a {TAR_SUFFIX}, or {', '.join(tables)}.")
     table = tree.find("", source.name)
     assert table is not None, "it was a file two lines above"
     return tree, table
@@ -147,7 +152,7 @@ def _below(name: str, folder: str) -> bool:
 
 def _sort_out(tree: Tree, caption_extension: str) -> _Files:
     """Give every file of a tree its role."""
-    files = _Files()
+    files = _Files(tables=row_files(tree))
     media: list[tuple[str, str, Blob]] = []
     unread: dict[str, list[Blob]] = {}
     for name in in_order(tree.blobs):
@@ -223,16 +228,9 @@ def _list_unused(tree: Tree, files: _Files, used: set[Blob], tables: Sequence[Bl
 
 
 def _from_table(tree: Tree, table: Blob, files: _Files, paired: bool) -> Iterator[Entry]:
-    """The rows of a metadata file."""
+    """The rows of a table."""
     folder = posixpath.dirname(table.name)
-    try:
-        rows = list(_rows(table.read().decode("utf-8-sig"), table.suffix))
-    except (OSError, ValueError, csv.Error, RecursionError) as error:
-        tree.broken.append(
-            Broken(table.label, f"cannot be read ({first_line(error)}). Save it as UTF-8 {table.suffix}")
-        )
-        return
-    for number, row in rows:
+    for number, row in _rows_of(tree, table):
         where = f"{table.label}, row {number}"
         if isinstance(row, str):
             tree.broken.append(Broken(where, row))
@@ -241,6 +239,25 @@ def _from_table(tree: Tree, table: Blob, files: _Files, paired: bool) -> Iterato
             yield _completed(_entry(tree, folder, row, paired), files)
         except (OSError, ValueError) as error:  # ValueError: also a path that no system has
             tree.broken.append(Broken(where, first_line(error)))
+
+
+def _rows_of(tree: Tree, table: Blob) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
+    """(number from 1, the row or what is wrong with it); what cannot be read at all goes to `tree.broken`."""
+    try:
+        if table.suffix in ROW_SUFFIXES:
+            yield from enumerate(read_rows(tree, table, KNOWN), 1)
+        else:
+            yield from _text_rows(table)
+    except RowsError as error:
+        tree.broken.append(Broken(table.label, str(error)))
+
+
+def _text_rows(table: Blob) -> list[tuple[int, Mapping[str, Any] | str]]:
+    """Rows of a metadata file. Raises RowsError."""
+    try:
+        return list(_rows(table.read().decode("utf-8-sig"), table.suffix))
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
+        raise RowsError(f"cannot be read ({first_line(error)}). Save it as UTF-8 {table.suffix}") from error
 
 
 def _rows(text: str, suffix: str) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
@@ -296,8 +313,8 @@ def _entry(tree: Tree, folder: str, row: Mapping[str, Any], paired: bool) -> Ent
 
     def file(role: str) -> Blob | None:
         name = value(role)
-        if name is None:
-            return None
+        if name is None or isinstance(name, Blob):
+            return name
         if not isinstance(name, str):
             raise DatasetError(f"has a {role} that is {type(name).__name__}, not the path of a file. Correct it")
         blob = tree.find(folder, name)

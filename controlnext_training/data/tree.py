@@ -58,6 +58,11 @@ class Blob:
         """In small letters, with its dot."""
         return posixpath.splitext(self.name)[1].lower()
 
+    @property
+    def place(self) -> str:
+        """Place of the bytes in their file, for an index."""
+        return f"{self.offset}|{self.size}"
+
     def read(self) -> bytes:
         """All of it. Raises OSError."""
         with open_regular(self.path) as file:
@@ -104,6 +109,8 @@ class Tree:
     blobs: dict[str, Blob] = field(default_factory=dict)
     broken: list[Broken] = field(default_factory=list)
     check: Check = lambda: None
+    arrow: Path | None = None
+    """Folder for what Parquet files are turned into; None = the library's own."""
     _folded: dict[str, Blob] | None = None
 
     def find(self, folder: str, name: str) -> Blob | None:
