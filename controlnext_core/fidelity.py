@@ -73,21 +73,14 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     a, b: (H, W) in any units, such as depth, or (H, W, C) pictures, of which the luminance counts. Not defined for a
     map of one value; here 1 if both are such maps, 0 if one is. Raises ValueError for other sizes and for NaN.
     """
+    from scipy.stats import spearmanr  # ComfyUI requires scipy; importing it takes a second
+
     _check_sizes(a, b)
-    ranks = [average_ranks(_one_channel(values)) for values in (a, b)]
-    centred = [rank - rank.mean() for rank in ranks]
-    spreads = [float(np.sqrt((rank**2).sum())) for rank in centred]
-    if 0 in spreads:
-        return float(spreads[0] == spreads[1])
-    return float((centred[0] * centred[1]).sum() / (spreads[0] * spreads[1]))
-
-
-def average_ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1 on, flat, float64; equal values get the mean of the ranks they take up. ValueError for NaN."""
-    if not np.isfinite(values).all():
+    maps = [_one_channel(values).ravel() for values in (a, b)]
+    if not all(np.isfinite(values).all() for values in maps):
         raise ValueError("rank correlation: a map has NaN or infinite values. Replace or crop them first.")
-    _, place, counts = np.unique(values.ravel(), return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[place.ravel()]
+    flat = [bool((values == values[0]).all()) for values in maps]
+    return float(all(flat)) if any(flat) else float(spearmanr(*maps).statistic)
 
 
 def mask_iou(a: np.ndarray, b: np.ndarray) -> float:

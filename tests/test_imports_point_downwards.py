@@ -43,7 +43,7 @@ LAYERS = (
     Layer("models", MATHS, ("models",)),
     Layer("controlnext_core", MATHS, CORE),
     Layer("controlnext_core/checkpoint.py", MATHS | {"safetensors"}, CORE),
-    Layer("controlnext_core/fidelity.py", MATHS | {"numpy"}, CORE, PICTURES),
+    Layer("controlnext_core/fidelity.py", MATHS | {"numpy"}, CORE, PICTURES | {"scipy"}),
     Layer("controlnext_core/hints", MATHS | {"numpy"}, CORE, PICTURES),
     Layer("controlnext_core/picturebook", MATHS | {"numpy"}, CORE, PICTURES),
     Layer("controlnext_core/comfy_adapter", MATHS | HOST, CORE, PICTURES),
