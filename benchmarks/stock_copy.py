@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from ..controlnext_core import checkpoint
 from ..controlnext_core.comfy_adapter.bases.base import LoadedBase
-from ..controlnext_training.base_model.controls import MakeControl, Options
+from ..controlnext_core.comfy_adapter.bases.forward_options import TransformerOptions
+from ..controlnext_training.base_model.controls import MakeControl
 from ..controlnext_training.base_model.trainable_copy import plain_attention
 from ..controlnext_training.config import TrainConfig
 from ..controlnext_training.trainables import Differences
@@ -67,7 +68,9 @@ class StockCopy:
                 module.register_forward_pre_hook(_attend_as_the_base, with_kwargs=True)
         self.net.to(device).train().requires_grad_(True)
 
-    def join(self, options: Options, latent: tuple[int, ...], hint: Tensor, timesteps: Tensor, strength: float) -> None:
+    def join(
+        self, options: TransformerOptions, latent: tuple[int, ...], hint: Tensor, timesteps: Tensor, strength: float
+    ) -> None:
         def run(unet: Any, x: Tensor, t: Tensor, context: Tensor, y: Any, control: Any, *rest: Any, **more: Any) -> Any:
             found = self.net(x, hint.to(x.dtype), t, context, y=y)
             control = {part: [strength * residual for residual in found[part]] for part in ("middle", "output")}

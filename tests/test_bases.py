@@ -115,9 +115,10 @@ def test_a_subset_by_host_names_is_what_the_released_trainers_choose_by_publishe
 
 def token_place(first: int, seen: list[Any]) -> Any:
     """After block 0 of a transformer: (B, N, C) tokens, those of the latent's cells from `first` on."""
-    from comfyui_controlnext.controlnext_core.comfy_adapter.bases.base import AddControls, Forward, Options, Place
+    from comfyui_controlnext.controlnext_core.comfy_adapter.bases.base import AddControls, Forward, Place
+    from comfyui_controlnext.controlnext_core.comfy_adapter.bases.forward_options import TransformerOptions
 
-    def door(options: Options, block: Any, add: AddControls) -> None:
+    def door(options: TransformerOptions, block: Any, add: AddControls) -> None:
         options["slot"] = lambda tokens, offset: add(tokens, options, offset=offset)
 
     def count(forward: Forward) -> int:

@@ -38,12 +38,13 @@ class Side:
 @contextmanager
 def beside_the_base(device: torch.device) -> Iterator[None]:
     """Inside, an encoder block of a ControlNet-XS starts when its input is there, beside the base's next block."""
+    from ...controlnext_core.comfy_adapter.bases.forward_options import TransformerOptions
     from ...controlnext_core.comfy_adapter.sampling.xs_forward import Lockstep
     from ...models.controlnet_xs import Walk
 
     side, listen, encode = Side(device), Lockstep.listen, Walk.encode
 
-    def listen_and_start(lockstep: Any, h: Tensor, options: dict[str, Any]) -> Tensor:
+    def listen_and_start(lockstep: Any, h: Tensor, options: TransformerOptions) -> Tensor:
         result, number = listen(lockstep, h, options), lockstep.encoded
         if number < lockstep.blocks:
             for companion, emb in zip(lockstep.companions, lockstep.embs, strict=True):

@@ -17,6 +17,7 @@ from comfy.samplers import cond_cat
 from torch import Tensor, nn
 
 from ...controlnext_core.comfy_adapter.bases.base import LoadedBase
+from ...controlnext_core.comfy_adapter.bases.forward_options import TransformerOptions
 from ...controlnext_core.comfy_adapter.bases.table import loaded_base
 from ...controlnext_core.key_maps import KeyMap
 from ...controlnext_core.low_rank import name_of, whole
@@ -150,7 +151,7 @@ class Controlled(nn.Module):
     def _together(
         self, shell: Any, noisy: Tensor, sigma: Tensor, ready: Sequence[Conditions], hint: Tensor, strength: float
     ) -> Tensor:
-        options: dict[str, Any] = {"optimized_attention_override": plain_attention}
+        options: TransformerOptions = {"optimized_attention_override": plain_attention}
         if strength:
             alone = len(ready) == 1  # all rows are of one time, and it is embedded once, as in inference
             timesteps = self.facts.row.encoder_time(shell.model_sampling, sigma[:1] if alone else sigma).float()

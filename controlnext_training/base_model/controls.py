@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from ...controlnext_core import checkpoint
 from ...controlnext_core.comfy_adapter.bases.base import LoadedBase, check_pair
+from ...controlnext_core.comfy_adapter.bases.forward_options import TransformerOptions
 from ...controlnext_core.comfy_adapter.files.folders import ChosenWeights, choose_weights
 from ...controlnext_core.comfy_adapter.files.host_weights import host_named, shape_of
 from ...controlnext_core.comfy_adapter.files.loading import differences_of, load_controlnext
@@ -54,8 +55,6 @@ from ..config import ConfigError, TrainConfig
 from ..trainables import Differences
 from .clip_encoding import ClipEncoding, laid_out, projected
 
-Options = dict[str, Any]
-
 XS_FAMILIES = tuple(CONTEXT_FAMILIES.values())
 
 
@@ -70,7 +69,9 @@ class TrainedControl(Protocol):
     def trains_base(self) -> bool:
         """True: weights of the base train as well, those that the recipe selects. False: the network alone trains."""
 
-    def join(self, options: Options, latent: tuple[int, ...], hint: Tensor, timesteps: Tensor, strength: float) -> None:
+    def join(
+        self, options: TransformerOptions, latent: tuple[int, ...], hint: Tensor, timesteps: Tensor, strength: float
+    ) -> None:
         """Add the control to the coming forward pass.
 
         latent: shape of the base's input; hint: (rows, 3, 8H, 8W) in [0, 1], one per row of the batch, or one per frame
@@ -151,10 +152,12 @@ class _NeXt:
             fresh.load_state_dict(_encoder_of(Path(config.init_control), spec))
         _initialised(self.net, fresh, device)
 
-    def join(self, options: Options, latent: tuple[int, ...], hint: Tensor, timesteps: Tensor, strength: float) -> None:
+    def join(
+        self, options: TransformerOptions, latent: tuple[int, ...], hint: Tensor, timesteps: Tensor, strength: float
+    ) -> None:
         clip = clip_of(self.spec.family, latent)
 
-        def term(h: Tensor, given: Options) -> Term:
+        def term(h: Tensor, given: TransformerOptions) -> Term:
             ready, size = laid_out(hint.to(h.dtype)), (int(h.shape[-2]), int(h.shape[-1]))
             if clip is None:
                 control = self._encode(ready, timesteps, size)
@@ -232,8 +235,10 @@ class _XS:
             fresh.load_state_dict(_xs_tensors(Path(config.init_control), self.shape))
         _initialised(self.net, fresh, device)
 
-    def join(self, options: Options, latent: tuple[int, ...], hint: Tensor, timesteps: Tensor, strength: float) -> None:
-        def start(x: Tensor, context: Tensor, given: Options) -> Companion:
+    def join(
+        self, options: TransformerOptions, latent: tuple[int, ...], hint: Tensor, timesteps: Tensor, strength: float
+    ) -> None:
+        def start(x: Tensor, context: Tensor, given: TransformerOptions) -> Companion:
             own_time = self.net.embed_time(timesteps, x.dtype) if self.net.config.own_time is not None else None
             return Companion(
                 name="the control in training",

@@ -16,9 +16,8 @@ from torch import Tensor
 from ...key_maps import KeyMap
 from ...low_rank import Part, Slice, chosen_slices
 from ...specs import Family, Site, Spec
+from .forward_options import TransformerOptions
 
-Options = dict[str, Any]
-"""The host's `transformer_options`, made for each forward."""
 Block = tuple[str, int]
 """A block as the host names it, such as ("input", 3) or ("double_block", 0)."""
 
@@ -27,7 +26,7 @@ Block = tuple[str, int]
 class Forward:
     """Facts of one forward, as known at the place that it passes."""
 
-    options: Options
+    options: TransformerOptions
     latent: tuple[int, ...]
     """Shape of the latent that the control was prepared for: (rows, C, H, W) or (rows, C, T, H, W)."""
     given: Mapping[str, Any]
@@ -37,11 +36,11 @@ class Forward:
 class AddControls(Protocol):
     """Adds all controls of a place to the tensor that the host has there."""
 
-    def __call__(self, tensor: Tensor, options: Options, **given: Any) -> Tensor:
+    def __call__(self, tensor: Tensor, options: TransformerOptions, **given: Any) -> Tensor:
         """tensor: in the host's layout; given: see `Forward`. Returns the same layout, as a new tensor."""
 
 
-Door = Callable[[Options, Block, AddControls], None]
+Door = Callable[[TransformerOptions, Block, AddControls], None]
 """(options of the coming forward, block, add) -> the host calls `add` after this block, in this forward alone.
 
 A door replaces lists and dictionaries inside the options and never writes to them, takes the place of what the same
@@ -140,7 +139,7 @@ def check_pair(base: LoadedBase, spec: Spec, out_channels: int, name: str) -> No
         )
 
 
-def put_first(options: Options, name: str, patch: Any) -> None:
+def put_first(options: TransformerOptions, name: str, patch: Any) -> None:
     """Put a patch at the head of the host's list `name`, in place of the one of ours for the same block.
 
     patch: a method of an object that has a `block`. At the head, others (FreeU, deep shrink) see controlled features.

@@ -8,37 +8,38 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from .base import AddControls, Block, Forward, Options, put_first
+from .base import AddControls, Block, Forward, put_first
+from .forward_options import TransformerOptions
 
 WRAPPERS_KEY = "controlnext_block"
 PATCH = 2
 """Latent cells along one side of a token."""
 
-REFERENCE_KEY = "controlnext_reference"
+REFERENCE_KEY: Final = "controlnext_reference"
 """Our key in `transformer_options`: shape of the reference latent that the coming forward is given."""
 
-Start = Callable[[Tensor, int, Options], int]
+Start = Callable[[Tensor, int, TransformerOptions], int]
 """(tokens, how many are the picture's, options of the forward) -> place of the picture's first."""
 
 
-def note_reference(options: Options, given: Mapping[str, Any]) -> None:
+def note_reference(options: TransformerOptions, given: Mapping[str, Any]) -> None:
     """Pass on whether the coming forward has a reference latent; given: its conditions by the host's names."""
     reference = given.get("reference_latent")
     options[REFERENCE_KEY] = tuple(reference.shape) if isinstance(reference, Tensor) else None
 
 
-def from_the_front(tokens: Tensor, count: int, options: Options) -> int:
+def from_the_front(tokens: Tensor, count: int, options: TransformerOptions) -> int:
     """The picture's tokens come first."""
     return 0
 
 
-def after_the_reference(tokens: Tensor, count: int, options: Options) -> int:
+def after_the_reference(tokens: Tensor, count: int, options: TransformerOptions) -> int:
     """The tokens of a reference frame, (rows, C, H, W), come first where there is one."""
     reference = options.get(REFERENCE_KEY)
     return 0 if reference is None else (reference[-2] // PATCH) * (reference[-1] // PATCH)
@@ -50,7 +51,7 @@ class FromTheEnd:
 
     multiple: int = 1
 
-    def __call__(self, tokens: Tensor, count: int, options: Options) -> int:
+    def __call__(self, tokens: Tensor, count: int, options: TransformerOptions) -> int:
         return tokens.shape[1] - math.ceil(count / self.multiple) * self.multiple
 
 
@@ -94,7 +95,7 @@ class PictureTokens:
 class BlockReplacement:
     """Replacement in the host's slot for one block: runs the block, or an earlier replacement, then controls."""
 
-    def __init__(self, block: Block, add: AddControls, options: Options, earlier: Any) -> None:
+    def __init__(self, block: Block, add: AddControls, options: TransformerOptions, earlier: Any) -> None:
         self.block, self.add, self.options, self.earlier = block, add, options, earlier
 
     def __call__(self, args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +103,7 @@ class BlockReplacement:
         return {**out, "img": self.add(out["img"], args.get("transformer_options", self.options))}
 
 
-def replace_block(options: Options, block: Block, add: AddControls) -> None:
+def replace_block(options: TransformerOptions, block: Block, add: AddControls) -> None:
     """Door after a block that the host lets be replaced; a replacement by others runs inside ours."""
     replaced = dict(options.get("patches_replace", {}))
     blocks = dict(replaced.get("dit", {}))
@@ -129,7 +130,7 @@ class BlockPatch:
         return {"img": self.add(tokens, args["transformer_options"])}
 
 
-def patch_block(options: Options, block: Block, add: AddControls) -> None:
+def patch_block(options: TransformerOptions, block: Block, add: AddControls) -> None:
     """Door after a block of a host that calls patches named as the kind of block."""
     put_first(options, block[0], BlockPatch(block, add).after)
 
@@ -137,7 +138,7 @@ def patch_block(options: Options, block: Block, add: AddControls) -> None:
 class HookedForward:
     """A wrapper around the model's forward that hooks one of its blocks while it runs."""
 
-    def __init__(self, block: Block, add: AddControls, options: Options) -> None:
+    def __init__(self, block: Block, add: AddControls, options: TransformerOptions) -> None:
         self.block, self.add, self.options = block, add, options
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -150,7 +151,7 @@ class HookedForward:
             handle.remove()
 
 
-def hook_block(options: Options, block: Block, add: AddControls) -> None:
+def hook_block(options: TransformerOptions, block: Block, add: AddControls) -> None:
     """Door after a block of `layers`, where the host has no other."""
     wrappers = dict(options.get("wrappers", {}))
     kind = WrappersMP.DIFFUSION_MODEL

@@ -15,7 +15,8 @@ from torch import Tensor
 from ...families import CONTEXT_FAMILIES, UNET_SIDES, UNET_SUBSETS, unet_cells
 from ...key_maps import unet_key_map
 from ...specs import Family, Site
-from .base import AddControls, Base, Block, Door, Options, Place, put_first
+from .base import AddControls, Base, Block, Door, Place, put_first
+from .forward_options import TransformerOptions
 
 AFTER_SKIP, BEFORE_OUTPUT = "input_block_patch_after_skip", "output_block_patch"
 
@@ -26,22 +27,22 @@ class UNetPatches:
     def __init__(self, block: Block, add: AddControls) -> None:
         self.block, self.add = block, add
 
-    def after_skip(self, h: Tensor, transformer_options: Options) -> Tensor:
+    def after_skip(self, h: Tensor, transformer_options: TransformerOptions) -> Tensor:
         """input_block_patch_after_skip: the skip is stored, the next block gets the control."""
         return self.add(h, transformer_options) if tuple(transformer_options["block"]) == self.block else h
 
-    def before_output(self, h: Tensor, skip: Tensor, transformer_options: Options) -> tuple[Tensor, Tensor]:
+    def before_output(self, h: Tensor, skip: Tensor, transformer_options: TransformerOptions) -> tuple[Tensor, Tensor]:
         """output_block_patch: acts on h, before it meets the skip."""
         here = tuple(transformer_options["block"]) == self.block
         return (self.add(h, transformer_options) if here else h), skip
 
 
-def after_input_block(options: Options, block: Block, add: AddControls) -> None:
+def after_input_block(options: TransformerOptions, block: Block, add: AddControls) -> None:
     """Door after a block of the encoder; its skip stays without control."""
     put_first(options, AFTER_SKIP, UNetPatches(block, add).after_skip)
 
 
-def before_output_block(options: Options, block: Block, add: AddControls) -> None:
+def before_output_block(options: TransformerOptions, block: Block, add: AddControls) -> None:
     """Door before a block of the decoder: at the first, nothing but other residuals lies between it and the middle."""
     put_first(options, BEFORE_OUTPUT, UNetPatches(block, add).before_output)
 

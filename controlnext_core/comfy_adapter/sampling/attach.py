@@ -9,6 +9,7 @@ from comfy.controlnet import ControlBase
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
+from ..bases.forward_options import TransformerOptions
 from ..bases.table import loaded_base
 from ..bases.tokens import note_reference
 from .halves import add_places_wrapper
@@ -99,7 +100,7 @@ class _Door:
         c_concat: Any = None,
         c_crossattn: Any = None,
         control: Any = None,
-        transformer_options: dict[str, Any] | None = None,
+        transformer_options: TransformerOptions | None = None,
         **kwargs: Any,
     ) -> Any:
         """APPLY_MODEL: join this forward, in options of its own."""
@@ -107,7 +108,7 @@ class _Door:
         ours = self.control_beside(base)
         if ours.run is None:
             ours.pre_run(base, base.model_sampling.percent_to_sigma)
-        options = dict(transformer_options or {})
+        options: TransformerOptions = {**(transformer_options or {})}
         note_reference(options, kwargs)
         ours.add_to(options, x, sigma_of(t, options))
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)

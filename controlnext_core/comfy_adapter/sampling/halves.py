@@ -8,16 +8,17 @@ noted for each call.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import comfy.hooks
 from comfy.patcher_extension import WrappersMP
 
 from ...injection import gain_of
 from ...specs import Gain, Halves
+from ..bases.forward_options import TransformerOptions
 from ..feedback import log_once
 
-CONDS_KEY = "controlnext_conds"
+CONDS_KEY: Final = "controlnext_conds"
 PLAIN_CFG_PLACES = 2
 
 
@@ -37,7 +38,7 @@ def half_gains(halves: Halves, gain: Gain, scale: float | None) -> tuple[float, 
     }[halves]
 
 
-def is_plain(transformer_options: dict[str, Any]) -> bool:
+def is_plain(transformer_options: TransformerOptions) -> bool:
     """True means that this forward's rows are numbered as plain classifier-free guidance numbers them."""
     numbers = transformer_options.get("cond_or_uncond") or [0]
     places = transformer_options.get(CONDS_KEY, PLAIN_CFG_PLACES)
@@ -45,7 +46,7 @@ def is_plain(transformer_options: dict[str, Any]) -> bool:
 
 
 def chunk_gains(
-    chunks: list[int], gains: tuple[float, float], transformer_options: dict[str, Any], name: str, apply_to: Halves
+    chunks: list[int], gains: tuple[float, float], transformer_options: TransformerOptions, name: str, apply_to: Halves
 ) -> list[float]:
     """One gain for each chunk of the guided batch; gains: (positive, negative).
 
@@ -65,7 +66,8 @@ def chunk_gains(
 
 def note_places(executor: Any, model: Any, conds: Any, x_in: Any, timestep: Any, model_options: dict[str, Any]) -> Any:
     """CALC_COND_BATCH wrapper: pass on how many conditionings this call has, in options of its own."""
-    options = {**model_options.get("transformer_options", {}), CONDS_KEY: len(conds)}
+    given: TransformerOptions = model_options.get("transformer_options", {})
+    options: TransformerOptions = {**given, CONDS_KEY: len(conds)}
     return executor(model, conds, x_in, timestep, {**model_options, "transformer_options": options})
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor
 
 from ...latent_clips import Clip, Frames, frame_groups
+from ..bases.forward_options import TransformerOptions
 
 
 def clean_hint(hint: Tensor, name: str) -> Tensor:
@@ -37,7 +37,7 @@ def clean_mask(mask: Tensor | None) -> Tensor | None:
     return None if bool((mask == 1).all()) else mask
 
 
-def hint_rows(latents: int, hints: int, transformer_options: dict[str, Any]) -> tuple[int, ...]:
+def hint_rows(latents: int, hints: int, transformer_options: TransformerOptions) -> tuple[int, ...]:
     """Hint of each latent of a chunk: one for all, or its own; inside a context window its frame's own.
 
     Fewer hints than latents repeat from the start, hints beyond the latents are not used, as in the stock nodes.
@@ -47,12 +47,12 @@ def hint_rows(latents: int, hints: int, transformer_options: dict[str, Any]) -> 
     return tuple(frame % hints for frame in _frames_at_hand(latents, transformer_options))
 
 
-def clip_rows(clip: Clip, hints: int, transformer_options: dict[str, Any]) -> tuple[Frames, ...]:
+def clip_rows(clip: Clip, hints: int, transformer_options: TransformerOptions) -> tuple[Frames, ...]:
     """Frames of a hint for each latent frame of a clip, see `frame_groups`; inside a context window its own."""
     return frame_groups(_frames_at_hand(clip.length, transformer_options), hints, clip.frames)
 
 
-def _frames_at_hand(count: int, transformer_options: dict[str, Any]) -> Frames:
+def _frames_at_hand(count: int, transformer_options: TransformerOptions) -> Frames:
     """Places in the whole of the so many frames that a forward is given: those of a context window, or all."""
     host_window = transformer_options.get("context_window")
     window = getattr(host_window, "hint_list", getattr(host_window, "index_list", None))
@@ -65,7 +65,7 @@ def _frames_at_hand(count: int, transformer_options: dict[str, Any]) -> Frames:
     return tuple(int(frame) for frame in frames)
 
 
-def frames_of(latents: int, transformer_options: dict[str, Any]) -> int | None:
+def frames_of(latents: int, transformer_options: TransformerOptions) -> int | None:
     """Frames of the whole video, or images of the batch, that a chunk of so many latents is of; None: not known."""
     window = transformer_options.get("context_window")
     if window is not None:
@@ -74,7 +74,7 @@ def frames_of(latents: int, transformer_options: dict[str, Any]) -> int | None:
     return params.get("full_length") if params.get("sub_idxs") is not None else latents
 
 
-def frames_needed(clip: Clip, transformer_options: dict[str, Any]) -> int:
+def frames_needed(clip: Clip, transformer_options: TransformerOptions) -> int:
     """Frames up to the last one that a clip's latent frames stand for."""
     return clip.frames * max(_frames_at_hand(clip.length, transformer_options)) + 1
 

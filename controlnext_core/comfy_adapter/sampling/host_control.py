@@ -15,6 +15,7 @@ from ...latent_clips import Clip, Frames
 from ...memory import rows_at_once
 from ...specs import Gain
 from ..bases.base import LoadedBase
+from ..bases.forward_options import TransformerOptions
 from ..bases.table import loaded_base
 from ..bases.tokens import note_reference
 from ..feedback import warn_once
@@ -133,7 +134,7 @@ class HostControl(ControlBase):
         CACHE.begin_run()
 
     def get_control(
-        self, x_noisy: Tensor, t: Tensor, cond: Any, batched_number: int, transformer_options: dict[str, Any]
+        self, x_noisy: Tensor, t: Tensor, cond: Any, batched_number: int, transformer_options: TransformerOptions
     ) -> Any:
         """Add our patches to the coming forward; returns what the previous control returned."""
         previous = None
@@ -143,7 +144,7 @@ class HostControl(ControlBase):
         self.add_to(transformer_options, x_noisy, sigma_of(t, transformer_options))
         return previous
 
-    def add_to(self, transformer_options: dict[str, Any], x: Tensor, sigma: float) -> None:
+    def add_to(self, transformer_options: TransformerOptions, x: Tensor, sigma: float) -> None:
         """The engine under both doors: join one forward, at this sigma, or leave it untouched.
 
         x: (rows, C, H, W), the latent that the UNet is about to see.
@@ -204,7 +205,7 @@ class HostControl(ControlBase):
         """Raise ValueError unless the control fits the base model."""
         raise NotImplementedError
 
-    def join(self, transformer_options: dict[str, Any], x: Tensor, sigma: float, strength: float) -> None:
+    def join(self, transformer_options: TransformerOptions, x: Tensor, sigma: float, strength: float) -> None:
         """Put this control's patches into the options of the coming forward."""
         raise NotImplementedError
 
@@ -236,19 +237,19 @@ class HostControl(ControlBase):
             self.cond_hint_original, rows, (height, width), self.upscale_algorithm, x.device, dtype
         )
 
-    def hint_rows(self, latents: int, transformer_options: dict[str, Any]) -> tuple[int, ...]:
+    def hint_rows(self, latents: int, transformer_options: TransformerOptions) -> tuple[int, ...]:
         """The row of the hint that each latent of a chunk gets."""
         assert self.run is not None
         hints = self.cond_hint_original.shape[0]
         self.run.count_hints(self.name, hints, frames_of(latents, transformer_options))
         return hint_rows(latents, hints, transformer_options)
 
-    def chunk_gains(self, chunks: list[int], transformer_options: dict[str, Any]) -> list[float]:
+    def chunk_gains(self, chunks: list[int], transformer_options: TransformerOptions) -> list[float]:
         """One gain per chunk of the guided batch, at strength 1."""
         gains = half_gains(self.options.apply_to, self.gain, self.scale)
         return chunk_gains(chunks, gains, transformer_options, self.name, self.options.apply_to)
 
-    def clip_rows(self, clip: Clip, transformer_options: dict[str, Any]) -> tuple[Frames, ...]:
+    def clip_rows(self, clip: Clip, transformer_options: TransformerOptions) -> tuple[Frames, ...]:
         """The frames of the hint that each latent frame of a clip gets."""
         assert self.run is not None
         hints = self.cond_hint_original.shape[0]
@@ -256,7 +257,7 @@ class HostControl(ControlBase):
         return clip_rows(clip, hints, transformer_options)
 
     def mask(
-        self, latents: int, h: Tensor, transformer_options: dict[str, Any], clip: Clip | None = None
+        self, latents: int, h: Tensor, transformer_options: TransformerOptions, clip: Clip | None = None
     ) -> Tensor | None:
         """The product of all masks at the size of h: (1 or latents, 1, H, W), or None."""
         assert self.run is not None

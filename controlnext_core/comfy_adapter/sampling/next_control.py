@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -18,6 +18,7 @@ from ...latent_clips import Clip, averaged, clip_of, distinct_frames, one_below_
 from ...memory import NUMBERS_PER_PIXEL, feature_bytes, rows_at_once, wide_bytes
 from ...specs import Spec
 from ..bases.base import LoadedBase, check_pair
+from ..bases.forward_options import TransformerOptions
 from ..feedback import warn_if_tiled
 from .features import Row, cached_rows, group_of
 from .host_control import STEPS_TO_KEEP, HostControl
@@ -68,7 +69,7 @@ class ControlNeXtControl(HostControl):
     def check(self, base: LoadedBase) -> None:
         check_pair(base, self.net.spec, self.net.patcher.model.config.out_channels, self.name)
 
-    def join(self, transformer_options: dict[str, Any], x: Tensor, sigma: float, strength: float) -> None:
+    def join(self, transformer_options: TransformerOptions, x: Tensor, sigma: float, strength: float) -> None:
         assert self.run is not None
         place = self.run.base.places[self.net.spec.fusion.site]
         order = (self.net.uid, self.hint_id, strength, self.options.apply_to.value, self.options.mask_id)
@@ -76,7 +77,7 @@ class ControlNeXtControl(HostControl):
         collect(transformer_options, place, tuple(x.shape), Job(order, term))
 
     def term(
-        self, h: Tensor, transformer_options: dict[str, Any], *, x: Tensor, sigma: float, strength: float
+        self, h: Tensor, transformer_options: TransformerOptions, *, x: Tensor, sigma: float, strength: float
     ) -> Term | None:
         """Term that this control adds to h (rows, C, H, W) at its site, or None for nothing."""
         assert self.run is not None

@@ -5,16 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from ...injection import Term, fuse
-from ..bases.base import Block, Forward, Options, Place
+from ..bases.base import Block, Forward, Place
+from ..bases.forward_options import TransformerOptions
 from ..feedback import log_once
 
-KEY = "controlnext"
+KEY: Final = "controlnext"
 """Our key in `transformer_options` and for wrappers, attachments and additional models."""
 
 
@@ -24,7 +25,7 @@ class Job:
 
     order: tuple[Any, ...]
     """Sorts the controls of a place, so that the order of nodes does not change the rounding."""
-    term: Callable[[Tensor, Options], Term | None]
+    term: Callable[[Tensor, TransformerOptions], Term | None]
     """(map at the place (samples, C, H, W), transformer_options) -> what to add, or None."""
 
 
@@ -38,7 +39,7 @@ class Collector:
     def __deepcopy__(self, memo: dict[int, Any]) -> Collector:
         return self  # packs that copy transformer_options must not copy encoders with it
 
-    def _add(self, tensor: Tensor, options: Options, **given: Any) -> Tensor:
+    def _add(self, tensor: Tensor, options: TransformerOptions, **given: Any) -> Tensor:
         """`AddControls` of this place."""
         forward = Forward(options, self.latent, given)
         h = self.place.to_map(tensor, forward)
@@ -58,7 +59,7 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
 
 
-def collect(options: Options, place: Place, latent: tuple[int, ...], job: Job) -> None:
+def collect(options: TransformerOptions, place: Place, latent: tuple[int, ...], job: Job) -> None:
     """Put a job into the options of the coming forward, which must belong to that forward alone.
 
     latent: shape of the latent that is denoised, see `Forward`. Dictionaries inside the options are replaced, not

@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import comfy.utils
 import torch
@@ -18,11 +18,12 @@ from ...injection import pool_to
 from ...latent_clips import Clip, Frames
 from ...schedule import percent_of
 from ..bases.base import LoadedBase
+from ..bases.forward_options import TransformerOptions
 from .hint_inputs import clip_rows, frames_needed, frames_of, hint_rows
 
 log = encodable.logger(__name__)
 
-SIGMA_KEY = "controlnext_sigma"
+SIGMA_KEY: Final = "controlnext_sigma"
 
 
 @dataclass
@@ -99,7 +100,7 @@ class SamplingRun:
             what = f"the last {hints - frames} are not used" if hints > frames else "they repeat from the start"
             log.warning("%s: %d hints for %d frames or images: %s.", name, hints, frames, what)
 
-    def count_frames(self, name: str, hints: int, clip: Clip, options: dict[str, Any]) -> None:
+    def count_frames(self, name: str, hints: int, clip: Clip, options: TransformerOptions) -> None:
         """Say in the log, once a run, that a hint has fewer frames than its clip, or more."""
         if self.counted or hints == 1:
             return
@@ -117,7 +118,7 @@ class SamplingRun:
         self.counted = True
 
     def mask(
-        self, masks: tuple[Tensor, ...], latents: int, h: Tensor, options: dict[str, Any], clip: Clip | None = None
+        self, masks: tuple[Tensor, ...], latents: int, h: Tensor, options: TransformerOptions, clip: Clip | None = None
     ) -> Tensor | None:
         """The product of all masks at the size of h, by area: (1 or latents, 1, H, W), or None.
 
@@ -147,7 +148,7 @@ def _sized_mask(mask: Tensor, rows: tuple[int, ...] | tuple[Frames, ...], size: 
     return torch.cat(parts, dim=-2) if parts else pool_to(mask[list(rows)], size)
 
 
-def sigma_of(t: Tensor, transformer_options: dict[str, Any]) -> float:
+def sigma_of(t: Tensor, transformer_options: TransformerOptions) -> float:
     """The sigma of the coming forward. t: (rows,), all equal; it is looked at once a forward, for all controls."""
     known = transformer_options.get(SIGMA_KEY)
     if known is None or known[0] is not t:

@@ -19,6 +19,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...families import FAMILIES
+from ..bases.forward_options import TransformerOptions
 from ..bases.table import loaded_base
 
 SCHEDULES = (
@@ -83,7 +84,8 @@ class VideoWindows(host.IndexListContextHandler):
 
     def set_step(self, timestep: Tensor, model_options: dict[str, Any]) -> None:
         """Find the step by one timestep; inside a sampler's sub-step the last step stays."""
-        sigmas = model_options["transformer_options"]["sample_sigmas"]
+        options: TransformerOptions = model_options["transformer_options"]
+        sigmas = options["sample_sigmas"]
         matches = torch.nonzero(torch.isclose(sigmas, timestep[:1].to(sigmas), rtol=0.0001))
         if len(matches):
             self._step = int(matches[0].item())

@@ -16,6 +16,7 @@ from ...memory import XS_ROWS_PER_HINT, rows_at_once, xs_numbers_per_cell, xs_nu
 from ...xs_detection import XSFile
 from ...xs_specs import XSShape, base_widths_of
 from ..bases.base import LoadedBase
+from ..bases.forward_options import TransformerOptions
 from ..feedback import warn_if_tiled
 from .features import CACHE, cached_rows, group_of
 from .host_control import HostControl
@@ -71,7 +72,7 @@ class ControlNetXSControl(HostControl):
     def check(self, base: LoadedBase) -> None:
         check_xs_pair(base, self.loaded.file.shape, self.name)
 
-    def join(self, transformer_options: dict[str, Any], x: Tensor, sigma: float, strength: float) -> None:
+    def join(self, transformer_options: TransformerOptions, x: Tensor, sigma: float, strength: float) -> None:
         options = self.options
         mix = -1.0 if options.time_mix is None else options.time_mix
         order = (self.loaded.uid, self.hint_id, strength, options.apply_to.value, options.mask_id, options.parts, mix)
@@ -82,7 +83,7 @@ class ControlNetXSControl(HostControl):
         self,
         x: Tensor,
         context: Tensor,
-        transformer_options: dict[str, Any],
+        transformer_options: TransformerOptions,
         *,
         prepared_for: Tensor,
         sigma: float,

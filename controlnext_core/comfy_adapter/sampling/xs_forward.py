@@ -17,13 +17,12 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ....models.controlnet_xs import Walk, fit
+from ..bases.forward_options import TransformerOptions
 from ..bases.unet import AFTER_SKIP, BEFORE_OUTPUT, UNetPatches
 from .next_forward import untraced
 
 XS_KEY = "controlnext_xs"
 EMB, BEFORE_SKIP = "emb_patch", "input_block_patch"
-
-Options = dict[str, Any]
 
 
 @dataclass
@@ -69,7 +68,7 @@ class XSJob:
 
     order: tuple[Any, ...]
     """Sorts the controls, so that the order of nodes does not change the rounding."""
-    start: Callable[[Tensor, Tensor, Options], Companion | None]
+    start: Callable[[Tensor, Tensor, TransformerOptions], Companion | None]
     """(x, context, transformer_options), as the UNet is given them -> the companion, or None for no control."""
 
 
@@ -90,10 +89,10 @@ class XSForward:
         context: Any = None,
         y: Tensor | None = None,
         control: Any = None,
-        transformer_options: Options | None = None,
+        transformer_options: TransformerOptions | None = None,
         **kwargs: Any,
     ) -> Any:
-        options = dict(transformer_options or {})
+        options: TransformerOptions = {**(transformer_options or {})}
         started = (job.start(x, context, options) for job in sorted(self.jobs, key=lambda job: job.order))
         companions = [companion for companion in started if companion is not None]
         if not companions:
@@ -106,7 +105,7 @@ class XSForward:
         return out
 
 
-def join_forward(transformer_options: Options, job: XSJob) -> None:
+def join_forward(transformer_options: TransformerOptions, job: XSJob) -> None:
     """Put a job into the options of the coming forward, which must belong to that forward alone.
 
     The dictionaries and lists inside are replaced, not written to. Ours is the innermost wrapper.
@@ -138,7 +137,7 @@ class Lockstep:
         new[BEFORE_OUTPUT] = [*outputs[:at], self.decode, *outputs[at:]]
         return new
 
-    def mix_time(self, emb: Tensor, model_channels: int, options: Options) -> Tensor:
+    def mix_time(self, emb: Tensor, model_channels: int, options: TransformerOptions) -> Tensor:
         """emb_patch, first: emb + sum of mix * (own - emb), in fp32; the base uses it too. emb: (B, D)."""
         own = [c for c in self.companions if c.own_time is not None and c.mix]
         if not own:
@@ -153,13 +152,13 @@ class Lockstep:
             mixed = mixed + mix * (companion.own_time.float() - plain)
         return mixed.to(emb.dtype)
 
-    def take_time(self, emb: Tensor, model_channels: int, options: Options) -> Tensor:
+    def take_time(self, emb: Tensor, model_channels: int, options: TransformerOptions) -> Tensor:
         """emb_patch, last: note the embedding that the base's blocks will get, with its labels."""
         whole = emb if self.unet.num_classes is None else emb + self.unet.label_emb(self.y)
         self.embs = [companion.take(whole) for companion in self.companions]
         return emb
 
-    def encode(self, h: Tensor, options: Options) -> Tensor:
+    def encode(self, h: Tensor, options: TransformerOptions) -> Tensor:
         """input_block_patch: the control's block of this number, and what the base gets from it."""
         self._expect("input", options, self.encoded)
         i, self.encoded = self.encoded, self.encoded + 1
@@ -170,13 +169,13 @@ class Lockstep:
                 total = companion.add(total, correction, h, companion.strengths[0])
         return total
 
-    def listen(self, h: Tensor, options: Options) -> Tensor:
+    def listen(self, h: Tensor, options: TransformerOptions) -> Tensor:
         """input_block_patch_after_skip: the features go to the control as they go to the base's next block."""
         for companion in self.companions:
             companion.walk.listen(options["block"][1], companion.take(h))
         return h
 
-    def decode(self, h: Tensor, skip: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    def decode(self, h: Tensor, skip: Tensor, options: TransformerOptions) -> tuple[Tensor, Tensor]:
         """output_block_patch: what the base gets after its middle, once, and before this decoder block."""
         self._expect("output", options, self.decoded)
         j, self.decoded = self.decoded, self.decoded + 1
@@ -196,7 +195,7 @@ class Lockstep:
                 f"{self.encoded} of {self.blocks} encoder and {self.decoded} of {self.blocks} decoder blocks ran"
             )
 
-    def _expect(self, side: str, options: Options, number: int) -> None:
+    def _expect(self, side: str, options: TransformerOptions, number: int) -> None:
         """Raise unless this block of this side is the next of the UNet."""
         if not self.embs:
             raise self._broken("its time embedding passed by our emb_patch")
