@@ -36,7 +36,6 @@ TAIL = 6000  # characters of a part's output that are kept
 ENDED = ("done", "failed", "out of memory", "out of time")
 """Statuses that need no second try. A part that the end of a run cut short has none of these."""
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers", "diffusers", "comfy-aimdo", "comfy-kitchen")
-DRY_TESTS = ("-k", "not UNet and not bfloat16 and not float8 and not xs")
 DRY = ("--cpu", "--small", "--quick", "--repeats", "1", "--dtype", "fp32", "--batch", "1")
 WHEELS = ROOT / "wheels"
 NAMES = ", ".join(part.name for part in PARTS)

@@ -17,7 +17,6 @@ Points = Array
 """(N, 2) of x to the right and y down, in units of the picture's shorter side."""
 
 SHIFT = 5  # bits after the point of cv2's coordinates
-SMALLEST_LINE = 1.2  # pixels
 LINE, FINE = 0.0125, 0.008  # widths of outlines and of lines inside a thing, in units of the shorter side
 HINT_LINE = 0.0075
 

@@ -9,15 +9,13 @@ Pinned memory and the stream of its own are for CUDA alone, and were never run o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from comfy.cli_args import args
 from torch import Tensor, nn
-
-Copy = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,10 +69,6 @@ SD1.5 files; target, source, prompt: fill50k; video_path, guide_path: the author
 KNOWN = frozenset(name for names in COLUMNS.values() for column in names for name in (column, f"{column}_file_name"))
 """Every name of a column."""
 
-Opened = tuple[Tree, Blob | None]
-"""A tree, and the table where a source is one."""
-
-
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One picture or video and what belongs to it; nothing of it has been opened."""

@@ -20,7 +20,7 @@ FOLDER = "controlnext"
 FOLDERS = (FOLDER, "controlnet", "model_patches")
 """Searched in this order; where both hold the same relative name the first wins."""
 
-AUTO, NONE, BUNDLED = "auto", "none", "bundled"
+AUTO, NONE = "auto", "none"
 
 
 def register_folder() -> None:
