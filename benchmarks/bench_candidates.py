@@ -44,7 +44,7 @@ class Candidate:
     first: bool = False
     """True: it changes what a first run costs."""
     from_host: bool = False
-    """True: features are kept in host memory."""
+    """True: the cache keeps features in host memory, not on the device."""
 
 
 XS = ("sdxl_20m", "sdxl_48m", "sd15_53m")

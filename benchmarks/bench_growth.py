@@ -23,7 +23,7 @@ from comfyui_controlnext.benchmarks.recording import append_table  # noqa: E402
 from comfyui_controlnext.benchmarks.sampling import Setup, watching  # noqa: E402
 
 Size = tuple[str, int, int, int, int]
-"""Family, height, width, images or frames, controls."""
+"""One size: family, height, width, number of images or frames, number of controls."""
 
 COUNTED: tuple[Size, ...] = (
     *(("sd15", side, side, 1, 1) for side in (256, 512, 768, 1024)),

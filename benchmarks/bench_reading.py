@@ -82,7 +82,7 @@ class Encoders:
 
 
 def write_photos(folder: Path, size: tuple[int, int]) -> None:
-    """Pictures with the detail of photographs, and hints."""
+    """Write pictures that have the detail of photographs, each with a hint."""
     from PIL import Image
 
     random = np.random.default_rng(0)

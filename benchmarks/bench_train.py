@@ -1,11 +1,11 @@
 """Training throughput and peak memory against a plain loop in the style of diffusers' and the authors' scripts.
 
-Both train the same thing on SD1.5 of real size: the ControlNeXt encoder and every `to_out` of the UNet, with AdamW. The
-plain loop is diffusers' UNet, autoencoder and transformers' CLIP, with the encoder added by a forward hook; it encodes
-picture and caption in every step, as those scripts do, and holds all weights in the dtype it computes in, as they do.
-Ours is what `run.py train` does with a checkpoint file: pictures and captions encoded before, the file's own dtype kept
-where checkpointing is on. Each run is a process of its own, into which the plain loop brings no ComfyUI and ours no
-diffusers; memory is the highest of the whole process during the steps, on a GPU that of the device.
+Both loops train the same weights on SD1.5 of real size: the ControlNeXt encoder and every `to_out` of the UNet, with
+AdamW. The plain loop is diffusers' UNet, autoencoder and transformers' CLIP, with the encoder added by a forward hook;
+it encodes picture and caption in every step and holds all weights in the dtype it computes in, as those scripts do.
+Our loop is `run.py train` with a checkpoint file: pictures and captions encoded before, the file's own dtype kept
+where checkpointing is on. Each run is a process of its own, without ComfyUI for the plain loop and without diffusers
+for ours. Memory is the peak of the whole process during the steps, on a GPU the peak of the device.
 """
 
 from __future__ import annotations
@@ -259,7 +259,7 @@ def cases_of(dtype: str, everything: bool = False) -> list[Case]:
 
 
 def rows_of(runs: dict[Case, list[dict[str, Any]]], batch: int) -> list[tuple[str, ...]]:
-    """The table's rows, each case against the first."""
+    """Rows of the table; ratios are against the first case."""
     pairs = runs.items()
     rate = {case: statistics.median(batch / s for run in found for s in run["wall"]) for case, found in pairs}
     work = {case: statistics.median(s / batch for run in found for s in run["processor"]) for case, found in pairs}

@@ -66,7 +66,7 @@ class Scene:
         self.model = make_unet(family, dtype, META)
 
     def forward(self, controls: Sequence[Any] = (), stock: Any = None) -> Callable[[], None]:
-        """A function that runs one forward with these controls, or with a stock ControlNet."""
+        """Make a function that runs one forward with these controls, or with a stock ControlNet."""
         rows, layout = 2 * self.latents, UNETS[self.family]
         cells = (self.size[0] // 8, self.size[1] // 8)
 

@@ -1,6 +1,6 @@
-"""One training with each of several controls: the cases, and their runs through the project's own trainer.
+"""Trainings of several kinds of control with the project's own trainer: the cases and their runs.
 
-A finished run is a JSON file that names its settings and base; it is skipped where both are still the same. A run that
+A finished run is a JSON file that names its settings and base; it is skipped while both are unchanged. A run that
 was stopped goes on from its last state.
 """
 

@@ -1,7 +1,7 @@
 """Cases beside a bare model, interleaved: a ratio is a case's step over the bare step of the same repeat.
 
-`own` is what a step costs over what it would cost without this pack's code, both from the processor time of that very
-step: the noise of other programs cancels in it. It is worked out on the CPU alone; on a GPU that code only launches.
+`own` is the ratio of a step's processor time to the same time without that spent in this pack's code. Both are of one
+step, so that the noise of other programs cancels. It is measured on the CPU alone: on a GPU the code only launches.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Published:
     config: dict[str, Any]
     width: int
     text: tuple[int, int]
-    """Tokens of a usual prompt, their width."""
+    """Text of a usual prompt: (tokens, width)."""
     pooled: int | None = None
     frames: bool = False
     channels: int = LATENT_CHANNELS
@@ -259,5 +259,5 @@ class TransformerScene:
         self.begin_run(control)
 
     def begin_run(self, control: Any) -> None:
-        """Begin a run; all that was kept of the hint stays."""
+        """Begin a sampling run; cached features of the hint stay."""
         control.pre_run(self.model, self.model.model_sampling.percent_to_sigma)

@@ -90,7 +90,7 @@ def facts() -> str:
 
 
 def hardware() -> str:
-    """The GPU's name, or the processor's and its number of cores."""
+    """Name of the GPU, or name and number of cores of the processor."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")

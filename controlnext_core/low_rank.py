@@ -34,7 +34,7 @@ Part = Callable[[torch.Size], Slice]
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """A difference as up @ down."""
+    """Low-rank difference of a weight: up @ down."""
 
     up: Tensor
     """(out, rank)"""
@@ -50,7 +50,7 @@ class LowRank:
         return self.down.shape[0]
 
     def whole(self) -> Tensor:
-        """The difference itself, (out, in) in fp32."""
+        """Difference as one matrix, (out, in) in fp32."""
         return self.up.float() @ self.down.float()
 
 
@@ -124,7 +124,7 @@ def read_differences(
 
 
 def written(differences: Differences) -> tuple[dict[str, Tensor], dict[str, Slice]]:
-    """(tensors, slices) of a file that holds these differences: what `read_differences` reads.
+    """Tensors and slices to write into a file of differences, which `read_differences` reads back.
 
     Raises CheckpointError for two slices of one weight, which a file cannot hold.
     """

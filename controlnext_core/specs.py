@@ -103,7 +103,7 @@ class Spec:
     name: str
     family: Family
     build: str
-    """A key of BUILDS."""
+    """Build of the encoder: a key of BUILDS."""
     fusion: Fusion
     title: str
     source: str

@@ -1,4 +1,4 @@
-"""From a file's header to a ControlNet-XS, or an error that says what the file is and what to do with it."""
+"""Detection of a ControlNet-XS from a file's header, or an error that names the kind of file and the remedy."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class XSFile:
         return self.shape.family
 
     def norm_rule(self, chosen: str = "auto") -> NormRule:
-        """The rule that the user, the file's metadata or its origin decides.
+        """Normalisation rule of a file: the user's choice, else the file's metadata, else its origin.
 
         auto: the official rule for files with the released names and for the released sizes, else diffusers'.
         Raises DetectionError for a rule in the metadata that is not in the table.

@@ -93,7 +93,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, parameters: Mapping[str, Tensor]) -> None:
-        """Take in the parameters after a step; the same names as at the start."""
+        """Update the average with the parameters after a step, under the names given at the start."""
         rate = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
         if self._behind is None:
             _take_in(self.average, parameters, rate)

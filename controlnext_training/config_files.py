@@ -168,7 +168,7 @@ def make_config(*sources: Mapping[str, Any]) -> TrainConfig:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag per setting: --steps 1000, --no-resume, --data A B."""
+    """Add one flag per setting: --steps 1000, --no-resume, --data A B."""
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     for key, kind in KINDS.items():
         flag = f"--{key.replace('_', '-')}"

@@ -206,7 +206,7 @@ class Store:
         return self.finish(self.begin(index, position, self.variant(position) if dropout else 0), dropout)
 
     def finish(self, begun: Begun, dropout: bool = True) -> Encoded:
-        """Encode what was begun. Raises BrokenSample."""
+        """Encode the sample whose reading has begun. Raises BrokenSample."""
         seed, position = self.config.seed, begun.position
         hint, mask = self._hint(begun)
         if dropout and uniform(seed, "hint dropout", position) < self.config.hint_dropout:

@@ -30,7 +30,7 @@ class Observer(Protocol):
         """Progress of a phase: step of steps, and a line for a person."""
 
     def picture(self, image: Image) -> None:
-        """Show the grid of a validation."""
+        """Show a validation's grid of pictures."""
 
     def curve(self, draw: Callable[[], Image]) -> None:
         """Offer the loss curve, which has grown; `draw` takes a fraction of a second."""

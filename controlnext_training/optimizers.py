@@ -117,7 +117,8 @@ def build(
     weight_decay: float,
     fused: bool = True,
 ) -> torch.optim.Optimizer:
-    """The optimizer of `groups`, each with its `params` and its `lr`; fused: True takes one kernel a step where it can.
+    """Build the optimizer of `groups`, each with `params` and `lr`. fused: True means one kernel a step, where the
+    device has it.
 
     Raises MissingOptimizerError, and ValueError for rates that the optimizer does not take.
     """

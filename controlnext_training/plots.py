@@ -49,7 +49,7 @@ class Cell:
     """One picture of a grid."""
 
     picture: Tensor
-    """(H, W, 3) in [0, 1]."""
+    """Picture of the plot, (H, W, 3) in [0, 1]."""
     caption: str = ""
     metric: str = ""
     """Printed under the caption."""

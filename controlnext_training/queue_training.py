@@ -32,7 +32,7 @@ import aiohttp
 Graph = dict[str, dict[str, Any]]
 
 NODE_TEXT = 3
-"""ComfyUI's kind of binary message that holds a text of a node."""
+"""Number of the kind of binary message in which ComfyUI sends a node's text."""
 
 
 class QueueError(RuntimeError):

@@ -50,7 +50,7 @@ MakeReaders = Callable[[int], Readers]
 
 
 class Begun:
-    """One sample at one position of the run; its files, where something of them is needed, are being read."""
+    """Sample at one position of the run, whose files are being read where their content is needed."""
 
     def __init__(self, data: ControlDataset, index: int, seed: int, position: int, variant: int = 0) -> None:
         """variant: number of the cut."""

@@ -191,7 +191,7 @@ class StepClock:
         self.step, self.started = step, time.monotonic()
 
     def read(self, step: int) -> float:
-        """Mean seconds of each step since the last reading or restart."""
+        """Mean seconds per step since the last reading or restart."""
         seconds = (time.monotonic() - self.started) / (step - self.step)
         self.restart(step)
         return seconds

@@ -44,7 +44,7 @@ class State:
         return int(self.facts["step"])
 
     def tensors(self, part: str) -> dict[str, Tensor]:
-        """The tensors of one part, {} where the state has none. Raises CheckpointError."""
+        """Tensors of one part of the state; {} where the state has none. Raises CheckpointError."""
         path = self.folder / f"{part}.safetensors"
         return checkpoint.load(path) if part in self.facts["parts"] else {}
 

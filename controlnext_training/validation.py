@@ -35,7 +35,7 @@ SHOWN = 4
 
 TONES, EDGES = "tone correlation", "edge F1"
 METRIC_NAMES = {"mask": "mask overlap", "blur": TONES, "gray": TONES, "depth": TONES, "low_resolution": TONES}
-"""Kind of hint -> name of its metric; of other kinds EDGES. 1 is perfect."""
+"""Kind of hint -> name of its metric, EDGES for all other kinds; 1 is a perfect match."""
 
 LEVELS = (0.125, 0.375, 0.625, 0.875)
 """Quantiles in (0, 1) of the noise levels at which the loss is measured."""

@@ -1,1 +1,1 @@
-"""The networks, as the papers and the released weights define them. Free of the host."""
+"""Networks as the papers and the released weights define them; nothing here imports the host."""

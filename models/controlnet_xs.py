@@ -36,7 +36,7 @@ class BlockConfig:
     """One block of the control encoder, or one half of its middle."""
 
     kind: str
-    """CONV, RES or DOWN."""
+    """Kind of block: CONV, RES or DOWN."""
     in_ch: int
     """Channels that enter: the control's own and, from the second block on, the base's."""
     out_ch: int
@@ -164,7 +164,7 @@ class Walk:
         self.kept: list[Tensor] = []
 
     def encode(self, i: int, emb: Tensor, context: Tensor) -> Tensor | None:
-        """Go through encoder block i; what the base gets there, (B, base_ch, H, W), or None for type A.
+        """Run encoder block i; returns the correction of the base's features, (B, base_ch, H, W), None for type A.
 
         emb: (B, D), the base's time embedding with its label embedding; context: (B, T, context_dim).
         """

@@ -26,10 +26,10 @@ def wrong_choice(**chosen: tuple[str | None, Collection[str]]) -> str:
 
 
 def refuse_wrong_choice(**chosen: tuple[str, Collection[str]]) -> None:
-    """Raise ValueError for a wrong value of a combo, {input: (value, options)}: for `execute`.
+    """Raise ValueError for a wrong value of a combo; called by `execute`. choices: {input: (value, options)}.
 
-    The host puts an error of `validate_inputs` on every input that the method takes. A node that has a text to check
-    there takes that alone, and checks its combos here; later hosts have checked them before.
+    The host shows an error of `validate_inputs` on every input that this method takes. A node that checks a text there
+    therefore takes the text alone, and checks its combos here. Later hosts check combos by themselves.
     """
     if wrong := wrong_choice(**chosen):
         raise ValueError(wrong)

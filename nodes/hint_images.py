@@ -110,7 +110,7 @@ class ControlNeXtHintSoftEdge(ControlNode):
 
 
 class ControlNeXtHintLines(ControlNode):
-    """Straight lines."""
+    """Hint node for straight lines."""
 
     SEARCH = ("lineart", "sketch", "edges", "preprocessor", "controlnet")
 

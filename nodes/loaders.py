@@ -155,7 +155,7 @@ class ControlNeXtInspect(ControlNode):
 
 
 class ControlNeXtSave(ControlNode):
-    """One file, or the authors' two."""
+    """Node that saves a control as one file, or as the two files of the authors' layout."""
 
     SEARCH = ("controlnet", "export", "merge")
 

@@ -28,7 +28,7 @@ BENCHMARKS = {
     "loads": "every kind of control on fp32, fp16, bf16 and fp8 bases",
     "candidates": "changes that only a GPU can judge, against the product",
 }
-"""Name -> the question; the script is benchmarks/bench_<name>.py. Those that take minutes on a CPU come last."""
+"""Benchmark -> the question it answers, slow ones last; the script is benchmarks/bench_<name>.py."""
 ON_REQUEST = {
     "convergence": "how soon each way of control is heard, on the demo's base: trains for most of an hour",
     "super_resolution": "a picture from its low-resolution copy, on the demo's base of SD3's shape: trains as long",
@@ -41,12 +41,12 @@ FIRST_SIGN, LONGEST_PAUSE = 4.0, 60.0
 SHARED = ("quick", "cpu")
 VALUES = ("json", "dtype", "repeats", "cases", "threads")
 TRAINING = ("parts", "base", "steps", "batch", "scenes", "looks", "folder")
-"""Options of convergence."""
+"""Options of `bench convergence`, by name."""
 OF_REQUEST = {
     "convergence": ("cases", "threads", *TRAINING),
     "super_resolution": ("threads", *(option for option in TRAINING if option != "looks")),
 }
-"""Options of ON_REQUEST."""
+"""Benchmark of ON_REQUEST -> its options, by name."""
 OWN = {"train": ("batch",)}
 """Further options of BENCHMARKS."""
 

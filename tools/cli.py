@@ -257,7 +257,7 @@ def bring_host(options: argparse.Namespace, arguments: Sequence[str]) -> tuple[P
 
 
 def run_again_with(python: Path, arguments: Sequence[str]) -> int:
-    """Go on in `python`: replaces this process where the system can, else waits for the new one."""
+    """Run the same command in `python`: it replaces this process where the system can, else it is waited for."""
     command = [str(python), os.path.abspath(sys.argv[0]), *arguments]
     sys.stdout.flush()
     if os.name != "nt":

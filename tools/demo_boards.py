@@ -144,7 +144,7 @@ BOARDS = (BOOK, CHILDREN, SHAPES)
 
 @dataclass(frozen=True)
 class Hint:
-    """Inputs of a row. Pictures are (H, W, 3) bytes."""
+    """Inputs of a row of the sheet; pictures are (H, W, 3) bytes."""
 
     caption: str
     edges: np.ndarray

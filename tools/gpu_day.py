@@ -54,7 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_gpu_day(options: argparse.Namespace, host: Callable[[], Path]) -> int:
-    """Run the command; 0 where every part that ended ended well."""
+    """Run the command; exit status 0: no part failed. Parts that did not start do not count."""
     if options.pack is not None:
         from .gpu_pack import pack
 

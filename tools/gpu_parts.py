@@ -8,7 +8,7 @@ PYTEST = "pytest"
 TRAINED = ("picturebook_autoencoder.safetensors", "picturebook_mmdit.safetensors")
 """Packed weights that come back, and from which the next run goes on."""
 STARTS = ("shapes_autoencoder.safetensors", *TRAINED)
-"""Of demo/weights: what the training starts from."""
+"""Files of demo/weights from which the training parts start."""
 TRANSFORMERS = ("sd3", "flux", "chroma", "qwen_image", "lumina2", "z_image")
 
 

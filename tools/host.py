@@ -120,7 +120,7 @@ def unpack(wheel: Path, target: Path) -> None:
 
 
 def rename_folder(source: Path, target: Path) -> None:
-    """Rename, trying for a few seconds: on Windows a virus scanner may still hold files just written."""
+    """Rename a folder; retries for a few seconds, since a virus scanner on Windows may still hold new files open."""
     for wait in (0.2, 0.5, 1.0, 2.0, None):
         try:
             os.replace(source, target)

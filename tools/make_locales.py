@@ -1,11 +1,12 @@
 """Write locales/en/nodeDefs.json: `python tools/make_locales.py [ADDRESS]`
 
-ADDRESS is a running ComfyUI with this pack (default 127.0.0.1:8188). The English texts are those of the nodes; other
-languages are written by hand to the same keys; so are the help pages, web/docs/NODE.md in English and
-web/docs/NODE/LANGUAGE.md in the others. `python tools/make_locales.py --translated ja` notes that the Japanese texts
-and pages are translations of the present English ones, in tools/translated_from.json: a hash of the English text by
-language and key. Tests fail where the English file differs, and name each text that another language lacks or that
-was translated from another English text.
+ADDRESS is a running ComfyUI with this pack (default 127.0.0.1:8188). The English texts come from the nodes. Texts in
+other languages are written by hand under the same keys, as are the help pages: web/docs/NODE.md in English,
+web/docs/NODE/LANGUAGE.md in other languages.
+
+`python tools/make_locales.py --translated ja` records that the Japanese texts and pages translate the present English
+ones: tools/translated_from.json then holds a hash of each English text by language and key. Tests fail where the
+English file differs from the nodes, and name each text that a language lacks or whose English source has changed.
 """
 
 import hashlib

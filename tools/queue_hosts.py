@@ -107,7 +107,7 @@ class SharedRuns:
             return self.waiting.pop(0)
 
     def put(self, number: int, host: str = "", error: str = "") -> None:
-        """End a run: done by `host`, failed with `error`, or, with neither, given back."""
+        """Record the end of a run: done by `host`, failed with `error`, or, with neither, put back into the queue."""
         with self.changed:
             self.busy -= 1
             if error:

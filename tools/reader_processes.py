@@ -45,11 +45,11 @@ class ProcessReaders:
         self._lock, self._closed = threading.Lock(), False
 
     def submit(self, job: Job) -> Future[Sample]:
-        """See Readers."""
+        """`Readers.submit`: a process reads the sample."""
         return self._threads.submit(self._read if isinstance(job, Request) else _call, job)
 
     def close(self) -> None:
-        """See Readers. No process is left."""
+        """`Readers.close`: ends every process."""
         with self._lock:
             self._closed = True
             for process, _ in self._started:

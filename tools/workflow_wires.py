@@ -137,7 +137,7 @@ def is_clear_in_both(wire: Wire, way: Sequence[Point], in_the_way: Sequence[Box]
 
 
 def route(wires: Sequence[Wire], boxes: Mapping[int, Box], groups: Sequence[Box]) -> dict[int, tuple[Point, ...]]:
-    """Reroute points by link, for the wires that need some. A wire without a free lane stays direct."""
+    """Find reroute points for the wires that cross nodes, by link. A wire without a free lane stays direct."""
     taken: list[tuple[Wire, tuple[Point, ...]]] = []
     for wire in sorted(wires, key=lambda w: math.dist(w.start, w.end)):
         in_the_way = obstacles(wire, {number: _wider(box) for number, box in boxes.items()}, groups)

@@ -35,7 +35,7 @@ def report(text: str, cautions: Sequence[str] = ()) -> dict[str, list[str]]:
 
 
 def tell(text: str, node_id: str | None) -> None:
-    """Log how far a node is, and show it on the node where a page is connected, until the next run."""
+    """Report a node's progress: in the log, and on the node until its next run where a page is connected."""
     text = encodable.encodable(short_paths(text))
     for line in text.splitlines():
         log.info("%s", line)

@@ -46,11 +46,12 @@ def canny(image: np.ndarray, low_threshold: float = CANNY_LOW, high_threshold: f
 def soft_edge(image: np.ndarray, width: float = EDGE_WIDTH, sensitivity: float = EDGE_SENSITIVITY) -> np.ndarray:
     """Soft outlines in the manner of HED pictures: bright and a few pixels wide on the strong edges, faint on others.
 
-    What it is: the colour gradient at three scales (half, once and twice `width`, a Gaussian sigma in pixels), minus
+    Method: the colour gradient at three scales (half, once and twice `width`, a Gaussian sigma in pixels), minus
     what has no direction, as their geometric mean, so that an edge must show at every scale; dampened by the edges
     around it, which quiets texture, and mapped to 0..1. No thinning. sensitivity: 2 shows edges of half the contrast.
-    What it is not: HED, PiDiNet or any other network. It knows no objects: texture with a direction, such as hair,
-    stays, and an outline without contrast is not seen. Controls trained on HED accept it, theirs remains the reference.
+    Limits: this is no network such as HED or PiDiNet, and knows no objects. Texture with a direction, such as hair,
+    stays, and an outline without contrast is not seen. Controls trained on HED accept these hints; HED
+    itself stays their reference.
     Raises ValueError unless width and sensitivity are above 0.
     """
     for name, value in (("width", width), ("sensitivity", sensitivity)):

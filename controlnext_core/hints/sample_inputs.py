@@ -49,7 +49,7 @@ class Sample:
     """Frames of one sample input; a still picture has one."""
 
     images: np.ndarray
-    """(F, H, W, 3) float32 RGB in 0..1."""
+    """Pictures (F, H, W, 3), float32 RGB in 0..1."""
     masks: np.ndarray
     """(F, H, W) float32 in 0..1: the things of a scene, the person of the photograph, the drawn part of a pose."""
 
@@ -182,5 +182,5 @@ KINDS: dict[str, Callable[[tuple[int, int], str, int], Sample]] = {
     "depth_clip": _moving("depth"),
     "clip": _moving("image"),
 }
-"""Name of a kind, public -> (size, scene, frames) -> its sample."""
+"""Kind of sample (public name) -> function of (size, scene, frames) that draws it."""
 CLIPS = ("pose_clip", "depth_clip", "clip")

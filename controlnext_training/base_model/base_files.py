@@ -26,10 +26,10 @@ BYTES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
 def load_base(config: TrainConfig, folder: Path) -> BaseWithEncoders:
-    """The models that `config.base`, `clip` and `vae` name: paths (from `folder` on), or names in the host's folders.
+    """Load the models of `config.base`, `clip` and `vae`: paths relative to `folder`, or names in the host's folders.
 
-    Encoders can be released and read again where the base is a safetensors file. Raises ConfigError naming the key and
-    what was looked for, CheckpointError for a damaged file.
+    Encoders can be released and read again where the base is a safetensors file. Raises ConfigError, which names the
+    key and the places searched, and CheckpointError for a damaged file.
     """
     files = _Files.of(config, folder)
     model, clip, vae, vision = files.read(*(part for part in PARTS if part not in files.apart))

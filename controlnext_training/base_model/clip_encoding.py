@@ -18,7 +18,7 @@ from ...models.controlnext import ControlNeXt
 
 
 def laid_out(hint: Tensor) -> Tensor:
-    """The hint in inference's memory layout, which decides the kernels and so speed and rounding."""
+    """Hint in the memory layout of inference: the layout decides the kernels, and with them speed and rounding."""
     return hint.contiguous(memory_format=torch.channels_last) if hint.device.type == "cpu" else hint
 
 

@@ -116,7 +116,7 @@ class ReferenceFrame:
         """Nothing is known before the frame is drawn."""
 
     def encode(self, base: Encoders, cached: Cached, sample: Sample, drop: float, rate: float) -> Tensors:
-        """The frame's tensors; zeros replace `context` below 2 rate, and `concat` from rate to 3 rate.
+        """Conditions of a frame. Dropout: drop < 2 rate zeroes `context`, rate <= drop < 3 rate zeroes `concat`.
 
         Source of these intervals: the released SVD trainer.
         """

@@ -18,7 +18,7 @@ from .controlled import Controlled
 def step_shape(
     controlled: Controlled, latent: Tensor, given: Mapping[str, Tensor], hint: Tensor, config: TrainConfig
 ) -> StepShape | None:
-    """The step of a run whose samples are like this one; None for a family whose memory was not counted.
+    """Sizes of a step whose samples are like this one; None for a family whose memory was not counted.
 
     latent: (F, C, ..., H, W); given: the encoded conditions; hint: (F, 3, 8H, 8W).
     """

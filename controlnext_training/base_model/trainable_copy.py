@@ -146,5 +146,5 @@ def _put(root: nn.Module, name: str, tensor: Tensor, is_parameter: bool) -> None
 
 
 def plain_attention(_chosen: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """Override of the host's attention function: torch's own, which has a gradient on every device."""
+    """Attention of torch, in place of the host's: it has a gradient on every device."""
     return attention_pytorch(*args, **kwargs)

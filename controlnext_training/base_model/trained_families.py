@@ -35,7 +35,7 @@ class TrainedFamily:
     encoders: tuple[str, ...]
     """Fields of `BaseWithEncoders` that a run needs: `vae`, and `clip` or `vision`."""
     conditioning: Conditioning
-    """Makes a sample's conditions with those encoders."""
+    """Class that makes a sample's conditions with these encoders."""
     constants: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the host's `extra_conds` that are the same for every sample."""
     clips: bool = False

@@ -38,7 +38,7 @@ class Frames(Protocol):
         """Content identity of a frame."""
 
     def read(self, numbers: Sequence[int]) -> list[Picture]:
-        """Frames by number. Raises BrokenSample."""
+        """Read the frames of these numbers. Raises BrokenSample."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,12 +133,11 @@ def open_dataset(
     index: Path | None = None,
     progress: Progress | None = None,
 ) -> FileDataset:
-    """Find and examine what can train in folders, shards and tables; `sources.py` says what belongs together.
+    """Find and examine training samples in folders, shards and tables; `sources.py` says which files form a sample.
 
     clip_frames: 1 for pictures; more for clips of every clip_stride-th frame, from folders of frames and from videos.
     crops, flip: number of cuts of each picture, and True for their mirror images too; shares: of each source.
-    roots: folders that files must lie in, links followed; None = anywhere. index: file that remembers what was read;
-    beside it lies what Parquet files are turned into.
+    roots: folders that files must lie in, links followed; None = anywhere. index: file that caches sizes and checks.
     Files that cannot be used are listed in `.broken`. Raises DatasetError if nothing is left, or for a bad setting.
     """
     reading = Reading(hint, mask, clip_frames, clip_stride, reference, crops, flip)

@@ -33,7 +33,7 @@ AT_ONCE = 1024
 """Files between two reports of progress at most."""
 
 Progress = Callable[[int, int], None]
-"""(files read, files in all); may raise to stop."""
+"""Progress callback: (files read, files in all). It may raise, which ends the search."""
 
 
 def examine(blob: Blob) -> Facts | str:

@@ -21,7 +21,7 @@ from .samples import first_line
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PIXELS = 89_478_485
-"""Larger pictures are refused: a small file can claim any size. Source: PIL's own limit (a quarter GiB of RGB)."""
+"""Most pixels of a picture; a small file can claim any size. Source: PIL's limit (a quarter GiB of RGB)."""
 ENDS = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}
 """Bytes that end a picture; a JPEG's compressed data never hold its own."""
 LAST_BYTES = 1024

@@ -52,7 +52,7 @@ class Reading:
         return self.crops * (1 + self.flip)
 
     def variant(self, item: Item, number: int) -> Item:
-        """The item with one of its cuts; 0 is its own."""
+        """Item with the crop of that number; 0: the crop that the item has by itself."""
         if not number:
             return item
         return replace(item, fit=variant_of(item.fit, item.clip.images.content(0), number, self.flip))

@@ -52,7 +52,7 @@ class Facts:
     width: int
     frames: int = 1
     times: tuple[int, ...] = ()
-    """Video: when each frame shows, in the stream's own unit; empty where frames must be counted from the start."""
+    """Presentation time of each video frame, in the stream's time base; empty: frames are counted from the start."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -74,7 +74,7 @@ class Sample:
     """One picture or clip as the trainer takes it; RGB float32 in [0, 1]."""
 
     frames: Tensor
-    """(F, H, W, 3); (0, H, W, 3) where hint and mask alone were asked for."""
+    """Frames (F, H, W, 3); (0, H, W, 3) where only hint and mask were requested."""
     hints: Tensor
     """(F, H, W, 3), cut exactly as the frames."""
     caption: str

@@ -64,7 +64,7 @@ class Blob:
         return f"{self.offset}|{self.size}"
 
     def read(self) -> bytes:
-        """All of it. Raises OSError."""
+        """Bytes of the whole blob. Raises OSError."""
         with open_regular(self.path) as file:
             file.seek(self.offset)
             length = self.size if self.size >= 0 else os.fstat(file.fileno()).st_size

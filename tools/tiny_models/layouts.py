@@ -180,7 +180,7 @@ def block_shapes(block: Block, layout: UNetLayout) -> Shapes:
 
 
 def conv(name: str, channels_in: int, channels_out: int, *kernel: int, bias: bool = True) -> Shapes:
-    """A convolution, 3x3 unless told."""
+    """Shapes of a convolution's weights, 3x3 by default."""
     shapes = {f"{name}.weight": (channels_out, channels_in, *(kernel or (3, 3)))}
     return shapes | ({f"{name}.bias": (channels_out,)} if bias else {})
 

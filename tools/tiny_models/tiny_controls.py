@@ -61,7 +61,7 @@ def make_stock_controlnet(path: Path, unet: str = "sd15", seed: int = 0) -> Path
 def make_lora(path: Path, unet: str = "sd15", seed: int = 0, rank: int = 4, scale: float = 1.0) -> Path:
     """A LoRA (kohya names, fp16) on the query and output layers of every attention.
 
-    Its change of a weight has about `scale` times the size of the weight itself.
+    The change of a weight is about `scale` times as large as the weight.
     """
     tensors = {}
     for ldm, _, channels in attention_layers(LAYOUTS[unet]):

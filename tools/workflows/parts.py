@@ -133,7 +133,7 @@ def sampler(
     title: str | None = None,
     **settings: Any,
 ) -> Node:
-    """The sampler. settings: in place of the usual ones."""
+    """Add a KSampler; `settings` replace its default settings."""
     usual: dict[str, Any] = {"seed": 42, "steps": 25, "cfg": 7.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"}
     wires: dict[str, Any] = {"model": model, "positive": positive, "negative": negative, "latent_image": latent}
     return workflow.add(RESULT, "KSampler", title, **wires, **usual | settings)

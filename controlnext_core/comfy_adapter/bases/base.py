@@ -74,7 +74,7 @@ class Place:
 
 
 ALL = "all"
-"""The subset of every weight."""
+"""Name of the subset that holds every weight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +113,7 @@ class LoadedBase:
     config: Mapping[str, Any]
     """The host's `unet_config`."""
     places: Mapping[Site, Place]
-    """Empty for a model that no control can be added to."""
+    """Sites at which controls can be added; empty: this model takes none."""
 
     @property
     def family(self) -> Family:

@@ -40,7 +40,7 @@ def from_the_front(tokens: Tensor, count: int, options: TransformerOptions) -> i
 
 
 def after_the_reference(tokens: Tensor, count: int, options: TransformerOptions) -> int:
-    """The tokens of a reference frame, (rows, C, H, W), come first where there is one."""
+    """Number of tokens of the reference frame, (rows, C, H, W), which come first; 0 without one."""
     reference = options.get(REFERENCE_KEY)
     return 0 if reference is None else (reference[-2] // PATCH) * (reference[-1] // PATCH)
 

@@ -208,7 +208,7 @@ def _wan(family: Family, of_5b: bool) -> Base:
 
 
 WAN_5B_CHANNELS = 48
-"""Of the latents of Wan 2.2's own autoencoder; all others have 16."""
+"""Channels of a latent of Wan 2.2's own autoencoder; latents of all other families have 16."""
 WAN = _wan(Family.WAN, of_5b=False)
 WAN_5B = _wan(Family.WAN_5B, of_5b=True)
 

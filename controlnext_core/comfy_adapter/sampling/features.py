@@ -1,4 +1,4 @@
-"""Features of hints, kept for every control of ours in one cache."""
+"""Features of hints: one cache for all controls of this pack."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def cached_rows(
     recent: dict[Hashable, Tensor],
     at_once: int = ROWS_AT_ONCE,
 ) -> Tensor:
-    """The features of each row's hint, (len(rows), ...) on `device`: from the cache, or encoded and kept.
+    """Features of each row's hint, (len(rows), ...) on `device`: read from the cache, or encoded and then cached.
 
-    later: timesteps that the run will need, encoded in the same pass as long as the cache has room; recent: what the
-    call before used and, afterwards, what this one did, so that neighbouring windows share frames where the cache has
-    no room; at_once: rows that are encoded in one pass at most. Never write to the result.
+    later: timesteps that the run will need, encoded in the same pass while the cache has room; recent: features used by
+    the previous call, replaced by those of this call, so that neighbouring windows share frames where the cache is
+    full; at_once: largest number of rows in one pass. The result must not be written to.
     """
     common = encoder.key(timestep)
     keys = {row: (group, row, *common) for row in dict.fromkeys(rows)}

@@ -42,7 +42,7 @@ class HostControl(ControlBase):
     """The gain of each half at strength 1, with the learned `scale` of the file where it has one."""
     scale: float | None = None
     weights_source: str | None = None
-    """The file whose weights the loader put on its MODEL; None for no weights."""
+    """File of base weights that the loader put on its MODEL; None: no weights."""
     hints_together = 1
     """Hints that become one feature map: the frames of a latent frame, where a clip has some."""
     has_parts = False
@@ -264,7 +264,7 @@ class HostControl(ControlBase):
         return self.run.mask(self.options.masks, latents, h, transformer_options, clip)
 
     def inference_memory_requirements(self, dtype: torch.dtype) -> int:
-        """Peak of an encoder's pass or of a forward, and room for the features that a run keeps on the device.
+        """Memory of a run in bytes: the peak of an encoder's pass or of a forward, and the features kept on the device.
 
         The latent's size is not known here: the hint is taken to have 8 times that size. dtype: the model's weights'.
         """

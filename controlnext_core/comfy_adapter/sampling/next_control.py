@@ -123,7 +123,7 @@ class ControlNeXtControl(HostControl):
         return self.run.ready[key]
 
     def later_timesteps(self, sigma: float) -> list[float]:
-        """Timesteps of the run's schedule after this sigma at which this control acts, each once."""
+        """Later timesteps of the run's schedule, after this sigma, at which this control acts; each once."""
         assert self.run is not None
         later = (self.run.timestep(s) for s in self.run.sigmas_after(sigma) if self.strength_at(s) != 0)
         return list(dict.fromkeys(later))

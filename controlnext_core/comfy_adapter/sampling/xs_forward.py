@@ -27,7 +27,7 @@ EMB, BEFORE_SKIP = "emb_patch", "input_block_patch"
 
 @dataclass
 class Companion:
-    """One control in one forward. Its rows are those that get control at all."""
+    """One control in one forward, for the rows of the batch that it controls."""
 
     name: str
     walk: Walk
