@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 from comfyui_controlnext.tests.conftest import TinyModels
 from comfyui_controlnext.tools.tiny_models import make_controlnext, make_unet_difference
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 CONTROL, WEIGHTS = "warned/controlnet.safetensors", "warned/unet.safetensors"
 NAMED = str(Path(CONTROL))
@@ -100,6 +105,15 @@ def refused_graph(tiny: TinyModels, what: str) -> dict[str, Any]:
     }
     made[at]["inputs"] |= inputs
     return {name: made[name] for name in ("base", first, "options", "see")}
+
+
+def picture_of(workflow: dict[str, Any], output: dict[str, Any]) -> str:
+    """A PNG that holds a graph in both formats, written as the host's SaveImage does, in base64."""
+    kept, stream = PngInfo(), io.BytesIO()
+    kept.add_text("prompt", json.dumps(output))
+    kept.add_text("workflow", json.dumps(workflow))
+    Image.new("RGB", (8, 8)).save(stream, "PNG", pnginfo=kept)
+    return base64.b64encode(stream.getvalue()).decode()
 
 
 def same_but_for_additions(sent: dict[str, Any], kept: dict[str, Any]) -> bool:

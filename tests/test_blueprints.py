@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from comfyui_controlnext.tests.test_browser import ARGUMENTS, READY, SEARCH, TIMEOUT, chromium_path
+from comfyui_controlnext.tests.page_fixtures import SEARCH, opened_page, screenshots
 from comfyui_controlnext.tools import make_workflows
 from comfyui_controlnext.tools.comfy_server import ComfyServer
 from comfyui_controlnext.tools.workflow_blueprints import Blueprint
@@ -40,17 +40,9 @@ AROUND = """([title, names]) => {  // a graph around the node that was added
 
 
 @pytest.fixture(scope="module")
-def page(server: ComfyServer) -> Iterator["Page"]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    server.post("/settings/Comfy.TutorialCompleted", True)
-    with sync_api.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=chromium_path(driver), args=ARGUMENTS)
-        made = chromium.new_page(viewport={"width": 1600, "height": 1000})
-        made.set_default_timeout(TIMEOUT)
-        made.goto(f"http://{server.address}/")
-        made.wait_for_function(READY, timeout=90_000)
-        yield made
-        chromium.close()
+def page(server: ComfyServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator["Page"]:
+    with opened_page(server, screenshots(tmp_path_factory), 1600) as made:
+        yield made.page
 
 
 def add_by_search(page: "Page", title: str) -> None:

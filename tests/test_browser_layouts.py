@@ -4,16 +4,18 @@ Screenshots go to the folder that CONTROLNEXT_SCREENSHOTS names; look at them on
 """
 
 import itertools
-import os
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from comfyui_controlnext.tests.test_browser import ARGUMENTS, READY, TIMEOUT, TITLES, chromium_path, page_graph
+from comfyui_controlnext.tests import page_graphs
+from comfyui_controlnext.tests.page_fixtures import DRAWN, Browser, opened_page, screenshots
+from comfyui_controlnext.tests.test_browser import TITLES, page_graph
 from comfyui_controlnext.tools.comfy_server import ComfyServer
 
 if TYPE_CHECKING:
+    from conftest import TinyModels
     from playwright.sync_api import Page
 
 pytestmark = [pytest.mark.comfy, pytest.mark.browser]
@@ -49,25 +51,17 @@ BEHIND = """(boxes) => {  // wires that cross the edge of a node, but for the 18
 @pytest.fixture(scope="module", params=[OLDER, NODES_2])
 def canvas(
     request: pytest.FixtureRequest, server: ComfyServer, pinned_host: bool, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple["Page", Path]]:
-    """A page of 1600 x 1000 pixels in one renderer, and the folder for screenshots."""
-    if request.param == NODES_2 and pinned_host:
+) -> Iterator[Browser]:
+    """A page of 1600 x 1000 pixels in one renderer."""
+    new = request.param == NODES_2
+    if new and pinned_host:
         pytest.skip("Nodes 2.0 is young in this frontend; run these tests with --comfyui on a newer ComfyUI")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    folder = Path(os.environ.get("CONTROLNEXT_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots")) / request.param
+    folder = screenshots(tmp_path_factory) / request.param
     folder.mkdir(parents=True, exist_ok=True)
-    server.post("/settings/Comfy.TutorialCompleted", True)
-    server.post("/settings/Comfy.VueNodes.Enabled", request.param == NODES_2)
-    server.post("/settings/LiteGraph.Canvas.MinFontSizeForLOD", 8)  # the page's own
-    with sync_api.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=chromium_path(driver), args=ARGUMENTS)
-        page = chromium.new_page(viewport={"width": 1600, "height": 1000})
-        page.set_default_timeout(TIMEOUT)
-        page.goto(f"http://{server.address}/")
-        page.wait_for_function(READY, timeout=90_000)
-        assert page.evaluate("Boolean(LiteGraph.vueNodesMode)") == (request.param == NODES_2)
-        yield page, folder
-        chromium.close()
+    settings = {"Comfy.VueNodes.Enabled": new, "LiteGraph.Canvas.MinFontSizeForLOD": 8}  # the page's own
+    with opened_page(server, folder, 1600, settings) as made:
+        assert made.page.evaluate("Boolean(LiteGraph.vueNodesMode)") == new
+        yield made
     server.post("/settings/Comfy.VueNodes.Enabled", False)
 
 
@@ -94,8 +88,8 @@ def inside(box: list[float], frame: list[float]) -> bool:
 
 
 @pytest.mark.parametrize("name", TITLES)
-def test_example_is_readable_and_nothing_covers_another(name: str, canvas: tuple["Page", Path]) -> None:
-    page, shots = canvas
+def test_example_is_readable_and_nothing_covers_another(name: str, canvas: Browser) -> None:
+    page = canvas.page
     graph = opened(page, name)
     assert page.evaluate("app.canvas.ds.scale") >= SMALLEST and not page.evaluate("app.canvas.low_quality")
     boxes = page.evaluate(BOXES)
@@ -108,4 +102,119 @@ def test_example_is_readable_and_nothing_covers_another(name: str, canvas: tuple
     drawn, behind = page.evaluate(BEHIND, boxes)
     assert drawn == len(graph["links"]) + len(graph["extra"].get("reroutes", []))
     assert behind == []
-    page.screenshot(path=shots / f"{name}.png")
+    canvas.shot(name)
+
+
+@dataclass
+class Warned:
+    """A page on which the graph of warnings ran. shown: {title: report}; saved: the graph with its reports."""
+
+    canvas: Browser
+    address: str
+    shown: dict[str, str]
+    saved: dict[str, Any]
+
+    def opened(self) -> "Page":
+        self.canvas.page.evaluate("(graph) => app.loadGraphData(graph)", self.saved)
+        return self.canvas.page
+
+
+@pytest.fixture(scope="module")
+def warned(canvas: Browser, server: ComfyServer, tiny: "TinyModels") -> Warned:
+    page = canvas.page
+    page_graphs.write_files(server.base / "models")
+    page.evaluate("app.extensionManager.command.execute('Comfy.RefreshNodeDefinitions')")
+    page.evaluate("(graph) => app.loadApiJson(graph, 'warnings')", page_graphs.warning_graph(tiny))
+    run_to_the_end(page)
+    shown = canvas.reports(len(page_graphs.WARNINGS))
+    return Warned(canvas, server.address, shown, page.evaluate("JSON.parse(JSON.stringify(app.graph.serialize()))"))
+
+
+def run_to_the_end(page: "Page") -> None:
+    page.evaluate("""() => { window.ended = false;
+        app.api.addEventListener('execution_success', () => { window.ended = true; }, {once: true}); }""")
+    page.get_by_test_id("queue-button").click()
+    page.wait_for_function("window.ended", timeout=120_000)
+
+
+def set_strength(page: "Page", value: float) -> None:
+    """Set weights_strength of the node "full" as the page does."""
+    page.evaluate(
+        """(value) => { const node = app.graph.nodes.find(n => n.title === 'full');
+        const widget = node.widgets.find(w => w.name === 'weights_strength');
+        widget.value = value; widget.callback(value, app.canvas, node); }""",
+        value,
+    )
+
+
+def test_each_warning_is_on_its_node(warned: Warned) -> None:
+    for title, words in page_graphs.WARNINGS.items():
+        assert warned.shown[title].startswith("Warning: ") and words in warned.shown[title]
+    first, *others = warned.shown["full"].splitlines()[1:]
+    assert first.startswith("controlnet.safetensors: ControlNeXt") and others[0].startswith("UNet weights: ")
+    warned.canvas.page.evaluate("app.canvas.ds.scale = 1")
+    warned.canvas.shot("warnings")
+
+
+def test_reports_stay_with_the_saved_graph_and_with_outputs_from_the_cache(warned: Warned) -> None:
+    page = warned.opened()
+    assert warned.canvas.reports(len(warned.shown)) == warned.shown
+    run_to_the_end(page)
+    assert warned.canvas.reports(len(warned.shown)) == warned.shown
+
+
+def test_reports_are_there_after_a_reload_of_the_page(warned: Warned) -> None:
+    """The page restores its graph; the host takes all nodes from its cache."""
+    page = warned.opened()
+    set_strength(page, 0.5)
+    run_to_the_end(page)
+    shown = warned.canvas.reports(len(warned.shown))
+    assert "strength 0.5" in shown["full"]
+    warned.canvas.load(warned.address)
+    assert warned.canvas.reports(len(shown)) == shown
+    run_to_the_end(page)
+    assert warned.canvas.reports(len(shown)) == shown
+
+
+def test_a_report_from_before_a_change_says_so_until_the_next_run(warned: Warned) -> None:
+    page, report = warned.opened(), warned.shown["full"]
+    old = f"From a run before the last change:\n{report}"
+    set_strength(page, 0.75)
+    page.wait_for_function(f"(text) => {DRAWN}.includes(text)", arg=old)
+    page.evaluate("(graph) => app.loadGraphData(graph)", page.evaluate("app.graph.serialize()"))
+    page.wait_for_function(f"(text) => {DRAWN}.includes(text)", arg=old)
+    warned.canvas.shot("earlier run")
+    set_strength(page, 1.0)
+    page.wait_for_function(f"(text) => {DRAWN}.includes(text)", arg=report)
+    set_strength(page, 0.75)
+    run_to_the_end(page)
+    assert warned.canvas.reports(len(warned.shown))["full"] == report.replace("strength 1;", "strength 0.75;")
+
+
+def test_a_report_says_so_when_a_wire_of_its_node_changes(warned: Warned) -> None:
+    page = warned.opened()
+    page.evaluate("app.graph.nodes.find(n => n.title === 'past').disconnectInput(0)")
+    page.wait_for_function(
+        f"(text) => {DRAWN}.includes(text)", arg=f"From a run before the last change:\n{warned.shown['past']}"
+    )
+
+
+@pytest.mark.parametrize("what", page_graphs.REFUSED)
+def test_the_page_says_what_is_wrong(what: str, canvas: Browser, server: ComfyServer, tiny: "TinyModels") -> None:
+    page = canvas.page
+    page_graphs.write_files(server.base / "models")
+    page.evaluate("(graph) => app.loadApiJson(graph, 'refused')", page_graphs.refused_graph(tiny, what))
+    page.get_by_test_id("queue-button").click()
+    overlay = page.get_by_test_id("error-overlay-see-errors")
+    said = page.get_by_text(page_graphs.REFUSED[what][2])
+    said.or_(overlay).first.wait_for()
+    if said.count() == 0:
+        overlay.click()
+        said.first.wait_for()
+    assert str(server.base) not in said.first.inner_text()
+    canvas.shot(what)
+    page.keyboard.press("Escape")
+
+
+def test_nothing_of_ours_went_wrong_on_either_page(canvas: Browser) -> None:
+    assert canvas.of_ours() == []

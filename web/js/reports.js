@@ -1,8 +1,12 @@
 // Reports of our nodes, drawn at their lower end. They are kept in the node's properties, so that they are there after a
-// reload of the page: for a node whose outputs it takes from its cache, the host sends no results again.
+// reload of the page: for a node whose outputs it takes from its cache, the host sends no results again. Once a widget or
+// a wire of the node is another than when its report was made, the report is dimmed and says so, until the next run.
+import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 
 const REPORT = "controlnext_report"; // key of the results, of the properties, and name of the widget
+const MADE_FOR = "controlnext_report_for"; // of the properties: the node's settings when it was queued
+const EARLIER = "From a run before the last change:";
 const LETTER = 5.9, LINE = 15, EDGE = 8, LINES = 8; // of the text, in units of the page; more lines than LINES scroll
 
 const WIDE = [
@@ -12,6 +16,27 @@ const WIDTH = 350; // of nodes that show names of files
 
 function isOurs(nodeData) {
     return Boolean(nodeData?.category?.startsWith("ControlNeXt"));
+}
+
+function inputsOf(nodeData) {
+    return { ...nodeData.input?.required, ...nodeData.input?.optional };
+}
+
+function settingsOf(node) {
+    const inputs = inputsOf(node.constructor.nodeData);
+    const values = (node.widgets ?? []).filter((widget) => widget.name in inputs).map((widget) => widget.value);
+    const wires = (node.inputs ?? []).map((_, slot) => node.getInputLink(slot)).filter(Boolean);
+    return JSON.stringify([values, wires.map((wire) => [wire.target_slot, String(wire.origin_id), wire.origin_slot])]);
+}
+
+function isEarlier(node) {
+    const madeFor = node.properties[MADE_FOR]; // none in graphs of older versions
+    return madeFor !== undefined && madeFor !== settingsOf(node);
+}
+
+function textOf(node) {
+    const text = node.properties?.[REPORT] ?? "";
+    return text && isEarlier(node) ? `${EARLIER}\n${text}` : text;
 }
 
 function heightOf(text, width) {
@@ -40,7 +65,7 @@ function fill(element, text) {
 
 function addWidget(node) {
     const element = makeElement();
-    const kept = () => node.properties[REPORT] ?? "";
+    const kept = () => textOf(node);
     const widget = node.addDOMWidget(REPORT, REPORT, element, {
         serialize: false, // neither saved with the values nor sent to the host
         getValue: kept,
@@ -52,7 +77,7 @@ function addWidget(node) {
 }
 
 function show(node) {
-    const text = node.properties?.[REPORT] ?? "";
+    const text = textOf(node);
     let widget = node.widgets?.find((each) => each.name === REPORT);
     if (!text) {
         if (widget) node.removeWidget(widget);
@@ -60,14 +85,32 @@ function show(node) {
     }
     widget ??= addWidget(node);
     fill(widget.element, text);
+    widget.element.style.opacity = text.startsWith(EARLIER) ? 0.55 : 1;
     widget.element.style.minHeight = `${heightOf(text, node.size[0])}px`;
     const [width, height] = node.computeSize();
     node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
     node.setDirtyCanvas?.(true, true);
 }
 
+function watch(node) {
+    for (const widget of node.widgets ?? []) {
+        after(widget, "callback", () => show(node));
+        after(widget, "beforeQueued", () => { node.queuedFor = settingsOf(node); });
+    }
+}
+
+let unsaved = false; // a report came that the page's own copy of the graph lacks
+
+function keepWithGraph() { // the page keeps that copy for its next start when a tracker sees a change
+    if (!unsaved) return;
+    unsaved = false;
+    const tracker = app.extensionManager?.workflow?.activeWorkflow?.changeTracker;
+    if (tracker?.captureCanvasState) tracker.captureCanvasState();
+    else tracker?.checkState?.(); // as older pages call it
+}
+
 function hideUnusedWidgets(node, nodeData) {
-    const inputs = { ...nodeData.input?.required, ...nodeData.input?.optional };
+    const inputs = inputsOf(nodeData);
     const advanced = (node.widgets ?? []).filter((widget) => inputs[widget.name]?.[1]?.advanced);
     const unused = advanced.every((widget) => widget.value === inputs[widget.name][1].default); // older graphs use some
     for (const widget of advanced) {
@@ -79,9 +122,9 @@ function hideUnusedWidgets(node, nodeData) {
     return advanced.length > 0;
 }
 
-function after(prototype, name, act) {
-    const before = prototype[name];
-    prototype[name] = function (...given) {
+function after(object, name, act) {
+    const before = object[name];
+    object[name] = function (...given) {
         const result = before?.apply(this, given);
         act(this, ...given);
         return result;
@@ -90,21 +133,28 @@ function after(prototype, name, act) {
 
 app.registerExtension({
     name: "comfyuicontrolnext.reports",
+    setup() {
+        for (const end of ["execution_success", "execution_error"]) api.addEventListener(end, keepWithGraph);
+    },
     nodeCreated(node) {
         const nodeData = node.constructor.nodeData;
         if (!isOurs(nodeData)) return;
         const height = hideUnusedWidgets(node, nodeData) ? node.computeSize()[1] : node.size[1];
         const width = WIDE.includes(node.comfyClass) ? WIDTH : 0;
         node.setSize([Math.max(node.size[0], width), height]);
+        watch(node);
     },
     beforeRegisterNodeDef(nodeType, nodeData) {
         if (!isOurs(nodeData)) return;
         after(nodeType.prototype, "onExecuted", (node, results) => {
             if (!results || !(REPORT in results)) return;
             node.properties[REPORT] = results[REPORT].join("\n");
+            node.properties[MADE_FOR] = node.queuedFor ?? settingsOf(node);
+            unsaved = true;
             show(node);
         });
-        after(nodeType.prototype, "onConfigure", (node) => {
+        after(nodeType.prototype, "onConnectionsChange", (node) => queueMicrotask(() => show(node)));
+        after(nodeType.prototype, "onConfigure", (node) => { // has its widgets' values again
             show(node);
             hideUnusedWidgets(node, nodeData);
         });
