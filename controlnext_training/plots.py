@@ -91,14 +91,6 @@ def loss_curve(
     return _chart(lines, ends, size, thick, dotted, None if small else NAMES)
 
 
-def line_chart(lines: Sequence[Line], size: tuple[int, int] = (720, 400)) -> Image:
-    """Lines over the steps, with a dot at every point; what they are, and their last values, above the frame."""
-    names = [name for name, _, _ in lines]
-    shown = [(name, _finite(points), color) for name, points, color in lines]
-    ends = _range([y for _, points, _ in shown for _, y in points], [])
-    return _chart(shown, ends, size, thick=names, dotted=names)
-
-
 def _chart(
     lines: Sequence[Line],
     ends: Point,

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from . import state
 from .base_model.before import check_before
-from .base_model.controls import MakeControl, new_control
 from .base_model.encode import BaseWithEncoders, device_of_host, is_interruption, is_out_of_memory, make_room
 from .base_model.needs import step_shape, told
 from .config import TrainConfig
@@ -70,14 +69,13 @@ def train(
     files: RunFiles,
     observer: Observer,
     group: ProcessGroup | None = None,
-    make: MakeControl = new_control,
     make_readers: MakeReaders = ThreadReaders,
 ) -> Path:
     """Train, or continue a saved run, and return the path of the trained file, which has been read back.
 
-    base: the host's models, which are only read; held_out: validation data, None to hold out some of `data`; make:
-    makes the control that trains; make_readers: makes what reads files ahead. Raises Stopped where `observer` asks
-    for it, TrainingError, ConfigError, DatasetError, CheckpointError.
+    base: the host's models, which are only read; held_out: validation data, None to hold out some of `data`;
+    make_readers: makes what reads files ahead. Raises Stopped where `observer` asks for it, TrainingError,
+    ConfigError, DatasetError, CheckpointError.
     """
     group = group or ProcessGroup()
     lock = run_lock(files.folder) if group.is_main else contextlib.nullcontext()
@@ -94,7 +92,7 @@ def train(
             raise Stopped(saved.step if saved else 0, saved.folder if saved else None)
         base.release_unused()
         make_room(device_of_host())
-        run = make_run(base, samples.store, samples.training, config, device_of_host(), group, observer, make, rules)
+        run = make_run(base, samples.store, samples.training, config, device_of_host(), group, observer, rules)
         journal = Journal(files.folder, group.is_main, config.tensorboard)
         try:
             if saved is not None:

@@ -15,7 +15,6 @@ from torch import nn
 from . import optimizers, state
 from .averaging import Ema
 from .base_model.controlled import Controlled
-from .base_model.controls import MakeControl, new_control
 from .base_model.encode import BaseWithEncoders, compute_dtype
 from .config import SETTINGS, ConfigError, TrainConfig
 from .config_files import as_toml
@@ -110,14 +109,13 @@ def make_run(
     device: torch.device,
     group: ProcessGroup,
     observer: Observer,
-    make: MakeControl = new_control,
     rules: Mapping[str, Any] = RULES,
 ) -> TrainingRun:
-    """A run before its first step. usable: indices of the store's dataset that train; make: makes the control;
+    """A run before its first step. usable: indices of the store's dataset that train;
     rules: see `rules_of`."""
     dtype = compute_dtype(config.precision, device)
     decay_all = rules["weight_decay"] != optimizers.DECAYED
-    controlled = Controlled(base.model, config, dtype, device, make)
+    controlled = Controlled(base.model, config, dtype, device)
     encoder = {f"control.{name}": p for name, p in controlled.net.named_parameters()}
     unet = {f"unet.{name}": p for name, p in controlled.differences.parameters.items()}
     parameters = {**encoder, **unet}

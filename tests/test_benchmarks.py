@@ -193,3 +193,13 @@ def test_a_loop_is_set_against_the_plain_one() -> None:
     ]
     times = Times(wall=[0.0, 9.0, 10.0, 12.0], processor=[0.0, 1.0, 2.0, 3.0])
     assert times.of_steps() == {"wall": [1.0, 2.0], "processor": [1.0, 1.0]}, "the first step warms up"
+
+
+@pytest.mark.comfy
+def test_the_parameters_are_those_of_the_papers_table_5(tmp_path: Path) -> None:
+    from comfyui_controlnext.benchmarks import bench_parameters
+
+    told = [row for row in bench_parameters.table(tmp_path) if row[3] and row[2]]
+    assert len(told) == 5, "two ControlNets, three ControlNeXts"
+    for _, name, learnable, of_paper, total, total_of_paper, _ in told:
+        assert abs(float(learnable) - int(of_paper)) < 1 and abs(float(total) - int(total_of_paper)) < 1, name

@@ -54,6 +54,14 @@ def test_the_table_has_the_means_of_all_scenes() -> None:
     assert super_resolution.table(scenes) == ["| | PSNR | SSIM |", "|---|---|---|", "| bicubic | 25.0 | 0.60 |"]
 
 
+def test_it_runs_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(bench, "_run", lambda name, arguments: started.append(name) or 0)
+    bench.run_benchmarks(cli.parse(["bench"]), lambda: Path("host"))
+    assert started == list(bench.BENCHMARKS) and "super_resolution" not in started
+    assert all((Path(super_resolution.__file__).parent / f"{name}.py").is_file() for name in bench.ON_REQUEST)
+
+
 def test_the_command_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started: dict[str, list[str]] = {}
     monkeypatch.setattr(bench, "_run", lambda name, arguments: started.update({name: arguments}) or 0)

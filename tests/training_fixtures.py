@@ -106,22 +106,18 @@ def _kept() -> Any:
     return MemoryCache()
 
 
-def loop_on(
-    base: Any, config: TrainConfig, data: Any = None, make: Any = None, rules: Any = None, group: Any = None
-) -> Any:
+def loop_on(base: Any, config: TrainConfig, data: Any = None, rules: Any = None, group: Any = None) -> Any:
     """Parts that the steps of a run need, without a run around them.
 
-    make: makes the control; None for the configuration's. rules: of an older state; None for today's. group: None for a
-    single process.
+    rules: of an older state; None for today's. group: None for a single process.
     """
-    from comfyui_controlnext.controlnext_training.base_model.controls import new_control
     from comfyui_controlnext.controlnext_training.distributed import ProcessGroup
     from comfyui_controlnext.controlnext_training.encoded import Store
     from comfyui_controlnext.controlnext_training.training_run import RULES, make_run
 
     data = data or drawn()
-    store, control = Store(base, data, config, _kept()), make or new_control
-    parts = base, store, list(range(len(data))), config, CPU, group or ProcessGroup(), Watcher(), control
+    store = Store(base, data, config, _kept())
+    parts = base, store, list(range(len(data))), config, CPU, group or ProcessGroup(), Watcher()
     return make_run(*parts, rules or RULES)
 
 

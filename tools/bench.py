@@ -13,6 +13,7 @@ from .environment import PATIENT_THREADS, ROOT
 BENCHMARKS = {
     "machine": "rates of arithmetic, memory, copies and launches",
     "counts": "multiply-adds and launches of each control, from shapes alone",
+    "parameters": "parameters of each control, trained and in all, beside the paper's table 5",
     "transformer_counts": "the same of transformers' controls, beside those of others for the same base",
     "clip_memory": "memory and multiply-adds of controls for clips in one latent, from shapes alone",
     "memory": "peak memory over the bare model; on a GPU also measured",
@@ -30,8 +31,7 @@ BENCHMARKS = {
 }
 """Benchmark -> the question it answers, slow ones last; the script is benchmarks/bench_<name>.py."""
 ON_REQUEST = {
-    "convergence": "how soon each way of control is heard, on the demo's base: trains for most of an hour",
-    "super_resolution": "a picture from its low-resolution copy, on the demo's base of SD3's shape: trains as long",
+    "super_resolution": "a picture from its low-resolution copy, on the demo's SD3 base: trains for most of an hour",
 }
 """Benchmarks of the same form that run only when they are named."""
 REPORT = "report"
@@ -40,12 +40,7 @@ FIRST_SIGN, LONGEST_PAUSE = 4.0, 60.0
 """Seconds before the first line of progress, and most of them between two."""
 SHARED = ("quick", "cpu")
 VALUES = ("json", "dtype", "repeats", "cases", "threads")
-TRAINING = ("parts", "base", "steps", "batch", "scenes", "looks", "folder")
-"""Options of `bench convergence`, by name."""
-OF_REQUEST = {
-    "convergence": ("cases", "threads", *TRAINING),
-    "super_resolution": ("threads", *(option for option in TRAINING if option != "looks")),
-}
+OF_REQUEST = {"super_resolution": ("threads", "parts", "base", "steps", "batch", "scenes", "folder")}
 """Benchmark of ON_REQUEST -> its options, by name."""
 OWN = {"train": ("batch",)}
 """Further options of BENCHMARKS."""
@@ -64,14 +59,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, metavar="N", help="interleaved repeats; default 5, quick 2")
     parser.add_argument("--cases", metavar="WORD,..", help="only cases whose name holds one of these words")
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU; default all")
-    training = parser.add_argument_group("of convergence", "benchmarks/convergence.py --help says more")
-    training.add_argument("--parts", metavar="WORD,..", help="runs, parameters, pairs, report; default all")
+    training = parser.add_argument_group("of super_resolution", "benchmarks/super_resolution.py --help says more")
+    training.add_argument("--parts", metavar="WORD,..", help="train, measure; default both")
     training.add_argument("--base", type=Path, metavar="FILE", help="checkpoint to train on; default the demo's")
-    training.add_argument("--steps", type=int, metavar="N", help="of each run")
+    training.add_argument("--steps", type=int, metavar="N", help="of the training")
     training.add_argument("--batch", type=int, metavar="N", help="pictures of a step; train has it too")
-    training.add_argument("--scenes", type=int, metavar="N", help="how many scenes train")
-    training.add_argument("--looks", type=int, metavar="N", help="validations of each run")
-    training.add_argument("--folder", type=Path, metavar="FOLDER", help="where the runs are kept; of report: see there")
+    training.add_argument("--scenes", type=int, metavar="N", help="how many scenes are measured")
+    training.add_argument("--folder", type=Path, metavar="FOLDER", help="where all of it is kept; of report: see there")
 
 
 def run_benchmarks(options: argparse.Namespace, host: Callable[[], Path]) -> int:

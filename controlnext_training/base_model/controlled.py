@@ -28,7 +28,7 @@ from ..config import TrainConfig
 from ..trainables import Differences, selected, train_differences
 from .blocks import host_in_training, prepare_blocks
 from .conditioning import host_arguments
-from .controls import MakeControl, TrainedControl, check_base, new_control, start_from
+from .controls import TrainedControl, check_base, new_control, start_from
 from .trainable_copy import plain_attention, training_unet
 from .trained_families import PREDICTS, TrainedFamily, family_of
 
@@ -69,20 +69,13 @@ def check_fits(model: ModelPatcher, config: TrainConfig) -> None:
 class Controlled(nn.Module):
     """The trainable copy of a base model, its control, and the host's own way from latents to an output."""
 
-    def __init__(
-        self,
-        model: ModelPatcher,
-        config: TrainConfig,
-        dtype: torch.dtype,
-        device: torch.device,
-        make: MakeControl = new_control,
-    ) -> None:
+    def __init__(self, model: ModelPatcher, config: TrainConfig, dtype: torch.dtype, device: torch.device) -> None:
         """Raises ConfigError or ValueError where the configuration does not fit the base; `model` is only read."""
         super().__init__()
         self.facts: LoadedBase = loaded_base(model.model)
         self.family: TrainedFamily = family_of(model)
         self.device, self.dtype, self.guidance = device, dtype, config.guidance
-        self.control: TrainedControl = make(config, self.facts, device)
+        self.control: TrainedControl = new_control(config, self.facts, device)
         stored_on = torch.device("cpu") if config.offload else device
         self.unet = training_unet(model, dtype, stored_on, narrow=config.checkpointing)
         trains_base = self.control.trains_base

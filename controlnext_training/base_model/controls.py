@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -85,10 +85,6 @@ class TrainedControl(Protocol):
 
     def check(self, header: checkpoint.Header) -> None:
         """Raise CheckpointError where a loader would not take the trained file."""
-
-
-MakeControl = Callable[[TrainConfig, LoadedBase, torch.device], TrainedControl]
-"""`new_control`, or a function that makes another control for comparison."""
 
 
 def new_control(config: TrainConfig, facts: LoadedBase, device: torch.device) -> TrainedControl:

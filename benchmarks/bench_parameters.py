@@ -1,23 +1,30 @@
-"""The paper's table 5, counted from shapes: what trains and what there is in all, of the real architectures.
+"""Parameters of each control, trained and in all, beside the paper's table 5: counted from shapes in seconds.
+
+    python run.py bench parameters
 
 ControlNeXt trains its encoder and a subset of the base's own weights, which is no addition; a ControlNet adds a copy of
-the base's encoder. Needs the host on its path; takes seconds and no weights.
+the base's encoder.
 """
 
 from __future__ import annotations
 
+import runpy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..controlnext_core.key_maps import unet_key_map
-from ..controlnext_core.specs import SPECS, config_of
-from ..controlnext_training.trainables import selected
-from ..models.controlnext import ControlNeXt
-from .evidence_tables import Table, markdown, pasted
-from .real_size import make_stock, make_unet, make_xs
+if __package__ in (None, ""):
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
+
+from comfyui_controlnext.benchmarks.host_start import begin  # noqa: E402
+from comfyui_controlnext.benchmarks.real_size import make_stock, make_unet, make_xs  # noqa: E402
+from comfyui_controlnext.benchmarks.recording import append_table  # noqa: E402
+from comfyui_controlnext.controlnext_core.key_maps import unet_key_map  # noqa: E402
+from comfyui_controlnext.controlnext_core.specs import SPECS, config_of  # noqa: E402
+from comfyui_controlnext.controlnext_training.trainables import selected  # noqa: E402
+from comfyui_controlnext.models.controlnext import ControlNeXt  # noqa: E402
 
 HEAD = ("base", "control", "learnable, M", "of the paper", "total, M", "of the paper", "learnable of a ControlNet's")
 PAPER = {"sd15": (361, 1220), "sdxl": (1251, 3818), "svd": (682, 2206)}
@@ -95,9 +102,11 @@ def table(folder: Path) -> list[tuple[str, ...]]:
     return rows
 
 
-def write(folder: Path, page: Path, keep: bool) -> None:
-    """Count, print, and put into the page."""
-    made: dict[str, Table] = {"parameters": (HEAD, table(folder))}
-    print(markdown(made["parameters"]), flush=True)
-    if keep:
-        page.write_text(pasted(page.read_text("utf-8"), made), "utf-8", newline="\n")
+def main() -> None:
+    options = begin(__doc__ or "")
+    rows = table(options.scratch)
+    append_table("parameters", "Table 5", HEAD, rows, "counted, not timed", options.json, not options.quick)
+
+
+if __name__ == "__main__":
+    main()
