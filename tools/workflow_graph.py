@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .workflow_layout import ARRANGEMENT, NOTE, WIDTH, Column, Member, place, size_of
-from .workflow_wires import SLOT, as_reroutes, group_box, node_box, route, wires_of
+from .workflow_wires import SLOT, as_reroutes, boxes_of, group_box, route, wires_of
 
 ObjectInfo = Mapping[str, Mapping[str, Any]]
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
@@ -239,5 +239,4 @@ def _widget_heights(workflow: Workflow, object_info: ObjectInfo) -> dict[tuple[i
 def _lanes(graph: Mapping[str, Any], widget_heights: Mapping[tuple[int, str], float]) -> dict[str, Any]:
     """Reroute points for the wires that would pass behind a node or through a group of others."""
     wires = wires_of(graph, widget_heights)
-    boxes = {node["id"]: node_box(node) for node in graph["nodes"]}
-    return as_reroutes(wires, route(wires, boxes, [group_box(group) for group in graph["groups"]]))
+    return as_reroutes(wires, route(wires, boxes_of(graph), [group_box(group) for group in graph["groups"]]))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 TITLE = 30  # height of a node's title, which stands above its position
+GROUP_LETTER, GROUP_LINE = 13, 32  # size of the title of a group
 SLOT, SLOT_INSET = 20, 10
 NODES_2_RISE = 2
 """Nodes 2.0 draws sockets on the edges of their nodes, and so much higher than the older renderer."""
@@ -59,6 +60,18 @@ def group_box(group: Mapping[str, Any]) -> Box:
     """Rectangle of a page group."""
     x, y, width, height = group["bounding"]
     return Box(x, y, x + width, y + height)
+
+
+def title_box(group: Mapping[str, Any]) -> Box:
+    """Rectangle of the title of a page group, which no wire should cross."""
+    x, y, *_ = group["bounding"]
+    return Box(x, y, x + GROUP_LETTER * len(group["title"]), y + GROUP_LINE)
+
+
+def boxes_of(graph: Mapping[str, Any]) -> dict[int, Box]:
+    """Rectangles in the way of wires: of nodes by number, of the titles of groups by their negative number."""
+    titles = {-group["id"]: title_box(group) for group in graph["groups"]}
+    return titles | {node["id"]: node_box(node) for node in graph["nodes"]}
 
 
 def wires_of(graph: Mapping[str, Any], widget_heights: Mapping[tuple[int, str], float]) -> list[Wire]:

@@ -52,11 +52,11 @@ def demo() -> Workflow:
     )
     prompts = _prompts(workflow, base["CLIP"], PROMPT, "EmptySD3LatentImage", SIDE)
     workflow.note(
-        PROMPTS,
+        HINT,
         "Words and places",
         "**The prompt names the things**, the hint says where they are. Try other colours: red, orange, yellow, green, "
         "blue, purple, pink, brown, white; a *scene* house, cat, fish or flower wants their names.",
-        110,
+        150,
     )
     hint = sample(workflow, "edges", SIDE, "Sample hint", scene=SCENE)
     applied = workflow.add(
@@ -64,7 +64,7 @@ def demo() -> Workflow:
     )
     workflow.note(
         RESULT,
-        "Without control, and with another",
+        "With and without control",
         "**Set strength to 0 and run again**: the same seed without control. Values between show how the drawing takes "
         "over. *Load ControlNeXt* says which file it found and what it is for.",
         130,
@@ -97,6 +97,13 @@ def demo_train() -> Workflow:
         130,
     )
     hint = sample(workflow, "edges", side, "Sample hint", scene=SHAPES)
+    workflow.note(
+        HINT,
+        "A drawing that it never saw",
+        "The trained control follows **these outlines** in the pictures on the right. Choose another *scene*, or put "
+        "*Load Image* here, and run again: the training is finished and does not run a second time.",
+        150,
+    )
     trained = workflow.add(
         CONTROL,
         "ControlNeXtTrain",

@@ -205,7 +205,7 @@ def sdxl_canny() -> Workflow:
     loader = load_control(workflow, base["MODEL"], SDXL_CANNY)
     workflow.note(
         MODELS,
-        "The checkpoint for this control",
+        "An anime checkpoint fits",
         "It was trained on anime pictures: an SDXL **anime checkpoint** suits it better than the base model here.",
         110,
     )
@@ -246,7 +246,8 @@ def sdxl_depth() -> Workflow:
     control = workflow.add(
         CONTROL, "ControlNeXtApply", model=loader["MODEL"], control_net=options["CONTROL_NET"], image=image["IMAGE"]
     )
-    return finish(workflow, control["MODEL"], positive, negative, latent, base["VAE"])
+    made = finish(workflow, control["MODEL"], positive, negative, latent, base["VAE"])
+    return latent_beside_sampler(made)
 
 
 def sdxl_second_pass() -> Workflow:
@@ -255,6 +256,7 @@ def sdxl_second_pass() -> Workflow:
     loader = load_control(workflow, base["MODEL"], SDXL_CANNY)
     positive, negative, latent = prompts(workflow, base["CLIP"], SDXL, "a girl in a spring meadow, anime style")
     hint = edges(workflow, SDXL)
+    workflow.add(HINT, "PreviewImage", images=hint)
     control = workflow.add(
         CONTROL,
         "ControlNeXtApply",
@@ -288,7 +290,7 @@ def sdxl_lora_two_controls() -> Workflow:
     )
     workflow.note(
         RESULT,
-        "MODEL goes through both loaders",
+        "MODEL passes both loaders",
         "Each adds its UNet weights. LoRA and loaders may come in any order, the sum is the same. Where the picture "
         "gets harsh, lower **weights_strength**.",
         120,
@@ -300,4 +302,5 @@ def sdxl_lora_two_controls() -> Workflow:
     second = stock_apply(
         workflow, first["positive"], first["negative"], depth, image["IMAGE"], 1.0, "Apply ControlNet (depth)"
     )
-    return finish(workflow, depth["MODEL"], second["positive"], second["negative"], latent, base["VAE"])
+    made = finish(workflow, depth["MODEL"], second["positive"], second["negative"], latent, base["VAE"])
+    return latent_beside_sampler(made)

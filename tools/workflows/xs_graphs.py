@@ -14,6 +14,7 @@ from .parts import (
     condition_note,
     edges,
     finish,
+    latent_beside_sampler,
     load_control,
     load_lora,
     prompts,
@@ -111,6 +112,7 @@ def xs_sdxl_depth() -> Workflow:
 def xs_sdxl_two() -> Workflow:
     """Two ControlNet-XS in a chain of stock nodes."""
     workflow, base = start("xs_sdxl_two", "SDXL canny and depth, two ControlNet-XS", SDXL)
+    base.stack = 0
     canny = load_xs(workflow, XS_SDXL_CANNY, "Load ControlNet-XS (canny)")
     depth = load_xs(workflow, XS_SDXL_DEPTH, "Load ControlNet-XS (depth)")
     positive, negative, latent = prompts(
@@ -129,7 +131,8 @@ def xs_sdxl_two() -> Workflow:
         "Their order makes no difference. Two controls push more than one: **strength 0.7** each is a start.",
         110,
     )
-    return finish(workflow, base["MODEL"], second["positive"], second["negative"], latent, base["VAE"])
+    made = finish(workflow, base["MODEL"], second["positive"], second["negative"], latent, base["VAE"])
+    return latent_beside_sampler(made)
 
 
 def xs_controlnext_lora() -> Workflow:
@@ -160,4 +163,5 @@ def xs_controlnext_lora() -> Workflow:
         "the other way. Where the picture gets harsh, lower a **strength**.",
         120,
     )
-    return finish(workflow, model["MODEL"], applied["positive"], applied["negative"], latent, base["VAE"])
+    made = finish(workflow, model["MODEL"], applied["positive"], applied["negative"], latent, base["VAE"])
+    return latent_beside_sampler(made)
