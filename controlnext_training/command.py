@@ -118,7 +118,7 @@ def open_data(
         raise ConfigError("data: is empty. Name a folder of pictures, a metadata.jsonl or a tar shard.")
     trains = sources == config.data
     if any(is_drawn(source) for source in sources):
-        if trains and (config.repeats or config.weights or config.flip or config.crops > 1):
+        if trains and any(share != Share() for share in _shares(config)):
             raise ConfigError("repeats, weights, crops, flip: are for files. Leave them out for a drawn source.")
         if len(sources) > 1:
             raise ConfigError("data: a drawn source stands alone. Keep it, or the files.")
@@ -133,8 +133,6 @@ def open_data(
         clip_frames=frames,
         clip_stride=config.clip_stride,
         reference=reference_of(config.variant),
-        crops=config.crops if trains else 1,
-        flip=config.flip and trains,
         shares=_shares(config) if trains else (),
         roots=roots,
         index=index,
@@ -145,7 +143,9 @@ def open_data(
 def _shares(config: TrainConfig) -> list[Share]:
     """Share of each source of the data."""
     count = len(config.data)
-    return [Share(*pair) for pair in zip(config.repeats or [1] * count, config.weights or [1.0] * count, strict=True)]
+    given = (config.repeats, config.weights, config.crops, config.flip)
+    columns = [(values or (usual,)) for values, usual in zip(given, Share(), strict=True)]
+    return [Share(*row) for row in zip(*(c * count if len(c) == 1 else c for c in columns), strict=True)]
 
 
 def seen_from(folder: Path, config: TrainConfig) -> TrainConfig:

@@ -18,8 +18,8 @@ from .objective import LOG_NORMAL, OBJECTIVES, TIMESTEP_DISTRIBUTIONS
 from .optimizers import OPTIMIZERS
 from .patterns import MAX_LETTERS, Pattern, PatternError
 from .schedules import SCHEDULES, Schedule
+from .settings import EACH, OF_SOURCES, last_names, setting, settings_of
 from .settings import ConfigError as ConfigError
-from .settings import last_names, setting, settings_of
 
 MANY = 10_000_000
 """Largest number of steps."""
@@ -101,7 +101,7 @@ class TrainConfig:
     # data
     data: tuple[str, ...] = setting(
         (),
-        "Folders, metadata.jsonl files or tar shards, relative to the recipe's folder; or picturebook:edges:200.",
+        "Folders, tables (metadata.jsonl, Parquet) or tar shards, relative to the recipe; or picturebook:edges:200.",
         is_path=True,
     )
     validation_data: tuple[str, ...] = setting(
@@ -129,14 +129,14 @@ class TrainConfig:
     caption_extension: str = setting(".txt", "Suffix of the caption beside a picture.")
     clip_frames: int = setting(14, "Frames of a clip, of SVD any number, of Wan 1, 5, 9 and so on.", low=1, high=1024)
     clip_stride: int = setting(3, "Every n-th frame of a clip's source.", low=1, high=1024)
-    repeats: tuple[int, ...] = setting(
-        (), "Uses of each sample in an epoch, a number for each of data, in its order; empty = 1.", low=1, high=10_000
+    repeats: tuple[int, ...] = setting((), f"Uses of each sample in an epoch, {EACH} = 1.", low=1, high=10_000)
+    weights: tuple[float, ...] = setting((), f"Factor on the loss, {EACH} = 1.", low=0, high=1e3)
+    crops: tuple[int, ...] = setting(
+        (), f"Crops of each picture, its centre and drawn ones, the hint alike; {EACH} = 1.", low=1, high=64
     )
-    weights: tuple[float, ...] = setting(
-        (), "Factors on the loss, a number for each of data, in its order; empty = 1.", low=0, high=1e3
+    flip: tuple[bool, ...] = setting(
+        (), f"Mirror picture and hint in half of the uses, where left and right do not matter; {EACH} = off."
     )
-    crops: int = setting(1, "Crops of each picture: its centre, and drawn ones, the hint alike.", low=1, high=64)
-    flip: bool = setting(False, "Mirror picture and hint in half of the uses. Not where left and right matter.")
     workers: int = setting(1, "Workers that read pictures ahead; 0 = none, 1 = a thread.", low=0, high=64)
     max_samples: int = setting(0, "Largest number of pictures to use; 0 = all.", low=0, high=1e12)
 
@@ -302,10 +302,10 @@ class TrainConfig:
             raise ConfigError("offload: saves nothing without checkpointing. Set checkpointing = true as well.")
         if self.zero and self.optimizer != "adamw":
             raise ConfigError(f"zero: is for adamw, and optimizer is {self.optimizer}. Change one of them.")
-        for key in ("repeats", "weights"):
-            given = getattr(self, key)
-            if given and self.data and len(given) != len(self.data):
-                raise ConfigError(f"{key}: are {len(given)} for {len(self.data)} of data. Give one for each.")
+        for key in OF_SOURCES:
+            given = len(getattr(self, key))
+            if given > 1 and self.data and given != len(self.data):
+                raise ConfigError(f"{key}: are {given} for {len(self.data)} of data. Give one for each, or one.")
         self._check_names()
 
     def _check_names(self) -> None:

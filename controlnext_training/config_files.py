@@ -6,13 +6,14 @@ import argparse
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
 
 from ..controlnext_core.encodable import cut, is_encodable
-from .config import SETTINGS, ConfigError, TrainConfig
+from .config import OF_SOURCES, SETTINGS, ConfigError, TrainConfig
+from .data.samples import Share
 
 MAX_RECIPE = 64 * 1024
 """Letters of a recipe; those of the pack have two thousand."""
@@ -65,11 +66,13 @@ FOREIGN: dict[str, str] = {
 }
 """Settings of other trainers -> what to write in their place."""
 
+OF_SOURCE = dict(zip(Share._fields, OF_SOURCES, strict=True))
+"""Key of a source's table -> the setting that holds its values for all sources."""
 KINDS: dict[str, type] = get_type_hints(TrainConfig)
 """Key -> its type."""
-LISTS: dict[Any, type] = {tuple[str, ...]: str, tuple[int, ...]: int, tuple[float, ...]: float}
+LISTS: dict[Any, type] = {tuple[str, ...]: str, tuple[int, ...]: int, tuple[float, ...]: float, tuple[bool, ...]: bool}
 """Type of a list -> that of its parts."""
-NAMES_OF_LISTS = dict(zip(LISTS, ("texts", "whole numbers", "numbers"), strict=True))
+NAMES_OF_LISTS = dict(zip(LISTS, ("texts", "whole numbers", "numbers", "true or false"), strict=True))
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -106,7 +109,9 @@ def _settings_of(document: Mapping[str, Any]) -> dict[str, Any]:
 
     def take(values: Mapping[str, Any]) -> None:
         for key, value in values.items():
-            if isinstance(value, dict):
+            if key == "data" and (tables := tables_of(value)):
+                take(settings_of_sources(tables))
+            elif isinstance(value, dict):
                 take(value)
             elif key in found:
                 raise ConfigError(f"{cut(key)}: stands there twice. Keep one.")
@@ -114,6 +119,30 @@ def _settings_of(document: Mapping[str, Any]) -> dict[str, Any]:
                 found[key] = checked(key, value)
 
     take(document)
+    return found
+
+
+def tables_of(data: Any) -> list[dict[str, Any]]:
+    """The sources of a recipe as tables; [] where none of them is one. A text among tables is a path."""
+    parts = [data] if isinstance(data, dict) and "path" in data else data
+    if not isinstance(parts, list) or not any(isinstance(part, dict) for part in parts):
+        return []
+    return [part if isinstance(part, dict) else {"path": part} for part in parts]
+
+
+def settings_of_sources(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`data` and the settings of sources that tables speak of, a value for each. Raises ConfigError."""
+    found: dict[str, Any] = {"data": []}
+    for number, table in enumerate(tables, 1):
+        if unknown := [key for key in table if key not in ("path", *OF_SOURCE)]:
+            known = ", ".join(OF_SOURCE)
+            raise ConfigError(f"data: {cut(unknown[0])} of source {number} is unknown. A source has path, {known}.")
+        if not isinstance(table.get("path"), str):
+            raise ConfigError(f'data: source {number} names no file or folder. Write path = "faces".')
+        found["data"].append(table["path"])
+    for name, key in OF_SOURCE.items():
+        if any(name in table for table in tables):
+            found[key] = [table.get(name, getattr(Share(), name)) for table in tables]
     return found
 
 
@@ -140,7 +169,7 @@ def checked(key: str, value: Any) -> Any:
     if kind in LISTS:
         parts = value if isinstance(value, (list, tuple)) else [value]
         wide = (int, float) if LISTS[kind] is float else LISTS[kind]
-        if all(isinstance(part, wide) and not isinstance(part, bool) for part in parts):
+        if all(isinstance(part, wide) and isinstance(part, bool) == (wide is bool) for part in parts):
             return tuple(map(LISTS[kind], parts))
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
@@ -176,10 +205,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         elif kind in LISTS:
-            name = "PATH" if LISTS[kind] is str else "NUMBER"
-            parser.add_argument(flag, nargs="+", type=LISTS[kind], metavar=name, help=text)
+            name, read = NAMES_OF_FLAGS.get(LISTS[kind], ("NUMBER", LISTS[kind]))
+            parser.add_argument(flag, nargs="+", type=read, metavar=name, help=text)
         else:
             parser.add_argument(flag, type=kind, choices=SETTINGS[key].choices or None, metavar=key.upper(), help=text)
+
+
+def true_or_false(text: str) -> bool:
+    """The value of a flag. Raises ValueError."""
+    if text not in ("true", "false"):
+        raise ValueError(text)
+    return text == "true"
+
+
+NAMES_OF_FLAGS: dict[type, tuple[str, Any]] = {str: ("PATH", str), bool: ("true|false", true_or_false)}
+"""Type of a list's parts -> what help calls them, and what reads one; others are numbers."""
 
 
 def flags_given(options: argparse.Namespace) -> dict[str, Any]:

@@ -34,8 +34,6 @@ HINTS_OF = {scheme: HINTS if scheme == "children" else PLANES for scheme in SCHE
 class DrawnDataset:
     """Pictures 0 to count - 1 of one scheme and seed, all of one size."""
 
-    variants = 1
-
     def __init__(self, scheme: str, name: str, count: int, side: int, hint: str = PAIRED, seed: int = 0) -> None:
         """scheme: a key of SCHEMES; name: the drawn hint that `paired` means, of HINTS_OF; side: pixels;
         hint: `paired`, or a kind that is computed."""

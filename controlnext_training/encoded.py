@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,6 +98,7 @@ class Store:
         bad: list[int] = []
         conditioning = self.base.family.conditioning
         conditioning.prepare(self.base, self.cached, "")  # for dropped captions and for guidance
+        total = sum(self.data.share(index).variants for index in mine)
         for done, begun in enumerate(self._ahead(mine)):
             if observer.stopping():
                 break
@@ -107,7 +107,6 @@ class Store:
             except BrokenSample as error:
                 broken.append(Broken(error.path, error.why))
                 bad.append(begun.index)
-            total = len(mine) * self.data.variants
             observer.progress(done + 1, total, f"encoding {done + 1} of {total}")
         out = {index for part in group.gather(bad) for index in part}
         usable = [index for index in indices if index not in out]
@@ -119,7 +118,8 @@ class Store:
     def _ahead(self, indices: Sequence[int]) -> Iterator[Begun]:
         """Every cut of the samples, in order; twice as many as there are readers are begun ahead."""
         coming: deque[Begun] = deque()
-        for index, variant in itertools.product(indices, range(self.data.variants)):
+        cuts = ((index, cut) for index in indices for cut in range(self.data.share(index).variants))
+        for index, variant in cuts:
             coming.append(self.begin(index, index, variant))
             if len(coming) > 2 * self.readers.count:
                 yield coming.popleft()
@@ -133,9 +133,9 @@ class Store:
         if self.config.cache and not self._has_hints(begun):
             self._hint(begun)
 
-    def variant(self, position: int) -> int:
-        """Number of the cut that a position of the run draws."""
-        count = self.data.variants
+    def variant(self, index: int, position: int) -> int:
+        """Number of the cut of a sample that a position of the run draws."""
+        count = self.data.share(index).variants
         return int(uniform(self.config.seed, "cut", position) * count) if count > 1 else 0
 
     def begin(self, index: int, position: int, variant: int) -> Begun:
@@ -203,7 +203,7 @@ class Store:
     def sample(self, index: int, position: int, dropout: bool = True) -> Encoded:
         """The sample at one position of the run; dropout: True lets caption and hint drop out,
         draws a cut and weighs the loss. Raises BrokenSample."""
-        return self.finish(self.begin(index, position, self.variant(position) if dropout else 0), dropout)
+        return self.finish(self.begin(index, position, self.variant(index, position) if dropout else 0), dropout)
 
     def finish(self, begun: Begun, dropout: bool = True) -> Encoded:
         """Encode the sample whose reading has begun. Raises BrokenSample."""
@@ -261,7 +261,7 @@ class Prefetcher:
         return found
 
     def _begin(self, wanted: SampleRequests) -> list[Begun]:
-        return [self.store.begin(index, position, self.store.variant(position)) for index, position in wanted]
+        return [self.store.begin(index, position, self.store.variant(index, position)) for index, position in wanted]
 
     def _finish_later(self, begun: Future[list[Begun]]) -> list[Encoded]:
         return self._finish(begun.result())
@@ -278,8 +278,9 @@ class Prefetcher:
             if candidate in self.gone or sizes[candidate] != sizes[begun.index]:
                 continue
             try:
-                position, cut = begun.position, begun.variant
-                return self.store.finish(begun if not offset else self.store.begin(candidate, position, cut))
+                place = begun.position
+                other = self.store.begin(candidate, place, self.store.variant(candidate, place)) if offset else begun
+                return self.store.finish(other)
             except BrokenSample as error:
                 self.gone.add(candidate)
                 self.say(f"from now on left out: {error}")

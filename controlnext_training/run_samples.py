@@ -54,7 +54,7 @@ def encode_samples(
     Raises DatasetError where no sample can be read.
     """
     store = validation_store = Store(base, data, config, cache, readers)
-    if config.flip and (line := _of_sides(data.captions)):
+    if line := _of_sides([caption for index, caption in enumerate(data.captions) if data.share(index).flip]):
         observer.say(line)
     count = min(len(data), config.max_samples or len(data))
     readable, broken = store.prepare(range(count), group, observer)

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from pathlib import PureWindowsPath
 from typing import Any
 
+OF_SOURCES = ("repeats", "weights", "crops", "flip")
+"""Settings with a value for each source of the data, or one for all."""
+EACH = "one for each of data or one for all; empty"
+"""Words about these."""
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used. The message names the key, the value and what is allowed."""

@@ -84,8 +84,6 @@ class MovingScenes:
     def __len__(self) -> int:
         return len(self.still)
 
-    variants = 1
-
     def share(self, index: int) -> Any:
         return self.still.share(index)
 

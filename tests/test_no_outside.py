@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from comfyui_controlnext.controlnext_core.hints import HINTS
-from comfyui_controlnext.tests.data_fixtures import pairs
+from comfyui_controlnext.tests.data_fixtures import coordinates, encoded, pairs
 from comfyui_controlnext.tests.sampling_fixtures import picture
 from comfyui_controlnext.tools.tiny_models import make_controlnet_xs, make_controlnext, make_unet_difference
 from safetensors.torch import load_file
@@ -142,6 +142,17 @@ def test_data_is_opened_and_a_control_trained_without_the_outside(
         assert report(data).text and len(data) == 3
         trained = train_in(tmp_path, base_of(loaded_studio), small(steps=1), data=data)
     assert trained is not None
+
+
+def test_rows_are_read_without_the_outside(watched: Any, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="the library datasets is not installed")
+    from comfyui_controlnext.controlnext_training.data import open_dataset
+
+    drawing = encoded(coordinates(64, 64))
+    datasets.Dataset.from_dict({"image": [drawing], "hint": [drawing]}).to_parquet(str(tmp_path / "a.parquet"))
+    with watched():
+        data = open_dataset([tmp_path / "a.parquet"], resolution=64, index=tmp_path / "cache" / "index.json")
+        assert data.load(0).frames.shape == (1, 64, 64, 3)
 
 
 def calls_of(source: str) -> set[str]:

@@ -24,6 +24,12 @@ LOSS = 1e-5
 """Relative difference of losses: compiled code adds up in another order."""
 
 
+@pytest.fixture
+def fresh_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of its own for compiled code: a run that was killed leaves half a file in the common one."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+
+
 def losses_of(make: Any) -> tuple[list[float], int]:
     """Losses of three steps, and the number of graphs that were compiled for them."""
     torch._dynamo.reset()
@@ -32,6 +38,7 @@ def losses_of(make: Any) -> tuple[list[float], int]:
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("fresh_code")
 @pytest.mark.filterwarnings("default")
 def test_a_unet_of_compiled_blocks_has_the_same_losses(loaded_studio: Studio) -> None:
     plain, none = losses_of(lambda: loop_on(base_of(loaded_studio), small()))
@@ -41,6 +48,7 @@ def test_a_unet_of_compiled_blocks_has_the_same_losses(loaded_studio: Studio) ->
 
 @pytest.mark.long
 @pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.usefixtures("fresh_code")
 @pytest.mark.filterwarnings("default")
 def test_a_transformer_of_compiled_blocks_has_the_same_losses(family: str) -> None:
     base = narrow_base(family)

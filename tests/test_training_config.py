@@ -29,14 +29,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 CHOICES = {key: facts.choices for key, facts in SETTINGS.items() if facts.choices}
-LISTS = ("repeats", "weights")
+LISTS = ("repeats", "weights", "crops")
 """Settings with a number for each source, which has bounds."""
 BOUNDS = {
     key: (facts.low, facts.high) for key, facts in SETTINGS.items() if math.isfinite(facts.low) and key not in LISTS
 }
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 UNBOUND = {
-    *("xs_own_time", "buckets", "flip", "stratified_timesteps", "ema_on_cpu", "checkpointing", "offload"),
+    *("xs_own_time", "buckets", "stratified_timesteps", "ema_on_cpu", "checkpointing", "offload"),
     *("compile", "cache", "zero", "resume", "tensorboard"),
 }
 """Switches: there is nothing to be out of."""
@@ -60,6 +60,9 @@ CHANGED: dict[str, Any] = {
     "offload": True,
     "layout": "published",
     "resume": False,
+    "weights": (1.0, 0.25, 3.0),
+    "crops": (4,),
+    "flip": (True, False, True),
     "output_name": "\u63a7\u5236 1",
 }
 
@@ -72,7 +75,7 @@ def flags_of(config: TrainConfig) -> list[str]:
         if isinstance(value, bool):
             line.append(flag if value else f"--no-{flag[2:]}")
         elif isinstance(value, tuple):
-            line += [flag, *value] if value else []
+            line += [flag, *(str(v).lower() if v is True or v is False else str(v) for v in value)] if value else []
         else:
             line.append(f"{flag}={value}")
     return line
@@ -144,7 +147,7 @@ def test_a_number_may_be_at_its_bounds_and_not_beyond(key: str) -> None:
 
 @pytest.mark.parametrize("key", LISTS)
 def test_each_number_of_a_list_is_within_its_bounds(key: str) -> None:
-    facts, kind = SETTINGS[key], int if key == "repeats" else float
+    facts, kind = SETTINGS[key], float if key == "weights" else int
     good = (kind(facts.low), kind(facts.high))
     assert getattr(TrainConfig(data=("a", "b"), **{key: good}), key) == good
     for beyond in (kind(facts.low) - 1, kind(facts.high) * 2):

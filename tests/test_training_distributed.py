@@ -14,7 +14,7 @@ import torch
 from comfyui_controlnext.controlnext_training import journal, state
 from comfyui_controlnext.controlnext_training.config import ConfigError, TrainConfig
 from comfyui_controlnext.controlnext_training.config_files import as_toml
-from comfyui_controlnext.tests.data_fixtures import coordinates, write
+from comfyui_controlnext.tests.data_fixtures import coordinates, encoded, write
 from comfyui_controlnext.tests.training_fixtures import same_nested
 from comfyui_controlnext.tools.comfy_server import free_port
 from torch import Tensor
@@ -161,6 +161,9 @@ from pathlib import Path
 from comfyui_controlnext.controlnext_training.data.tree import Blob
 read, real = [], Blob.read
 Blob.read = lambda blob: read.append(blob.name) or real(blob)
+from comfyui_controlnext.controlnext_training.data.rows import Cell
+cell = Cell.read
+Cell.read = lambda blob: read.append(blob.name) or cell(blob)
 with join_group() as group:
     try:
         data = together(group, lambda: open_dataset(sys.argv[2], resolution=64, index=Path(sys.argv[3])))
@@ -195,6 +198,16 @@ def test_two_processes_read_each_file_of_a_folder_once_in_all(tmp_path: Path) ->
     one, other = (line.split() for line in opened_by_two(tmp_path / "data", tmp_path / "index.json"))
     assert [one[0], other[0]] == ["500", "0"], "files read by each"
     assert one[1:] == other[1:] and one[1] == "250"
+
+
+def test_two_processes_turn_a_parquet_file_once_and_read_each_picture_once(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="the library datasets is not installed")
+    pictures = [encoded(coordinates(16, 16, number)) for number in range(40)]
+    held = {"image": pictures, "hint": pictures, "text": ["x"] * len(pictures)}
+    datasets.Dataset.from_dict(held).to_parquet(str(tmp_path / "a.parquet"))
+    one, other = (line.split() for line in opened_by_two(tmp_path / "a.parquet", tmp_path / "index.json"))
+    assert [one[0], other[0]] == ["80", "0"] and one[1:] == other[1:] and one[1] == "40"
+    assert len(list((tmp_path / "arrow").rglob("*.arrow"))) == 1
 
 
 def test_a_folder_that_one_process_cannot_open_ends_both(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -67,15 +68,37 @@ def test_a_run_gives_the_same_bits_with_any_number_of_readers(
     from comfyui_controlnext.tests.training_fixtures import run_in
 
     data, found = opened(large(tmp_path / "data"), hint="soft_edge"), []
-    for workers in (0, 3):
-        base, folder = base_of(loaded_studio), tmp_path / str(workers)
+    processes: list[ProcessReaders] = []
+
+    def make_processes(count: int) -> ProcessReaders:
+        processes.append(ProcessReaders(count))
+        return processes[-1]
+
+    for make, workers in ((ThreadReaders, 0), (ThreadReaders, 3), (make_processes, 1 if cache else 2)):
+        base, folder = base_of(loaded_studio), tmp_path / f"{make.__name__} {workers}"
         config = small(workers=workers, steps=2, batch_size=2, cache=cache, mask_weight=1.0)
-        found.append(checkpoint.load(train(base, data, None, config, run_in(folder, base), Watcher())))
-    assert same(*found)
+        found.append(
+            checkpoint.load(train(base, data, None, config, run_in(folder, base), Watcher(), make_readers=make))
+        )
+    assert same(found[0], found[1]) and same(found[0], found[2])
+    (used,) = processes
+    assert used.began == config.workers and used._started == [], "they read, and none is left"
+
+
+@pytest.fixture(params=["windows", pytest.param("here", marks=pytest.mark.long)])
+def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """windows: processes are spawned by default, as on macOS too, and no signal can be held back."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    if request.param == "windows":
+        multiprocessing.set_start_method("spawn", force=True)
+        for name in ("pthread_sigmask", "SIGHUP"):
+            monkeypatch.delattr(signal, name, raising=False)
+    yield request.param
+    multiprocessing.set_start_method(before, force=True)
 
 
 @pytest.mark.comfy
-def test_a_process_reads_the_same_bits_and_may_end_and_none_is_left(tmp_path: Path) -> None:
+def test_a_process_reads_the_same_bits_and_may_end_and_none_is_left(tmp_path: Path, system: str) -> None:
     data, readers = opened(large(tmp_path / "data"), hint="soft_edge"), ProcessReaders(1)
     (tmp_path / "data" / "images" / f"{NAMES[5]}.png").unlink()
     alone, together = store_of(data), store_of(data)
@@ -89,6 +112,7 @@ def test_a_process_reads_the_same_bits_and_may_end_and_none_is_left(tmp_path: Pa
         with pytest.raises(BrokenSample, match=f"{NAMES[5]}.png"):
             together.finish(begun[5])
         ((process, _),) = readers._started
+        assert type(process).__name__ == "SpawnProcess", "a fork of a process with threads is not safe"
         process.kill()
         process.join()
         with pytest.MonkeyPatch.context() as patch:

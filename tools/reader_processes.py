@@ -38,9 +38,11 @@ class ProcessReaders:
     """
 
     def __init__(self, count: int) -> None:
+        """count: largest number of processes; `began` counts those that were started."""
         self.count = count
         self._threads = ThreadPoolExecutor(max(1, count), "readers")
         self._mine = threading.local()
+        self.began = 0
         self._started: list[tuple[Any, Any]] = []
         self._lock, self._closed = threading.Lock(), False
 
@@ -105,6 +107,7 @@ class ProcessReaders:
             finally:
                 theirs.close()
             self._started.append((process, ours))
+            self.began += 1
             return ours
 
 

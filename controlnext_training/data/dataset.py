@@ -31,7 +31,6 @@ class FileDataset:
         self.broken = tuple(broken)
         self.sizes = [item.fit.size for item in items]
         self.captions = [item.clip.caption for item in items]
-        self.variants = reading.variants
         self._hint_identity = reading.hint_identity()
         self.fingerprint = digest(
             reading.clip_frames, reading.clip_stride, reading.reference, [self._identity(item) for item in items]
@@ -87,7 +86,6 @@ class Subset:
             raise DatasetError("No items are left of the dataset. Add pictures, or keep fewer for validation.")
         self.sizes = [dataset.sizes[index] for index in self.indices]
         self.captions = [dataset.captions[index] for index in self.indices]
-        self.variants = dataset.variants
         self.fingerprint = digest(dataset.fingerprint, self.indices)
 
     def __len__(self) -> int:
@@ -126,8 +124,6 @@ def open_dataset(
     clip_frames: int = 1,
     clip_stride: int = 1,
     reference: str = "random",
-    crops: int = 1,
-    flip: bool = False,
     shares: Sequence[Share] = (),
     roots: Sequence[Path] | None = None,
     index: Path | None = None,
@@ -136,11 +132,12 @@ def open_dataset(
     """Find and examine training samples in folders, shards and tables; `sources.py` says which files form a sample.
 
     clip_frames: 1 for pictures; more for clips of every clip_stride-th frame, from folders of frames and from videos.
-    crops, flip: number of cuts of each picture, and True for their mirror images too; shares: of each source.
-    roots: folders that files must lie in, links followed; None = anywhere. index: file that caches sizes and checks.
+    shares: of each source, with the cuts of its pictures.
+    roots: folders that files must lie in, links followed; None = anywhere. index: file that remembers what was read;
+    beside it lies what Parquet files are turned into.
     Files that cannot be used are listed in `.broken`. Raises DatasetError if nothing is left, or for a bad setting.
     """
-    reading = Reading(hint, mask, clip_frames, clip_stride, reference, crops, flip)
+    reading = Reading(hint, mask, clip_frames, clip_stride, reference)
     sizes = bucket_sizes(resolution, bucket_step, buckets)
     given = [sources] if isinstance(sources, str | Path) else list(sources)
     extension = caption_extension if caption_extension.startswith(".") else f".{caption_extension}"

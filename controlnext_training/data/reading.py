@@ -43,19 +43,12 @@ class Reading:
     clip_frames: int = 1
     clip_stride: int = 1
     reference: str = "random"
-    crops: int = 1
-    flip: bool = False
-
-    @property
-    def variants(self) -> int:
-        """Number of cuts of one sample."""
-        return self.crops * (1 + self.flip)
 
     def variant(self, item: Item, number: int) -> Item:
         """Item with the crop of that number; 0: the crop that the item has by itself."""
         if not number:
             return item
-        return replace(item, fit=variant_of(item.fit, item.clip.images.content(0), number, self.flip))
+        return replace(item, fit=variant_of(item.fit, item.clip.images.content(0), number, item.share.flip))
 
     def __post_init__(self) -> None:
         for name, allowed in (("hint", HINT_KINDS), ("mask", MASKS), ("reference", REFERENCES)):

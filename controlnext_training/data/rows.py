@@ -18,7 +18,6 @@ import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from .samples import Broken, first_line
@@ -176,7 +175,7 @@ def _listed(state: Blob | None) -> Collection[str] | None:
 
 
 def read_rows(tree: Tree, table: Blob, columns: Collection[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a file, with those columns alone; a picture is a Cell. Raises RowsError, and what `tree.check` does."""
+    """The rows of a file, with those columns alone; pictures are Cells. Raises RowsError and what `tree.check` does."""
     number = 0
     for arrow in _arrow_files(tree, table):
         with _reading():

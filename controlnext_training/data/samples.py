@@ -61,12 +61,21 @@ class Facts:
 
 
 class Share(NamedTuple):
-    """Part of a source in a run."""
+    """Part of a source in a run, and the cuts of its samples."""
 
     repeats: int = 1
     """Uses of each of its samples in an epoch."""
     weight: float = 1.0
     """Factor on the loss of its samples."""
+    crops: int = 1
+    """Crops of each sample: the plain one, and drawn ones."""
+    flip: bool = False
+    """True: each crop is mirrored in half of its uses."""
+
+    @property
+    def variants(self) -> int:
+        """Number of cuts of one sample; cut 0 is the plain one."""
+        return self.crops * (1 + self.flip)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +116,6 @@ class ControlDataset(Protocol):
     @property
     def fingerprint(self) -> str:
         """Content identity of the whole set, the same wherever its files lie."""
-
-    @property
-    def variants(self) -> int:
-        """Number of cuts of each item; cut 0 is the plain one."""
 
     def __len__(self) -> int: ...
 

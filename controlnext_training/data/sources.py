@@ -6,8 +6,8 @@
 - `metadata.jsonl`, `metadata.csv` (as in Hugging Face's imagefolder) and `prompt.json` (as in fill50k) list what they
   name, relative to where they lie, and speak for their folder and all below it; what a row leaves out is found by the
   rules above. Other .jsonl, .json or .csv files count when they are given as a source themselves.
-- Parquet files, and Arrow files of the library `datasets`, hold rows with the same columns; pictures lie in them, or are
-  named by them. Where some files are of a split to train on, those of test and validation are left out.
+- Parquet files, and Arrow files of the library `datasets`, hold rows of the same columns, with the pictures or their
+  names. Where some files are of a split to train on, those of test and validation are left out.
 """
 
 from __future__ import annotations

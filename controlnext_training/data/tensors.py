@@ -21,8 +21,6 @@ from .video_frames import chosen_frames, region, windows
 class TensorDataset:
     """Pairs of images and hints, cropped at the centre to sides that latents have."""
 
-    variants = 1
-
     def __init__(
         self,
         images: Tensor,

@@ -31,7 +31,7 @@ from ..drawn import HINTS_OF, SCHEMES, is_drawn
 ROOTS_VARIABLE = "CONTROLNEXT_DATA_ROOTS"
 """Environment variable: further folders that datasets may be read from, separated as in PATH."""
 
-LISTED, LISTED_DEPTH, LISTED_SUFFIXES = 200, 2, (".tar", ".jsonl")
+LISTED, LISTED_DEPTH, LISTED_SUFFIXES = 200, 2, (".tar", ".jsonl", ".parquet")
 """Choices of the folder widget: how many of a root, how deep below it, and which files besides folders."""
 
 Dataset = io.Custom("CONTROL_DATASET")
