@@ -72,7 +72,7 @@ class Encoders:
             prepare=lambda base, cached, caption: None,
             encode=lambda base, cached, sample, drop, rate: empty,
         )
-        self.family = SimpleNamespace(conditioning=conditioning)
+        self.family = SimpleNamespace(conditioning=conditioning, one_latent=False)
 
     def identity(self, what: str) -> str:
         return what
