@@ -58,7 +58,7 @@ class Memory:
 
 
 def memory_of(name: str, clip: tuple[int, int, int] = CLIP, dtype: torch.dtype = torch.bfloat16) -> Memory:
-    """By the formulas, and by counting the tensors that come to life, without numbers."""
+    """Memory by the formulas, and by counting the tensors that are created, without numbers."""
     row, (frames, height, width) = PUBLISHED[name], clip
     spec = SPECS[row.variant]
     together = FAMILIES[spec.family].frames or 1

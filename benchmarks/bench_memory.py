@@ -36,7 +36,7 @@ MEASURED = ("case", "peak MiB", "over bare without weights", "told to the host",
 
 
 def weights_of(*networks: torch.nn.Module) -> str:
-    """In MiB, as many as the real networks have."""
+    """Weights in MiB, as many as the real networks have."""
     every = (p for network in networks for _, p in network.named_parameters(remove_duplicate=False))
     return f"{sum(p.nbytes for p in every) / MIB:.0f}"
 
@@ -78,7 +78,7 @@ def counted(family: str, height: int, width: int, latents: int, names: tuple[str
 
 
 def networks(setup: Setup) -> list[torch.nn.Module]:
-    """Of the case's controls."""
+    """Networks of the case's controls."""
     return [patcher.model for control in setup.controls for patcher in control.get_models()]
 
 

@@ -75,7 +75,7 @@ def stock(base: str) -> int:
 
 
 def numbers(network: nn.Module) -> int:
-    """Of all its tensors by name: networks of real size share one tensor among those of a shape."""
+    """Number of parameters, counted by name: networks of real size share one tensor among those of a shape."""
     return sum(value.numel() for value in network.state_dict().values())
 
 

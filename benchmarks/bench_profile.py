@@ -109,7 +109,7 @@ def waits(setup: Setup, steps: int, options: Options) -> int:
 
 
 def cells(found: Spent) -> tuple[str, ...]:
-    """Of the table, from the run's time on."""
+    """Cells of the table, from the run's time on."""
     ours = sum(found.own.values())
     parts = ", ".join(f"{key.removeprefix('aten::')} {ms:.1f}" for key, ms in found.own.most_common(SHOWN))
     total = found.total or 1.0

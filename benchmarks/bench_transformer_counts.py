@@ -33,7 +33,7 @@ HEAD = ("base", "control", "G multiply-adds", "first step", "run of 20", "second
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one forward: bare, with a control whose hint is new, with one whose hint is kept."""
+    """Counts of one forward: bare, with a control whose hint is new, with one whose hint is cached."""
 
     bare: Count
     first: Count
@@ -42,13 +42,13 @@ class Counts:
     """Multiply-adds of the first that further timesteps of the hint do not need again."""
 
     def ratios(self) -> tuple[float, float, float]:
-        """Of multiply-adds to the bare ones: the first step, a step of a run of 20, a step of a second run."""
+        """Ratios of multiply-adds to the bare ones: first step, a step of a run of 20, a step of a second run."""
         run = self.first.macs - self.once * (STEPS - 1) / STEPS
         return (self.first.macs / self.bare.macs, run / self.bare.macs, self.second.macs / self.bare.macs)
 
 
 def counts_of(scene: TransformerScene, folder: Path) -> Counts:
-    """With a ControlNeXt."""
+    """Counts of a forward with a ControlNeXt."""
     control = make_control(scene.row, folder, scene.dtype)
     scene.start(control)
     forward = scene.forward(control)

@@ -32,7 +32,7 @@ SIZES = ((512, 512), (1024, 1024))
 
 
 class Fp32Norm(nn.GroupNorm):
-    """As the loader has it for narrow streams."""
+    """Norm in fp32, as the loader makes it for narrow streams."""
 
     def forward(self, h: Tensor) -> Tensor:
         """h: (B, C, H, W). Returns the same in h's dtype."""

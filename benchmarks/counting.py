@@ -48,7 +48,7 @@ class Operations(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Count:
-    """Of one forward."""
+    """Counts of one forward."""
 
     macs: int
     """Multiply-adds."""

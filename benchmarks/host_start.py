@@ -41,7 +41,7 @@ class Options:
     scratch: Path
     """A folder of this run, removed at its end."""
     threads: int = 0
-    """Of the CPU; 0 = as torch chooses."""
+    """Threads of the CPU; 0: torch's default."""
     batch: int = 1
     """Pictures of a training step."""
     small: bool = False

@@ -18,9 +18,9 @@ from .sampling import Cost, QueueRun, Setup, forget, queue
 
 HEAD = ("case", "goal GPU / CPU", "wall", "processor time", "own", "s/step")
 RUN_STEPS = 20
-"""Of a queue run on a GPU; what is done once is spread over them."""
+"""Steps of a queue run on a GPU, over which one-time work is spread."""
 CPU_STEPS = 2
-"""Of a first run on a CPU: one-time work counts ten times as much as in a real run. Other runs have one step."""
+"""Steps of a first run on a CPU: one-time work counts ten times as much as in a real run. Other runs have one step."""
 
 
 @dataclass
@@ -94,7 +94,7 @@ def _own(cost: Cost) -> float:
 
 
 def row(case: Case, runs: Sequence[tuple[QueueRun, QueueRun]], options: Options) -> tuple[str, ...]:
-    """Of the table; runs: pairs of the case and the bare model."""
+    """Row of the table; runs: pairs of the case and the bare model."""
     steps = _first_steps(options)
     costs = [(run.per_step(steps), bare.per_step(steps)) for run, bare in runs]
     own = [_own(cost) for cost, _ in costs]

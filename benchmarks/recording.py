@@ -75,7 +75,7 @@ def spread(ratios: Sequence[float]) -> str:
 
 
 def result_path(what: str) -> Path:
-    """Of the results of this benchmark, on this hardware, in this month."""
+    """Path of the results of this benchmark, on this hardware, in this month."""
     FOLDER.mkdir(exist_ok=True)
     name = re.sub(r"\W+", "-", hardware().lower()).strip("-")
     return FOLDER / f"{what}_{name}_{datetime.date.today():%Y%m}.md"

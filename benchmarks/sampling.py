@@ -76,11 +76,11 @@ class QueueRun:
 
     first: Cost
     later: Cost
-    """Of one step: the first, and the average of the others."""
+    """Cost of a later step: the mean over all but the first."""
     latent: Tensor
 
     def per_step(self, steps: int) -> Cost:
-        """Of a step of a run of so many."""
+        """Cost of a step in a run of so many steps."""
         return (self.first + self.later * (steps - 1)) * (1 / steps)
 
 
@@ -199,7 +199,7 @@ def queue(setup: Setup, steps: int, seed: int = 0) -> QueueRun:
 
 
 def forget(setup: Setup) -> None:
-    """As if its controls had never run: nothing is kept of their hints."""
+    """Drop what is cached of the hints of these controls, as if they had never run."""
     from ..controlnext_core.comfy_adapter.sampling.features import CACHE
 
     for control in setup.controls:

@@ -37,12 +37,12 @@ FOLDER = ROOT / ".cache" / "super_resolution"
 RECIPE = ROOT / "controlnext_training" / "recipes" / "picture_sharp.toml"
 PARTS = ("train", "measure")
 SEED, SCENES = 62, 16
-"""Of the scenes that are measured; those of seed 61 train."""
+"""Seed and number of the scenes that are measured; those of seed 61 train."""
 SAMPLER = {"steps": 20, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
 SHOWN = 4
 """Scenes in the strip of pictures."""
 WINDOW, K1, K2 = 1.5, 0.01, 0.03
-"""Of SSIM: standard deviation in pixels, and the two constants."""
+"""Constants of SSIM: standard deviation in pixels, K1 and K2."""
 
 Rows = dict[str, np.ndarray]
 """Row -> a picture, (H, W, 3) floats in 0..1."""

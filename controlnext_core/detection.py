@@ -1,4 +1,4 @@
-"""From a file's header to a row of the table, or an error that says what the file is and what to do with it.
+"""Detection of a control from a file's header: a row of the table, or an error that names the file's kind and a remedy.
 
 Names, shapes and our own metadata decide, never the file's name. Where one set of names serves several variants the
 base model decides.

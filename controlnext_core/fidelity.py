@@ -22,7 +22,7 @@ TOLERANCE_PX = 2.0
 """Distance at which two edges still count as one. BSDS allows 0.0075 of the diagonal (5.4 pixels at 512x512), but
 matches one to one; here one edge may match many, and among dense edges that would be met by chance."""
 ON = 0.5
-"""From here on a pixel of an edge map or mask counts as set."""
+"""Lowest value at which a pixel of an edge map or mask counts as set."""
 
 OUTPAINT_GRAY = 0.5
 """Every channel of what is to be painted, in hints for outpainting. Source: the host's ImagePadForOutpaint."""
@@ -112,7 +112,7 @@ def mask_agreement(image: np.ndarray, hint: np.ndarray) -> float:
 
 
 def picture_edge_f1(image: np.ndarray, hint: np.ndarray) -> float:
-    """For hints of unknown kind: F1 of the image's Canny edges against those of the hint as a picture."""
+    """Metric for hints of unknown kind: F1 of the image's Canny edges against those of the hint as a picture."""
     return edge_f1(image, HINTS["canny"](hint))
 
 

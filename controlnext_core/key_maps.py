@@ -65,7 +65,7 @@ RESNET = {
     "conv2": "out_layers.3",
 }
 SHORTCUT = {"conv_shortcut": "skip_connection"}
-"""Of a resnet whose width changes."""
+"""Shortcut of a resnet whose width changes: published name -> LDM name."""
 _TIME_POSITION = {"time_pos_embed.linear_1": "time_pos_embed.0", "time_pos_embed.linear_2": "time_pos_embed.2"}
 _MIX = "time_mixer.mix_factor"
 

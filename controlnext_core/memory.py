@@ -58,7 +58,7 @@ XS_TRANSFORMER_TENSORS = 21
 XS_CORRECTION_TENSORS = 3
 """Tensors of the base's channels while a correction is scaled, masked and added."""
 XS_ROWS_PER_HINT = 2
-"""Both halves of the guidance. How many latents share one hint is not known when the host asks."""
+"""Rows of a forward per hint: both halves of the guidance. The number of latents that share a hint is unknown here."""
 
 
 def xs_numbers_per_pixel(config: ControlNetXSConfig) -> int:

@@ -41,7 +41,7 @@ DTYPES: dict[str, torch.dtype | None] = {
     "F4": None,
 }
 BITS = {"U64": 64, "U32": 32, "U16": 16, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
-"""Of the formats that are listed and not read."""
+"""Bits per number of the formats that are listed and not read."""
 
 
 def read_table(path: Path) -> Table:

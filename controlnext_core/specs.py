@@ -91,7 +91,7 @@ class DefaultDifferences:
     subset: str = "to_out"
     """A named subset of the family's base (`Base.trainable`)."""
     rank: int = 16
-    """Of the two factors; 0 = whole differences."""
+    """Rank of the two factors of a difference; 0 = whole differences."""
     blocks: int | None = None
     """The first so many blocks; None = all."""
 

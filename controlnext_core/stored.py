@@ -37,7 +37,7 @@ class Entry:
     """A tensor of a file."""
 
     dtype: torch.dtype | None
-    """None: a number format that torch, or this pack, does not have."""
+    """Number format; None: one that torch, or this pack, does not have."""
     format: str
     """The number format as the file calls it."""
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class Entry:
     length: int
     """Bytes in the file."""
     stride: tuple[int, ...] | None = None
-    """In numbers; None = contiguous."""
+    """Strides in numbers; None = contiguous."""
 
     @property
     def claimed(self) -> int:

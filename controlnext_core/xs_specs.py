@@ -46,7 +46,7 @@ class XSLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class XSShape:
-    """All that a file's shapes tell; heads and group counts are not in them."""
+    """Facts that a file's shapes tell; heads and group counts are not among them."""
 
     layout: XSLayout
     widths: tuple[int, ...]

@@ -28,13 +28,13 @@ class StepShape:
 
     rows: int
     tokens: int
-    """Of text and picture."""
+    """Number of tokens, of text and picture together."""
     width: int
     blocks: int
     inside: float
-    """The family's, in numbers for each token and channel."""
+    """Numbers for each token and channel that one block keeps while it is computed again; a constant of the family."""
     pixels: int
-    """Of one hint."""
+    """Number of pixels of one hint."""
     itemsize: int
     """Bytes of a number to compute with."""
     frozen: int

@@ -28,7 +28,7 @@ class Schedule:
 
     name: str
     steps: int
-    """Of the whole run."""
+    """Number of steps of the whole run."""
     warmup: int = 0
     cycles: int = 1
     power: float = 1.0

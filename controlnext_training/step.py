@@ -61,7 +61,7 @@ class Batch:
     """(samples x frames, 3, H, W)"""
     conditions: list[Any]
     noise: Tensor
-    """As the latent."""
+    """Noise, in the shape of the latent."""
     sigma: Tensor
     """(B,)"""
     region: Tensor | None

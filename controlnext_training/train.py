@@ -58,7 +58,7 @@ class Outputs:
     observer: Observer
     journal: Journal
     validator: Validator | None
-    """None: this process does not validate."""
+    """Validator of this process; None: another process validates, or none."""
 
 
 def train(

@@ -72,7 +72,7 @@ class Differences:
 
     parameters: dict[str, nn.Parameter]
     shapes: Mapping[str, torch.Size] = field(default_factory=dict)
-    """Of the whole weights."""
+    """Shapes of the whole weights."""
     slices: Mapping[str, Slice] = field(default_factory=dict)
     """Slices that train, by the names of their weights; other weights train whole."""
 

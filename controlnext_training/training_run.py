@@ -59,7 +59,7 @@ class TrainingRun:
     data: dict[str, torch.Tensor] = field(default_factory=dict)
     """Identities of the samples; see `split`."""
     rules: Mapping[str, Any] = field(default_factory=lambda: RULES)
-    """See `rules_of`."""
+    """Rules of the state's version, see `rules_of`."""
     complete: bool = True
     """False while a step changes the weights, and after one that spoilt them: such weights are not saved."""
 

@@ -49,7 +49,7 @@ class Validation:
     """The figures of one validation."""
 
     loss: float
-    """At strength 1, over fixed samples, noise and noise levels."""
+    """Mean loss at strength 1, over fixed samples, noise and noise levels."""
     loss_without: float
     """Loss at strength 0, over the same samples, noise and noise levels."""
     effect: float

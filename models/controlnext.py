@@ -107,7 +107,7 @@ class ControlNeXt(nn.Module):
         return self.project(self.narrow(begun, timestep))
 
     def narrow(self, begun: Begun, timestep: Tensor) -> Tensor:
-        """All of `finish` but the last convolution: (B, channels of the last stage, h, w)."""
+        """Features before the last convolution of `finish`: (B, channels of the last stage, h, w)."""
         emb = self.time_embedding(timestep_embedding(timestep, TIME_CHANNELS).to(begun.first_half.dtype))
         res: Any = self.down_res[0]
         h = self.down_sample[0](begun.shortcut + res.second_half(begun.first_half, emb))

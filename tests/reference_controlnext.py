@@ -25,7 +25,7 @@ class Build:
     keys: int
     out: int
     padding: int | None
-    """Of the second and third stem convolution; None: no stem."""
+    """Widths of the second and third stem convolution; None: no stem."""
     pooled_stem: bool
     stages: tuple[tuple[int, int, int], ...]
     """(channels in, channels out, groups) of each residual block."""

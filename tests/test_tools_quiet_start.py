@@ -56,7 +56,7 @@ Starting server
 
 To see the GUI go to: http://127.0.0.1:8188
 """
-"""Of ComfyUI 0.3.75 without torchaudio and without its workflow templates, shortened."""
+"""Output of ComfyUI 0.3.75 without torchaudio and without its workflow templates, shortened."""
 TAG, WARN = "\x1b[32m[INFO]\x1b[0m ", "\x1b[1m\x1b[33m[WARNING]\x1b[0m "
 LOG_033 = f"""\
 {TAG}Device: cpu
@@ -81,7 +81,7 @@ This issue might be caused by new missing dependencies added the last time you u
 {TAG}Database upgraded from None to 0006_add_loader_path
 {TAG}To see the GUI go to: http://127.0.0.1:8188
 """
-"""Of ComfyUI 0.33.0 without one of its packages, shortened; without torchaudio itself it does not start by itself."""
+"""Output of ComfyUI 0.33.0 without one of its packages, shortened."""
 OURS = """\
 Traceback (most recent call last):
   File "/hosts/c0375/nodes.py", line 2146, in load_custom_node

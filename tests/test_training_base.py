@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.comfy, EITHER_WAY]
 
 SQUARE = Sizes((SIDE, SIDE), (0, 0), (SIDE, SIDE))
 STEP, CENTRAL = 2e-4, 5e-3
-"""Of a central difference in fp32: where rounding and curvature are about equal, and its relative error there
+"""Step of a central difference in fp32: where rounding and curvature are about equal, and its relative error there
 (measured: 1.5e-3 at 3e-4, 4e-4 at 1e-4)."""
 
 

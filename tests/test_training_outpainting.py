@@ -18,7 +18,7 @@ GRAY = 0.5
 
 
 def shown(hints: Tensor, frames: Tensor) -> list[tuple[int, int, int, int]]:
-    """Of each frame (top, bottom, left, right) of what is not gray; asserts that it is the frame's own."""
+    """Edges of each frame (top, bottom, left, right) of the part that is not gray, asserted to be the frame's own."""
     found = []
     for hint, frame in zip(hints, frames, strict=True):
         kept = (hint != GRAY).any(dim=-1)

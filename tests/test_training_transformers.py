@@ -74,7 +74,7 @@ def test_blocks_made_ready_for_training_give_what_the_host_gives(family: str, pi
 
 @pytest.mark.parametrize("family", ["sd3", "flux", "qwen_image", "lumina2", "wan"])
 def test_gradients_are_the_slopes_of_the_loss(family: str) -> None:
-    """Of the encoder and of the differences by themselves, along the gradient. One family of each kind of block."""
+    """Gradients of the encoder and of the differences, along the gradient. One family of each kind of block."""
     loop = loop_of(family, batch_size=2, checkpointing=True)
     shaken(loop.parameters, 0.01)
     batch = drawn_batch(loop, 2)

@@ -101,7 +101,7 @@ def stock_control(family: str) -> Any:
 
 @pytest.mark.parametrize("family", ["sd3", "flux", "qwen_image"])
 def test_a_stock_controlnet_beside_ours_in_any_order(family: str, stage: Any, tmp_path: Path) -> None:
-    """Of the families for which the host has one; it goes in after the block, ours into what the block makes."""
+    """Families for which the host has one: it goes in after the block, ours into what the block makes."""
     import comfy.sd
     import comfy.utils
 

@@ -39,7 +39,7 @@ SIDE = 8 * CELLS
 TEXTS = {"qwen_image": 3584, "wan": 4096}
 """Width of the text, which detection does not ask."""
 FRAMES = 17
-"""Of a clip."""
+"""Number of frames of a clip."""
 
 
 def make_control(path: Path, family: str) -> Path:

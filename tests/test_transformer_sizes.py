@@ -68,7 +68,7 @@ def test_the_default_fits_into_sixteen_mebibytes(size: str, pinned_host: bool) -
 
 @pytest.mark.parametrize("size", ["Flux.1", "Chroma"])
 def test_single_blocks_fit_as_well_at_half_the_rank(size: str, pinned_host: bool) -> None:
-    """Of each single block the attention's columns alone, 3072 of 15360: 14.1 MB at rank 8, and 19.7 at rank 16."""
+    """Attention's columns of each single block, 3072 of 15360: 14.1 MB at rank 8, and 19.7 at rank 16."""
     base, shapes, encoder = counted(size, pinned_host)
     names = chosen_names(shapes, base.trainable["single_too"], None)
     slices = base.slices("single_too", shapes, names)

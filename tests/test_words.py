@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("controlnext_core", "models", "nodes", "controlnext_training", "tools", "benchmarks", "tests")
-OPENINGS = re.compile(r"\s*(What|Whether|Where|Which|Who|How|That|Its|Those|The same)\b")
+OPENINGS = re.compile(r"\s*(What|Whether|Where|Which|Who|How|That|Its|Those|The same|Of)\b")
 IDIOMS = re.compile(r"\b(anew|as it is|its like)\b")
 DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 

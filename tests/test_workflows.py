@@ -39,7 +39,7 @@ THUMBNAIL_BYTES = 30_000
 TITLE = 30  # a node's title bar stands above its position
 SIZE, STEPS = 64, 1
 FRAMES = {"svd_short_clip": 3, "svd_long_clip": 7}
-"""Of the sample poses; the long clip's in windows."""
+"""Number of frames of the sample poses; the long clip runs in windows."""
 TINY: dict[str, dict[str, Any]] = {
     "EmptyLatentImage": {"width": SIZE, "height": SIZE},
     "EmptySD3LatentImage": {"width": SIZE, "height": SIZE},

@@ -74,7 +74,7 @@ def forward() -> Iterator[Forward]:
 
 @pytest.fixture
 def control(forward: Forward, tmp_path: Path) -> Any:
-    """Of half the base's widths."""
+    """A control of half the base's widths."""
     return load(make_file(tmp_path / "xs.safetensors", shape_of(SDXL_LIKE, (32, 32, 32), True)))
 
 

@@ -51,7 +51,7 @@ class Small:
     """Module and class of the host."""
     config: dict[str, Any]
     width: int
-    """Of the picture's tokens."""
+    """Width of the picture's tokens."""
     text_encoder: str | None = "stable_diffusion"
     """The type under which the host's loader makes CLIP-L fit; None: it cannot."""
     later: dict[str, Any] = field(default_factory=dict)

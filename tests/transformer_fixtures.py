@@ -19,7 +19,7 @@ TEXT, POOLED = 48, 40
 """Widths of the text and of the pooled vector, where a family lets them be any."""
 LATENT_CHANNELS = 16
 VACE_CHANNELS = 96
-"""Of VACE: a latent of what is left alone, one of what changes, and a mask of 64."""
+"""Channels of VACE: a latent of what is left alone, one of what changes, and a mask of 64."""
 
 _AXES = [16, 56, 56]
 _FLUX: dict[str, Any] = {

@@ -35,7 +35,7 @@ ON_REQUEST = {
 }
 """Benchmarks of the same form that run only when they are named."""
 REPORT = "report"
-"""In the place of a name: no benchmark, but the tables of docs/performance.md from the results of GPUs."""
+"""Word in place of a benchmark's name: writes the tables of docs/performance.md from the results of GPUs."""
 FIRST_SIGN, LONGEST_PAUSE = 4.0, 60.0
 """Seconds before the first line of progress, and most of them between two."""
 SHARED = ("quick", "cpu")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 SEED = 5
 SCENE_SEED = 99
-"""Of scenes that no training saw."""
+"""Seed of scenes that no training saw."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Board:
     scheme: str
     """Kind of its pictures, a key of controlnext_training.drawn.SCHEMES."""
     side: int
-    """Of a picture, in pixels."""
+    """Side of a picture, in pixels."""
     steps: int
     scenes: tuple[int, ...]
     """A row each."""
@@ -88,7 +88,7 @@ class Board:
     shown: str = "edges"
     """Name in Hint of the picture at the beginning of a row."""
     seed: int = SEED
-    """Of the first row's noise."""
+    """Seed of the first row's noise."""
 
 
 PICTURE_FILES = {"edges": PICTURE_EDGES, "pose": PICTURE_POSE}
@@ -154,9 +154,7 @@ class Hint:
     other_mask: np.ndarray
     """The other shapes, white on black."""
     depth: np.ndarray
-    """Of all shapes and the floor, bright is near."""
-    pose: np.ndarray
-    """Sticks of the people; black without people."""
+    """Depth of all shapes and the floor; bright is near."""
 
 
 def draw_hint(board: Board, index: int) -> Hint:

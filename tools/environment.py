@@ -85,7 +85,7 @@ def serves(level: str) -> bool:
 
 
 def pack_requirements_message() -> str | None:
-    """For a ComfyUI interpreter that lacks only what the pack asks for: what to type. Else None."""
+    """Command to type for a ComfyUI interpreter that lacks only the pack's requirements; else None."""
     lacking = missing(PACK_MODULES)
     if missing(HOST_MODULES) or not lacking:
         return None

@@ -29,7 +29,7 @@ from .gpu_parts import PARTS, PYTEST, TRAINED, Part
 
 NAME = "gpu_day"
 LIMIT_MIB = 12
-"""Of each file; there are five."""
+"""Largest size of each of the five files that are written."""
 LEAST, RESERVE, MARGIN = 20.0, 3.0, 0.85
 """Seconds under which no part is begun, seconds kept for writing, and the share of its time that a part plans with."""
 TAIL = 6000  # characters of a part's output that are kept

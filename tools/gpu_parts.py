@@ -19,7 +19,7 @@ class Part:
     name: str
     question: str
     script: str
-    """Of benchmarks/, or PYTEST."""
+    """Script of benchmarks/, or PYTEST."""
     arguments: tuple[str, ...] = ()
     seconds: float = 90.0
     """Longest time that it gets."""

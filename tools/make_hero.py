@@ -30,7 +30,7 @@ SHORT, LONG = 350, 1800  # milliseconds of a frame, and of the first and last
 
 
 def frame(hints: dict[int, Hint], pictures: list[Image], strength: float) -> Image:
-    """Each drawing above its picture, and the strength below."""
+    """One frame: each drawing above its picture, and the strength below."""
     from PIL import Image, ImageDraw, ImageFont
 
     side = BOOK.side

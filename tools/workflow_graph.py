@@ -30,7 +30,7 @@ class Model:
     url: str
 
     def entry(self) -> dict[str, str]:
-        """As the page reads it."""
+        """Node as an entry of the page's JSON."""
         return {"name": self.name, "url": self.url, "directory": self.folder}
 
 

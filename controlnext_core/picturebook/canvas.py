@@ -28,7 +28,7 @@ class Numbers:
         self._random = random.Random(text).random  # noqa: S311 - pictures, not secrets
 
     def next(self) -> float:
-        """In [0, 1)."""
+        """Next random number in [0, 1)."""
         return self._random()
 
     def between(self, low: float, high: float) -> float:

@@ -43,7 +43,7 @@ class Pen:
 
     @property
     def _weight(self) -> float:
-        """Of lines: small things have finer ones."""
+        """Width of lines: small things have finer ones."""
         return min(max(self.size / 0.45, 0.65), 1.0)
 
     @property

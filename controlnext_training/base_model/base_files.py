@@ -46,7 +46,7 @@ class _Files:
 
     base: Path
     header: checkpoint.Header | None
-    """Of a safetensors file."""
+    """Header of the base, a safetensors file; None: a file of another kind."""
     clip: tuple[Path, ...]
     """Text encoders in files of their own; () = in the base's file."""
     vae: Path | None

@@ -80,7 +80,7 @@ class Caption:
     encoded_while_training = False
 
     def frame_key(self, base: Encoders, frame: str) -> None:
-        """None: captions alone."""
+        """Key of a frame's tensors; None: captions are the only conditions."""
 
     def prepare(self, base: Encoders, cached: Cached, caption: str) -> None:
         """Encode the caption."""
@@ -109,7 +109,7 @@ class ReferenceFrame:
     encoded_while_training = True
 
     def frame_key(self, base: Encoders, frame: str) -> str:
-        """By both encoders that see the frame."""
+        """Key of a frame's tensors, by both encoders that see the frame."""
         return f"reference-{base.identity('vision')}-{base.identity('vae')}-{frame}"
 
     def prepare(self, base: Encoders, cached: Cached, caption: str) -> None:

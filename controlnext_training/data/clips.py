@@ -173,7 +173,7 @@ def _clip(group: list[Entry], facts: Mapping[Blob, Facts | str], moving: bool, p
 
 
 def _all_or_none(blobs: Sequence[Blob | None], images: Sequence[Blob], role: str) -> list[Blob] | None:
-    """Of every frame or of none."""
+    """Hints of every frame, or of none."""
     there = [blob for blob in blobs if blob is not None]
     if there and len(there) < len(images):
         image = images[list(blobs).index(None)]

@@ -40,7 +40,7 @@ class Degradation:
     noise: float
     quality: int
     seed: int
-    """Of the noise's numbers."""
+    """Seed of the noise."""
 
 
 def degradation_of(picture: np.ndarray) -> Degradation:

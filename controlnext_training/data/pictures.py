@@ -120,7 +120,7 @@ class Budget:
 
 
 DECODED = Budget(MAX_PIXELS)
-"""Of all threads together: 0.25 GiB in whole numbers of 8 bits, four times that where floats are made."""
+"""Pixels that all threads decode at one time: 0.25 GiB of bytes, four times that as floats."""
 
 
 @contextmanager

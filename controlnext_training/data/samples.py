@@ -111,7 +111,7 @@ class ControlDataset(Protocol):
 
     @property
     def captions(self) -> Sequence[str]:
-        """Of every item; empty where there is none."""
+        """Captions of all items; empty where an item has none."""
 
     @property
     def fingerprint(self) -> str:

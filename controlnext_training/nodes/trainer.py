@@ -226,7 +226,7 @@ class ControlNeXtTrain(ControlNode):
 
 
 def _losses(run: RunFiles) -> dict[str, list[float]]:
-    """Of every step, as the host's own trainer gives them."""
+    """Losses of every step, as the host's own trainer gives them."""
     found = state.latest(run.folder)
     return {"loss": [] if found is None else found.tensors("losses")["loss"].tolist()}
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MEMORY = 2 << 30
 """Bytes of address space beyond what the process has before the first case."""
 SECONDS = 10.0
-"""Of processor time for a case; the sound ones take a tenth of a second."""
+"""Seconds of processor time for a case; the sound ones take a tenth of a second."""
 MAX_MESSAGE = 4000
 
 

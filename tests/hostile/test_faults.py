@@ -45,7 +45,7 @@ def memory(server: ComfyServer) -> float:
 
 
 def slope(values: list[float]) -> float:
-    """Of a line through values that are equally far apart, by least squares."""
+    """Slope of a line through values that are equally far apart, by least squares."""
     middle = (len(values) - 1) / 2
     mean = sum(values) / len(values)
     return sum((i - middle) * (v - mean) for i, v in enumerate(values)) / sum(

@@ -59,7 +59,7 @@ def new_autoencoder() -> nn.Module:
 
 
 def whole(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With zeros for the idle blocks: what TAESD loads."""
+    """Tensors that TAESD loads: the trained ones, and zeros for the idle blocks."""
     return {name: weights.get(name, torch.zeros_like(value)) for name, value in taesd(Pools(0), "", 1.0).items()}
 
 

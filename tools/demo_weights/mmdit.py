@@ -33,7 +33,7 @@ LAYOUT: dict[str, Any] = {
     "qk_norm": "rms",
 }
 SHIFT = 3.0
-"""Of the host's noise levels for SD3."""
+"""Shift of the host's noise levels for SD3."""
 
 
 def new_mmdit() -> Any:

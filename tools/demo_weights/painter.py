@@ -48,7 +48,7 @@ def new_painter(start: dict[str, Tensor] | None = None) -> nn.Module:
 
 
 def whole(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With zeros for the idle blocks: what the host's TAESD loads."""
+    """Tensors that the host's TAESD loads: the trained ones, and zeros for the idle blocks."""
     return autoencoder.whole(weights)
 
 

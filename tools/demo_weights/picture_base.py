@@ -63,7 +63,7 @@ class _Nothing(nn.Module):
 
 @torch.inference_mode()
 def texts_of(clip: Any, captions: list[str]) -> list[Text]:
-    """For each caption its `words` (n, 768), of which the last stands for all behind it, and `pooled` (768,)."""
+    """Encoded captions: `words` (n, 768), whose last row stands for all that follow, and `pooled` (768,)."""
     tokens = [[word for word, _ in clip.tokenize(caption)["l"][0]] for caption in captions]
     contexts, pooled = clip.cond_stage_model.clip_l.encode(tokens)
     found = []

@@ -145,7 +145,7 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _version(name: str, shipped: Path) -> str:
-    """Of the file's sources and of the code that unpacks them."""
+    """Version of the file's sources and of the code that unpacks them."""
     digest = hashlib.sha256()
     sources = [shipped / source for source in SOURCES.get(name, (name,))]
     for path in (*filter(Path.is_file, sources), *sorted(Path(__file__).parent.glob("*.py"))):

@@ -32,12 +32,12 @@ def make_sd15(path: Path, seed: int = 0) -> Path:
 
 
 def make_sd15_inpaint(path: Path, seed: int = 0) -> Path:
-    """As make_sd15, with 9 input channels (latent, mask, masked image)."""
+    """SD1.5 like `make_sd15`, with 9 input channels (latent, mask, masked image)."""
     return _make_sd(path, seed, "sd15_inpaint")
 
 
 def make_sd15_deep(path: Path, seed: int = 0) -> Path:
-    """As make_sd15, with a third level and a middle block of 1280 channels."""
+    """SD1.5 like `make_sd15`, with a third level and a middle block of 1280 channels."""
     return _make_sd(path, seed, "sd15_deep")
 
 
@@ -50,7 +50,7 @@ def make_sdxl(path: Path, seed: int = 0, clip: bool = True) -> Path:
 
 
 def make_sdxl_deep(path: Path, seed: int = 0, clip: bool = False) -> Path:
-    """As make_sdxl (the host's KOALA 700M) with a middle block of 1280 channels."""
+    """SDXL like `make_sdxl` (the host's KOALA 700M), with a middle block of 1280 channels."""
     return _make_sdxl(path, seed, "sdxl_deep", clip)
 
 
@@ -63,7 +63,7 @@ def make_svd(path: Path, seed: int = 0, vision: bool = True) -> Path:
 
 
 def make_svd_deep(path: Path, seed: int = 0, vision: bool = False) -> Path:
-    """As make_svd with a middle block of 1280 channels."""
+    """SVD like `make_svd`, with a middle block of 1280 channels."""
     return _make_svd(path, seed, "svd_deep", vision)
 
 

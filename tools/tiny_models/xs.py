@@ -12,7 +12,7 @@ from .storage import random_tensor, save
 
 HINT_WIDTHS = (3, 16, 16, 32, 32, 96, 96, 256)
 GAIN = {"enc_zero_convs_in": 1.0, "enc_zero_convs_out": 0.2, "dec_zero_convs_out": 0.2, "middle_block_out": 0.2}
-"""Of the connections: strong enough to see in a picture, weak enough for it to stay in range."""
+"""Gain of the connections: the picture shows them and stays in range."""
 
 _SD15_FULL = LAYOUTS["sd15_full"]
 _SDXL_FULL = UNetLayout(

@@ -137,7 +137,7 @@ def sampled(workflow: Workflow, clip: Clip, model: Output) -> Output:
 
 
 def svd_short_clip() -> Workflow:
-    """As many frames as the model takes at once."""
+    """Workflow for SVD: as many frames as the model takes at once."""
     workflow = Workflow("svd_short_clip", "SVD pose, 24 frames", GROUPS, arrangement=ARRANGEMENT)
     made = clip(workflow, WINDOW)
     workflow.note(

@@ -115,7 +115,7 @@ def _is_flux(model: Any) -> bool:
 
 
 def attention_columns(shape: Size) -> Slice:
-    """Of a single block's output, (width, width + MLP): the columns that read the attention come first."""
+    """Columns of a single block's output weight, (width, width + MLP), that read the attention: the first ones."""
     return 1, 0, shape[0]
 
 
@@ -149,7 +149,7 @@ QWEN_IMAGE = transformer(
 
 
 def _joint_layers(family: Family, model: Any) -> dict[Site, Place]:
-    """Of one class in the host: text and picture are one sequence; its newer versions call patches after each layer."""
+    """One class of the host: text and picture are one sequence; its newer versions call patches after each layer."""
     network = model.diffusion_model
     if HAS_LAYER_PATCHES:
         return first_block(family, network.dim, patch_block)

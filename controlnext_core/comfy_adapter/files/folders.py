@@ -81,7 +81,7 @@ class ChosenWeights:
     """Source of a control's UNet weights."""
 
     path: Path | None
-    """None: there are none."""
+    """Path of the file of weights; None: no weights."""
     bundled: bool
     why: str
 

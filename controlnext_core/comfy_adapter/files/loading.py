@@ -1,4 +1,4 @@
-"""From a file to a control in the host's hands."""
+"""Loading of a ControlNeXt: from a file to a control in the host's hands."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class FoundDifferences:
     """Differences of the base's weights that a file holds or amounts to."""
 
     tensors: dict[str, torch.Tensor]
-    """By host name, with `diffusion_model.`; those that are zero are left out."""
+    """Differences by host name, with `diffusion_model.`; all-zero ones are left out."""
     kind: WeightsKind
     in_file: int
     """Number of tensors in the file."""

@@ -26,7 +26,7 @@ WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
     "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
     "fp8_e5m2": {"dtype": torch.float8_e5m2},
 }
-"""As in the stock UNet loader."""
+"""Choices of dtype, those of the stock UNet loader."""
 
 
 def unet_names() -> list[str]:

@@ -1,4 +1,4 @@
-"""From a ControlNet-XS file to a control in the host's hands."""
+"""Loading of a ControlNet-XS: from a file to a control in the host's hands."""
 
 from __future__ import annotations
 

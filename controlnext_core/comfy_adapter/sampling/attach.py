@@ -51,7 +51,7 @@ class _WorkingMemory(ControlBase):
         return self.control.inference_memory_requirements(dtype)
 
     def deepclone_multigpu(self, load_device: torch.device, autoregister: bool = False) -> _WorkingMemory:
-        """There is nothing to copy."""
+        """Copies for several GPUs: none, since an attachment holds no network."""
         return self
 
 
@@ -115,7 +115,7 @@ class _Door:
 
 
 def _same_network(patcher: ModelPatcher | None, network: ModelPatcher) -> ModelPatcher | None:
-    """Of a patcher's additional models, the clone or copy of this network; None where it has none."""
+    """Clone or copy of this network among a patcher's additional models; None where it has none."""
     beside = [] if patcher is None else patcher.get_additional_models_with_key(KEY)
     origin = getattr(network, "clone_base_uuid", None)  # hosts with one device do not have it
     for other in beside:

@@ -21,7 +21,7 @@ class ControlOptions:
 
     apply_to: Halves = Halves.AUTO
     masks: tuple[Tensor, ...] = ()
-    """Each (1 or latents, 1, h, w) in [0, 1]; they multiply."""
+    """Masks, each (1 or latents, 1, h, w) in [0, 1]; their product counts."""
     schedule: Schedule = Schedule(())
     parts: tuple[float, float, float] = NO_PARTS
     """Strengths of what the base's encoder, middle and decoder get, beside the strength; ControlNet-XS only."""

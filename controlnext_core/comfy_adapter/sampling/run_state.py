@@ -35,7 +35,7 @@ class SamplingRun:
     percents: dict[float, float] = field(default_factory=dict)
     timesteps: dict[float, float] = field(default_factory=dict)
     sigmas: tuple[float, ...] | None = None
-    """Of the sampler's schedule, in its order, without 0; None until it is known."""
+    """Sigmas of the sampler's schedule, in its order, without 0; None until it is known."""
     hints: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     recent: dict[Hashable, Tensor] = field(default_factory=dict)

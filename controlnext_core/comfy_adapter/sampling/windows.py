@@ -45,7 +45,7 @@ class VideoWindow(host.IndexListContextWindow):
     def __init__(self, index_list: list[int], frames: int, reference_first: bool = False) -> None:
         super().__init__(index_list, dim=0, **_known(host.IndexListContextWindow, total_frames=frames))
         self.frames = frames
-        """Of the whole video."""
+        """Frames of the whole video."""
         self.reference_first = reference_first
         """The first place gets the first hint, and its result does not count."""
         self.hint_list = [0, *index_list[1:]] if reference_first else index_list

@@ -157,7 +157,7 @@ class ControlNetXSControl(HostControl):
         return self.loaded.net.config.hint[-1] * self.cells() * dtype.itemsize
 
     def cells(self) -> int:
-        """Of the latent that a hint of this size is for."""
+        """Number of latent cells under a hint of this size."""
         height, width = (-(-side // self.compression_ratio) for side in self.cond_hint_original.shape[-2:])
         return height * width
 
