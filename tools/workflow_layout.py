@@ -17,11 +17,11 @@ WIDTHS = {  # of nodes with names of files, and of the trainer
     "ControlDatasetFolder": 320,
     "ControlNeXtLoader": 440,
     "ControlNeXtTrain": 380,
-    "ControlNeXtUNetLoader": 350,
+    "ControlNeXtUNetLoader": 320,
     "ControlNetXSLoader": 350,
-    "SaveAnimatedWEBP": 320,
+    "SaveAnimatedWEBP": 300,
     "SaveImage": 320,
-    "SaveVideo": 320,
+    "SaveVideo": 300,
 }
 HEIGHTS = {  # of nodes that show text or pictures; all others follow from their slots
     "CLIPTextEncode": 104,

@@ -131,9 +131,23 @@ function after(object, name, act) {
     };
 }
 
+const FIRST = ["ControlNeXtApply", "ControlNeXtLoader"]; // of equally good matches, the last one foremost
+
+function findLoaderFirst() { // else the page ranks names that begin with "ControlNeXt" by their length: Save, Apply, Train
+    const definition = LiteGraph.registered_node_types[FIRST[0]]?.nodeData;
+    const prototype = definition && Object.getPrototypeOf(definition);
+    const before = prototype?.postProcessSearchScores;
+    if (!before) return;
+    prototype.postProcessSearchScores = function (scores) { // [kind of match, minus how often people use it, ...]
+        const [kind, usage, ...others] = before.call(this, scores);
+        return [kind, kind === 1 ? Math.min(usage, -(FIRST.indexOf(this.name) + 1)) : usage, ...others];
+    };
+}
+
 app.registerExtension({
     name: "comfyuicontrolnext.reports",
     setup() {
+        findLoaderFirst();
         for (const end of ["execution_success", "execution_error"]) api.addEventListener(end, keepWithGraph);
     },
     nodeCreated(node) {
