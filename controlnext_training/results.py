@@ -15,21 +15,24 @@ from ..controlnext_core import checkpoint
 from ..controlnext_core.control_files import DTYPES
 from ..controlnext_core.metadata import PREFIX, RECIPE_KEY
 from . import journal as journals
-from .base_model.controlled import Controlled
 from .config import TrainConfig
 from .distributed import ProcessGroup
 from .journal import Journal, Observer
 from .plots import loss_curve
 from .state import where_it_ends
-from .validation import NO_EFFECT, Validation
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from .base_model.controlled import Controlled
+    from .validation import Validation
 
 NAME_FILE = "run.txt"
 CURVE = "loss.png"
 WORSE = 1e-3
 """Relative difference of losses above which a control is worse than none, and not rounding or noise."""
+NO_EFFECT = 1e-4
+"""Relative difference of losses with and without a control, below which the control does nothing."""
 RUN_KEY = f"{PREFIX}run"
 """Metadata key of a trained file: identity of the run that made it."""
 

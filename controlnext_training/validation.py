@@ -40,9 +40,6 @@ METRIC_NAMES = {"mask": "mask overlap", "blur": TONES, "gray": TONES, "depth": T
 LEVELS = (0.125, 0.375, 0.625, 0.875)
 """Quantiles in (0, 1) of the noise levels at which the loss is measured."""
 
-NO_EFFECT = 1e-4
-"""A control whose noise prediction differs by less, relative to the one without, does nothing."""
-
 
 @dataclass(frozen=True)
 class Validation:

@@ -1,12 +1,14 @@
 """Fixtures of all tests: the pack under its one name, the real host in this process, a real server, small models.
 
 `CONTROLNEXT_COMFYUI` names the ComfyUI (`python run.py test` sets it). Tests marked `comfy` need it; without it they
-are skipped, and nothing of the host is on sys.path. With `CONTROLNEXT_ON_GPU=1` the host samples on the GPU, for tests
-marked `gpu`; with `dry` those of them that ask for `device` go through on the CPU. `python run.py gpu-day` sets it.
+are skipped, files of nothing else are left out, and nothing of the host is on sys.path. With `CONTROLNEXT_ON_GPU=1` the
+host samples on the GPU, for tests marked `gpu`; with `dry` those of them that ask for `device` go through on the CPU.
+`python run.py gpu-day` sets it.
 """
 
 import importlib
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -53,7 +55,6 @@ def _bring_in_the_host(host: Path) -> None:
     """Make the host importable here: on the CPU unless ON_GPU says otherwise, with a private base directory."""
     if not (host / "main.py").is_file():
         raise pytest.UsageError(f"CONTROLNEXT_COMFYUI={host}: no main.py there; name the root of a ComfyUI")
-    declare_missing_torchvision_ops()
     sys.path.insert(0, str(host))
     options = importlib.import_module("comfy.cli_args").args  # importing the host outside main.py parses no arguments
     options.cpu = ON_GPU != "1"
@@ -64,6 +65,7 @@ def _bring_in_the_host(host: Path) -> None:
             importlib.import_module(name)
 
 
+declare_missing_torchvision_ops()  # for diffusers, too, which tests without the host compare with
 if HOST:
     _bring_in_the_host(Path(HOST))
 
@@ -81,6 +83,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     for module in ("comfy", "comfy_extras", "comfy_api", "comfy_execution", "torchsde", "transformers"):
         config.addinivalue_line("filterwarnings", rf"ignore:::{module}(\.|$)")  # not ours to mend
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out, without a host, the files whose every test needs it: they import it at their top."""
+    if HOST or not collection_path.name.startswith("test_"):
+        return None
+    whole = re.search(r"^pytestmark = .*mark\.comfy\b", collection_path.read_text("utf-8"), re.MULTILINE)
+    return True if whole else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

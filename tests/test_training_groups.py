@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from comfyui_controlnext.controlnext_training import optimizers, state, training_run
+from comfyui_controlnext.controlnext_training import optimizers, state
 from comfyui_controlnext.controlnext_training.optimizers import MissingOptimizerError, build, grouped
 from comfyui_controlnext.tests.training_fixtures import Watcher, base_of, loop_on, run_in, small, take_steps
 from torch import Tensor, nn
@@ -125,6 +125,8 @@ def test_a_device_without_the_fused_kernel_gets_the_others(monkeypatch: pytest.M
 
 @pytest.mark.comfy
 def test_a_state_of_before_the_groups_goes_on_bit_for_bit(loaded_studio: Studio, tmp_path: Path) -> None:
+    from comfyui_controlnext.controlnext_training import training_run
+
     base, config = base_of(loaded_studio), small(steps=4, weight_decay=0.5, learning_rate=1e-3)
     old_rules = {key: None for key in training_run.RULES}
     straight = loop_on(base, config, rules=old_rules)

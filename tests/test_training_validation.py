@@ -12,8 +12,8 @@ import torch
 from comfyui_controlnext.controlnext_core.fidelity import METRICS
 from comfyui_controlnext.controlnext_training.base_model import preview
 from comfyui_controlnext.controlnext_training.data.samples import BrokenSample, DatasetError
-from comfyui_controlnext.controlnext_training.results import RunFiles, show_validation
-from comfyui_controlnext.controlnext_training.validation import NO_EFFECT, Validation, Validator
+from comfyui_controlnext.controlnext_training.results import NO_EFFECT, RunFiles, show_validation
+from comfyui_controlnext.controlnext_training.validation import Validation, Validator
 from comfyui_controlnext.tests.sampling_fixtures import SEED, Studio, relative
 from comfyui_controlnext.tests.test_training_base import SQUARE, controlled_on
 from comfyui_controlnext.tests.training_fixtures import (
