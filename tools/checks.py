@@ -127,15 +127,13 @@ def choose(only: Sequence[str]) -> tuple[tuple[Step, ...], tuple[str, ...]]:
 
 
 def test_files(pattern: str) -> list[str]:
-    """Paths of the test files that fit: those in the folder of that name (`core`, `training`), if tests/ has one, else
+    """Paths of the test files that fit: those in a folder of that name (`core`, `training`), if tests/ has one, else
     those whose path below tests/ holds `pattern`, or matches it where it has wildcards.
     """
-    found = sorted(TESTS.rglob("test_*.py"))
-    folder = TESTS / pattern.rstrip("/")
-    if folder.is_dir():
-        return [str(path) for path in found if path.is_relative_to(folder)]
-    names = {path.relative_to(TESTS).as_posix(): str(path) for path in found}
-    return [path for name, path in names.items() if pattern in name or fnmatch.fnmatch(name, pattern)]
+    names = {path.relative_to(TESTS): str(path) for path in sorted(TESTS.rglob("test_*.py"))}
+    inside = [path for name, path in names.items() if pattern.rstrip("/") in name.parent.parts]
+    found = {name.as_posix(): path for name, path in names.items()}
+    return inside or [path for name, path in found.items() if pattern in name or fnmatch.fnmatch(name, pattern)]
 
 
 def run_checks(options: CheckOptions, only: Sequence[str]) -> int:
