@@ -13,9 +13,9 @@ from .workflow_wires import TITLE
 NOTE = "MarkdownNote"
 WIDTH = 280
 WIDTHS = {  # of nodes with names of files, and of the trainer
-    "CheckpointLoaderSimple": 300,
+    "CheckpointLoaderSimple": 310,
     "ControlDatasetFolder": 320,
-    "ControlNeXtLoader": 440,
+    "ControlNeXtLoader": 455,
     "ControlNeXtTrain": 380,
     "ControlNeXtUNetLoader": 320,
     "ControlNetXSLoader": 350,
@@ -38,7 +38,7 @@ HEIGHTS = {  # of nodes that show text or pictures; all others follow from their
     "SaveImage": 340,
     "SaveVideo": 340,
 }
-GROWTH = {NOTE: 40, "CLIPTextEncode": 90, "ControlNeXtTrain": 460, "LossGraphNode": 200}
+GROWTH = {"CLIPTextEncode": 90, "ControlNeXtTrain": 460, "LossGraphNode": 200}
 GROWTH |= dict.fromkeys(("ControlNeXtSampleInputs", "PreviewImage", "SaveAnimatedWEBP", "SaveImage", "SaveVideo"), 360)
 """Nodes that take room that is left over, and how much at most."""
 SLOT, WIDGET, EDGE, FOOTER = 20, 28, 14, 32

@@ -12,7 +12,7 @@ const LETTER = 5.9, LINE = 15, EDGE = 8, LINES = 8; // of the text, in units of 
 const WIDE = [
     "ControlNeXtLoader", "ControlNetXSLoader", "ControlNeXtUNetLoader", "ControlNeXtInspect", "ControlDatasetFolder",
 ];
-const WIDTH = 440; // of nodes that show names of files
+const WIDTH = 455; // of nodes that show names of files
 
 function isOurs(nodeData) {
     return Boolean(nodeData?.category?.startsWith("ControlNeXt"));
