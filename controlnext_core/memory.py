@@ -8,16 +8,18 @@ from .feature_cache import MIB
 from .specs import Spec
 
 NUMBERS_PER_PIXEL: dict[str, int] = {
-    "gen1a": 547,
-    "gen1a_norm": 547,
-    "gen1b": 74,
-    "gen1b_scale": 74,
-    "gen2": 139,
-    "gen2_unpadded": 139,
-    "gen2_deep": 139,
+    "gen1a": 435,
+    "gen1a_norm": 435,
+    "gen1b": 77,
+    "gen1b_scale": 77,
+    "gen2": 116,
+    "gen2_unpadded": 113,
+    "gen2_deep": 116,
 }
 """Build -> numbers of the compute dtype alive per hint pixel where an encoder's pass needs most.
-Source: benchmarks/bench_video_memory.py; a convolution's own scratch space is not in it."""
+Source: benchmarks/bench_video_memory.py, at 512 x 512; a convolution's own scratch space is not in it. The products of
+convolutions (models/halving.py), 2.3 million numbers, are: larger hints need up to 7 numbers less a pixel. Hints too
+small for products need 139 (second generation) or 547, a few MiB in all."""
 
 ROWS_AT_ONCE = 8
 """Hints that an encoder takes in one pass at most; more are no faster."""

@@ -4,12 +4,14 @@ Shapes: B batch, H W hint pixels. Module names are the published state-dict keys
 Source: the released code of ControlNeXt (arXiv 2408.06070), all builds from June 2024 on.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from .halving import Halved, halved, own_weights
 from .layers import Downsample, ResBlock, TimestepMLP, timestep_embedding
 
 TIME_CHANNELS, TIME_DIM = 128, 256
@@ -50,9 +52,11 @@ class Begun:
     """Part of an encoder's work on a hint before the timestep enters."""
 
     shortcut: Tensor
-    """(B, C, h, w), of the first residual block."""
+    """Shortcut of the first residual block, (B, C, h, w), or its half where the stage has products."""
     first_half: Tensor
     """(B, C, h, w), of the first residual block."""
+    stages: tuple[Halved | None, ...]
+    """Products of each stage's convolutions, for maps on which they pay."""
 
 
 class ControlNeXt(nn.Module):
@@ -69,6 +73,7 @@ class ControlNeXt(nn.Module):
         factory: dict[str, Any] = {"dtype": dtype, "device": device}
         self.config = config
         self.dtype = dtype
+        self.weights_of = getattr(operations, "weights_of", own_weights)
         if config.learned_scale:
             self.scale = nn.Parameter(torch.ones((), **factory))
         self.time_embedding = TimestepMLP(TIME_CHANNELS, TIME_DIM, operations, **factory)
@@ -96,11 +101,20 @@ class ControlNeXt(nn.Module):
         return self.finish(self.begin(hint), timestep)
 
     def begin(self, hint: Tensor) -> Begun:
-        """The part that does not depend on the timestep, once per hint: a third of the second generation's work."""
+        """The part that does not depend on the timestep, once per hint: nearly half of the second generation's work."""
+        stages = tuple(self._halved(hint))
         h = self.embedding(hint) if self.config.stem else hint
         res: Any = self.down_res[0]
         first_half = res.first_half(h)
-        return Begun(res.conv_shortcut(h), first_half)
+        shortcut = res.conv_shortcut(h)
+        return Begun(self.down_sample[0](shortcut) if stages[0] else shortcut, first_half, stages)
+
+    def _halved(self, hint: Tensor) -> Iterator[Halved | None]:
+        """The products of each stage for maps of this hint."""
+        cells = hint.shape[-2] * hint.shape[-1] / 4 ** (self.config.stem + self.config.stem_pool)
+        for res, down in zip(self.down_res, self.down_sample, strict=True):
+            yield halved(cast(ResBlock, res), cast(Downsample, down), cells, hint, self.weights_of)
+            cells /= 4
 
     def finish(self, begun: Begun, timestep: Tensor) -> Tensor:
         """The rest of `forward`; timestep: (B,) or (1,)."""
@@ -109,10 +123,16 @@ class ControlNeXt(nn.Module):
     def narrow(self, begun: Begun, timestep: Tensor) -> Tensor:
         """Features before the last convolution of `finish`: (B, channels of the last stage, h, w)."""
         emb = self.time_embedding(timestep_embedding(timestep, TIME_CHANNELS).to(begun.first_half.dtype))
-        res: Any = self.down_res[0]
-        h = self.down_sample[0](begun.shortcut + res.second_half(begun.first_half, emb))
-        for res, down in zip(self.down_res[1:], self.down_sample[1:], strict=True):
-            h = down(res(h, emb))
+        h = begun.first_half
+        for index, (res, down, joined) in enumerate(zip(self.down_res, self.down_sample, begun.stages, strict=True)):
+            block, halving = cast(ResBlock, res), cast(Downsample, down)
+            first_half = block.first_half(h) if index else h
+            if joined is None:
+                shortcut = block.conv_shortcut(h) if index else begun.shortcut
+                h = halving(shortcut + block.second_half(first_half, emb))
+            else:
+                shortcut = joined.shortcut(h) if index else begun.shortcut
+                h = shortcut + joined.residual(block.timed(first_half, emb))
         mid = self.mid_convs[0](h)
         return h + mid if self.config.mid_skip else mid
 

@@ -78,8 +78,12 @@ class ResBlock(nn.Module):
 
     def second_half(self, a: Tensor, emb: Tensor) -> Tensor:
         """a: (B, out_ch, H, W) from `first_half`, emb: (B or 1, D). Returns a's shape, to be added to the shortcut."""
+        return self.conv2(self.timed(a, emb))
+
+    def timed(self, a: Tensor, emb: Tensor) -> Tensor:
+        """All of `second_half` but its convolution, on the same tensors."""
         time = self.time_emb_proj(F.silu(emb))[:, :, None, None]
-        return self.conv2(F.silu(self.norm2(a + time)))
+        return F.silu(self.norm2(a + time))
 
 
 class Downsample(nn.Module):

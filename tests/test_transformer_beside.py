@@ -14,7 +14,7 @@ from comfyui_controlnext.tests.test_interruptions import doors_of, entries, lay,
 from comfyui_controlnext.tests.test_transformer_weights import factors, quantised_stage
 from comfyui_controlnext.tests.transformer_files import make_vae
 from comfyui_controlnext.tests.transformer_fixtures import BLOCKS, NARROW, filled, narrow_model
-from comfyui_controlnext.tests.transformer_stage import TransformerStage, each
+from comfyui_controlnext.tests.transformer_stage import TransformerStage, in_turn
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.comfy
@@ -36,8 +36,7 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return left
 
 
-@pytest.mark.parametrize("stored", ["plain", "quantised"])
-@each
+@in_turn("stored", ["plain", "quantised"])
 def test_weights_that_stay_behind_are_changed_as_they_are_used(
     family: str, stored: str, stage: Any, tmp_path: Path, little_memory: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,17 +216,16 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("door", ["stock", "ours"])
-@each
+@in_turn("cut", [f"{cut}, {door}" for cut in CUTS for door in ("stock", "ours")])
 def test_a_run_that_is_cut_off_leaves_nothing_and_the_next_is_the_same_in_every_bit(
-    family: str, door: str, cut: str, stage: Any
+    family: str, cut: str, stage: Any
 ) -> None:
     import comfy.model_management
     from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.features import CACHE
 
     at = stage(family)
     control = at.load().control
+    where, door = cut.split(", ")
     if door == "stock":
         model, conds = at.model, at.stock(control, picture())
         used = [cond[0][1]["control"] for cond in conds]
@@ -239,7 +237,7 @@ def test_a_run_that_is_cut_off_leaves_nothing_and_the_next_is_the_same_in_every_
     for error in (comfy.model_management.InterruptProcessingException(), KeyboardInterrupt(), RuntimeError("a fault")):
         CACHE.clear()
         with pytest.MonkeyPatch.context() as patch:
-            CUTS[cut](patch, at, control, error)
+            CUTS[where](patch, at, control, error)
             with pytest.raises(type(error)):
                 at.sample(model, conds)
         assert all(one.run is None for one in used), "hints, masks and features of the run are let go"

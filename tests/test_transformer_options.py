@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from comfyui_controlnext.tests.sampling_fixtures import REASSOCIATED, picture, relative
-from comfyui_controlnext.tests.transformer_stage import CELLS, TransformerStage, each
+from comfyui_controlnext.tests.transformer_stage import CELLS, TransformerStage, each, in_turn
 from torch import Tensor
 
 pytestmark = pytest.mark.comfy
 SIDE = 8 * CELLS
+HALVES = ("positive", "negative")
 LEFT = torch.zeros(1, SIDE, SIDE)
 LEFT[..., : SIDE // 2] = 1
 
@@ -28,8 +29,7 @@ def regional(at: TransformerStage, kind: str, control: Any, seed: int = 4) -> An
     return host_nodes.ConditioningSetMask().append(conds, LEFT, "default", 1.0)[0]
 
 
-@pytest.mark.parametrize("kind", ["area", "mask"])
-@each
+@in_turn("kind", ["area", "mask"])
 def test_a_control_on_a_regional_prompt_stays_in_its_region(family: str, kind: str, stage: Any) -> None:
     """One step: outside the region the picture is that of the region without control."""
     at = stage(family)
@@ -75,23 +75,23 @@ def test_a_schedule_is_strength_by_percent_of_the_families_own_sampling(family: 
     control = at.load().control
     level = at.options(control, schedule="0:0.6, 1:0.6")
     assert torch.equal(at.sample(at.ours(level, picture())), at.sample(at.ours(control, picture(), 0.6, 0.0, 1.0)))
-    half = at.sample(at.ours(control, picture(), 1.0, 0.0, 0.5), steps=4)
+    half = at.sample(at.ours(control, picture(), 1.0, 0.0, 0.5), steps=3)
     falling = at.options(control, schedule="0:1, 0.5:1, 0.501:0, 1:0")
-    assert torch.equal(at.sample(at.ours(falling, picture()), steps=4), half)
-    assert torch.equal(at.sample(conds=at.stock(falling, picture()), steps=4), half)
-    for other in (at.sample(steps=4), at.sample(at.ours(control, picture()), steps=4)):
+    assert torch.equal(at.sample(at.ours(falling, picture()), steps=3), half)
+    assert torch.equal(at.sample(conds=at.stock(falling, picture()), steps=3), half)
+    for other in (at.sample(steps=3), at.sample(at.ours(control, picture()), steps=3)):
         assert relative(half, other) > 0.003
 
 
-@pytest.mark.parametrize("half", [0, 1], ids=["positive", "negative"])
-@each
-def test_a_half_is_what_wiring_the_stock_node_to_that_half_gives(family: str, half: int, stage: Any) -> None:
+@in_turn("half", HALVES)
+def test_a_half_is_what_wiring_the_stock_node_to_that_half_gives(family: str, half: str, stage: Any) -> None:
     at = stage(family)
     control = at.load().control
     wired = [at.positive, at.negative]
-    wired[half] = at.stock(control, picture())[half]
+    number = HALVES.index(half)
+    wired[number] = at.stock(control, picture())[number]
     expected = at.sample(conds=wired)
-    one = at.options(control, apply_to=("positive", "negative")[half])
+    one = at.options(control, apply_to=half)
     through_stock = at.sample(conds=at.stock(one, picture()))
     assert torch.equal(through_stock, at.sample(at.ours(one, picture())))
     assert relative(through_stock, expected) < REASSOCIATED
@@ -110,8 +110,7 @@ def guided(at: TransformerStage, name: str, model: Any, positive: Any, negative:
     return at.guide(nodes.DualCFGGuider.execute(model, positive, positive, negative, 3.0, 2.0, "regular")[0])
 
 
-@pytest.mark.parametrize("guider", ["basic", "CFG", "DualCFG"])
-@each
+@in_turn("guider", ["basic", "CFG", "DualCFG"])
 def test_guiders_of_the_host_take_the_control_through_both_doors(
     family: str, guider: str, stage: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,7 +14,7 @@ from comfyui_controlnext.controlnext_core import checkpoint
 from comfyui_controlnext.tests import reference_transformers as reference
 from comfyui_controlnext.tests.sampling_fixtures import picture, relative
 from comfyui_controlnext.tests.transformer_fixtures import NARROW, WIDTH, inputs, narrow_model
-from comfyui_controlnext.tests.transformer_stage import TransformerStage, each
+from comfyui_controlnext.tests.transformer_stage import TransformerStage, each, in_turn
 from torch import Tensor
 
 pytestmark = pytest.mark.comfy
@@ -139,8 +139,7 @@ def _bias(layer: Any) -> Tensor | None:
     return None if layer.bias is None else layer.bias.float()
 
 
-@each
-@pytest.mark.parametrize("layout", ["single", "lora"])
+@in_turn("layout", ["single", "lora"])
 def test_what_is_saved_loads_and_acts_the_same(
     family: str, layout: str, stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

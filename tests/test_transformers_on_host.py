@@ -13,13 +13,12 @@ from comfyui_controlnext.tests import reference_controlnext as released
 from comfyui_controlnext.tests import reference_transformers as reference
 from comfyui_controlnext.tests.sampling_fixtures import picture, relative
 from comfyui_controlnext.tests.transformer_fixtures import narrow_model
-from comfyui_controlnext.tests.transformer_stage import CELLS, each
+from comfyui_controlnext.tests.transformer_stage import CELLS, each, in_turn
 
 pytestmark = pytest.mark.comfy
 
 
-@each
-@pytest.mark.parametrize("settings", [(1.0, 0.0, 1.0), (0.6, 0.0, 0.5)], ids=str)
+@in_turn("settings", [(1.0, 0.0, 1.0), (0.6, 0.0, 0.5)])
 def test_both_doors_give_equal_latents(family: str, settings: tuple[float, ...], stage: Any) -> None:
     at = stage(family)
     control = at.load().control

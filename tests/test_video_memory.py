@@ -41,9 +41,9 @@ def test_the_table_holds_what_a_pass_needs_and_little_more(spec: Spec, dtype: to
     assert NUMBERS_PER_PIXEL.keys() == BUILDS.keys()
     for height, width in ((512, 768), (1024, 1024)):
         measured = numbers_per_pixel(spec, dtype, height, width)
-        assert measured < 1.0001 * NUMBERS_PER_PIXEL[spec.build] < 1.15 * measured
-    several = numbers_per_pixel(spec, dtype, 512, 512, rows=4)
-    assert several == pytest.approx(numbers_per_pixel(spec, dtype, 512, 512), rel=0.01)
+        assert measured < 1.0001 * NUMBERS_PER_PIXEL[spec.build] < 1.17 * measured
+    several, one = numbers_per_pixel(spec, dtype, 512, 512, rows=4), numbers_per_pixel(spec, dtype, 512, 512)
+    assert 0.93 * one < several <= one  # products of convolutions are there once for all hints
 
 
 @pytest.mark.parametrize("spec", PUBLISHED, ids=named)
@@ -68,7 +68,7 @@ def test_a_pass_takes_fewer_hints_the_larger_they_are() -> None:
         return rows_at_once(NUMBERS_PER_PIXEL[build] * 2 * height * width)
 
     assert rows("gen2_unpadded", 256, 256) == ROWS_AT_ONCE
-    assert rows("gen2_unpadded", 576, 1024) == 3
+    assert rows("gen2_unpadded", 576, 1024) == 4
     assert rows("gen1a", 2048, 2048) == 1  # one hint needs more than the budget, and gets it
     for build in BUILDS:
         row = NUMBERS_PER_PIXEL[build] * 2 * 576 * 1024

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,26 @@ from torch import Tensor
 FAMILIES = tuple(name for name, spec in SPECS.items() if spec.on_transformer)
 CELLS = 8
 each = pytest.mark.parametrize("family", FAMILIES)
+
+
+def in_turn(name: str, values: Sequence[Any], families: Sequence[str] = FAMILIES) -> pytest.MarkDecorator:
+    """Every family with every value of this argument: the first family with all of them, each other with one in turn.
+
+    The rest is `long`: for values whose way through the code is the same in every family.
+    """
+    return pytest.mark.parametrize(
+        ("family", name),
+        [
+            pytest.param(
+                family,
+                value,
+                marks=() if not place or index == place % len(values) else pytest.mark.long,
+                id=f"{family}-{value}",
+            )
+            for place, family in enumerate(families)
+            for index, value in enumerate(values)
+        ],
+    )
 
 
 class TransformerStage:
@@ -39,7 +59,9 @@ class TransformerStage:
 
     def file(self, seed: int = 11, weights: dict[str, Tensor] | None = None, slices: str = "{}") -> Path:
         path = self.folder / f"{self.family} {seed} {bool(weights)}.safetensors"
-        encoder = released.random_weights(reference.FAMILIES[self.family].build, seed=seed, out=self.row.width)
+        if not weights and path.exists():  # nothing else is in it
+            return path
+        encoder = _encoder(reference.FAMILIES[self.family].build, seed, self.row.width)
         if weights:
             encoder = {f"controlnext.{name}": tensor for name, tensor in encoder.items()}
             encoder |= {f"base.{name}": tensor for name, tensor in weights.items()}
@@ -106,6 +128,11 @@ class TransformerStage:
         from comfyui_controlnext.nodes.apply import ControlNeXtOptions
 
         return ControlNeXtOptions.execute(control, apply_to, mask, schedule)[0]
+
+
+@functools.cache
+def _encoder(build: str, seed: int, width: int) -> dict[str, Tensor]:
+    return released.random_weights(build, seed=seed, out=width)
 
 
 @functools.cache

@@ -27,6 +27,12 @@ class _LoadsItself:
 class WholeLayers(comfy.ops.manual_cast):
     """The host's layers that cast their weights, each whole from the start; every network of ours is built of these."""
 
+    @staticmethod
+    def weights_of(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias as the layer's own forward has them for a tensor like this one."""
+        weight, bias = comfy.ops.cast_bias_weight(layer, like)
+        return weight, bias
+
     class Linear(_LoadsItself, comfy.ops.manual_cast.Linear):
         pass
 
