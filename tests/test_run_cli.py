@@ -3,6 +3,7 @@
 import argparse
 import ast
 import errno
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -152,6 +153,14 @@ def test_fast_tests_ask_for_no_host(monkeypatch: pytest.MonkeyPatch) -> None:
     assert checks.run_pytest(checks.CheckOptions(provide, fast=True)) == 7
     monkeypatch.setattr(checks.os, "cpu_count", lambda: 1)
     assert called_with(monkeypatch, fast=True)[0] == ("-m", "pytest", "-m", "not gpu and not comfy")
+
+
+def test_the_fast_tests_are_found_without_a_host() -> None:
+    """A test file that imports the host at its top, and is not marked `comfy` as a whole, would end the fast run."""
+    variables = {**os.environ, "CONTROLNEXT_COMFYUI": "", "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "not gpu and not comfy", str(checks.TESTS)]
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_a_whole_run_is_shared_by_two_processes_where_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
