@@ -109,7 +109,7 @@ def numbers_per_cell(
             if correction is not None:
                 add(correction, h)
             del correction
-            walk.listen(i, h)
+            walk.take_base(i, h)
         add(walk.middle(emb, context), encoder[-1])
         for j, h in enumerate(decoder):
             add(walk.decode(j), h)

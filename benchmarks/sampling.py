@@ -139,7 +139,7 @@ def watching() -> Iterator[None]:
     from ..controlnext_core.comfy_adapter.sampling.xs_forward import Lockstep, XSJob
 
     doors: list[tuple[Any, str]] = [(HostControl, "add_to"), (Collector, "_add"), (Lockstep, "__init__")]
-    doors += [(Lockstep, name) for name in ("mix_time", "take_time", "encode", "listen", "decode")]
+    doors += [(Lockstep, name) for name in ("mix_time", "take_time", "encode", "take_base", "decode")]
     before = [(owner, name, getattr(owner, name)) for owner, name in doors]
     make = XSJob.__init__
     try:

@@ -151,17 +151,17 @@ class ControlNetXS(nn.Module):
 
 
 class Walk:
-    """One forward of the control stream beside the base: `encode`, `listen` per encoder block, `middle`, `decode`.
+    """One forward of the control stream beside the base: `encode`, `take_base` per encoder block, `middle`, `decode`.
 
-    What the methods return is to be added to the base's features, times the strength.
+    Each method returns a correction that the caller adds to the base's features, times the strength.
     """
 
     def __init__(self, net: ControlNetXS, x: Tensor, hint: Tensor) -> None:
-        """x: (B, in_ch or more, H, W), what the base is given; hint: (B or 1, C, H, W), from `encode_hint`."""
+        """x: (B, in_ch or more, H, W), the base's input; hint: (B or 1, C, H, W), from `encode_hint`."""
         self.net = net
         self.c = x[:, : net.config.encoder[0].in_ch]
         self.hint = hint
-        self.kept: list[Tensor] = []
+        self.skips: list[Tensor] = []
 
     def encode(self, i: int, emb: Tensor, context: Tensor) -> Tensor | None:
         """Run encoder block i; returns the correction of the base's features, (B, base_ch, H, W), None for type A.
@@ -171,22 +171,22 @@ class Walk:
         self.c = self.net.encoder[i](self.c, emb, context)
         if i == 0:
             self.c = self.c + self.hint
-        self.kept.append(self.c)
+        self.skips.append(self.c)
         return self.net.control_to_base[i](self.c) if self.net.config.adds_in_encoder else None
 
-    def listen(self, i: int, h: Tensor) -> None:
-        """Take in the base's features as its next block will get them: h (B, base_ch, any, any)."""
+    def take_base(self, i: int, h: Tensor) -> None:
+        """Join the base's features after encoder block i, h (B, base_ch, any, any), to the control's as channels."""
         self.c = torch.cat([fit(self.c, h), self.net.base_to_control[i](h)], dim=1)
 
     def middle(self, emb: Tensor, context: Tensor) -> Tensor:
-        """Go through the middle; what the base gets after its own, (B, base_ch, H, W)."""
+        """Run the middle; returns the correction of the base's features after its middle, (B, base_ch, H, W)."""
         for block in self.net.middle:
             self.c = block(self.c, emb, context)
         return self.net.middle_to_base(self.c)
 
     def decode(self, j: int) -> Tensor:
         """Addition to the base before decoder block j, called once for each j from 0 on."""
-        return self.net.decoder_to_base[j](self.kept.pop())
+        return self.net.decoder_to_base[j](self.skips.pop())
 
 
 def fit(c: Tensor, h: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def walk(net: ControlNetXS) -> list[Tensor]:
     given = []
     for i, h in enumerate(base_features(net)):
         given.append(steps.encode(i, emb, context))
-        steps.listen(i, h)
+        steps.take_base(i, h)
     given.append(steps.middle(emb, context))
     return [*given, *(steps.decode(j) for j in range(len(net.config.decoder)))]
 

@@ -176,7 +176,7 @@ def test_half_precision_stays_close(widths: tuple[int, ...], dtype: torch.dtype,
             found.append(walk.encode(i, emb, context))
             side = walk.c.shape[-2:]
             features = torch.randn(2, width, *side, generator=torch.Generator().manual_seed(i))
-            walk.listen(i, features.to(kind))
+            walk.take_base(i, features.to(kind))
         outs.append(torch.cat([tensor.float().flatten() for tensor in [*found, walk.middle(emb, context)]]))
     relative = float((outs[0] - outs[1]).norm() / outs[1].norm())
     assert 0.1 * ROUNDING[dtype] < relative < 4 * ROUNDING[dtype]

@@ -42,10 +42,10 @@ def beside_the_base(device: torch.device) -> Iterator[None]:
     from ...controlnext_core.comfy_adapter.sampling.xs_forward import Lockstep
     from ...models.controlnet_xs import Walk
 
-    side, listen, encode = Side(device), Lockstep.listen, Walk.encode
+    side, take_base, encode = Side(device), Lockstep.take_base, Walk.encode
 
-    def listen_and_start(lockstep: Any, h: Tensor, options: TransformerOptions) -> Tensor:
-        result, number = listen(lockstep, h, options), lockstep.encoded
+    def take_and_start(lockstep: Any, h: Tensor, options: TransformerOptions) -> Tensor:
+        result, number = take_base(lockstep, h, options), lockstep.encoded
         if number < lockstep.blocks:
             for companion, emb in zip(lockstep.companions, lockstep.embs, strict=True):
                 walk = companion.walk
@@ -58,11 +58,11 @@ def beside_the_base(device: torch.device) -> Iterator[None]:
         if started is None:
             return encode(walk, i, emb, context)
         walk.c = side.join(started)
-        walk.kept.append(walk.c)
+        walk.skips.append(walk.c)
         return walk.net.control_to_base[i](walk.c) if walk.net.config.adds_in_encoder else None
 
     patch = unittest.mock.patch.object
-    with patch(Lockstep, "listen", listen_and_start), patch(Walk, "encode", take):
+    with patch(Lockstep, "take_base", take_and_start), patch(Walk, "encode", take):
         yield
 
 

@@ -131,7 +131,7 @@ class Lockstep:
         new = {name: list(patches) for name, patches in others.items()}
         new[EMB] = [self.mix_time, *new.get(EMB, []), self.take_time]
         new[BEFORE_SKIP] = [self.encode, *new.get(BEFORE_SKIP, [])]
-        new[AFTER_SKIP] = [*new.get(AFTER_SKIP, []), self.listen]
+        new[AFTER_SKIP] = [*new.get(AFTER_SKIP, []), self.take_base]
         outputs = new.get(BEFORE_OUTPUT, [])
         at = sum(isinstance(getattr(patch, "__self__", None), UNetPatches) for patch in outputs[:1])
         new[BEFORE_OUTPUT] = [*outputs[:at], self.decode, *outputs[at:]]
@@ -169,10 +169,10 @@ class Lockstep:
                 total = companion.add(total, correction, h, companion.strengths[0])
         return total
 
-    def listen(self, h: Tensor, options: TransformerOptions) -> Tensor:
+    def take_base(self, h: Tensor, options: TransformerOptions) -> Tensor:
         """input_block_patch_after_skip: the features go to the control as they go to the base's next block."""
         for companion in self.companions:
-            companion.walk.listen(options["block"][1], companion.take(h))
+            companion.walk.take_base(options["block"][1], companion.take(h))
         return h
 
     def decode(self, h: Tensor, skip: Tensor, options: TransformerOptions) -> tuple[Tensor, Tensor]:
