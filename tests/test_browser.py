@@ -195,6 +195,7 @@ def test_example_loads_whole_and_reports_missing_files(name: str, browser: Brows
     assert "not allowed" not in reported and "Invalid directory" not in reported
     assert browser.page.evaluate("app.graph.nodes.every(n => n.type in LiteGraph.registered_node_types)")
     sent = sent_again_from_a_picture(browser.page)
+    assert missing_files(browser.page) == reported
     kept = json.loads((make_workflows.FOLDER / "api" / f"{name}.json").read_text("utf-8"))
     assert sent == kept if pinned_host else same_but_for_additions(sent, kept)
     boxes = browser.page.evaluate(BOXES)
