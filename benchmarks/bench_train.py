@@ -196,7 +196,7 @@ def ours(setting: Setting, case: Case) -> dict[str, Any]:
 
 
 class Watch:
-    """Turns the measuring on when the pictures are encoded, and off after the last step."""
+    """Observer that starts measuring once the pictures are encoded, and stops after the last step."""
 
     def __init__(self, device: torch.device) -> None:
         self.peak, self.times = Peak(device), Times()

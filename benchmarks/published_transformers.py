@@ -54,6 +54,6 @@ def make_model(name: str, dtype: torch.dtype, small: bool = False) -> Any:
 
 
 def width_of(name: str, small: bool) -> int:
-    """Channels where a control is added."""
+    """Channels at the site where a control is added."""
     timed = TRANSFORMERS[name]
     return timed.small_width if small else timed.published.width

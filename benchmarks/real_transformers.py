@@ -164,7 +164,7 @@ def is_pinned() -> bool:
 
 
 def make_transformer(row: Published, dtype: torch.dtype, device: torch.device = META) -> Any:
-    """The host's BaseModel of that size, without numbers; on a CPU with some, parameters of one shape as one tensor."""
+    """BaseModel of the host at that size: on `meta` without numbers, on a CPU with one shared tensor for each shape."""
     import comfy.supported_models
 
     from .real_size import share_weights

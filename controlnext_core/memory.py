@@ -44,7 +44,7 @@ convolution gives, in the compute dtype, and its standardisation in fp32. Source
 
 
 def wide_bytes(spec: Spec, out_channels: int, height: int, width: int, itemsize: int) -> int:
-    """Most that is alive while one map of a hint of height x width pixels gets the width of a transformer."""
+    """Peak bytes while the map of a hint of height x width pixels is widened to a transformer's channels."""
     return feature_bytes(spec, out_channels, height, width, WIDE_TENSORS * itemsize + WIDE_FP32_TENSORS * 4)
 
 

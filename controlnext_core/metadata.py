@@ -22,7 +22,7 @@ WEIGHTS_KINDS = ("difference", "full", "low_rank")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlMetadata:
-    """The `controlnext.*` keys of a file; None where a file does not say."""
+    """Values of a file's `controlnext.*` keys; None: the file lacks the key."""
 
     spec: str | None = None
     gain: float | None = None

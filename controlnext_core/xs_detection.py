@@ -80,7 +80,7 @@ class XSFile:
             raise DetectionError(str(error)) from error
 
     def config(self, norm_rule: str = "auto", num_heads: str = "", beside: str = "") -> ControlNetXSConfig:
-        """The network of this file."""
+        """Configuration of the file's network."""
         return build_config(self.shape, self.heads(num_heads, beside), self.norm_rule(norm_rule))
 
 

@@ -236,7 +236,7 @@ SampleRequests = tuple[tuple[int, int], ...]
 
 
 class Prefetcher:
-    """Reads the samples of coming steps while this one computes; where reading also encodes, their files alone."""
+    """Prefetcher of the samples of coming steps. Of samples that are not encoded yet it reads the files only."""
 
     def __init__(self, store: Store, usable: Sequence[int], say: Callable[[str], None]) -> None:
         """usable: rising indices that train, from which an unreadable sample is replaced; say: is told of each."""

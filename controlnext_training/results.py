@@ -176,7 +176,7 @@ def show_curve(files: RunFiles) -> Path:
 
 
 def duration(seconds: float) -> str:
-    """12 s, 3 min, 2 h 05 min."""
+    """Duration in words, such as 12 s, 3 min or 2 h 05 min."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -119,7 +119,7 @@ class ControlNeXtLoader(ControlNode):
 
 
 class ControlNeXtInspect(ControlNode):
-    """Report of what a file is."""
+    """Node that reports the kind and the content of a file."""
 
     SEARCH = ("controlnet", "metadata", "info")
 

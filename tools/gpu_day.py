@@ -124,7 +124,7 @@ class Day:
         return not part.endless and self.entries.get(part.name, {}).get("status") in ENDED
 
     def run(self, parts: Iterable[Part], seconds: float) -> None:
-        """Run these for so long; every result is on the disk when the next part begins."""
+        """Run these parts for the seconds given; each result is on disk before the next part begins."""
         end = time.monotonic() + seconds
         self.write()
         for part in parts:

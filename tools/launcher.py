@@ -104,7 +104,7 @@ class _AudioLoader(Loader):
 
 
 def allow_missing_torchaudio() -> None:
-    """Arrange for `import torchaudio` to work where it is missing or broken; its use then says so.
+    """Make `import torchaudio` succeed where it is missing or broken; using it then raises an error that says so.
 
     Costs nothing until torchaudio is imported. Calling it again is harmless.
     """

@@ -27,7 +27,7 @@ JOIN_SECONDS = 0.2
 
 
 class HostLostError(ComfyError):
-    """The host refused the workflow, does not answer, or has forgotten the run: another may do better."""
+    """Failure of a host: it refused the workflow, does not answer, or lost the run. Another host may succeed."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

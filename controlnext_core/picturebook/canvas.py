@@ -41,7 +41,7 @@ class Numbers:
 
 
 class Canvas:
-    """Planes of one picture. All drawing is antialiased."""
+    """Planes of one picture (colours, edges, mask, depth); drawing is antialiased."""
 
     def __init__(self, height: int, width: int) -> None:
         self.side = min(height, width)

@@ -54,7 +54,7 @@ class Sizes:
     """Sizes in a picture's conditions, in pixels."""
 
     original: tuple[int, int]
-    """(height, width) before it was resized."""
+    """Size (height, width) of the picture before it was resized."""
     crop: tuple[int, int]
     """(top, left)"""
     target: tuple[int, int]

@@ -1,4 +1,4 @@
-"""The weights of the demo, made from nothing: `python run.py train-demo`, or one stage after the other.
+"""Training of the demo's weights from nothing: `python run.py train-demo`, or one stage after the other.
 
 `autoencoder`, `decoder`, `base` and `ship-base` make the base; `style` a LoRA for it; `controls` what the recipes
 demo_*.toml say, on the base as it ships, with controlnext_training; `ship-controls` keeps both. Data are the scenes

@@ -65,7 +65,7 @@ def new_unet() -> nn.Module:
 
 
 def trained_autoencoder(folder: Path) -> nn.Module:
-    """The autoencoder of the stages before: the encoder is the first's, the decoder the second's where it is there."""
+    """Autoencoder of earlier stages: the encoder of the first, the decoder of the second where that has run."""
     better = folder.parent / "decoder" / autoencoder.FILE
     return autoencoder.trained(better if better.is_file() else folder.parent / "autoencoder" / autoencoder.FILE)
 

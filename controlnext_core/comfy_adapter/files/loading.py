@@ -111,7 +111,7 @@ def differences_of(
 ) -> FoundDifferences:
     """Differences that the chosen file brings to a base model.
 
-    Raises CheckpointError as `unet_weights.host_differences`.
+    Raises CheckpointError, for the same reasons as `unet_weights.host_differences`.
     """
     source, tensors = str(chosen.path), _weights_of(file, chosen)
     kind = _kind_of(file, chosen, weights_kind)
