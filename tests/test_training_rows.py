@@ -168,6 +168,7 @@ def test_a_user_who_cancels_is_heard_between_rows(tmp_path: Path, stand_in: dict
 
     with pytest.raises(InterruptedError):
         opened(tmp_path, progress=stop)
+    assert asked == [0, 0], "before the first picture is read"
 
 
 def test_without_the_library_a_remedy_is_named_and_other_files_train(
