@@ -26,7 +26,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 }
 """Variant -> layouts of its trained file."""
 
-TRANSFORMER_SUBSETS = ("none", "to_out", "single_too", "refiners_too", "cross_too", "all")
+TRANSFORMER_SUBSETS = ("none", "to_out", "single_too", "values_too", "refiners_too", "cross_too", "all")
 """Names of subsets of a transformer. The tensors, by the host's names, are in the family's row (`Base.trainable`)."""
 
 BLOCK_GROUPS = (*UNET_SIDES, "joint", "double", "single", "refiner")

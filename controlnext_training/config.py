@@ -54,8 +54,8 @@ class TrainConfig:
     trainable: str = setting(
         "to_out",
         "Weights of the base that train beside the encoder: none, to_out (output projections of attention), all; of a "
-        "UNet also attn2_to_out, up_to_out; of Flux.1 and Chroma single_too; of Lumina2 and Z-Image refiners_too; Wan "
-        "cross_too; or re:EXPRESSION over published names (UNet) or ComfyUI's (transformer).",
+        "UNet also attn2_to_out, up_to_out; of Flux.1 and Chroma single_too; of Lumina2 and Z-Image values_too, "
+        "refiners_too; Wan cross_too; or re:EXPRESSION over published names (UNet) or ComfyUI's (transformer).",
         fixed_on_resume=True,
     )
     blocks: str = setting(

@@ -148,6 +148,8 @@ def test_blocks_and_subsets_are_those_of_the_family() -> None:
     assert trained("z_image", trainable="refiners_too", blocks="refiner.0") == {"noise_refiner.0.attention.out.weight"}
     assert trained("flux", trainable=r"re:linear2\.weight", blocks="single.0") == {"single_blocks.0.linear2.weight"}
     assert trained("chroma", trainable="single_too", blocks="single.1") == {"single_blocks.1.linear2.weight"}
+    values = {f"layers.1.attention.{part}.weight" for part in ("out", "qkv")}
+    assert trained("lumina2", trainable="values_too", blocks="joint.1") == values
     with pytest.raises(ConfigError, match="trainable: this base has no 'single_too'. Choose none, to_out, all"):
         loop_of("sd3", trainable="single_too")
     with pytest.raises(ConfigError, match="blocks: this base has no blocks named double. Choose joint"):

@@ -130,6 +130,16 @@ def test_parts_of_fused_weights_are_what_was_trained(
     assert slices == ({} if "layout" in settings else parts)
 
 
+@pytest.mark.parametrize("family", ["lumina2", "z_image"])
+def test_values_of_fused_weights_are_what_was_trained(family: str, tmp_path: Path, pinned_host: bool) -> None:
+    """In the narrow Lumina2 two heads of queries share one of keys and values, of 64 numbers."""
+    path = check_the_seam(family, tmp_path, pinned_host, trainable="values_too", rank=8)
+    with safe_open(path, "pt") as file:
+        slices = json.loads(file.metadata()["controlnext.slices"])
+    rows = [0, 192, 64] if family == "lumina2" else [0, 512, 256]
+    assert slices == {f"layers.{block}.attention.qkv.weight": rows for block in range(2)}
+
+
 def test_a_run_goes_on_where_a_file_ends(tmp_path: Path) -> None:
     from comfyui_controlnext.controlnext_training.config import ConfigError
 

@@ -79,3 +79,19 @@ def test_single_blocks_fit_as_well_at_half_the_rank(size: str, pinned_host: bool
     megabytes = [2 * (encoder + low_rank_parameters(parts, rank)) / 1e6 for rank in (8, 16)]
     assert megabytes == pytest.approx([14.1, 19.7], abs=0.05)
     assert 1e6 * megabytes[0] + HEADER < LIMIT < 1e6 * megabytes[1]
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "expected"), [("Z-Image", (7680, 3840), 16.2), ("Lumina2", (3072, 768), 11.3)]
+)
+def test_values_fit_as_well_at_half_the_rank(
+    size: str, rows: tuple[int, int], expected: float, pinned_host: bool
+) -> None:
+    """Rows of the values alone, 3840 of 11520 and 768 of 3840, at rank 8."""
+    base, shapes, encoder = counted(size, pinned_host)
+    names = chosen_names(shapes, base.trainable["values_too"], None)
+    slices = base.slices("values_too", shapes, names)
+    assert set(slices.values()) == {(0, *rows)} and len(names) == 2 * len(slices)
+    numbers = encoder + low_rank_parameters([sliced(shapes[name], slices.get(name)) for name in names], 8)
+    assert 2 * numbers / 1e6 == pytest.approx(expected, abs=0.05)
+    assert 2 * numbers + HEADER < LIMIT

@@ -214,42 +214,6 @@ def test_attention_outputs_of_single_blocks_act_at_every_strength(family: str, s
         assert torch.equal(found, bare) if strength == 0 else relative(found, bare) > 1e-3
 
 
-@pytest.mark.parametrize("family", ["flux", "chroma"])
-def test_the_first_columns_of_a_single_blocks_output_read_the_attention(family: str, stage: Any) -> None:
-    """Input of the fused layer in the host's block, against the output of its attention."""
-    import comfy.model_management
-
-    at = stage(family)
-    network = at.model.model.diffusion_model
-    row = at.load().control.net.spec.family
-    from comfyui_controlnext.controlnext_core.comfy_adapter.bases.table import BASES
-
-    (base,) = (base for base in BASES if base.family is row)
-    shapes = {name: tensor.shape for name, tensor in network.named_parameters()}
-    name = "single_blocks.1.linear2.weight"
-    (dim, start, length) = base.slices("single_too", shapes, [name])[name]
-    attended: list[Tensor] = []
-    read: list[Tensor] = []
-
-    def attention(function: Any, *args: Any, **more: Any) -> Tensor:
-        attended.append(function(*args, **more))
-        return attended[-1]
-
-    layer = network.get_submodule(name.removesuffix(".weight"))
-    watching = layer.register_forward_pre_hook(lambda module, given: read.append(given[0]))
-    comfy.model_management.load_models_gpu([at.model])
-    given = inputs(family, (8, 8))
-    options = {"cond_or_uncond": [0], "sigmas": given.sigma, "optimized_attention_override": attention}
-    try:
-        at.model.model.apply_model(
-            given.x, given.sigma, c_crossattn=given.context, transformer_options=options, **given.more
-        )
-    finally:
-        watching.remove()
-    assert dim == 1 and torch.equal(read[0].narrow(-1, start, length), attended[-1])
-    assert base.slices("all", shapes, [name]) == {} == base.slices("re:linear2", shapes, [name])
-
-
 @pytest.mark.parametrize("stored", ["plain", "quantised"])
 def test_a_part_of_a_fused_weight_is_changed_and_no_other(stored: str, stage: Any, tmp_path: Path) -> None:
     """Flux: an output projection by its columns, a query-key-value projection by its rows."""

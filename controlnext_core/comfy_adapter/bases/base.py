@@ -95,7 +95,7 @@ class Base:
     sides: Mapping[str, str]
     """Group of blocks as a setting names it -> start of the host's names of its weights; a number may follow."""
     fused: Mapping[str, Part] = field(default_factory=dict)
-    """Regular expression searched in the host's names -> the part of such a weight that is an attention's output."""
+    """Regular expression searched in the host's names -> the part of such a weight that a named subset means."""
 
     def slices(self, subset: str, shapes: Mapping[str, torch.Size], names: Iterable[str]) -> dict[str, Slice]:
         """Slices that a subset means of those of its weights that are fused; `all` and expressions mean whole ones.

@@ -161,21 +161,34 @@ def _is_lumina(model: Any, of_z_image: bool) -> bool:
     return _image_model(model) == "lumina2" and bool(config.get("z_image_modulation")) is of_z_image
 
 
+def value_rows(shape: Size) -> Slice:
+    """Of a fused query, key and value, (width + 2 * keys, width): the rows that make the values come last."""
+    rows, width = shape
+    return 0, (rows + width) // 2, (rows - width) // 2
+
+
+ONE_STREAM: dict[str, Any] = {
+    "attention_out": r"^layers\.\d+\.attention\.out\.weight$",
+    "sides": LAYERS,
+    "subsets": {
+        "values_too": r"^layers\.\d+\.attention\.(out|qkv)\.weight$",
+        "refiners_too": r"^(layers|noise_refiner)\.\d+\.attention\.out\.weight$",
+    },
+    "fused": {r"^layers\.\d+\.attention\.qkv\.weight$": value_rows},
+}
+"""Weights of Lumina2 and Z-Image."""
+
 LUMINA2 = transformer(
     Family.LUMINA2,
     matches=functools.partial(_is_lumina, of_z_image=False),
     places=functools.partial(_joint_layers, Family.LUMINA2),
-    attention_out=r"^layers\.\d+\.attention\.out\.weight$",
-    sides=LAYERS,
-    subsets={"refiners_too": r"^(layers|noise_refiner)\.\d+\.attention\.out\.weight$"},
+    **ONE_STREAM,
 )
 Z_IMAGE = transformer(
     Family.Z_IMAGE,
     matches=functools.partial(_is_lumina, of_z_image=True),
     places=functools.partial(_joint_layers, Family.Z_IMAGE),
-    attention_out=r"^layers\.\d+\.attention\.out\.weight$",
-    sides=LAYERS,
-    subsets={"refiners_too": r"^(layers|noise_refiner)\.\d+\.attention\.out\.weight$"},
+    **ONE_STREAM,
 )
 
 
