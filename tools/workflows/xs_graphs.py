@@ -98,6 +98,7 @@ def xs_sdxl_canny() -> Workflow:
 def xs_sdxl_depth() -> Workflow:
     """A depth map on SDXL, the stock Apply node."""
     workflow, base = start("xs_sdxl_depth", "SDXL depth, ControlNet-XS", SDXL)
+    base.stack = 0
     control = load_xs(workflow, XS_SDXL_DEPTH)
     positive, negative, latent = prompts(
         workflow, base["CLIP"], SDXL, "a diamond house and tree above a lava lake, night"
