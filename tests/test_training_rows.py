@@ -234,6 +234,16 @@ def test_what_the_library_saved_is_read(tmp_path: Path, kind: str, saved: str) -
     assert list((tmp_path / "cache").rglob("*.arrow")) != [] or saved != "parquet"
 
 
+def test_pictures_that_the_library_names_are_read_from_their_files(tmp_path: Path) -> None:
+    write(tmp_path / "p" / "\u00e4.png", picture(7))
+    named = [{"bytes": None, "path": "p/\u00e4.png"}, {"bytes": picture(8), "path": "gone.png"}, None]
+    held = [{**row(number), "image": image} for number, image in enumerate(named)]
+    library().Dataset.from_list(held).to_parquet(str(tmp_path / "a.parquet"))
+    data = opened(tmp_path / "a.parquet", index=tmp_path / "cache" / "index.json")
+    assert [sample[0] for sample in summary(data)] == [7, 8]
+    assert [why.split(":")[0] for _, why in data.broken] == ["names no picture"]
+
+
 def test_a_parquet_file_is_turned_once_and_again_when_it_changes(tmp_path: Path) -> None:
     file, index = tmp_path / "a.parquet", tmp_path / "cache" / "index.json"
     table().to_parquet(str(file))
