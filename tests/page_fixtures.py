@@ -32,7 +32,8 @@ SETTINGS = {"Comfy.TutorialCompleted": True}
 """Settings of all pages: a new user would be shown the templates first."""
 REPORTS = """() => Object.fromEntries(app.graph.nodes.filter(n => n.properties.controlnext_report)
     .map(n => [n.title, n.properties.controlnext_report]))"""
-DRAWN = "[...document.querySelectorAll('div.controlnext_report')].map(each => each.innerText)"
+DRAWN = """[...document.querySelectorAll('div.controlnext_report')].map(
+    report => [...report.children].map(line => line.textContent).join('\\n'))"""
 
 
 @dataclass

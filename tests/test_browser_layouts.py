@@ -24,6 +24,8 @@ pytestmark = [pytest.mark.comfy, pytest.mark.browser]
 OLDER, NODES_2 = "older", "Nodes 2.0"
 SMALLEST = 0.62
 """Scale of the page when it has fitted a graph. It draws no text of nodes below 8 / 14."""
+RUN = "app.extensionManager.command.execute('Comfy.QueuePrompt')"
+"""What the button does, which messages of older pages cover."""
 OPEN = "(graph) => app.loadGraphData(graph, true, true, null, {openSource: 'template'})"
 BOXES = """() => app.graph.nodes.map(node => {  // with the title, in the graph's units
     const {scale, offset} = app.canvas.ds, frame = app.canvas.canvas.getBoundingClientRect();
@@ -134,7 +136,7 @@ def warned(canvas: Browser, server: ComfyServer, tiny: "TinyModels") -> Warned:
 def run_to_the_end(page: "Page") -> None:
     page.evaluate("""() => { window.ended = false;
         app.api.addEventListener('execution_success', () => { window.ended = true; }, {once: true}); }""")
-    page.get_by_test_id("queue-button").click()
+    page.evaluate(RUN)
     page.wait_for_function("window.ended", timeout=120_000)
 
 
@@ -220,7 +222,7 @@ def test_the_page_says_what_is_wrong(what: str, canvas: Browser, server: ComfySe
     page = canvas.page
     page_graphs.write_files(server.base / "models")
     page.evaluate("(graph) => app.loadApiJson(graph, 'refused')", page_graphs.refused_graph(tiny, what))
-    page.get_by_test_id("queue-button").click()
+    page.evaluate(RUN)
     said = shown_error(page, page_graphs.REFUSED[what][2])
     assert str(server.base) not in next(line for line in said.splitlines() if page_graphs.REFUSED[what][2] in line)
     canvas.shot(what)
