@@ -185,7 +185,7 @@ def test_a_report_from_before_a_change_says_so_until_the_next_run(warned: Warned
     old = f"From a run before the last change:\n{report}"
     set_strength(page, 0.75)
     page.wait_for_function(f"(text) => {DRAWN}.includes(text)", arg=old)
-    page.evaluate("(graph) => app.loadGraphData(graph)", page.evaluate("app.graph.serialize()"))
+    page.evaluate("app.loadGraphData(JSON.parse(JSON.stringify(app.graph.serialize())))")
     page.wait_for_function(f"(text) => {DRAWN}.includes(text)", arg=old)
     warned.canvas.shot("earlier run")
     set_strength(page, 1.0)
