@@ -157,7 +157,7 @@ def _same_names(one: str, other: str) -> bool:
 
 
 def _describe_foreign(shapes: Names) -> str:
-    """What a file without an encoder's marks is, in words, and what to do with it."""
+    """Kind of a file that has no encoder, in words, with the remedy."""
     if words := foreign_kind(shapes):
         return words
     nearest, common = max(

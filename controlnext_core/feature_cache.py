@@ -132,7 +132,7 @@ class FeatureCache:
         self.used = {"device": 0, "host": 0}
 
     def _make_room(self, tier: Tier, size: int) -> bool:
-        """Whether `size` bytes fit, after dropping what earlier runs left in this tier."""
+        """Make room for `size` bytes by dropping what earlier runs left in this tier. True: they fit."""
         if size > self.budgets[tier]:
             return False
         for key, group in list(self._groups.items()):
@@ -166,7 +166,7 @@ class FeatureCache:
         return value.cpu()
 
     def _bytes_in(self, tier: Tier, value: Tensor) -> int:
-        """What a tensor would take there."""
+        """Bytes that a tensor would take in this tier."""
         return pinned_bytes(value.nbytes) if tier == "host" and self._pins(value) else value.nbytes
 
     def _pins(self, value: Tensor) -> bool:
@@ -174,7 +174,7 @@ class FeatureCache:
 
 
 def _tiers(tensor: Tensor) -> tuple[Tier, ...]:
-    """Where it may be kept, the first choice first."""
+    """Tiers that may keep a tensor, the first choice first."""
     return ("host",) if tensor.device.type == "cpu" else ("device", "host")
 
 
@@ -183,7 +183,7 @@ def _tier(tensor: Tensor) -> Tier:
 
 
 def _bytes_held(entry: Tensor) -> int:
-    """What a kept tensor takes."""
+    """Bytes that a kept tensor takes."""
     pinned = _tier(entry) == "host" and torch.cuda.is_initialized() and entry.is_pinned()
     return pinned_bytes(entry.nbytes) if pinned else entry.nbytes
 

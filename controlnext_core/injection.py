@@ -89,7 +89,7 @@ NORMALIZATIONS: dict[str, Normalization] = {
     "released": Normalization(own=standardise, affine=_released_affine),
     # the paper, equations 8-10: (c - m(x)) / sqrt(var(x) + eps), biased variance; nothing of c's own statistics
     "paper": Normalization(own=lambda control, eps: control.float(), affine=_paper_affine),
-    # c as it is: plain addition, and what a zero convolution at the end of the encoder needs
+    # c unchanged: plain addition, also for an encoder that ends with a zero convolution
     "none": Normalization(own=lambda control, eps: control.float(), affine=_plain_affine),
 }
 

@@ -105,7 +105,7 @@ class _Named:
 
 @dataclass(frozen=True, slots=True)
 class _Makes:
-    """What the unpickler calls in the place of a function of torch."""
+    """Stand-in that the unpickler calls in place of a function of torch."""
 
     make: Callable[..., Any]
 
@@ -267,7 +267,7 @@ def _check_directory(parts: list[zipfile.ZipInfo], size: int) -> None:
 
 
 def _place(file: BinaryIO, part: zipfile.ZipInfo, size: int) -> _Place:
-    """Where the bytes of a part lie: behind its local header, whose names may have another length."""
+    """Offset of the bytes of a part, after its local header, whose names may have another length."""
     file.seek(part.header_offset)
     header = file.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":

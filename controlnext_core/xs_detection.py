@@ -131,7 +131,7 @@ def _part(header: Header) -> tuple[str, dict[str, str]]:
 
 
 def _what_else(header: Header) -> str:
-    """What a file that is no ControlNet-XS is."""
+    """Kind of a file that is no ControlNet-XS, in words."""
     try:
         file = read_control_file(header)
     except DetectionError as error:
@@ -224,7 +224,7 @@ def _shape(shapes: Shapes, layout: XSLayout, format: str, header: Header) -> XSS
 
 
 def _problems(shape: XSShape, found: Shapes, layout: XSLayout, format: str) -> str:
-    """How the file differs from the network that its shape describes, in the file's names; empty where it does not."""
+    """Differences of the file from the network that its shape describes, in the file's names; empty for none."""
     if len(shape.decoder_widths) != len(shape.widths):
         return f"{len(shape.widths)} encoder blocks and {len(shape.decoder_widths)} connections to the decoder"
     one_head = tuple(min(1, inner) for inner in shape.inner)

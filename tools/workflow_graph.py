@@ -225,7 +225,7 @@ def is_output(value: Any) -> bool:
 
 
 def _widget_heights(workflow: Workflow, object_info: ObjectInfo) -> dict[tuple[int, str], float]:
-    """Where wires go into widgets: how far below the top of the node, by its number and the widget's name."""
+    """Offsets of wires into widgets below the top of a node, by the node's number and the widget's name."""
     found: dict[tuple[int, str], float] = {}
     for node in workflow.nodes:
         if node.type != NOTE:

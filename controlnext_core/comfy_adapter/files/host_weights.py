@@ -167,7 +167,7 @@ def _scale_of(model: ModelPatcher, name: str, source: str) -> float:
 
 
 def _as_patch(difference: Difference) -> Any:
-    """What `add_patches` takes: the two factors stay two until the host puts the weight in."""
+    """Patch for `add_patches`: the two factors stay apart until the host applies it to the weight."""
     if isinstance(difference, LowRank):
         return LoRAAdapter(set(), (difference.up, difference.down, None, None, None, None))
     return (difference,)

@@ -56,7 +56,7 @@ def _whose(file: ControlFile) -> str:
 
 
 def _differences(file: ControlFile) -> list[str]:
-    """How the base's weights stand in the file, where they have the host's names: subset, rank, parts of fused ones."""
+    """Base weights in a file with the host's names: subset, rank, parts of fused weights."""
     if not (file.weights and file.host_names):
         return []
     names = dict.fromkeys(name.removesuffix(UP).removesuffix(DOWN) for name in file.weights)

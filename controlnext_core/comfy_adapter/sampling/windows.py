@@ -34,7 +34,7 @@ LEAST_WEIGHT = 1e-6
 
 
 def _known(owner: type, **arguments: Any) -> dict[str, Any]:
-    """Those of the arguments that the host's class takes: later hosts have more."""
+    """Arguments that the host's class takes; later hosts take more of them."""
     parameters = inspect.signature(owner.__init__).parameters  # type: ignore[misc]
     return {name: value for name, value in arguments.items() if name in parameters}
 
