@@ -16,10 +16,19 @@ NUMBERS_PER_PIXEL: dict[str, int] = {
     "gen2_unpadded": 113,
     "gen2_deep": 116,
 }
-"""Build -> numbers of the compute dtype alive per hint pixel where an encoder's pass needs most.
-Source: benchmarks/bench_video_memory.py, at 512 x 512; a convolution's own scratch space is not in it. The products of
-convolutions (models/halving.py), 2.3 million numbers, are: larger hints need up to 7 numbers less a pixel. Hints too
-small for products need 139 (second generation) or 547, a few MiB in all."""
+"""Build -> numbers of the compute dtype alive per hint pixel where an encoder's pass needs most, for hints from
+`LARGE_HINT` on. Source: benchmarks/bench_video_memory.py, at 512 x 512; a convolution's own scratch space is not in it.
+The products of convolutions (models/halving.py), 2.3 million numbers, are: larger hints need up to 7 less a pixel."""
+LARGE_HINT = 512 * 512
+"""Pixels; smaller hints may be too small for products of convolutions."""
+_SMALL_HINTS: dict[str, int] = {"gen1a": 547, "gen1a_norm": 547, "gen1b": 74, "gen1b_scale": 74}
+"""The same without products. All of the second generation need 139."""
+
+
+def numbers_per_pixel(build: str, pixels: int) -> int:
+    """Numbers of the compute dtype alive per pixel of a hint of so many pixels where its pass needs most."""
+    return NUMBERS_PER_PIXEL[build] if pixels >= LARGE_HINT else _SMALL_HINTS.get(build, 139)
+
 
 ROWS_AT_ONCE = 8
 """Hints that an encoder takes in one pass at most; more are no faster."""

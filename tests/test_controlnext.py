@@ -156,7 +156,9 @@ def test_layers_come_from_the_operations_that_are_given() -> None:
 
     ControlNeXt(config_of(SPECS["sd15"]), device="meta", operations=Operations())
     weighted = [m for m in ControlNeXt(config_of(SPECS["sd15"]), device="meta").modules() if list(m.parameters(False))]
-    assert sorted(made) == sorted(type(module).__name__ for module in weighted)
+    assert made.count("weights_of") == 1, "how their weights are read, where the namespace says it"
+    assert sorted(set(made)) == sorted({"weights_of"} | {type(module).__name__ for module in weighted})
+    assert len(made) == 1 + len(weighted)
 
 
 def test_scale_stays_out_of_the_forward_pass() -> None:
