@@ -6,6 +6,7 @@ host samples on the GPU, for tests marked `gpu`; with `dry` those of them that a
 `python run.py gpu-day` sets it.
 """
 
+import gc
 import importlib
 import os
 import re
@@ -74,6 +75,12 @@ if HOST:
 def pinned_host() -> bool:
     """True means that the host is of the version that `run.py` fetches, whose own words and titles the tests know."""
     return HOST_VERSION == importlib.import_module("comfyui_version").__version__
+
+
+def pytest_collection_finish() -> None:
+    """Modules stay: a collection of garbage, which the host asks for at loads, passes over their 400,000 objects."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
