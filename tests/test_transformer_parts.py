@@ -8,6 +8,7 @@ import pytest
 import torch
 from comfyui_controlnext.controlnext_core.specs import SPECS
 from comfyui_controlnext.tests.transformer_fixtures import inputs
+from comfyui_controlnext.tests.transformer_stage import FAMILIES, in_turn
 from torch import Tensor
 
 pytestmark = pytest.mark.comfy
@@ -77,3 +78,11 @@ def test_the_last_rows_of_a_fused_weight_make_the_values(family: str, stage: Any
     expected = values[-1].movedim(1, 2)  # (rows, tokens, heads, channels)
     heads = made[0].narrow(-1, start, length).unflatten(-1, (-1, expected.shape[-1]))
     assert dim == 0 and torch.equal(heads.repeat_interleave(expected.shape[2] // heads.shape[2], dim=2), expected)
+
+
+def test_the_short_suite_has_every_family_and_every_value() -> None:
+    for values in (["a", "b"], ["a", "b", "c"], list("abcdefghi")):
+        cases = in_turn("x", values).mark.args[1]
+        short = [case.values for case in cases if not case.marks]
+        assert {family for family, _ in short} == set(FAMILIES) and {value for _, value in short} == set(values)
+        assert len(short) == len(values) + len(FAMILIES) - 1 and len(cases) == len(values) * len(FAMILIES)
