@@ -33,7 +33,7 @@ TITLES = {describe.__name__: describe().title for describe in make_workflows.WOR
 NAMES = [name for name in TITLES if not name.startswith("demo")]
 """Examples that want published files."""
 NAMED_WORDS = ("canny", "pose", "video", "train", "controlnet")
-"""Those of WORDS that stand in names of our nodes."""
+"""Words of WORDS that stand in names of our nodes."""
 SETTINGS = {
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
     "Comfy.Minimap.Visible": False,
@@ -85,7 +85,7 @@ def open_served(page: "Page", name: str) -> None:
 
 
 def sent_again_from_a_picture(page: "Page") -> Any:
-    """What the page would send to the host, the same after it opened a picture with the graph inside."""
+    """The page's graph in the API's format, the same after it opened a picture with the graph inside."""
     workflow, output = page.evaluate(SENT)
     page.evaluate(DROP, [picture_of(workflow, output), "picture.png"])
     page.wait_for_function("(count) => app.graph.nodes.length === count", arg=len(workflow["nodes"]))

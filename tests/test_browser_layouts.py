@@ -25,7 +25,7 @@ OLDER, NODES_2 = "older", "Nodes 2.0"
 SMALLEST = 0.62
 """Scale of the page when it has fitted a graph. It draws no text of nodes below 8 / 14."""
 RUN = "app.extensionManager.command.execute('Comfy.QueuePrompt')"
-"""What the button does, which messages of older pages cover."""
+"""Command of the button Run, which messages of older pages cover."""
 OPEN = "(graph) => app.loadGraphData(graph, true, true, null, {openSource: 'template'})"
 BOXES = """() => app.graph.nodes.map(node => {  // with the title, in the graph's units
     const {scale, offset} = app.canvas.ds, frame = app.canvas.canvas.getBoundingClientRect();
