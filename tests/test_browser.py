@@ -57,7 +57,10 @@ DROP = """async ([png, name]) => {  // a picture, on an empty canvas
     app.graph.clear();
     await app.handleFile(new File([bytes], name, {type: 'image/png'}));
 }"""
-SENT = "async () => { const {workflow, output} = await app.graphToPrompt(); return [workflow, output]; }"
+SENT = """async () => {
+    const {workflow, output} = await app.graphToPrompt();
+    return JSON.parse(JSON.stringify([workflow, output]));  // as the page writes it: without what is undefined
+}"""
 BOXES = """() => Object.fromEntries(app.graph.nodes.map(
     n => [n.id, [n.pos[0], n.pos[1] - 30, n.size[0], n.size[1] + 30]]))"""  # with the title above
 CENTER_OF_TITLE = """(type) => {
