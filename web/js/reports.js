@@ -133,21 +133,23 @@ function after(object, name, act) {
 
 const FIRST = ["ControlNeXtApply", "ControlNeXtLoader"]; // of equally good matches, the last one foremost
 
-function findLoaderFirst() { // else the page ranks names that begin with "ControlNeXt" by their length: Save, Apply, Train
+// The page ranks equally good names by how often people use them, then by their length: for "ControlNeXt" Save, Apply,
+// Train. Here Apply counts as used once and Load as used twice, behind every node that people use more often.
+function rankLoadFirst() {
     const definition = LiteGraph.registered_node_types[FIRST[0]]?.nodeData;
     const prototype = definition && Object.getPrototypeOf(definition);
     const before = prototype?.postProcessSearchScores;
     if (!before) return;
-    prototype.postProcessSearchScores = function (scores) { // [kind of match, minus how often people use it, ...]
-        const [kind, usage, ...others] = before.call(this, scores);
-        return [kind, kind === 1 ? Math.min(usage, -(FIRST.indexOf(this.name) + 1)) : usage, ...others];
+    prototype.postProcessSearchScores = function (scores) { // [kind of match, minus uses, ...]
+        const [kind, uses, ...others] = before.call(this, scores);
+        return [kind, kind > 3 ? uses : Math.min(uses, -1 - FIRST.indexOf(this.name)), ...others]; // 3: the word is in the name
     };
 }
 
 app.registerExtension({
     name: "comfyuicontrolnext.reports",
     setup() {
-        findLoaderFirst();
+        rankLoadFirst();
         for (const end of ["execution_success", "execution_error"]) api.addEventListener(end, keepWithGraph);
     },
     nodeCreated(node) {
