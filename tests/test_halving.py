@@ -79,7 +79,7 @@ def test_products_are_formed_only_where_they_pay(monkeypatch: pytest.MonkeyPatch
     net, time = ControlNeXt(config_of(SPECS["sd3"]), device="meta"), torch.zeros(1, device="meta")
 
     def counted(side: int) -> tuple[int, int]:
-        """Of both parts, once per hint and for each timestep."""
+        """Both parts, once per hint and for each timestep."""
         hint = torch.zeros(1, 3, side, side, device="meta")
         begun = net.begin(hint)
         return multiply_adds(lambda: net.begin(hint)), multiply_adds(lambda: net.narrow(begun, time))

@@ -162,7 +162,7 @@ def _is_lumina(model: Any, of_z_image: bool) -> bool:
 
 
 def value_rows(shape: Size) -> Slice:
-    """Of a fused query, key and value, (width + 2 * keys, width): the rows that make the values come last."""
+    """Rows of a fused query, key and value, (width + 2 * keys, width), that make the values; they come last."""
     rows, width = shape
     return 0, (rows + width) // 2, (rows - width) // 2
 
