@@ -44,9 +44,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = [
-    "comfyui_controlnext.tests.sampling_fixtures",
-    "comfyui_controlnext.tests.lazy_layers",
-    "comfyui_controlnext.tests.transformer_stage",
+    "comfyui_controlnext.tests.fixtures.sampling_fixtures",
+    "comfyui_controlnext.tests.fixtures.lazy_layers",
+    "comfyui_controlnext.tests.fixtures.transformer_stage",
 ]
 
 _private_base = tempfile.TemporaryDirectory(prefix="controlnext-", ignore_cleanup_errors=True)
@@ -152,7 +152,7 @@ def server(host: Path, tiny: TinyModels) -> Iterator["ComfyServer"]:
 
     probe = tiny.base / "custom_nodes" / "controlnext_probe.py"
     probe.parent.mkdir(exist_ok=True)
-    shutil.copyfile(ROOT / "tests" / "server_probe.py", probe)
+    shutil.copyfile(ROOT / "tests" / "fixtures" / "server_probe.py", probe)
     arguments = ["--cpu", "--disable-api-nodes", "--whitelist-custom-nodes", ROOT.name, probe.name]
     with ComfyServer.start(host, tiny.base, arguments=arguments, log=tiny.base / "server.log") as running:
         yield running
