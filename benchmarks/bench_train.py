@@ -43,7 +43,7 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Case:
-    """One loop, in a process of its own."""
+    """One training loop to measure, in a process of its own."""
 
     kind: str
     """plain, ours, or file: writes the checkpoint that ours reads."""

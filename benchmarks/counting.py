@@ -33,7 +33,7 @@ VIEWS = frozenset(
 
 
 class Operations(TorchDispatchMode):
-    """Counts what would be launched on a GPU, by name."""
+    """Counter of the operations that a GPU would launch, by name."""
 
     def __init__(self) -> None:
         super().__init__()

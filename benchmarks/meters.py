@@ -34,7 +34,7 @@ class Times:
 
 
 class Peak:
-    """Highest memory while it is on: of the GPU, or of this process."""
+    """Highest memory within a `with` block: of the GPU, or of this process."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.highest, self.on = device, 0, True

@@ -102,7 +102,7 @@ class Ema:
         self.updates += 1
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything, as tensors: the averages under their names and the number of updates under `COUNT`."""
+        """State as tensors: the averages under their names and the number of updates under `COUNT`."""
         self.join()
         return {**self.average, COUNT: torch.tensor(self.updates)}
 

@@ -65,7 +65,7 @@ class TrainingRun:
 
     @property
     def step(self) -> int:
-        """Number of steps so far."""
+        """Number of optimizer steps taken."""
         return len(self.losses)
 
     def positions(self, step: int) -> list[int]:
