@@ -113,7 +113,7 @@ CHILDREN = Board(
     "children",
     192,
     20,
-    (4, 8),
+    (3, 9),
     (
         Column("without control"),
         Column("pose 0.5", pose=0.5),

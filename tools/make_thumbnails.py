@@ -43,8 +43,8 @@ SHOWN: dict[str, tuple[Board, Column, int]] = {
     "sd15_depth": (SHAPES, DEPTH, 4),
     "sd15_depth_in_mask": (SHAPES, DEPTH, 12),
     "sd15_mask": (SHAPES, MASK, 3),
-    "sd15_pose": (CHILDREN, POSE, 4),
-    "sd15_pose_positive": (CHILDREN, POSE, 8),
+    "sd15_pose": (CHILDREN, POSE, 9),
+    "sd15_pose_positive": (CHILDREN, POSE, 3),
     "sdxl_canny": (BOOK, EDGES, 23),
     "sdxl_second_pass": (BOOK, EDGES, 12),
     "sdxl_depth": (SHAPES, DEPTH, 12),
@@ -59,7 +59,7 @@ SHOWN: dict[str, tuple[Board, Column, int]] = {
     "train_sd35": (BOOK, EDGES, 3),
 }
 """Workflow -> base and controls of the demo that stand for its own, and the number of a scene that no training saw."""
-CLIPS = {"svd_short_clip": 4, "svd_long_clip": 8}
+CLIPS = {"svd_short_clip": 3, "svd_long_clip": 9}
 """Workflow -> number of the scene in which a child of the demo moves from one pose to another."""
 STRENGTHS = (0.0, 0.5, 1.0)
 SIDE, GAP, QUALITY = 238, 4, 60

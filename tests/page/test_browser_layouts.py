@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.comfy, pytest.mark.browser]
 
 OLDER, NODES_2 = "older", "Nodes 2.0"
-SMALLEST = 0.62
+SMALLEST = 0.61
 """Scale of the page when it has fitted a graph. It draws no text of nodes below 8 / 14."""
 RUN = "app.extensionManager.command.execute('Comfy.QueuePrompt')"
 """Command of the button Run, which messages of older pages cover."""

@@ -24,7 +24,7 @@ from comfyui_controlnext.tools.workflow_wires import (
     wires_of,
 )
 
-WINDOW, FILLED, SMALLEST = (1600, 988), 0.74, 0.62
+WINDOW, FILLED, SMALLEST = (1600, 988), 0.74, 0.61
 """The window in pixels, and how much of it the page fills with a graph that it fits."""
 FULL = 0.48
 """Share of the frames of a column that its nodes cover at least; titles, edges and gaps are a third."""

@@ -64,7 +64,7 @@ def test_the_shipped_weights_are_small_and_everything_the_demo_uses_is_there() -
     parts = {name for names in shipped.SOURCES.values() for name in names}
     files = {path.name: path.stat().st_size for path in shipped.SHIPPED.glob("*.safetensors")}
     assert files.keys() == parts | shipped.FOLDERS.keys() - shipped.SOURCES.keys()
-    assert sum(files.values()) < 46 * MEGABYTE
+    assert sum(files.values()) < 47 * MEGABYTE
 
 
 def test_models_are_unpacked_once_and_again_when_one_changes(tmp_path: Path) -> None:
