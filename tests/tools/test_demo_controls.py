@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from comfyui_controlnext.tools import demo_sheet
-from comfyui_controlnext.tools.demo_boards import BOOK, SHAPES, Board, Column, Hint, draw_hint
+from comfyui_controlnext.tools.demo_boards import BOOK, CHILDREN, SHAPES, Board, Column, Hint, draw_hint
 from comfyui_controlnext.tools.demo_weights import shipped
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.comfy
 
 NONE, NEXT, XS = Column("none"), Column("next", edges=1.0), Column("xs", xs=1.0)
 HALF = Column("half", edges=0.5)
-DEPTH = Column("depth", depth=1.0)
+DEPTH, POSE = Column("depth", depth=1.0), Column("pose", pose=1.0)
 OUTLINED, MASKED = Column("outlined", edges=1.0, split=True), Column("masked", mask=1.0, split=True)
 BOTH = Column("both", edges=1.0, mask=1.0, split=True)
 NIGHT = Column("night", edges=1.0, lora=1.0)
@@ -65,6 +65,12 @@ def test_pictures_follow_what_each_control_is_given(server: ComfyServer, models:
     assert found[NEXT] > found[NONE] + 0.3, found
     assert found[XS] > found[NONE] + 0.3, found
     assert found[DEPTH] > found[NONE] + 0.2, found
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_children_stand_as_their_poses_say(server: ComfyServer, models: None, count: int) -> None:
+    found = drawn(server, count, NONE, POSE, board=CHILDREN).f1
+    assert found[POSE] > found[NONE] + 0.05, found
 
 
 @pytest.mark.parametrize("count", COUNTS)
