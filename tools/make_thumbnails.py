@@ -62,7 +62,7 @@ SHOWN: dict[str, tuple[Board, Column, int]] = {
 CLIPS = {"svd_short_clip": 3, "svd_long_clip": 9}
 """Workflow -> number of the scene in which a child of the demo moves from one pose to another."""
 STRENGTHS = (0.0, 0.5, 1.0)
-SIDE, GAP, QUALITY = 238, 4, 60
+SIDE, GAP, QUALITY = 238, 4, 55
 
 
 def scaled(column: Column, strength: float) -> Column:

@@ -182,6 +182,7 @@ def test_tables_that_are_no_sources_are_refused(text: str, words: str) -> None:
         parse_recipe(text)
 
 
+@pytest.mark.comfy
 def test_each_source_is_cut_as_its_table_says(tmp_path: Path) -> None:
     from comfyui_controlnext.controlnext_training.command import open_data, seen_from
 
