@@ -22,7 +22,7 @@ The products of convolutions (models/halving.py), 2.3 million numbers, are: larg
 LARGE_HINT = 512 * 512
 """Pixels; smaller hints may be too small for products of convolutions."""
 _SMALL_HINTS: dict[str, int] = {"gen1a": 547, "gen1a_norm": 547, "gen1b": 74, "gen1b_scale": 74}
-"""The same without products. All of the second generation need 139."""
+"""Numbers without products. All of the second generation need 139."""
 
 
 def numbers_per_pixel(build: str, pixels: int) -> int:

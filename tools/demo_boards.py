@@ -155,6 +155,8 @@ class Hint:
     """The other shapes, white on black."""
     depth: np.ndarray
     """Depth of all shapes and the floor; bright is near."""
+    pose: np.ndarray
+    """Sticks of the people; black without people."""
 
 
 def draw_hint(board: Board, index: int) -> Hint:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from ...controlnext_core.injection import pool_to, prepare
 from ...controlnext_core.latent_clips import Clip, Frames, averaged, distinct_frames, frame_groups, one_below_the_other
-from ...controlnext_core.memory import NUMBERS_PER_PIXEL, rows_at_once
+from ...controlnext_core.memory import numbers_per_pixel, rows_at_once
 from ...controlnext_core.specs import Fusion, Spec
 from ...models.controlnext import ControlNeXt
 
@@ -45,7 +45,7 @@ class ClipEncoding:
         of_frame, count = (size[0] // clip.length, size[1]), len(hint) // rows
         groups = frame_groups(range(clip.length), count, clip.frames)
         pixels = int(hint.shape[-2] * hint.shape[-1])
-        at_once = rows_at_once(pixels * NUMBERS_PER_PIXEL[self.spec.build] * hint.element_size() * clip.frames)
+        at_once = rows_at_once(pixels * numbers_per_pixel(self.spec.build, pixels) * hint.element_size() * clip.frames)
         maps = []
         for row in range(rows):
             own = hint[row * count : (row + 1) * count]

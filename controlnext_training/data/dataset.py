@@ -129,7 +129,7 @@ def open_dataset(
     index: Path | None = None,
     progress: Progress | None = None,
 ) -> FileDataset:
-    """Find and examine training samples in folders, shards and tables; `sources.py` says which files form a sample.
+    """Find and examine what can train in folders, shards and tables; `sources.py` says what belongs together.
 
     clip_frames: 1 for pictures; more for clips of every clip_stride-th frame, from folders of frames and from videos.
     shares: of each source, with the cuts of its pictures.

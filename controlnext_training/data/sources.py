@@ -64,13 +64,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     MASK: ("mask", "mask_path"),
     CAPTION: ("text", "caption", "prompt"),
 }
-"""Columns of a table by their role; the first column present counts. `<name>_file_name` is read as `<name>`.
-
-pose: the authors' SD1.5 files; target, source, prompt: fill50k; video_path, guide_path: the authors' SVD files."""
-
-
-Opened = tuple[Tree, Blob | None]
-"""A tree, and the table where a source is one."""
+"""Columns of a table, the first that is there counts; `<name>_file_name` is read as `<name>`. pose: the authors'
+SD1.5 files; target, source, prompt: fill50k; video_path, guide_path: the authors' SVD files."""
+KNOWN = frozenset(name for names in COLUMNS.values() for column in names for name in (column, f"{column}_file_name"))
+"""Every name of a column."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +80,7 @@ class Entry:
     hint: Blob | None = None
     mask: Blob | None = None
     caption: str | Blob | None = None
-    """Caption: the text, or the file that holds it."""
+    """The text, or the file that holds it."""
 
 
 @dataclass(slots=True)

@@ -52,6 +52,16 @@ def test_shapes_without_numbers_are_counted_as_real_ones(spec: Spec) -> None:
     assert on_cpu == pytest.approx(encoder_peak(spec, 64, 64, FULL), rel=0.02)
 
 
+@pytest.mark.parametrize("spec", PUBLISHED, ids=named)
+def test_small_hints_need_no_more_than_the_law_says(spec: Spec) -> None:
+    """Without products, with some of them, and just below the size from which the table holds."""
+    parts = []
+    for side in (64, 128, 192, 256, 504):
+        law = memory.numbers_per_pixel(spec.build, side * side)
+        parts.append(numbers_per_pixel(spec, FULL, side, side) / law)
+    assert 0.8 < max(parts) < 1.01, parts
+
+
 def test_what_is_gone_is_not_counted() -> None:
     weight = torch.zeros(10)
     with Allocations([weight]) as allocations:

@@ -135,6 +135,7 @@ def found_by(page: "Page", words: str) -> Any:
 
 def test_search_finds_load_first_then_apply_and_drops_them(browser: Browser) -> None:
     page = browser.page
+    page.keyboard.press("Escape")
     page.evaluate("app.graph.clear()")
     for place, name in ((400, "Load ControlNeXt"), (1000, "Apply ControlNeXt")):
         page.mouse.move(place, 400)
@@ -160,7 +161,7 @@ def test_search_finds_a_node_of_ours_by_words_that_people_type(browser: Browser,
         page.get_by_placeholder(SEARCH).fill("qqxzzxqq")
         found.first.wait_for(state="detached")  # answers to the word before
         page.get_by_placeholder(SEARCH).fill(word)
-        found.first.wait_for()
+        found.first.wait_for(timeout=TIMEOUT / 4)
     page.keyboard.press("Escape")
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from comfyui_controlnext.controlnext_training.data import FileDataset
 
 COUNT = 5
-Row = dict[str, Any]
+Record = dict[str, Any]
 
 
 def opened(source: Path, **options: Any) -> FileDataset:
@@ -37,7 +37,7 @@ def picture(mark: int) -> bytes:
     return encoded(coordinates(64, 64, mark=mark))
 
 
-def row(number: int, image: str = "image", hint: str = "conditioning_image", text: str = "text") -> Row:
+def row(number: int, image: str = "image", hint: str = "conditioning_image", text: str = "text") -> Record:
     return {image: picture(number), hint: picture(100 + number), text: f"t\u00ebxt {number}", "other": number}
 
 
@@ -47,7 +47,7 @@ EXPECTED = [(number, 100 + number, f"t\u00ebxt {number}") for number in range(CO
 class MemoryRows:
     """Rows of Python values in the place of an Arrow file's; bytes are pictures."""
 
-    def __init__(self, held: list[Row]) -> None:
+    def __init__(self, held: list[Record]) -> None:
         self.held, self.read = held, 0
         self.columns = list(held[0])
 

@@ -15,7 +15,7 @@ from ....models.controlnext import Begun
 from ...families import FAMILIES
 from ...injection import Term, pool_to, prepare
 from ...latent_clips import Clip, averaged, clip_of, distinct_frames, one_below_the_other
-from ...memory import NUMBERS_PER_PIXEL, feature_bytes, rows_at_once, wide_bytes
+from ...memory import feature_bytes, numbers_per_pixel, rows_at_once, wide_bytes
 from ...specs import Spec
 from ..bases.base import LoadedBase, check_pair
 from ..bases.forward_options import TransformerOptions
@@ -129,7 +129,8 @@ class ControlNeXtControl(HostControl):
         return list(dict.fromkeys(later))
 
     def bytes_per_pixel(self, dtype: torch.dtype) -> int:
-        return NUMBERS_PER_PIXEL[self.net.spec.build] * dtype.itemsize
+        height, width = self.cond_hint_original.shape[-2:]
+        return numbers_per_pixel(self.net.spec.build, height * width) * dtype.itemsize
 
     def kept_bytes(self, dtype: torch.dtype) -> int:
         height, width = self.cond_hint_original.shape[-2:]
