@@ -181,7 +181,7 @@ def plain_graph(tiny: TinyModels) -> Workflow:
 
 
 def held(server: ComfyServer, tensors: int, seconds: float = 20.0) -> tuple[int, int]:
-    """(resident bytes, bytes of tensors) of the server when it has let go of what it can.
+    """Resident bytes and bytes of tensors of the server, after it has freed what it can.
 
     It does so when it next looks at its queue, which may take longer on a busy machine: it is waited for until it holds
     no more than `tensors` bytes, at most some seconds.
