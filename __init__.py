@@ -14,8 +14,10 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {}
 if importlib.util.find_spec("comfy"):
     from comfyui_controlnext import nodes
     from comfyui_controlnext.controlnext_core.comfy_adapter.files.folders import register_folder
+    from comfyui_controlnext.controlnext_core.comfy_adapter.page_files import serve_page_files
 
     register_folder()
+    serve_page_files(Path(__file__).parent)
     NODE_CLASS_MAPPINGS.update(nodes.NODE_CLASS_MAPPINGS)
     if os.environ.get("CONTROLNEXT_TRAINING", "1") != "0":
         from comfyui_controlnext import controlnext_training

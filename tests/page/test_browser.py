@@ -158,12 +158,14 @@ def test_search_finds_a_node_of_ours_by_words_that_people_type(browser: Browser,
     ours = re.compile("|".join(re.escape(info["display_name"]) for info in nodes.values()))
     page.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
     found = page.get_by_role("option").filter(has_text=ours)
-    for word in wanted:
-        page.get_by_placeholder(SEARCH).fill("qqxzzxqq")
-        found.first.wait_for(state="detached")  # answers to the word before
-        page.get_by_placeholder(SEARCH).fill(word)
-        found.first.wait_for(timeout=TIMEOUT / 4)
-    page.keyboard.press("Escape")
+    try:
+        for word in wanted:
+            page.get_by_placeholder(SEARCH).fill("qqxzzxqq")
+            found.first.wait_for(state="detached")  # answers to the word before
+            page.get_by_placeholder(SEARCH).fill(word)
+            found.first.wait_for(timeout=TIMEOUT / 4)
+    finally:
+        page.keyboard.press("Escape")  # an open box would cover the tests after it
 
 
 def test_every_node_shows_its_widgets_and_slots(browser: Browser, server: "ComfyServer") -> None:
