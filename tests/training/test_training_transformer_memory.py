@@ -16,6 +16,7 @@ from comfyui_controlnext.controlnext_training.memory_estimate import ENCODER, GI
 from comfyui_controlnext.models.controlnext import ControlNeXt
 from comfyui_controlnext.tests.fixtures.narrow_training import (
     FAMILIES,
+    PICTURES,
     base_on,
     config_for,
     narrow_base,
@@ -162,7 +163,7 @@ SHORT = ("sd3", "qwen_image")
 
 
 @pytest.mark.parametrize(
-    "family", [family if family in SHORT else pytest.param(family, marks=pytest.mark.long) for family in FAMILIES]
+    "family", [family if family in SHORT else pytest.param(family, marks=pytest.mark.long) for family in PICTURES]
 )
 def test_the_estimate_of_the_blocks_holds_on_narrow_models_at_three_sizes(family: str) -> None:
     """Their parts are as wide, by the width, as those of the published ones; in bf16, as the estimate was counted."""
