@@ -23,7 +23,6 @@ BENCHMARKS = {
     "stacking": "several controls at once",
     "transformer_own": "processor time of this pack's code in a forward of narrow transformers",
     "profile": "where a step's time goes, by operation",
-    "growth": "the cost over resolution, batch, frames and number of controls",
     "reading": "training samples a second from photographs of 12 megapixels, by number of workers",
     "train": "pictures a second and peak memory of the trainer against a plain loop",
     "loads": "every kind of control on fp32, fp16, bf16 and fp8 bases",
