@@ -221,6 +221,9 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     options.folder.mkdir(parents=True, exist_ok=True)
     bring_in(options.comfyui.resolve(), options.cpu or not torch.cuda.is_available(), options.folder)
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.folders import register_folder
+
+    register_folder()  # for the trained file
     models = shipped.install(options.folder, (shipped.PICTUREBOOK, shipped.PICTURE_EDGES))
     base = (options.base or models / "checkpoints" / shipped.PICTUREBOOK).resolve()
     if "train" in options.parts:

@@ -31,6 +31,7 @@ BENCHMARKS = {
 """Benchmark -> the question it answers, slow ones last; the script is benchmarks/bench_<name>.py."""
 ON_REQUEST = {
     "super_resolution": "a picture from its low-resolution copy, on the demo's SD3 base: trains for most of an hour",
+    "convergence": "edges controls on the demo's SD3 base, by join, rank and place: trains for half an hour",
 }
 """Benchmarks of the same form that run only when they are named."""
 REPORT = "report"
@@ -39,7 +40,10 @@ FIRST_SIGN, LONGEST_PAUSE = 4.0, 60.0
 """Seconds before the first line of progress, and most of them between two."""
 SHARED = ("quick", "cpu")
 VALUES = ("json", "dtype", "repeats", "cases", "threads")
-OF_REQUEST = {"super_resolution": ("threads", "parts", "base", "steps", "batch", "scenes", "folder")}
+OF_REQUEST = {
+    "super_resolution": ("threads", "parts", "base", "steps", "batch", "scenes", "folder"),
+    "convergence": ("threads", "cases", "folder"),
+}
 """Benchmark of ON_REQUEST -> its options, by name."""
 OWN = {"train": ("batch",)}
 """Further options of BENCHMARKS."""
