@@ -25,8 +25,10 @@ BaseWeights = Callable[[str], "Tensor | None"]
 """A name -> the base model's tensor without any patch, on the file's device; None = no such tensor."""
 
 MAX_SAMPLES = 16
-SAMPLED = 1 << 16
-"""Numbers of a weight that tell differences from full weights, evenly spread; all of them would tell no more."""
+SAMPLED = 1 << 15
+"""Numbers of a weight that tell differences from full weights, evenly spread; all of them would tell no more.
+
+So few that torch takes them in one thread: more would wait for other threads, which on a busy machine takes longest."""
 KEPT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FP16_MAX = torch.finfo(torch.float16).max
 
@@ -81,12 +83,12 @@ def _ratio_and_cosine(tensor: Tensor, base: Tensor) -> tuple[float, float] | Non
     """None where the base is all zero or of another shape: that tells nothing."""
     if tensor.shape != base.shape:
         return None
-    step = max(1, tensor.numel() // SAMPLED)
+    step = -(-tensor.numel() // SAMPLED) or 1
     ours, theirs = (part.flatten()[::step].float() for part in (tensor, base))
     size, base_size = ours.norm().item(), theirs.norm().item()
     if base_size == 0:
         return None
-    cosine = torch.dot(ours, theirs).item() / (size * base_size) if size else 0.0
+    cosine = (ours * theirs).sum().item() / (size * base_size) if size else 0.0
     return size / base_size, cosine
 
 

@@ -66,6 +66,23 @@ def test_the_peak_is_the_largest_magnitude() -> None:
     assert np.isnan(peak(torch.tensor([1.0, float("nan")])))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e5m2])
+@pytest.mark.parametrize("signs", [(1.0,), (-1.0,), (1.0, -1.0)])
+def test_the_peak_from_bits_is_that_of_torch(dtype: torch.dtype, signs: tuple[float, ...]) -> None:
+    """Exactly, for numbers of either sign, subnormal ones, strided views and the values that are no numbers."""
+    made = torch.rand(40, 30, generator=torch.Generator().manual_seed(5), dtype=torch.float64).mul_(1e3).add_(1e-3)
+    made *= torch.tensor(signs, dtype=torch.float64).repeat(30)[:30]
+    for weights in (made, made.t()[3:], made * 1e-7, made * 0):
+        weights = weights.to(dtype)
+        assert peak(weights) == weights.double().abs().max().item()
+        for bad in (float("inf"), -float("inf")):
+            spoilt = weights.double().clone()
+            spoilt[5, 5] = bad
+            assert peak(spoilt.to(dtype)) == float("inf")
+            spoilt[6, 6] = float("nan")
+            assert np.isnan(peak(spoilt.to(dtype))) and np.isnan(peak((-spoilt).to(dtype)))
+
+
 @pytest.mark.comfy
 @pytest.mark.parametrize("value", [float("nan"), True])
 def test_a_damaged_encoder_is_refused_before_anything_is_sampled(tmp_path: Path, studio: Studio, value: Any) -> None:
