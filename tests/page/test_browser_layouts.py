@@ -203,6 +203,22 @@ def test_a_report_says_so_when_a_wire_of_its_node_changes(warned: Warned) -> Non
     )
 
 
+def test_inspect_and_dataset_report_on_their_nodes(canvas: Browser, server: ComfyServer) -> None:
+    page = canvas.page
+    page_graphs.write_reported(server.base)
+    page.evaluate("app.extensionManager.command.execute('Comfy.RefreshNodeDefinitions')")
+    page.evaluate("(graph) => app.loadApiJson(graph, 'reports')", page_graphs.report_graph())
+    run_to_the_end(page)
+    shown = canvas.reports(len(page_graphs.REPORTED))
+    for title, wanted in page_graphs.REPORTED.items():
+        lines = iter(shown[title].splitlines())
+        assert [words for words in wanted if not any(words in line for line in lines)] == [], shown[title]
+        assert str(server.base) not in shown[title]
+    assert page.get_by_role("dialog").count() == 0
+    page.evaluate("app.canvas.ds.scale = 1")
+    canvas.shot("reports")
+
+
 def shown_error(page: "Page", words: str) -> str:
     """Text that has `words`, from the dialog (1.32.9) or the panel of errors (1.49.6) with its folded parts."""
     overlay, said = page.get_by_test_id("error-overlay-see-errors"), page.get_by_text(words)

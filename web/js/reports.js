@@ -131,25 +131,27 @@ function after(object, name, act) {
     };
 }
 
-const FIRST = ["ControlNeXtApply", "ControlNeXtLoader"]; // of equally good matches, the last one foremost
+const USES = { ControlNeXtLoader: 2, ControlNeXtApply: 1, ControlNeXtVideoWindows: 1 };
 
 // The page ranks equally good names by how often people use them, then by their length: for "ControlNeXt" Save, Apply,
-// Train. Here Apply counts as used once and Load as used twice, behind every node that people use more often.
-function rankLoadFirst() {
-    const definition = LiteGraph.registered_node_types[FIRST[0]]?.nodeData;
+// Train, and for "video" ours behind the 64 nodes that it shows. Here some of ours count as used once or twice, behind
+// every node that people use more often; the one for clips for words inside its name alone.
+function rankSearch() {
+    const definition = LiteGraph.registered_node_types.ControlNeXtApply?.nodeData;
     const prototype = definition && Object.getPrototypeOf(definition);
     const before = prototype?.postProcessSearchScores;
     if (!before) return;
     prototype.postProcessSearchScores = function (scores) { // [kind of match, minus uses, ...]
         const [kind, uses, ...others] = before.call(this, scores);
-        return [kind, kind > 3 ? uses : Math.min(uses, -1 - FIRST.indexOf(this.name)), ...others]; // 3: the word is in the name
+        const counts = this.name === "ControlNeXtVideoWindows" ? kind === 2 : kind <= 3; // 1: at its start, 3: inside a word
+        return [kind, counts ? Math.min(uses, -(USES[this.name] ?? 0)) : uses, ...others];
     };
 }
 
 app.registerExtension({
     name: "comfyuicontrolnext.reports",
     setup() {
-        rankLoadFirst();
+        rankSearch();
         for (const end of ["execution_success", "execution_error"]) api.addEventListener(end, keepWithGraph);
     },
     nodeCreated(node) {
