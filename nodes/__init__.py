@@ -11,6 +11,7 @@ from .hint_images import (
 )
 from .hints import ControlNeXtPoseAlign, ControlNeXtSampleInputs
 from .loaders import ControlNeXtInspect, ControlNeXtLoader, ControlNeXtSave
+from .tiles import ControlNeXtMergeTiles, ControlNeXtSplitTiles
 from .video import ControlNeXtUNetLoader, ControlNeXtVideoWindows
 from .xs_loader import ControlNetXSLoader, ControlNetXSOptions
 
@@ -24,6 +25,8 @@ NODE_CLASS_MAPPINGS = {
     "ControlNeXtSave": ControlNeXtSave,
     "ControlNeXtUNetLoader": ControlNeXtUNetLoader,
     "ControlNeXtVideoWindows": ControlNeXtVideoWindows,
+    "ControlNeXtSplitTiles": ControlNeXtSplitTiles,
+    "ControlNeXtMergeTiles": ControlNeXtMergeTiles,
     "ControlNeXtPoseAlign": ControlNeXtPoseAlign,
     "ControlNeXtSampleInputs": ControlNeXtSampleInputs,
     "ControlNeXtHintCanny": ControlNeXtHintCanny,

@@ -2,7 +2,7 @@
 
 ADDRESS is a running ComfyUI that `python run.py comfy` started (default 127.0.0.1:8188); NAMEs are workflows, default
 all. Each picture shows a hint and what the demo's model draws without control, at half and at full strength; those of
-video show two frames.
+video show two frames. `demo_tiles` is run as it stands, with the trained control that docs/super_resolution.md makes.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from comfyui_controlnext.tools.demo_boards import (  # noqa: E402
     draw_hint,
 )
 from comfyui_controlnext.tools.make_workflows import FOLDER, WORKFLOWS  # noqa: E402
+from comfyui_controlnext.tools.workflow_graph import api_format  # noqa: E402
+from comfyui_controlnext.tools.workflows import demo_graphs  # noqa: E402
 
 EDGES, XS, DEPTH, MASK = Column("", edges=1), Column("", xs=1), Column("", depth=1), Column("", mask=1)
 POSE, TWO = Column("", pose=1), Column("", edges=1, mask=1, split=True)
@@ -109,12 +111,39 @@ def moving(client: ComfyClient, scene: int) -> list[tuple[str, Any]]:
     return [part for said, pose, words, result in named for part in ((said, Image.fromarray(pose)), (words, result))]
 
 
+def enlarged(client: ComfyClient) -> list[tuple[str, Any]]:
+    """(words, picture) of the four parts: small, enlarged by interpolation, one tile drawn, and all of them merged."""
+    from PIL import Image
+
+    workflow = demo_graphs.demo_tiles()
+    graph = api_format(workflow, client.object_info())
+    nodes = {node["class_type"]: number for number, node in graph.items()}
+    kinds = {"small picture": "ControlNeXtSampleInputs", "bicubic": "ImageScaleBy", "a tile": "VAEDecode"}
+    parts = {words: nodes[kind] for words, kind in kinds.items()} | {"in tiles": nodes["ControlNeXtMergeTiles"]}
+    for words, number in parts.items():
+        saver = {"images": [number, 0], "filename_prefix": "ControlNeXt/thumbnail"}
+        graph[words] = {"class_type": "SaveImage", "inputs": saver}
+    outputs = client.run(graph).outputs
+    files = {words: outputs[words]["images"] for words in parts}
+    middle = {words: client.image(found[len(found) // 2]) for words, found in files.items()}
+    drawn = {words: Image.open(io.BytesIO(content)).convert("RGB") for words, content in middle.items()}
+    drawn["small picture"] = drawn["small picture"].resize(drawn["bicubic"].size, Image.Resampling.NEAREST)
+    return list(drawn.items())
+
+
 def pictures(client: ComfyClient, board: Board, hints: dict[int, Hint], columns: tuple[Column, ...]) -> list[Any]:
     """Pictures of the demo's model, row by row."""
     from PIL import Image
 
     cells = demo_sheet.draw_cells(client, board, hints, columns)
     return [Image.open(io.BytesIO(cells[place])).convert("RGB") for place in sorted(cells)]
+
+
+def parts_of(client: ComfyClient, name: str) -> list[tuple[str, Any]]:
+    """(words, picture) of the four parts of a workflow's picture."""
+    if name == "demo_tiles":
+        return enlarged(client)
+    return moving(client, CLIPS[name]) if name in CLIPS else drawn(client, *SHOWN[name])
 
 
 def compose(parts: list[tuple[str, Any]]) -> Any:
@@ -138,8 +167,7 @@ def main(address: str = "127.0.0.1:8188", *names: str) -> None:
     for workflow in (describe() for describe in WORKFLOWS):
         if names and workflow.name not in names:
             continue
-        clip = CLIPS.get(workflow.name)
-        parts = drawn(client, *SHOWN[workflow.name]) if clip is None else moving(client, clip)
+        parts = parts_of(client, workflow.name)
         path = FOLDER / f"{workflow.title}.jpg"
         compose(parts).save(path, "JPEG", quality=QUALITY, optimize=True)
         print(f"{path.name}: {path.stat().st_size:,} bytes")

@@ -29,6 +29,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "example_workflows"
 WORKFLOWS: tuple[Callable[[], Workflow], ...] = (
     demo_graphs.demo,
     demo_graphs.demo_train,
+    demo_graphs.demo_tiles,
     image_graphs.sd15_canny,
     image_graphs.sd15_depth,
     image_graphs.sd15_depth_in_mask,

@@ -75,6 +75,8 @@ PUBLISHED = {
         "model length=14 overlap=4 schedule=standard_static fuse=pyramid repeat_first_hint=False",
         ["MODEL"],
     ),
+    "ControlNeXtSplitTiles": ("image width=1024 height=1024 overlap=128", ["IMAGE", "TILE_LAYOUT"]),
+    "ControlNeXtMergeTiles": ("tiles layout", ["IMAGE"]),
     "ControlDatasetFolder": (
         "folder hint=paired resolution=512 buckets=True caption_extension=.txt",
         ["CONTROL_DATASET"],

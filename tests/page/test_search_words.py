@@ -6,7 +6,7 @@ import pytest
 
 pytestmark = pytest.mark.comfy
 
-WORDS = "canny edges depth pose preprocessor svd video train lora controlnet".split()
+WORDS = "canny edges depth pose preprocessor svd video train lora controlnet upscale tile".split()
 
 
 def words() -> dict[str, tuple[str, ...]]:

@@ -6,7 +6,7 @@ from typing import Any
 from ...controlnext_training.config_files import read_recipe
 from ..demo_weights.shipped import CHECKPOINT, PICTURE_EDGES, PICTUREBOOK
 from ..workflow_graph import Node, Output, Workflow
-from .parts import CONTROL, GROUPS, HINT, MODELS, PROMPTS, RESULT, finish, sample
+from .parts import CONTROL, GROUPS, HINT, MODELS, PROMPTS, RESULT, finish, sample, sampler
 from .training_graphs import ARRANGEMENT as TRAINING
 from .training_graphs import GROUPS as TRAINING_GROUPS
 from .training_graphs import prompts_first
@@ -17,6 +17,9 @@ SCENE, PROMPT = "boat", "a red boat and a yellow balloon on the sea under a blue
 """Sample that the demo's base can draw, and its caption."""
 SHAPES, SHAPES_PROMPT = "shapes", "a pink triangle, a red circle and a white circle on a yellow background"
 """Sample and caption for the base on which a control is trained in two minutes."""
+SHARP, SMALL, TIMES, TILE = "picture_sharp.safetensors", 64, 4.0, 128
+"""Super-resolution control, sides of the small picture and of a tile, and how many times larger the result is."""
+TILE_GROUPS = ("Models", "Prompts", "Picture and tiles", "Control", "Result")
 TINY = Path(__file__).resolve().parents[2] / "controlnext_training" / "recipes" / "tiny.toml"
 WIDGETS = ("steps", "batch_size", "learning_rate", "control_learning_rate", "seed", "variant")
 ELSEWHERE = ("base", "data", "validation_data", "output_name", "resolution", "bucket_step", "hint")
@@ -70,6 +73,52 @@ def demo() -> Workflow:
         130,
     )
     return finish(workflow, applied["MODEL"], *prompts, base["VAE"], **SAMPLER)
+
+
+def demo_tiles() -> Workflow:
+    """Enlarge a small picture in tiles, with a super-resolution control."""
+    workflow = Workflow("demo_tiles", "Demo, enlarge in tiles", TILE_GROUPS)
+    base = _base(workflow, PICTUREBOOK)
+    loader = workflow.add(MODELS, "ControlNeXtLoader", model=base["MODEL"], control_name=SHARP, weights_name="auto")
+    workflow.note(
+        MODELS,
+        "Train the control first",
+        f"**{SHARP}** is not shipped. **run.py bench super_resolution** trains it, in an hour on a CPU, and says "
+        "where it is; put it into **models/controlnext**. With SD3.5 and a control of your own set the tiles to "
+        "**1024** with overlap **128**.",
+        150,
+    )
+    text = {"Positive prompt": PROMPT, "Negative prompt": ""}
+    positive, negative = (
+        workflow.add(PROMPTS, "CLIPTextEncode", title, clip=base["CLIP"], text=words)["CONDITIONING"]
+        for title, words in text.items()
+    )
+    picture = sample(workflow, "clip", SMALL, "Small picture", scene=SCENE, frames=1)
+    large = workflow.add(HINT, "ImageScaleBy", image=picture["IMAGE"], upscale_method="bicubic", scale_by=TIMES)
+    cut = workflow.add(HINT, "ControlNeXtSplitTiles", image=large["IMAGE"], width=TILE, height=TILE, overlap=TILE // 4)
+    cut.stack = 1
+    tiles = workflow.add(HINT, "RebatchImages", "Tiles in one pass", images=cut["IMAGE"], batch_size=1)
+    latent = workflow.add(CONTROL, "VAEEncode", pixels=tiles["IMAGE"], vae=base["VAE"])
+    applied = workflow.add(
+        CONTROL,
+        "ControlNeXtApply",
+        model=loader["MODEL"],
+        control_net=loader["CONTROL_NET"],
+        image=tiles["IMAGE"],
+    )
+    settings = {**SAMPLER, "cfg": 1.0, "denoise": 0.6}
+    sampled = sampler(workflow, applied["MODEL"], positive, negative, latent["LATENT"], **settings)
+    drawn = workflow.add(RESULT, "VAEDecode", samples=sampled["LATENT"], vae=base["VAE"])
+    merged = workflow.add(RESULT, "ControlNeXtMergeTiles", tiles=drawn["IMAGE"], layout=cut["layout"])
+    workflow.note(
+        RESULT,
+        "How much is drawn again",
+        "**denoise** 1 draws all of it by the control alone; less keeps colours and makes neighbours agree. Each tile "
+        "sees the whole prompt.",
+        110,
+    )
+    workflow.add(RESULT, "SaveImage", images=merged["IMAGE"], filename_prefix=f"ControlNeXt/{workflow.name}")
+    return workflow
 
 
 def demo_train() -> Workflow:
