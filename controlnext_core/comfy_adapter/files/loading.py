@@ -88,8 +88,8 @@ def _without_weights(file: ControlFile, chosen: ChosenWeights, model: ModelPatch
     if chosen.path is not None or whole_unet or not (published or file.weights):
         return ()
     return (
-        f"{file.header.path.name}: was published with UNet weights and is loaded without them: the control is weak or "
-        "wrong so. Choose them as weights_name, or put them beside the control as unet.safetensors.",
+        f"{file.header.path.name}: was published with UNet weights and is loaded without them, so the control is weak "
+        "or wrong. Choose them as weights_name, or put them beside the control as unet.safetensors.",
     )
 
 
@@ -135,8 +135,8 @@ def _other_kind(
     if seen is kind:
         return ()
     return (
-        f"{source}: weights_kind is {kind.value}, but the weights look like {seen.value}: the model is spoilt so. Set "
-        "weights_kind to auto.",
+        f"{source}: weights_kind is {kind.value}, but the weights look like {seen.value}, and the model "
+        "is damaged by them. Set weights_kind to auto.",
     )
 
 
