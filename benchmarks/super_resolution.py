@@ -2,6 +2,7 @@
 
     python run.py bench super_resolution                      # trains 500 steps, most of an hour, and measures
     python run.py bench super_resolution --parts measure      # with the control that is there
+    python run.py bench super_resolution --parts tiles        # a picture larger than a pass, in tiles
 
 The hint is the picture through the degradation of the trainer's data (blur, shrunk 2 to 4 times, noise, JPEG, enlarged
 by cubic interpolation); that picture itself is the row `bicubic`. Scenes that no training saw; each row against the
@@ -35,10 +36,12 @@ from comfyui_controlnext.tools.environment import ROOT  # noqa: E402
 
 FOLDER = ROOT / ".cache" / "super_resolution"
 RECIPE = ROOT / "controlnext_training" / "recipes" / "picture_sharp.toml"
-PARTS = ("train", "measure")
+PARTS = ("train", "measure", "tiles")
 SEED, SCENES = 62, 16
 """Seed and number of the scenes that are measured; those of seed 61 train."""
 SAMPLER = {"steps": 20, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+LARGE, OVERLAP, DENOISE = 224, 32, 0.6
+"""Pictures of the part tiles: their sides, what tiles share, and how much of them is drawn again in the last row."""
 SHOWN = 4
 """Scenes in the strip of pictures."""
 WINDOW, K1, K2 = 1.5, 0.01, 0.03
@@ -120,19 +123,33 @@ class Painter:
 
     def draw(self, caption: str, side: int, hint: np.ndarray | None, seed: int) -> np.ndarray:
         """The picture of a caption; hint: None for the base alone."""
+        latent = torch.zeros(1, 16, side // 8, side // 8)
+        hints = None if hint is None else torch.from_numpy(hint)[None]
+        return self.decode(self.sampled(caption, hints, latent, seed, SAMPLER["denoise"]))
+
+    def draw_tiles(self, caption: str, side: int, hint: np.ndarray, seed: int, denoise: float) -> np.ndarray:
+        """The picture in tiles, each with its part of the hint as hint and as beginning."""
+        from comfyui_controlnext.controlnext_core.tiles import merge, split
+
+        tiles, layout = split(torch.from_numpy(hint)[None], side, side, OVERLAP)
+        sampled = self.sampled(caption, tiles, self.vae.encode(tiles), seed, denoise)
+        return merge([self.vae.decode(sampled)], layout)[0].clamp(0, 1).numpy()
+
+    def sampled(
+        self, caption: str, hints: torch.Tensor | None, latent: torch.Tensor, seed: int, denoise: float
+    ) -> torch.Tensor:
+        """Latents drawn from these; hints: one for each, or None for the base alone."""
         from comfyui_controlnext.nodes.apply import ControlNeXtApply
 
         import nodes
 
         model = self.model
-        if hint is not None:
-            pixels = torch.from_numpy(hint)[None]
-            model = ControlNeXtApply.execute(self.loaded.model, self.loaded.control, pixels, 1.0, 0.0, 1.0, None)[0]
-        latent = {"samples": torch.zeros(1, 16, side // 8, side // 8)}
+        if hints is not None:
+            model = ControlNeXtApply.execute(self.loaded.model, self.loaded.control, hints, 1.0, 0.0, 1.0, None)[0]
         words, empty = self.prompt(caption), self.prompt("")
         settings = (SAMPLER[key] for key in ("steps", "cfg", "sampler_name", "scheduler"))
-        (found,) = nodes.KSampler().sample(model, seed, *settings, words, empty, latent, SAMPLER["denoise"])
-        return self.decode(found["samples"])
+        (found,) = nodes.KSampler().sample(model, seed, *settings, words, empty, {"samples": latent}, denoise)
+        return found["samples"]
 
     def latent(self, picture: np.ndarray) -> torch.Tensor:
         return self.vae.encode(torch.from_numpy(picture.astype(np.float32))[None])
@@ -154,6 +171,26 @@ def rows_of(painter: Painter, number: int, side: int) -> Rows:
         "bicubic": hint,
         "base alone": painter.draw(scene.caption, side, None, number),
         "ControlNeXt": painter.draw(scene.caption, side, hint, number),
+        "autoencoder": painter.decode(painter.latent(picture)),
+    }
+
+
+def large_rows_of(painter: Painter, number: int, side: int) -> Rows:
+    """Rows of a larger scene: in one pass, and in tiles of `side`. The row `bicubic, decoded` shows what of the figures
+    is the autoencoder's, which has learned such pictures."""
+    from comfyui_controlnext.controlnext_core.picturebook import draw
+    from comfyui_controlnext.controlnext_training.data.degraded import low_resolution
+
+    scene = draw(SEED, number, LARGE)
+    picture = scene.image.astype(np.float32) / 255
+    hint = low_resolution(picture)
+    return {
+        "picture": picture,
+        "bicubic": hint,
+        "bicubic, decoded": painter.decode(painter.latent(hint)),
+        "one pass": painter.draw(scene.caption, LARGE, hint, number),
+        "tiles": painter.draw_tiles(scene.caption, side, hint, number, SAMPLER["denoise"]),
+        f"tiles, denoise {DENOISE}": painter.draw_tiles(scene.caption, side, hint, number, DENOISE),
         "autoencoder": painter.decode(painter.latent(picture)),
     }
 
@@ -186,32 +223,47 @@ def table(found: list[dict[str, dict[str, float]]]) -> list[str]:
     return lines
 
 
-def strip(scenes: list[Rows], path: Path) -> None:
-    """A line of pictures for each scene: degraded, base alone, with control, the picture."""
+def strip(scenes: list[Rows], path: Path, shown: tuple[str, ...]) -> None:
+    """A line of pictures for each scene, with these rows."""
     from PIL import Image
 
-    shown = ("bicubic", "base alone", "ControlNeXt", "picture")
     lines = [np.concatenate([rows[row] for row in shown], axis=1) for rows in scenes[:SHOWN]]
     whole = np.concatenate(lines, axis=0)
     Image.fromarray((255 * whole + 0.5).astype(np.uint8)).save(path, "WEBP", quality=85)
 
 
-def measure(options: argparse.Namespace, base: Path) -> None:
-    """Figures and pictures of the trained control."""
+ROWS: dict[str, tuple[Callable[[Painter, int, int], Rows], str, str, tuple[str, ...]]] = {
+    "measure": (rows_of, "figures", "evidence_sharp", ("bicubic", "base alone", "ControlNeXt", "picture")),
+    "tiles": (
+        large_rows_of,
+        "figures_tiles",
+        "evidence_tiles",
+        ("bicubic", "one pass", "tiles", f"tiles, denoise {DENOISE}", "picture"),
+    ),
+}
+"""Part -> what draws its rows, names of its files of figures and of pictures, and the rows that these show."""
+
+
+def measure(options: argparse.Namespace, base: Path, part: str) -> None:
+    """Figures and pictures of the trained control; files hold those of the scenes so far."""
     from comfyui_controlnext.controlnext_training.config_files import read_recipe
 
     control = options.folder / "models" / "controlnext" / "picture_sharp.safetensors"
     if not control.is_file():
         raise SystemExit(f"{control} is missing: run the part train first.")
+    drawing, figures, pictures, shown = ROWS[part]
     side = int(read_recipe(RECIPE)["resolution"])
     with torch.inference_mode():
         painter = Painter(base, control)
-        scenes = [rows_of(painter, number, side) for number in range(options.scenes)]
-        found = [figures_of(painter, rows) for rows in scenes]
+        scenes: list[Rows] = []
+        found: list[dict[str, dict[str, float]]] = []
+        for number in range(options.scenes):
+            scenes.append(drawing(painter, number, side))
+            found.append(figures_of(painter, scenes[-1]))
+            (options.folder / f"{figures}.json").write_text(json.dumps(found, indent=1), "utf-8")
+            strip(scenes, options.folder / f"{pictures}.webp", shown)
     text = "\n".join(table(found))
-    (options.folder / "figures.json").write_text(json.dumps(found, indent=1), "utf-8")
-    (options.folder / "figures.md").write_text(text + "\n", "utf-8")
-    strip(scenes, options.folder / "evidence_sharp.webp")
+    (options.folder / f"{figures}.md").write_text(text + "\n", "utf-8")
     print(text)
 
 
@@ -228,8 +280,8 @@ def main() -> None:
     base = (options.base or models / "checkpoints" / shipped.PICTUREBOOK).resolve()
     if "train" in options.parts:
         train(options, base, models / "controlnext" / shipped.PICTURE_EDGES)
-    if "measure" in options.parts:
-        measure(options, base)
+    for part in filter(ROWS.__contains__, options.parts):
+        measure(options, base, part)
 
 
 if __name__ == "__main__":

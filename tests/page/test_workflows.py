@@ -20,14 +20,8 @@ from comfyui_controlnext.tools import tiny_models as tm
 from comfyui_controlnext.tools.comfy_command import for_this_system
 from comfyui_controlnext.tools.demo_weights import shipped
 from comfyui_controlnext.tools.workflow_graph import NOTE, WIDGET_TYPES, split_inputs
-from comfyui_controlnext.tools.workflows import (
-    clip_graphs,
-    demo_graphs,
-    image_graphs,
-    parts,
-    training_graphs,
-    xs_graphs,
-)
+from comfyui_controlnext.tools.workflows import clip_graphs, image_graphs, parts, training_graphs, xs_graphs
+from comfyui_controlnext.tools.workflows.demo_graphs import SHARP
 from PIL import Image, ImageSequence
 
 if TYPE_CHECKING:
@@ -58,12 +52,10 @@ TINY: dict[str, dict[str, Any]] = {
     "SVD_img2vid_Conditioning": {"width": SIZE, "height": SIZE, "augmentation_level": 0.0},
     "ControlNeXtVideoWindows": {"length": 4, "overlap": 1},
     "LatentUpscaleBy": {"scale_by": 1.0},
-    "ImageScaleBy": {"scale_by": 1.5},
+    "ImageScaleBy": {"scale_by": 1.5},  # to 96 pixels in four tiles
     "ControlNeXtSplitTiles": {"width": SIZE, "height": SIZE, "overlap": 16},
     "SaveAnimatedWEBP": {"lossless": True},
 }
-LARGER = {"demo_tiles": SIZE * 3 // 2}
-"""Sides of results that are larger than SIZE, in pixels."""
 SAVERS = ("SaveImage", "SaveAnimatedWEBP", "SaveVideo")
 APPLIERS = ("ControlNeXtApply", "ControlNetApplyAdvanced")
 
@@ -297,8 +289,7 @@ def _own_sd35(path: Path) -> Path:
 def pictures(server: "ComfyServer", tiny: "TinyModels") -> None:
     """The demo's models, and a folder to train from."""
     shipped.install(tiny.base)
-    controls = tiny.base / "models" / "controlnext"
-    shutil.copyfile(controls / shipped.PICTURE_EDGES, controls / demo_graphs.SHARP)
+    shutil.copyfile(*(tiny.models / "controlnext" / name for name in (shipped.PICTURE_EDGES, SHARP)))
     write_folder(tiny.base / "input" / training_graphs.FOLDER, 4, SIZE, 0, "edges")
 
 
@@ -344,15 +335,12 @@ def test_api_workflow_runs(name: str, server: "ComfyServer", published: dict[str
     assert len(frames) == FRAMES.get(name, 1)
     assert fps == pytest.approx(8 if name in VIDEOS else 0)
     for picture in frames:
-        assert picture.size == (LARGER.get(name, SIZE),) * 2
+        assert picture.size == (SIZE, SIZE) or (name, *picture.size) == ("demo_tiles", 96, 96)
         assert picture.convert("L").getextrema() != (0, 0)
     said = "\n".join(server.log_lines()[seen:])
     names = [str(n["inputs"]["weights_name"]) for n in workflow.values() if n["class_type"] == "ControlNeXtLoader"]
-    beside = (
-        "bundled in the control file"
-        if name in ("demo", "demo_tiles", "sd35_canny")
-        else "unet.safetensors, the only one beside the control"
-    )
+    bundled = name in ("demo", "demo_tiles", "sd35_canny")
+    beside = "bundled in the control file" if bundled else "unet.safetensors, the only one beside the control"
     assert said.count(beside) == names.count("auto")
     assert said.count("unet.safetensors, as chosen") == sum(n.endswith("unet.safetensors") for n in names)
     assert "had no effect" not in said and "hints for" not in said
