@@ -54,7 +54,8 @@ class Report:
             lines.append(f"original sizes from {smallest[1]}x{smallest[0]} to {largest[1]}x{largest[0]}")
         if self.enlarged:
             lines.append(f"{self.enlarged} are smaller than their bucket and are enlarged")
-        lines.append(f"{self.with_mask} have a mask")
+        if self.with_mask:
+            lines.append(f"{self.with_mask} have a mask")
         return "\n".join(lines)
 
 
