@@ -5,8 +5,8 @@
 The stock side is a LoRA file that holds the same tensors as `.diff` and `.diff_b`. Loading is timed, and loading with
 the host's putting of the weights into the model, which is the same for both: what a user waits for until sampling may
 begin. The control's weights are read into memory of their own, as the host reads files with --disable-mmap; the same
-LoRA so is a row of its own. Then one of rank 32. What the process has freed is given back to the system before each load,
-so that every load pays for fresh memory, as the first one of a session does.
+LoRA so is a row of its own. Then one of rank 32. What the process has freed is given back to the system before each
+load, so that every load pays for fresh memory, as the first one of a session does.
 """
 
 from __future__ import annotations

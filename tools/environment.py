@@ -22,6 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "tools"
 LEVELS = ("host", "test")  # each contains the ones before it
+LOCK = "requirements-test.lock.txt"
+"""What requirements-test.txt pulls in, with hashes; `lock_hashes.py` makes it."""
 
 # Import names, looked up without importing. `opencv` and `einops` are the two that the pack itself asks for.
 HOST_MODULES = (
@@ -197,7 +199,7 @@ class Environment:
             return {level: hashlib.sha256(b"".join(listing.read_bytes() for listing in self.lists)).hexdigest()}
         lists = {
             "host": ("requirements-host.txt", "requirements-host-nodeps.txt"),
-            "test": ("requirements-test.txt",),
+            "test": ("requirements-test.txt", LOCK),
         }
         tools = self.root / "tools"
         shared = (tools / "constraints.txt").read_bytes()
@@ -252,7 +254,7 @@ class Environment:
             nodeps = str(tools / "requirements-host-nodeps.txt")
             run_pip(self.python, ["install", "--no-deps", "-r", nodeps], log)
         if level == "test":
-            run_pip(self.python, ["install", *pins, "-r", str(tools / "requirements-test.txt")], log)
+            run_pip(self.python, ["install", "--no-deps", "--require-hashes", "-r", str(tools / LOCK)], log)
         self._write_stamp({**done, **wanted})
 
     def _write_stamp(self, content: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from comfy_api.latest import io
 
 from ..encodable import encodable_parts, make_encodable
+from .input_kinds import check_inputs
 from .short_paths import short_error, short_paths
 
 METHODS = ("execute", "validate_inputs", "fingerprint_inputs")
@@ -47,11 +48,15 @@ def _searchable(method: Callable[[Any], io.Schema]) -> Callable[[Any], io.Schema
 
 
 def _speaking(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method, with its texts made encodable. The host reads its signature, so that stays."""
+    """The method, its texts made encodable, the inputs of `execute` checked. The host reads its signature: it stays."""
+    signature = inspect.signature(method)
 
     @functools.wraps(method)
     def call(*args: Any, **inputs: Any) -> Any:
         try:
+            if method.__name__ == "execute":
+                cls = args[0]
+                check_inputs(cls.SCHEMA or cls.GET_SCHEMA(), signature.bind(*args, **inputs).arguments)
             return _encodable_result(method(*args, **inputs))
         except Exception as error:
             said = make_encodable(short_error(error))
@@ -59,7 +64,7 @@ def _speaking(method: Callable[..., Any]) -> Callable[..., Any]:
                 raise
         raise said
 
-    call.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]  # `getfullargspec` follows no wrapper
+    call.__signature__ = signature  # type: ignore[attr-defined]  # `getfullargspec` follows no wrapper
     return call
 
 

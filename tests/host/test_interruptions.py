@@ -29,8 +29,16 @@ def cancel() -> BaseException:
     return comfy.model_management.InterruptProcessingException()
 
 
+def out_of_memory() -> BaseException:
+    """A device without memory, as the host knows it."""
+    import comfy.model_management
+
+    return comfy.model_management.OOM_EXCEPTION("memory ran out")
+
+
 ERRORS: dict[str, Callable[[], BaseException]] = {
     "cancel": cancel,
+    "out_of_memory": out_of_memory,
     "ctrl_c": KeyboardInterrupt,
     "exit": SystemExit,
     "other": Cut,

@@ -2,16 +2,46 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from comfyui_controlnext.tools import environment
+from comfyui_controlnext.tools import environment, lock_hashes
 from comfyui_controlnext.tools.environment import Environment, SetupError
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-LISTS = ("constraints.txt", "requirements-host.txt", "requirements-host-nodeps.txt", "requirements-test.txt")
+LISTS = (
+    "constraints.txt",
+    "requirements-host.txt",
+    "requirements-host-nodeps.txt",
+    "requirements-test.txt",
+    environment.LOCK,
+)
+
+
+def test_the_lock_is_in_step_with_the_lists_and_complete() -> None:
+    """Every line at the lists' version and with hashes; no package that the tools need is in neither lock nor host."""
+    pins = lock_hashes.pins("requirements-test.txt", "constraints.txt")
+    names = set()
+    for line in lock_hashes.LOCK.read_text("utf-8").splitlines()[1:]:
+        text, *hashes = line.split(" --hash=sha256:")
+        assert hashes and all(re.fullmatch("[0-9a-f]{64}", digest) for digest in hashes), text
+        requirement = Requirement(text)
+        name = canonicalize_name(requirement.name)
+        names.add(name)
+        assert [str(requirement.specifier), str(requirement.marker)] in [
+            [str(pin.specifier), str(pin.marker)] for pin in pins[name]
+        ], f"{text}: run tools/lock_hashes.py"
+    tools = lock_hashes.pins("requirements-test.txt")
+    assert set(lock_hashes.ELSEWHERE) | set(tools) <= names
+    lost = lock_hashes.closure(tools) - lock_hashes.closure(lock_hashes.pins(*lock_hashes.HOST_LISTS)) - names
+    assert not lost, "run tools/lock_hashes.py"
+    lines = lock_hashes.LOCK.read_text("utf-8").count("\n") - 1
+    assert lines == sum(len(pins[name]) for name in names), "a version for another Python is left out"
 
 
 class Recorder:
@@ -67,11 +97,12 @@ def test_a_ready_environment_is_left_alone(target: Environment, recorder: Record
 
 def test_the_test_tools_are_added_to_what_is_there(target: Environment, recorder: Recorder) -> None:
     target.ensure("host")
-    assert not any("requirements-test.txt" in call for call in recorder.pip)
+    assert not any(environment.LOCK in call for call in recorder.pip)
     recorder.forget()
     target.ensure("test")
     assert recorder.made == 0
-    assert len(recorder.pip) == 1 and {"requirements-host.txt", "requirements-test.txt"} <= set(recorder.pip[0])
+    (call,) = recorder.pip
+    assert call == ["install", "--no-deps", "--require-hashes", "-r", environment.LOCK]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SetupError("offline")])
@@ -107,9 +138,10 @@ def test_changed_pins_are_installed_over_the_old_ones(target: Environment, recor
     assert recorder.made == 0 and len(recorder.pip) == 3 and target.ready("test")
 
 
-def test_changed_test_pins_do_not_touch_the_demo(target: Environment, recorder: Recorder) -> None:
+@pytest.mark.parametrize("name", ["requirements-test.txt", environment.LOCK])
+def test_changed_test_pins_do_not_touch_the_demo(target: Environment, recorder: Recorder, name: str) -> None:
     target.ensure("test")
-    change(target, "requirements-test.txt")
+    change(target, name)
     assert target.ready("host") and not target.ready("test")
 
 

@@ -81,6 +81,7 @@ def assert_ends_as(folder: Path, whole: Path, studio: Studio) -> None:
         ("ctrl_c", "other"),
         pytest.param("exit", "cancel", marks=pytest.mark.long),
         pytest.param("other", "ctrl_c", marks=pytest.mark.long),
+        pytest.param("out_of_memory", "out_of_memory", marks=pytest.mark.long),
     ],
 )
 def test_cut_off_in_a_forward_and_in_a_validation_it_saves_and_ends_as_if_nobody_had(

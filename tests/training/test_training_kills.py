@@ -193,8 +193,8 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_bit_identical_end(
 
 @pytest.mark.comfy
 @pytest.mark.long
-@pytest.mark.parametrize("seed", [2, 3, 4, 5])
-def test_twenty_kills_lose_at_most_the_steps_since_the_last_save(
+@pytest.mark.parametrize("seed", range(2, 12))
+def test_fifty_kills_lose_at_most_the_steps_since_the_last_save(
     processes: Processes, tiny: TinyModels, uninterrupted: tuple[Path, float], tmp_path: Path, seed: int
 ) -> None:
     saved = killed_again_and_again(processes, tiny, tmp_path / "killed", uninterrupted[1], kills=5, seed=seed)

@@ -1,5 +1,7 @@
 """Opens hostile cases in a process with limits, a line of JSON for each: `child.py FOLDER SEED PART:FIRST:COUNT ...`.
 
+A part with `@host` or `@diffusers` behind its name is opened by their readers of weight files, for comparison.
+
 A case ends well where it is opened, or refused by an error of the pack that names the file and is short.
 """
 
@@ -117,6 +119,18 @@ def host_loader(folder: Path) -> Callable[[Path], None]:
     return load
 
 
+def others_loader(name: str) -> Callable[[Path], None]:
+    """The reader of weight files that the host, or diffusers, uses on a stranger's file."""
+    if name == "diffusers":
+        from diffusers.models.model_loading_utils import load_state_dict
+
+        return lambda path: load_state_dict(str(path))
+    import comfy.utils
+    from comfyui_controlnext.tests import conftest  # noqa: F401  # brings in the host
+
+    return lambda path: comfy.utils.load_torch_file(str(path), safe_load=True)
+
+
 def allowed() -> tuple[type[Exception], ...]:
     from comfyui_controlnext.controlnext_core.checkpoint import CheckpointError
     from comfyui_controlnext.controlnext_training.config import ConfigError
@@ -153,12 +167,15 @@ def main(folder: Path, seed: int, *parts: str) -> None:
     readers = {"safetensors": open_weights, "torch": open_tensors, "recipes": open_recipe, "data": open_folder}
     if any(part.startswith("loader:") for part in parts):
         readers["loader"] = host_loader(folder)
+    for part in {text.partition(":")[0] for text in parts if "@" in text}:
+        readers[part] = others_loader(part.partition("@")[2])
     known = allowed()
     limit()
     for part, first, count in (text.split(":") for text in parts):
+        made = part.partition("@")[0]
         for number in range(int(first), int(first) + int(count)):
             say({"begun": number, "part": part})
-            path = MAKERS[part](folder / f"case{number}", rng_of(part, seed, number))
+            path = MAKERS[made](folder / f"case{number}", rng_of(made, seed, number))
             say({"number": number, "part": part, **outcome(readers[part], path, known)})
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

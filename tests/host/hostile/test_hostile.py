@@ -30,7 +30,8 @@ SEED = 26
 SHORT = {"safetensors": 220, "torch": 150, "recipes": 120, "data": 80}
 CHILD = Path(__file__).with_name("child.py")
 ENDS = ("opened", "refused")
-MANY = {"2000": 2000, "50000": 50_000}
+MANY = {"300": 300, "2000": 2000, "50000": 50_000}
+OTHERS = ("host", "diffusers")
 
 
 def run_cases(folder: Path, parts: dict[str, int], timeout: float, first: int = 0) -> list[dict[str, Any]]:
@@ -49,7 +50,9 @@ def run_cases(folder: Path, parts: dict[str, int], timeout: float, first: int = 
     ended = [line for line in lines if "end" in line]
     if done.returncode:
         begun = lines[-1] if lines else {}
-        ended.append({**begun, "end": f"died ({done.returncode})", "text": done.stderr[-2000:]})
+        ended.append(
+            {**begun, "number": begun.get("begun"), "end": f"died ({done.returncode})", "text": done.stderr[-2000:]}
+        )
     return ended
 
 
@@ -76,12 +79,35 @@ def test_the_loader_opens_or_refuses_in_the_real_host(tmp_path: Path) -> None:
 def test_many_hostile_cases(tmp_path: Path, part: str, size: str) -> None:
     started, ended = time.time(), []
     for first in range(0, MANY[size], 1000):  # a child for each thousand, as none may hold what others left
-        ended += run_cases(tmp_path, {part: 1000}, timeout=3600, first=first)
+        ended += run_cases(tmp_path, {part: min(1000, MANY[size])}, timeout=3600, first=first)
     seen = collections.Counter(case["end"] for case in ended)
     result = {"part": part, "seed": SEED, "cases": len(ended), "ends": seen, "seconds": round(time.time() - started)}
     if folder := os.environ.get("CONTROLNEXT_RESULTS"):
         Path(folder, f"hostile_{part}_{size}.json").write_text(json.dumps(result), "utf-8")
     assert_all_well(ended, MANY[size])
+
+
+def run_with_deaths(folder: Path, part: str, count: int) -> list[dict[str, Any]]:
+    """As `run_cases`, with a further child behind each case that a child died of."""
+    ended: list[dict[str, Any]] = []
+    while len(ended) < count:
+        ended += run_cases(folder, {part: count - len(ended)}, timeout=3600, first=len(ended))
+    return ended
+
+
+@pytest.mark.comfy
+@pytest.mark.long
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("part", ["safetensors", "torch"])
+def test_readers_of_others_meet_the_same_files(tmp_path: Path, part: str, other: str) -> None:
+    """A table for docs/reliability.md; asked of them is nothing but that each case has an end."""
+    ended = run_with_deaths(tmp_path, f"{part}@{other}", 300)
+    seen = collections.Counter(case["end"].partition(" ")[0] for case in ended)
+    named = sum(f"case{case['number']}" in case.get("text", "") for case in ended if case["end"].startswith("raw"))
+    result = {"part": part, "reader": other, "seed": SEED, "cases": len(ended), "ends": seen, "named": named}
+    if folder := os.environ.get("CONTROLNEXT_RESULTS"):
+        Path(folder, f"hostile_{part}_{other}.json").write_text(json.dumps(result), "utf-8")
+    assert len(ended) == 300 and seen["opened"] and set(seen) <= {"opened", "raw", "died", "slow"}
 
 
 def test_the_same_seed_and_number_make_the_same_case(tmp_path: Path) -> None:

@@ -1,0 +1,66 @@
+"""Kinds of values that inputs take. The host checks links: a prompt of the API may hold any value in place of one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from comfy_api.latest import io
+from torch import Tensor
+
+MAX_SHOWN = 60
+
+
+def _is_pictures(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point()
+
+
+def _has(*names: str) -> Callable[[Any], bool]:
+    return lambda value: all(hasattr(value, name) for name in names)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "MODEL": (_has("clone", "model", "model_options"), "Connect a MODEL, as of a checkpoint loader"),
+    "CONTROL_NET": (_has("set_cond_hint", "get_control"), "Connect a CONTROL_NET, as of Load ControlNeXt"),
+    "CLIP": (_has("tokenize", "encode_from_tokens"), "Connect a CLIP, as of a checkpoint loader"),
+    "CLIP_VISION": (_has("encode_image"), "Connect a CLIP_VISION, as of a checkpoint loader"),
+    "VAE": (_has("encode", "decode"), "Connect a VAE, as of a checkpoint loader"),
+    "IMAGE": (_is_pictures, "Connect an IMAGE, as of Load Image"),
+    "MASK": (lambda value: isinstance(value, Tensor) and value.ndim in (2, 3, 4), "Connect a MASK, as of Load Image"),
+    "CONTROL_DATASET": (_has("settings", "open"), "Connect a Control Dataset node"),
+    "INT": (lambda value: isinstance(value, int), "Give a whole number"),
+    "FLOAT": (_is_number, "Give a finite number"),
+    "STRING": (lambda value: isinstance(value, str), "Give a text"),
+    "COMBO": (lambda value: isinstance(value, str), "Choose one of the list"),
+}
+"""The host's name of a kind -> (test of a value, remedy). Kinds of other packs are checked by the nodes."""
+
+
+def check_inputs(schema: io.Schema, inputs: Mapping[str, Any]) -> None:
+    """Raise ValueError that names the first input whose value is of another kind than the node's schema says.
+
+    inputs: values by name. None stands for an optional input that nothing is connected to.
+    """
+    for wanted in schema.inputs:
+        kind = KINDS.get(str(wanted.get_io_type()))
+        if kind is None or wanted.id not in inputs or (wanted.optional and inputs[wanted.id] is None):
+            continue
+        fits, remedy = kind
+        value = inputs[wanted.id]
+        if not fits(value):
+            raise ValueError(f"{wanted.id}: is {_shown(value)}. {remedy}.")
+
+
+def _shown(value: Any) -> str:
+    """A value in a few words; its kind where it is no plain value."""
+    if value is None or isinstance(value, bool | int | float | str):
+        text = repr(value)
+        return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)} in {str(value.dtype).removeprefix('torch.')}"
+    return f"a value of the kind {type(value).__name__}"
