@@ -33,6 +33,8 @@ NO_SOURCE = ("CLIP_VISION", "POSE_KEYPOINT")
 """Kinds that no node of a small graph gives."""
 WRONG_LINKS = (["checkpoint", 7], ["checkpoint", -9], ["checkpoint", "0"], ["absent", 0], [["checkpoint"], 0], [1])
 WRONG_VALUES = (3, "3", None, {}, {"__value__": [1, 2]}, True, [], "nan", 1e400, "\ud800", "x" * 10_000)
+SHORT_RUN = {"steps": 1}
+"""Inputs that keep sound prompts short."""
 QUICK_VALUES = (3, ["checkpoint", 7])
 RAW = ("AttributeError", "TypeError", "KeyError", "IndexError", "AssertionError", "RuntimeError", "UnicodeEncodeError")
 
@@ -91,6 +93,7 @@ def problems(
     for name, about in our_nodes(server).items():
         inputs = inputs_of(about, names)
         sound = {key: value for key, (kind, value) in inputs.items() if kind not in NO_SOURCE}
+        sound |= {key: value for key, value in SHORT_RUN.items() if key in inputs}
         sound |= {key: "" for key, (kind, _) in inputs.items() if kind == "POSE_KEYPOINT"}
         for key, (kind, _) in inputs.items():
             for value in values if kind in kinds else ():
