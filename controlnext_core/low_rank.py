@@ -59,12 +59,12 @@ Differences = Mapping[Key, Difference]
 
 
 def name_of(key: Key) -> str:
-    """The weight that a key is of."""
+    """Name of the weight to which a key belongs."""
     return key if isinstance(key, str) else key[0]
 
 
 def slice_of(key: Key) -> Slice | None:
-    """The part of the weight that a key is of; None = all of it."""
+    """Slice of the weight to which a key belongs; None = the whole weight."""
     return None if isinstance(key, str) else key[1]
 
 
@@ -74,7 +74,7 @@ def in_host(key: Key) -> Key:
 
 
 def sliced(shape: torch.Size, part: Slice | None) -> torch.Size:
-    """Shape of a slice of a tensor of this shape; None = all of it."""
+    """Shape of a slice of a tensor of this shape; part: None = the whole tensor."""
     if part is None:
         return shape
     dim, _, length = part
@@ -117,9 +117,7 @@ def read_differences(
             part = slices.get(name)
             found[in_host(name if part is None else (name, part))] = difference
     if not found:
-        raise CheckpointError(
-            f"{source}: nothing to apply, it holds no difference other than zero. Set weights_name to none."
-        )
+        raise CheckpointError(f"{source}: nothing to apply, every difference in it is zero. Set weights_name to none.")
     return found
 
 

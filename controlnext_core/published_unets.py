@@ -62,5 +62,5 @@ def _width(shapes: Shapes, level: int, source: str) -> int:
         if found:
             return found[0]
     raise CheckpointError(
-        f"{source}: down_blocks.{level}.resnets.0.conv1.weight is missing: the UNet is not whole. Get it again."
+        f"{source}: down_blocks.{level}.resnets.0.conv1.weight is missing: the UNet is incomplete. Download it again."
     )

@@ -211,11 +211,11 @@ def read_table(path: Path) -> Table:
 
 
 def _entry(name: str, claim: _Claim, places: dict[str, _Place], size: int) -> Entry:
-    """The claim, checked against what the file has in the place."""
+    """Entry of a claim, checked against the length of its storage in the file."""
     check_entry(name, claim.shape, max(size, ALLOWANCE))
     place = places.get(claim.storage.key)
     if place is None or claim.storage.count * claim.storage.dtype.itemsize > place.length:
-        raise StoredError(f"'{name}' is not in the file as a whole")
+        raise StoredError(f"the numbers of '{name}' are missing or cut off")
     item, count = claim.dtype.itemsize, math.prod(claim.shape)
     span = 1 + sum((side - 1) * step for side, step in zip(claim.shape, claim.stride, strict=True)) if count else 0
     start = claim.offset * item
@@ -321,7 +321,7 @@ class _Storages(_TensorsAlone):
 
 
 class _Bounded:
-    """A file of which no more than so many bytes are read, and which knows how far it was read."""
+    """File of which at most `limit` bytes are read; `place` is the number read so far."""
 
     def __init__(self, file: BinaryIO, limit: int) -> None:
         self.file, self.limit, self.place = file, limit, 0

@@ -147,7 +147,7 @@ def host_differences(
         why = (
             "every tensor equals the connected model's, which holds these weights already"
             if kind is WeightsKind.FULL and file
-            else "it holds no difference other than zero"
+            else "every difference in it is zero"
         )
         raise CheckpointError(f"{source}: nothing to apply, {why}. Set weights_name to none.")
     return found

@@ -113,7 +113,7 @@ class _Parser:
         least = int(low or 0)
         most = (int(high) if high else None) if comma else least
         if max(least, most or 0) > MAX_STATES or (most is not None and most < least):
-            raise PatternError(f"{{{inside}}} is no count that is taken")
+            raise PatternError(f"{{{inside}}} is no count: the lower limit comes first, {MAX_STATES} is the most")
         return least, most
 
     def _single(self) -> Node:

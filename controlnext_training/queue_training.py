@@ -131,7 +131,7 @@ async def follow(server: Server, graph: Graph) -> int:
         raise QueueError(f"no ComfyUI answers at {server.address} ({error}). Start it, or name it: --server") from None
     raise QueueError(
         f"the connection to {server.address} is lost. If ComfyUI still runs, so does the training; if not, start it "
-        "and run the same command: the run goes on from its last state."
+        "and run the same command: the run resumes from its last state."
     )
 
 
@@ -173,7 +173,7 @@ def tell(content: str | bytes, prompt: str, graph: Graph) -> int | None:
 
 
 PASSING = re.compile(r"(?:encoding|validating)\b.*?(?:(\d+) of (\d+))?$")
-"""Texts of which each takes the place of the one before: how far something has come."""
+"""Progress texts: each replaces the one before it on the terminal."""
 _width = 0
 """Letters of the unfinished line on the terminal."""
 

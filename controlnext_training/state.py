@@ -57,8 +57,8 @@ class State:
             return dict(torch.load(path, map_location="cpu", weights_only=True))
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise checkpoint.CheckpointError(
-                f"{path}: cannot be read ({error}). Delete {self.folder} and run again: it goes on from the state "
-                "before."
+                f"{path}: cannot be read ({error}). Delete {self.folder} and run again: the run resumes from the "
+                "previous state."
             ) from error
 
 

@@ -125,7 +125,7 @@ def _errors_explained(run: TrainingRun, outputs: Outputs) -> Iterator[None]:
             raise TrainingError(
                 f"a step does not fit into the device's memory. {state.where_it_ends(outputs.files.folder)} Set "
                 "checkpointing = true, then offload = true; or take a smaller batch_size with more accumulation, a "
-                "smaller resolution, or optimizer = adamw8bit. Run again then: it goes on from there."
+                "smaller resolution, or optimizer = adamw8bit. Then run again: the run resumes from there."
             ) from error
         if is_interruption(error):
             raise _stopped(run, outputs) from error
@@ -219,7 +219,7 @@ def _check(run: TrainingRun, norm: float, outputs: Outputs) -> None:
     found = f"loss of step {step} is {loss}" if not math.isfinite(loss) else f"gradient of step {step} is {norm}"
     raise TrainingError(
         f"the {found}. {state.where_it_ends(outputs.files.folder)} Lower the learning rates, or set precision = bf16 "
-        "or fp32, and run again: it goes on from there."
+        "or fp32, and run again: the run resumes from there."
     )
 
 

@@ -72,7 +72,7 @@ def runs_of(graph: Workflow, count: int) -> list[Workflow]:
     Raises SetupError where copies would be equal, or would train the same control.
     """
     if count < 1:
-        raise SetupError(f"--count {count}: at least 1.")
+        raise SetupError(f"--count {count}: must be 1 or more.")
     if count > 1 and not any(True for _ in seeds_of(graph)):
         raise SetupError(f"--count {count}: no node has a seed, so every run would give the same. Leave --count out.")
     if count > 1 and any(node["class_type"] in TRAINERS for node in graph.values()):

@@ -44,14 +44,14 @@ PINNED = Release("v0.33.0", "2f35f4a08176d993cded35dac3332be4f7287f41", "https:/
 
 @dataclass(frozen=True)
 class Choice:
-    """release: None for the wheel; why: in words."""
+    """ComfyUI that a command runs on. release: None means the wheel; why: the reason in words."""
 
     release: Release | None
     why: str
 
     @property
     def line(self) -> str:
-        """One line for the person."""
+        """Sentence for the console: version and reason."""
         name = f"ComfyUI {self.release.tag}" if self.release else f"ComfyUI {host.VERSION} from the wheel"
         return f"{name}: {self.why}."
 
@@ -62,9 +62,9 @@ class Choice:
 
 
 def choose(wanted: str | None, root: Path = ROOT, pinned: Release = PINNED) -> Choice:
-    """The release that a command runs on. wanted: a tag, "wheel", or None for the newest that can be had.
+    """Release that a command runs on. wanted: a tag, "wheel", or None: `pinned`, else the wheel where git fails.
 
-    Raises SetupError for a tag that is no name of one, or that was asked for and cannot be reached.
+    Raises SetupError for a malformed tag, and for a wanted tag that git cannot reach.
     """
     if wanted == WHEEL:
         return Choice(None, "as --comfyui-release says")
@@ -78,11 +78,11 @@ def choose(wanted: str | None, root: Path = ROOT, pinned: Release = PINNED) -> C
         return Choice(release, f"git reaches {release.repository}")
     if wanted is None:
         return Choice(None, trouble)
-    raise SetupError(f"--comfyui-release {wanted}: {trouble}. Try again, or take --comfyui-release {WHEEL}.")
+    raise SetupError(f"--comfyui-release {wanted}: {trouble}. Try again, or use --comfyui-release {WHEEL}.")
 
 
 def unreachable(release: Release, seconds: float = SECONDS) -> str | None:
-    """Reason in words why git cannot have the release; None where it can. Takes `seconds` at most."""
+    """Reason in words why git cannot reach the release; None where it can. Takes `seconds` at most."""
     place = urlsplit(release.repository).hostname or release.repository
     git = shutil.which("git")
     if git is None:
@@ -112,7 +112,7 @@ def unreachable(release: Release, seconds: float = SECONDS) -> str | None:
 
 
 def _environment() -> dict[str, str]:
-    """git asks for no password, and gives up a transfer that stands still."""
+    """Environment in which git asks for no password and writes English messages."""
     return {**os.environ, "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "", "SSH_ASKPASS": "", "LC_ALL": "C"}
 
 
@@ -148,10 +148,10 @@ def _clone(release: Release, target: Path) -> None:
         if release.commit and found != release.commit:
             raise SetupError(
                 f"{release.repository}: {release.tag} is commit {found}, expected {release.commit}. The tag was moved "
-                f"or the repository is another one, so it is not used. Take --comfyui-release {WHEEL}."
+                f"or the repository is another one, so it is not used. Use --comfyui-release {WHEEL}."
             )
         if not host.is_comfyui(scratch):
-            raise SetupError(f"{release.repository}: no ComfyUI at {release.tag}. Take --comfyui-release {WHEEL}.")
+            raise SetupError(f"{release.repository}: no ComfyUI at {release.tag}. Use --comfyui-release {WHEEL}.")
         if target.exists():  # an earlier clone that lost files
             shutil.rmtree(target)
         host.rename_folder(scratch, target)

@@ -190,7 +190,7 @@ def test_missing_tensors_are_listed(
     for name in gone:
         del tensors[name]
     with pytest.raises(
-        CheckpointError, match=rf"unet\.bin: {drop} missing: .*The UNet is not whole: get it again"
+        CheckpointError, match=rf"unet\.bin: {drop} missing: .*The UNet is not whole: download it again"
     ) as e:
         load(tensors)
     assert gone[0] in str(e.value)

@@ -85,7 +85,7 @@ def test_a_tag_that_a_person_names_is_cloned_whatever_its_commit(origin: Release
     choice = choose("v2", tmp_path, origin)
     assert choice.release == Release("v2", "", origin.repository)
     assert (clone(choice.release, tmp_path) / "main.py").read_text("utf-8") == "two"
-    with pytest.raises(SetupError, match=r"no ComfyUI at bare\. Take --comfyui-release wheel"):
+    with pytest.raises(SetupError, match=r"no ComfyUI at bare\. Use --comfyui-release wheel"):
         clone(replace(origin, tag="bare", commit=""), tmp_path)
 
 

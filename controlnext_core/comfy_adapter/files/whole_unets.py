@@ -53,7 +53,7 @@ def load_unet(path: Path, weight_dtype: str = "default", disable_dynamic: bool =
     except (KeyError, RuntimeError) as error:  # what the host's detection and loading say of parts of a UNet
         raise CheckpointError(
             f"{path}: the host cannot load it ({str(error).strip()[:300]}). The file is damaged, or not a whole UNet: "
-            "get it again."
+            "download it again."
         ) from error
     if model is None:
         raise CheckpointError(
@@ -83,8 +83,8 @@ def _refuse_missing(names: Iterable[str], source: str) -> None:
     """Raise CheckpointError where a UNet lacks tensors."""
     if missing := sorted(names):
         raise CheckpointError(
-            f"{source}: {checkpoint.listed('missing', missing)}. The UNet is not whole: get it again. Weights that go "
-            "on a loaded model are chosen as weights_name in Load ControlNeXt."
+            f"{source}: {checkpoint.listed('missing', missing)}. The UNet is not whole: download it again. Weights "
+            "for a loaded model are chosen as weights_name in Load ControlNeXt."
         )
 
 
