@@ -43,7 +43,7 @@ FUSE_RANGE = "controlnext: fuse"
 
 @dataclass
 class Spent:
-    """Milliseconds of a queue run, of operations inside this pack's code by name, of the addition; launches."""
+    """Profile of one queue run: milliseconds in all, by operation of this pack, of the addition; kernel launches."""
 
     total: float = 0.0
     own: Counter[str] = field(default_factory=Counter)
@@ -109,7 +109,7 @@ def waits(setup: Setup, steps: int, options: Options) -> int:
 
 
 def cells(found: Spent) -> tuple[str, ...]:
-    """Cells of the table, from the run's time on."""
+    """Columns of the table from `ms of a run` on."""
     ours = sum(found.own.values())
     parts = ", ".join(f"{key.removeprefix('aten::')} {ms:.1f}" for key, ms in found.own.most_common(SHOWN))
     total = found.total or 1.0

@@ -122,7 +122,7 @@ class Memory:
 
 
 def steps_of(store: Store, count: int) -> Callable[[], int]:
-    """Read samples for so many steps of one, as a run does."""
+    """Function that reads the samples of `count` steps of batch 1, as a run does."""
     from comfyui_controlnext.controlnext_training.encoded import Prefetcher
 
     def run() -> int:
@@ -150,7 +150,7 @@ def old_path(store: Store, count: int) -> Callable[[], int]:
 
 
 def measure(host: Path, folder: Path, case: Case) -> dict[str, float]:
-    """One case, in this process."""
+    """Measure one case in this process."""
     bring_in(host, True, folder)
     torch.set_num_threads(1)
     from comfyui_controlnext.controlnext_training.config import TrainConfig

@@ -71,7 +71,7 @@ def svd(model: Any, options: Options) -> list[tuple[str, tuple[Any, ...], str, s
 
 
 def transformer(family: str) -> Callable[[Any, Options], list[tuple[str, tuple[Any, ...], str, str]]]:
-    """The cases of that family."""
+    """Function that makes the cases of one transformer family."""
 
     def cases(model: Any, options: Options) -> list[tuple[str, tuple[Any, ...], str, str]]:
         control = make_control(family, options.scratch, width=width_of(family, options.small))

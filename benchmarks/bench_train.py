@@ -223,7 +223,7 @@ class Watch:
 
 
 def measure(setting: Setting, case: Case) -> dict[str, Any]:
-    """One loop, in this process."""
+    """Measure one training loop in this process."""
     if setting.threads:
         torch.set_num_threads(setting.threads)
     if case.kind == "file":

@@ -69,7 +69,7 @@ class Allocations(TorchDispatchMode):
 
 
 def encoder_peak(spec: Spec, height: int, width: int, dtype: torch.dtype, rows: int = 1, device: str = "meta") -> int:
-    """Most bytes alive while `rows` hints of height x width become features at the site; weights not counted."""
+    """Peak bytes while `rows` hints of height x width become features at the site; weights are not counted."""
     net = ControlNeXt(config_of(spec), dtype=dtype, device=device).eval().requires_grad_(False)
     cell = FAMILIES[spec.family].cells[spec.fusion.site]
     timestep = torch.zeros(1, device=device)
@@ -85,7 +85,7 @@ def numbers_per_pixel(spec: Spec, dtype: torch.dtype, height: int = 576, width: 
 
 
 def plan(spec: Spec, frames: int, height: int, width: int) -> str:
-    """A row of the table of docs/video.md, in MiB, for fp16."""
+    """Row of the table in docs/video.md, in MiB, for fp16."""
     row = NUMBERS_PER_PIXEL[spec.build] * 2 * height * width
     working = row * min(frames, rows_at_once(row))
     step = feature_bytes(spec, config_of(spec).out_channels, height, width, 2) * frames

@@ -62,7 +62,7 @@ def network(shape: XSShape, dtype: torch.dtype, heads: tuple[int, ...] = (), dev
 
 
 def numbers_per_pixel(shape: XSShape, dtype: torch.dtype, height: int, width: int, rows: int = 1) -> float:
-    """Most numbers alive per hint pixel while hints are encoded."""
+    """Peak number of values alive per hint pixel while hints are encoded."""
     net = network(shape, dtype)
     with torch.no_grad(), Allocations(net.parameters()) as allocations:
         hint = torch.zeros(rows, 3, height, width, dtype=dtype, device="meta")
@@ -79,7 +79,7 @@ def numbers_per_cell(
     heads: tuple[int, ...] = (),
     device: str = "meta",
 ) -> float:
-    """Most numbers alive per latent cell and row in a forward, under a mask; the base's features are not counted.
+    """Peak number of values alive per latent cell and row in a forward, under a mask; the base's are not counted.
 
     height, width: of the picture in pixels.
     """

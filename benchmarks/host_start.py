@@ -77,7 +77,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="of the CPU; default all")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="pictures of a training step; default 1")
     parser.add_argument("--small", action="store_true", help="small networks: that it runs, not what comes of it")
-    parser.add_argument("--seconds", type=float, default=math.inf, metavar="N", help="begin no repeat after so many")
+    parser.add_argument("--seconds", type=float, default=math.inf, metavar="N", help="begin no repeat after N seconds")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where results that are files go")
 
 

@@ -1,4 +1,4 @@
-"""Transformers of published size as MODELs in the host's hands, with random weights, for runs on its sampler."""
+"""Transformers of published size as MODELs managed by the host, with random weights, for runs on its sampler."""
 
 from __future__ import annotations
 

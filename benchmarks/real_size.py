@@ -1,4 +1,4 @@
-"""Networks of real size in the host's hands, with random weights: parameters of one shape share one tensor.
+"""Networks of real size, managed by the host, with random weights: parameters of one shape share one tensor.
 
 Times and multiply-adds are those of the real networks; SDXL takes 0.8 GB in place of 10.
 """

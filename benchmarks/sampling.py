@@ -80,7 +80,7 @@ class QueueRun:
     latent: Tensor
 
     def per_step(self, steps: int) -> Cost:
-        """Cost of a step in a run of so many steps."""
+        """Mean cost of a step in a run of `steps` steps."""
         return (self.first + self.later * (steps - 1)) * (1 / steps)
 
 

@@ -79,7 +79,7 @@ class _OpenTensors(Mapping[str, Tensor]):
             self._stored = StoredTensors(table, wanted)
 
     def look(self, name: str) -> Tensor:
-        """A tensor that is asked for once more afterwards, and is read once."""
+        """Tensor that will be asked for once more: it is read once and kept until then."""
         self._seen[name] = self[name]
         return self._seen[name]
 

@@ -112,22 +112,22 @@ class FeatureCache:
 
     @_locked
     def makes_room(self, value: Tensor) -> bool:
-        """True means that a tensor like this one would be kept; features of earlier runs may go for it."""
+        """True means that a tensor like this one would be kept; features of earlier runs may be dropped for it."""
         return any(self._make_room(tier, self._bytes_in(tier, value)) for tier in _tiers(value))
 
     @_locked
     def drop(self, encoder: str, device: str | None = None) -> None:
-        """Forget everything of one encoder. device: of one device alone; None = of all."""
+        """Drop all features of one encoder. device: only those on this device; None = on all."""
         for key in [key for key in self._groups if key.encoder == encoder and device in (None, key.device)]:
             self._drop_group(key)
 
     def room(self, tier: Tier = "device") -> int:
-        """Bytes that may still be put there before entries have to go."""
+        """Bytes that still fit into a tier before entries must be dropped."""
         return max(0, self.budgets[tier] - self.used[tier])
 
     @_locked
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop all features."""
         self._groups.clear()
         self.used = {"device": 0, "host": 0}
 
@@ -193,5 +193,5 @@ def _is_cuda(value: Tensor) -> bool:
 
 
 def pinned_bytes(size: int) -> int:
-    """Bytes that torch takes to pin so many: a power of two."""
+    """Bytes that torch allocates to pin `size` bytes: `size` rounded up to a power of two."""
     return 1 << (size - 1).bit_length()

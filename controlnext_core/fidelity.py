@@ -40,11 +40,11 @@ def edge_f1(
 
 
 def boundary_f1(found: np.ndarray, wanted: np.ndarray, tolerance_px: float = TOLERANCE_PX) -> float:
-    """2 P R / (P + R) of two (H, W) edge maps, set from ON on. 1 if both are empty, 0 if one is.
+    """F1 = 2 P R / (P + R) of two (H, W) edge maps; values >= ON are edges. 1 if both are empty, 0 if only one is.
 
-    P: share of the found pixels with a wanted one no further than tolerance_px (Euclidean) away; R: the same the other
-    way round. Computed by dilation with a disc. Source: Martin et al., PAMI 2004 (BSDS), with the one-to-one matching
-    left out, as the boundary measure of DAVIS (Perazzi et al., CVPR 2016) does.
+    P (precision): share of the found pixels within tolerance_px (Euclidean) of a wanted one; R (recall): share of the
+    wanted pixels within tolerance_px of a found one. Computed by dilation with a disc. Source: Martin et al., PAMI 2004
+    (BSDS), without the one-to-one matching, as in the boundary measure of DAVIS (Perazzi et al., CVPR 2016).
     Raises ValueError if the tolerance is negative or the sizes differ.
     """
     if not tolerance_px >= 0:
@@ -59,7 +59,7 @@ def boundary_f1(found: np.ndarray, wanted: np.ndarray, tolerance_px: float = TOL
 
 
 def dilated(region: np.ndarray, radius: float) -> np.ndarray:
-    """Pixels of (H, W) bool from which a set one is no further than `radius` pixels away."""
+    """Mask (H, W) of the pixels at most `radius` pixels from a set pixel of `region` (H, W) bool."""
     cv2 = require_opencv()
 
     reach = np.arange(-int(radius), int(radius) + 1)

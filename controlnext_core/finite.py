@@ -15,7 +15,7 @@ SIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_format(name: str, tensor: Tensor, source: str) -> None:
-    """Raise CheckpointError for a tensor of whole numbers, truth values or complex numbers."""
+    """Raise CheckpointError for a tensor of integers, booleans or complex numbers."""
     if not tensor.is_floating_point():
         kind = str(tensor.dtype).removeprefix("torch.")
         raise CheckpointError(
@@ -25,7 +25,7 @@ def check_format(name: str, tensor: Tensor, source: str) -> None:
 
 
 def check_weights(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raise CheckpointError for weights that are no floating point, or hold NaN or infinite values, by name."""
+    """Raise CheckpointError, naming the tensor, for one that is not floating point or holds NaN or infinite values."""
     for name, tensor in tensors.items():
         check_format(name, tensor, source)
         if not math.isfinite(peak(tensor)):
@@ -35,12 +35,7 @@ def check_weights(tensors: Mapping[str, Tensor], source: str) -> None:
 
 
 def peak(tensor: Tensor) -> float:
-    """Largest magnitude; NaN where there is one, 0 of no numbers.
-
-    Read from the numbers' bits: without their sign they are whole numbers in the order of the magnitudes, the infinite
-    and NaN above all others (IEEE 754). numpy takes their maximum in one thread: torch's threads wait for each other
-    at every tensor, which on a busy machine takes a hundred times as long.
-    """
+    """Largest magnitude; NaN if any value is NaN, 0 for an empty tensor."""
     if not tensor.numel():
         return 0.0
     whole = (tensor.float() if tensor.dtype.itemsize == 1 else tensor).detach().cpu()

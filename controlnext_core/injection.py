@@ -98,7 +98,7 @@ def pool_to(control: Tensor, size: tuple[int, int]) -> Tensor:
     """Adaptive average pool of (n, C, h, w) to `size`; identity where the size is right. Source: released code."""
     if tuple(control.shape[-2:]) == size:
         return control
-    if control.device.type == "mps":  # torch pools there to divisors of the size alone
+    if control.device.type == "mps":  # on MPS torch pools only to divisors of the size
         return F.adaptive_avg_pool2d(control.cpu(), size).to(control.device)
     return F.adaptive_avg_pool2d(control, size)
 

@@ -84,7 +84,7 @@ _DEPTHS = ("transformer_depth", "transformer_depth_output", "transformer_depth_m
 
 Config = Mapping[str, Any]
 """The host's `unet_config`. Depths are those of the transformers behind each resnet, 0 = none, from the highest
-resolution down. Middle depth -2: no middle block; -1: one resnet; else two resnets around so many."""
+resolution down. Middle depth -2: no middle block; -1: one resnet; n: two resnets around n."""
 
 
 def unet_key_map(config: Config) -> dict[str, str]:
@@ -156,7 +156,7 @@ def _up(config: Config) -> Pairs:
         published = f"up_blocks.{len(resnets) - 1 - level}."
         for i in range(resnets[level] + 1):
             host, depth = f"output_blocks.{block}.", next(depths)
-            # h and a skip come in, together always wider than what goes out
+            # the input is h and a skip, together always wider than the output
             yield from _resnet(f"{published}resnets.{i}.", f"{host}0.", config, shortcut=True)
             if depth > 0:
                 yield from _transformer(f"{published}attentions.{i}.", f"{host}1.", config, depth)

@@ -16,12 +16,12 @@ from .families import FAMILIES
 from .specs import Family
 
 Frames = tuple[int, ...]
-"""Frames of a hint whose features are averaged; one that counts several times is there as often."""
+"""Frames of a hint whose features are averaged; one that counts several times is repeated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """Time in a latent (rows, C, T, H, W)."""
+    """Numbers of frames in a latent clip (rows, C, T, H, W)."""
 
     length: int
     """Latent frames."""
@@ -30,7 +30,7 @@ class Clip:
 
 
 def clip_of(family: Family, latent: tuple[int, ...]) -> Clip | None:
-    """Time in a latent of this shape; None where each row is one picture."""
+    """Clip for a latent of this shape; None where each row is one picture."""
     frames = FAMILIES[family].frames
     if frames is None or len(latent) < 5 or latent[2] == 1:
         return None

@@ -16,7 +16,7 @@ NUMBERS_PER_PIXEL: dict[str, int] = {
     "gen2_unpadded": 113,
     "gen2_deep": 116,
 }
-"""Build -> numbers of the compute dtype alive per hint pixel where an encoder's pass needs most, for hints from
+"""Build -> peak number of values (of the compute dtype) alive per hint pixel in an encoder's pass, for hints from
 `LARGE_HINT` on. Source: benchmarks/bench_video_memory.py, at 512 x 512; a convolution's own scratch space is not in it.
 The products of convolutions (models/halving.py), 2.3 million numbers, are: larger hints need up to 7 less a pixel."""
 LARGE_HINT = 512 * 512
@@ -26,7 +26,7 @@ _SMALL_HINTS: dict[str, int] = {"gen1a": 547, "gen1a_norm": 547, "gen1b": 74, "g
 
 
 def numbers_per_pixel(build: str, pixels: int) -> int:
-    """Numbers of the compute dtype alive per pixel of a hint of so many pixels where its pass needs most."""
+    """Peak number of values (of the compute dtype) alive per hint pixel in an encoder's pass; pixels: of the hint."""
     return NUMBERS_PER_PIXEL[build] if pixels >= LARGE_HINT else _SMALL_HINTS.get(build, 139)
 
 
@@ -73,12 +73,12 @@ XS_ROWS_PER_HINT = 2
 
 
 def xs_numbers_per_pixel(config: ControlNetXSConfig) -> int:
-    """Numbers of the compute dtype alive per hint pixel where the hint encoder's pass needs most."""
+    """Peak number of values (of the compute dtype) alive per hint pixel in a pass of the hint encoder."""
     return config.hint[0] + XS_HINT_TENSORS * max(config.hint[1:3])
 
 
 def xs_numbers_per_cell(config: ControlNetXSConfig, fp32_norms: bool) -> float:
-    """Numbers alive per latent cell and row where a forward beside the base needs most; the base's are not counted.
+    """Peak number of values alive per latent cell and row in a forward beside the base; the base's are not counted.
 
     fp32_norms: norms are in fp32 and features in half precision.
     """

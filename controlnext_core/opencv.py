@@ -11,7 +11,7 @@ PACKAGE = "opencv-python-headless"
 
 
 def require_opencv() -> Any:
-    """The module cv2, imported at the first call. Raises ImportError with the line to type where there is none."""
+    """The module cv2, imported at the first call. Raises ImportError with the pip command where it is missing."""
     try:
         return importlib.import_module("cv2")
     except ModuleNotFoundError as error:

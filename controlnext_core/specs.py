@@ -31,7 +31,7 @@ class Family(str, Enum):
 
 
 class Site(Enum):
-    """Site of the base at which a control is added. The way to the host's blocks stands once, in the adapter."""
+    """Site of the base at which a control is added. Only the adapter maps sites to the host's blocks."""
 
     AFTER_CONV_IN = "after the first convolution"
     AFTER_DOWN_0 = "after the first down block and its downsampler"
@@ -93,7 +93,7 @@ class DefaultDifferences:
     rank: int = 16
     """Rank of the two factors of a difference; 0 = whole differences."""
     blocks: int | None = None
-    """The first so many blocks; None = all."""
+    """Number of blocks that have differences, from the first on; None = all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

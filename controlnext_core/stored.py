@@ -29,12 +29,12 @@ class StoredError(ValueError):
 
 
 class KindError(StoredError):
-    """A sound file that is of no use here."""
+    """An intact file of a kind that cannot be used here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor of a file."""
+    """Record of one tensor in a file: format, shape and position."""
 
     dtype: torch.dtype | None
     """Number format; None: one that torch, or this pack, does not have."""

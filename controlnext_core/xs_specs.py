@@ -161,9 +161,9 @@ def divisor(channels: int, most: int = MAX_GROUPS) -> int:
 
 
 def parse_heads(text: str) -> tuple[int, ...]:
-    """`8` or `1,1,2` -> attention heads per level, the last for all that follow; empty for an empty text.
+    """Attention heads per level from a text such as `8` or `1,1,2`; () for an empty text.
 
-    Raises ValueError for anything else.
+    The last number counts for all further levels. Raises ValueError for anything else.
     """
     try:
         heads = tuple(int(part) for part in text.replace(" ", "").split(",")) if text.strip() else ()

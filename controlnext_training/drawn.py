@@ -46,7 +46,7 @@ class DrawnDataset:
         return [self._scene(index).caption for index in range(len(self))]
 
     def share(self, index: int) -> Share:
-        """See ControlDataset."""
+        """Implementation of `ControlDataset.share`."""
         return Share()
 
     def __len__(self) -> int:
@@ -79,11 +79,11 @@ class DrawnDataset:
         )
 
     def place(self, index: int, variant: int = 0) -> Fit:
-        """See ControlDataset."""
+        """Implementation of `ControlDataset.place`."""
         return Fit((self.side,) * 2, (self.side,) * 2, (0, 0), (self.side,) * 2)
 
     def job(self, index: int, seed: int, position: int, whole: bool, variant: int = 0) -> Callable[[], Sample]:
-        """See ControlDataset."""
+        """Implementation of `ControlDataset.job`."""
         return lambda: self.load(index, seed, position)
 
 

@@ -86,12 +86,12 @@ def needed(step: StepShape) -> Need:
 
 
 def offloaded(frozen: int, blocks: int) -> int:
-    """Bytes on the device of `frozen` bytes that wait in host memory: two of so many blocks."""
+    """Bytes on the device when `frozen` bytes are offloaded to host memory: two blocks out of `blocks`."""
     return 2 * frozen // max(blocks, 1)
 
 
 def advice(step: StepShape, offload: bool, available: int) -> str:
-    """The first setting that makes a step fit into so many bytes, in words; "" where it fits already."""
+    """First setting that makes a step fit into `available` bytes, in words; "" where it already fits."""
     if needed(step).total <= available:
         return ""
     settings: list[tuple[str, StepShape]] = []

@@ -68,7 +68,7 @@ OBJECTIVES: dict[str, Parameterisation] = {
     ),
     "v": _V,
     # SVD: x^ = x / (1 + sigma^2) - out sigma / sqrt(1 + sigma^2), loss (1 + sigma^2) / sigma^2 (x^ - z)^2. Both are
-    # those of v, whose weight this is, so the loss is (out - v)^2; written that way nothing cancels at sigma = 0.002.
+    # those of v, so the loss is (out - v)^2; in this form nothing cancels at sigma = 0.002.
     "edm": _V,
     "flow": Parameterisation(
         noisy=lambda z, n, sigma: (1 - sigma) * z + sigma * n,

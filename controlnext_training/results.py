@@ -190,7 +190,7 @@ class StepClock:
         self.restart(step)
 
     def restart(self, step: int) -> None:
-        """Count from here, after `step` steps."""
+        """Restart the clock at step `step`."""
         self.step, self.started = step, time.monotonic()
 
     def read(self, step: int) -> float:
@@ -214,7 +214,7 @@ def _highest() -> int:
 
 
 class Meter:
-    """Time and peak memory since it was made."""
+    """Meter of time and peak memory since its creation."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -228,9 +228,9 @@ class Meter:
         self.started = time.perf_counter()
 
     def read(self) -> tuple[float, int]:
-        """(seconds, peak bytes): of the device's memory, or of this process where that is the host's.
+        """(seconds, peak bytes): memory of a CUDA device, or of this process for all other devices.
 
-        The peak of a process is known on Linux; elsewhere the current memory stands for it. Some containers cannot
+        The peak of a process is known on Linux; elsewhere the current memory is returned. Some containers cannot
         reset the peak: there the reading counts only if it exceeds the value at the start.
         """
         if self.device.type == "cuda":

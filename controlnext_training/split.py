@@ -62,7 +62,7 @@ def split(
     held: set[int] = set()
     if held_out or not config.validate_every:
         training, validation = list(readable), []
-        if saved is not None and "held" in saved.tensors:  # they stay held out when validation comes back
+        if saved is not None and "held" in saved.tensors:  # they stay held out when validation is switched on again
             held = set(saved.tensors["held"].tolist())
             training = [index for index in readable if identities[index] not in held]
     else:

@@ -148,7 +148,7 @@ def _distance(shape: _Shape, x: Array, y: Array) -> tuple[Array, float]:
     c, s = shape.turn
     u, v = c * u + s * v, c * v - s * u
     if shape.kind == "circle":
-        inner = shape.radius * 0.9  # as large to the eye as the others
+        inner = shape.radius * 0.9  # looks as large as the other shapes
         return np.sqrt(u * u + v * v) - inner, inner
     if shape.kind == "square":
         inner = shape.radius * float(np.sqrt(0.5))

@@ -43,7 +43,7 @@ LEVELS = (0.125, 0.375, 0.625, 0.875)
 
 @dataclass(frozen=True)
 class Validation:
-    """The figures of one validation."""
+    """Metrics of one validation pass."""
 
     loss: float
     """Mean loss at strength 1, over fixed samples, noise and noise levels."""

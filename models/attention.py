@@ -88,7 +88,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to the text and a feed-forward, each behind a layer norm and around a shortcut."""
+    """Self-attention, cross-attention to the text and a feed-forward, each pre-normalised and with a residual."""
 
     def __init__(
         self, width: int, context_dim: int, heads: int, operations: Any, attention: Attention, **factory: Any

@@ -50,7 +50,7 @@ class BlockConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlNetXSConfig:
-    """Everything that tells one ControlNet-XS from another."""
+    """Architecture of one ControlNet-XS."""
 
     encoder: tuple[BlockConfig, ...]
     middle: tuple[BlockConfig, ...]

@@ -31,7 +31,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlNeXtConfig:
-    """Everything that tells one encoder build from another."""
+    """Architecture of one encoder build."""
 
     stages: tuple[Stage, ...]
     stem: bool

@@ -95,7 +95,10 @@ class Halved:
 
 
 def halved(res: ResBlock, down: Downsample, cells: float, like: Tensor, weights_of: WeightsOf) -> Halved | None:
-    """The products for maps of so many cells, None where forming them costs too much. like: a map's dtype, layout."""
+    """Products of the convolutions for maps of `cells` cells; None where forming them costs more than they save.
+
+    like: a tensor of the maps' dtype, device and layout.
+    """
     conv: Any = res.conv2
     if cells < CELLS_PER_CHANNEL * conv.out_channels:
         return None

@@ -184,5 +184,5 @@ def draw_hint(board: Board, index: int) -> Hint:
 
 
 def hints_of(board: Board) -> dict[int, Hint]:
-    """The rows of a board."""
+    """Hints of a board by row number."""
     return {row: draw_hint(board, index) for row, index in enumerate(board.scenes)}

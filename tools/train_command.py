@@ -48,7 +48,7 @@ def check_order(options: argparse.Namespace) -> None:
 
 
 def settings(given: list[str]) -> dict[str, object]:
-    """The settings that stand after the recipe; ends the process with the list of them for --help."""
+    """Settings given after the recipe. --help prints the list of all settings and ends the process."""
     from ..controlnext_training.config_files import add_flags, checked, flags_given
 
     parser = argparse.ArgumentParser("run.py train CONFIG.toml", usage="run.py train CONFIG.toml [--SETTING VALUE ...]")
@@ -58,7 +58,7 @@ def settings(given: list[str]) -> dict[str, object]:
         name = _name(unknown[0])
         if not unknown[0].startswith("-"):
             raise SetupError(f"{unknown[0]!r} after CONFIG.toml is not understood. Write settings as --steps 1000")
-        checked(name, None)  # says which setting may be meant
+        checked(name, None)  # raises an error that suggests a setting
     return flags_given(options)
 
 

@@ -74,7 +74,7 @@ Stacks = list[list[dict[str, Any]]]
 
 
 def size_of(type: str, sockets: int, widgets: int, footers: int) -> list[int]:
-    """Width and height, without the title, of a node with so many sockets on its longer side."""
+    """Width and height of a node without its title; sockets: number on the side that has more."""
     height = EDGE + SLOT * sockets + WIDGET * widgets + FOOTER * footers
     return [WIDTHS.get(type, WIDTH), HEIGHTS.get(type, height)]
 

@@ -48,7 +48,7 @@ class _Text:
 
 @contextmanager
 def merged_products(net: nn.Module) -> Iterator[None]:
-    """Inside, this ControlNet-XS computes them so."""
+    """Context in which this ControlNet-XS computes its projections as merged products."""
     named = [(name, module) for name, module in net.named_modules() if isinstance(module, CrossAttention)]
     cross = [module for name, module in named if name.endswith("attn2")]
     text = _Text(cross)

@@ -65,7 +65,7 @@ class Graphed:
 
 @contextmanager
 def one_graph(model: Any) -> Iterator[None]:
-    """Inside, this MODEL's forwards are replayed."""
+    """Context in which this MODEL's forward passes are replayed from a CUDA graph."""
     from comfy.patcher_extension import WrappersMP
 
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, Graphed())

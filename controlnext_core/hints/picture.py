@@ -32,7 +32,7 @@ def checked(image: np.ndarray, name: str = "image") -> np.ndarray:
     if not np.issubdtype(image.dtype, np.floating):
         raise ValueError(f"{name}: has values of type {image.dtype}, not floats in 0..1. Divide by the largest value.")
     low, high = float(image.min()), float(image.max())
-    if not (low >= CLIPPED[0] and high <= CLIPPED[1]):  # so that NaN is refused too
+    if not (low >= CLIPPED[0] and high <= CLIPPED[1]):  # `not`: refuses NaN too
         raise ValueError(
             f"{name}: has values from {low:g} to {high:g}, not in 0..1. Scale them to 0..1; NaN come from a failed run."
         )
@@ -41,7 +41,7 @@ def checked(image: np.ndarray, name: str = "image") -> np.ndarray:
 
 
 def as_rgb(image: np.ndarray) -> np.ndarray:
-    """-> (H, W, 3) float32: gray is repeated, alpha dropped as the Apply nodes do. Takes and raises as `checked`."""
+    """-> (H, W, 3) float32: gray is repeated, alpha dropped as the Apply nodes do. Input and errors: see `checked`."""
     channels = checked(image)
     return np.repeat(channels, 3, axis=2) if channels.shape[2] == 1 else channels[..., :3]
 

@@ -51,10 +51,10 @@ def mix(first: Color, second: Color, share: float) -> Color:
 
 
 def darker(color: Color, share: float = 0.16) -> Color:
-    """The colour in shadow."""
+    """Colour in shadow: mixed with `share` of dark violet."""
     return mix(color, (70, 44, 92), share)
 
 
 def lighter(color: Color, share: float = 0.4) -> Color:
-    """The colour in light."""
+    """Colour in light: mixed with `share` of warm white."""
     return mix(color, (255, 250, 236), share)

@@ -70,7 +70,7 @@ class BaseWithEncoders:
         with self._lock:
             for name, what in ENCODERS.items():
                 if self.read_again is not None and getattr(self, name) is not None:
-                    self.identity(what)  # is remembered
+                    self.identity(what)  # computed and kept while the weights are here
                     setattr(self, name, None)
                     self._released.add(name)
 
@@ -101,7 +101,7 @@ class BaseWithEncoders:
         """Latents as the UNet takes them -> pictures (F, H, W, 3) in [0, 1], on the CPU."""
         with torch.inference_mode():
             pixels = self.encoder("vae").decode(self.model.model.process_latent_out(latent))
-        return pixels.float().cpu().clone().flatten(0, -4)  # of a latent with frames (F, 1, H, W, 3)
+        return pixels.float().cpu().clone().flatten(0, -4)  # a latent with frames decodes to (F, 1, H, W, 3)
 
     def identity(self, what: str) -> str:
         """Identity of the `model`, `vae`, `text` or `vision` weights: names, shapes and a sample of the numbers."""

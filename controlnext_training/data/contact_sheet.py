@@ -35,7 +35,7 @@ class Pair:
 
     @property
     def aspect(self) -> float:
-        """Width of both side by side, for a height of 1."""
+        """Width / height of the picture and its hint side by side."""
         return 2 * self.picture.width / self.picture.height
 
 

@@ -40,27 +40,27 @@ class FileDataset:
         return len(self.items)
 
     def share(self, index: int) -> Share:
-        """See ControlDataset."""
+        """Implementation of `ControlDataset.share`."""
         return self.items[index].share
 
     def frame_keys(self, index: int, seed: int = 0, position: int = 0, variant: int = 0) -> tuple[str, ...]:
-        """See ControlDataset."""
+        """Implementation of `ControlDataset.frame_keys`."""
         item = self.reading.variant(self.items[index], variant)
         return tuple(self._frame_key(item, number) for number in self.reading.chosen(item, seed, position))
 
     def place(self, index: int, variant: int = 0) -> Fit:
-        """See ControlDataset."""
+        """Implementation of `ControlDataset.place`."""
         return self.reading.variant(self.items[index], variant).fit
 
     def job(self, index: int, seed: int, position: int, whole: bool, variant: int = 0) -> Request:
-        """See ControlDataset."""
+        """Implementation of `ControlDataset.job`."""
         item = self.reading.variant(self.items[index], variant)
         numbers = self.reading.chosen(item, seed, position)
         keys = tuple(self._frame_key(item, number) for number in numbers)
         return Request(item, self.reading, numbers, keys, whole)
 
     def load(self, index: int, seed: int = 0, position: int = 0) -> Sample:
-        """See ControlDataset."""
+        """Implementation of `ControlDataset.load`."""
         return self.job(index, seed, position, True)()
 
     def _frame_key(self, item: Item, number: int) -> str:
@@ -92,23 +92,23 @@ class Subset:
         return len(self.indices)
 
     def share(self, index: int) -> Share:
-        """See ControlDataset."""
+        """Implementation of `ControlDataset.share`."""
         return self.dataset.share(self.indices[index])
 
     def frame_keys(self, index: int, seed: int = 0, position: int = 0, variant: int = 0) -> tuple[str, ...]:
-        """See ControlDataset."""
+        """Implementation of `ControlDataset.frame_keys`."""
         return self.dataset.frame_keys(self.indices[index], seed, position, variant)
 
     def load(self, index: int, seed: int = 0, position: int = 0) -> Sample:
-        """See ControlDataset."""
+        """Implementation of `ControlDataset.load`."""
         return self.dataset.load(self.indices[index], seed, position)
 
     def place(self, index: int, variant: int = 0) -> Fit:
-        """See ControlDataset."""
+        """Implementation of `ControlDataset.place`."""
         return self.dataset.place(self.indices[index], variant)
 
     def job(self, index: int, seed: int, position: int, whole: bool, variant: int = 0) -> Callable[[], Sample]:
-        """See ControlDataset."""
+        """Implementation of `ControlDataset.job`."""
         return self.dataset.job(self.indices[index], seed, position, whole, variant)
 
 

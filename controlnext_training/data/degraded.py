@@ -21,18 +21,18 @@ LOW_RESOLUTION = "low_resolution"
 BLUR = (0.2, 1.5)
 """Standard deviation of the Gaussian in pixels of the low-resolution picture."""
 FACTOR = (2.0, 4.0)
-"""The sides shrink by it."""
+"""Factor by which the sides shrink."""
 NOISE = (0.0, 0.04)
 """Standard deviation of the Gaussian noise; a picture has values in 0..1."""
 QUALITY = (50, 95)
 """JPEG quality, both ends included."""
 VERSION = 1
-"""Goes into the identity of cached samples; another pipeline takes another number."""
+"""Version of this pipeline, a part of the identity of cached samples: raise it when the pixels change."""
 
 
 @dataclass(frozen=True, slots=True)
 class Degradation:
-    """The strengths for one picture."""
+    """Strengths of blur, shrinking, noise and compression for one picture."""
 
     blur: float
     """Standard deviation in pixels of the full picture."""
@@ -79,7 +79,7 @@ def degraded(picture: np.ndarray, how: Degradation) -> np.ndarray:
 
 
 def blurred(rgb: np.ndarray, deviation: float) -> np.ndarray:
-    """(H, W, 3) -> the same, under a Gaussian cut at 4 standard deviations; the picture is mirrored at its edges."""
+    """Gaussian blur of (H, W, 3), `deviation` in pixels, cut at 4 standard deviations; edges are mirrored."""
     cv2 = require_opencv()
 
     side = 2 * int(np.ceil(4 * deviation)) + 1
@@ -87,7 +87,7 @@ def blurred(rgb: np.ndarray, deviation: float) -> np.ndarray:
 
 
 def compressed(rgb: np.ndarray, quality: int) -> np.ndarray:
-    """(H, W, 3) floats -> the same through a JPEG of this quality, colours at half the resolution."""
+    """(H, W, 3) floats after JPEG compression of this quality, with chroma at half the resolution."""
     from PIL import Image
 
     file = io.BytesIO()

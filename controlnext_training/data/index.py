@@ -50,7 +50,7 @@ def examine(blob: Blob) -> Facts | str:
 
 
 def content_hash(content: bytes) -> str:
-    """Identity of a file's bytes."""
+    """Identity of a file's bytes: their BLAKE2b hash of 128 bits, in hex."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 

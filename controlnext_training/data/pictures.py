@@ -54,7 +54,7 @@ class Picture:
         return self.rgb.shape[0], self.rgb.shape[1]
 
     def over(self, background: float) -> np.ndarray:
-        """(H, W, 3), laid over one tone of gray."""
+        """(H, W, 3), composited over a uniform gray of the value `background`."""
         if self.alpha is None:
             return self.rgb
         alpha = self.alpha[..., None]
@@ -100,14 +100,14 @@ def _has_its_end(content: bytes, kind: str) -> bool:
 
 
 class Budget:
-    """So many pixels are decoded at the same time; a picture that is over it alone is decoded alone."""
+    """Limit on the pixels that are decoded at the same time; a picture above the limit is decoded alone."""
 
     def __init__(self, pixels: int) -> None:
         self.pixels, self._used, self._changed = pixels, 0, threading.Condition()
 
     @contextmanager
     def taking(self, pixels: int) -> Iterator[None]:
-        """Inside, the pixels are taken; before, it waits until there are as many."""
+        """Context that holds `pixels` of the budget; entering waits until they are free."""
         with self._changed:
             self._changed.wait_for(lambda: not self._used or self._used + pixels <= self.pixels)
             self._used += pixels

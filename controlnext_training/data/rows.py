@@ -132,7 +132,7 @@ def _kept(path: str, size: int, changed: int) -> Rows:
 
 
 def require_datasets() -> Any:
-    """The library. Raises RowsError with the line to type where it is missing."""
+    """The `datasets` library. Raises RowsError with the pip command where it is not installed."""
     try:
         return importlib.import_module(PACKAGE)
     except ModuleNotFoundError as error:

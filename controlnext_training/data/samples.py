@@ -61,7 +61,7 @@ class Facts:
 
 
 class Share(NamedTuple):
-    """Part of a source in a run, and the cuts of its samples."""
+    """Repeats, loss weight and cuts of a source's samples."""
 
     repeats: int = 1
     """Uses of each of its samples in an epoch."""
@@ -120,7 +120,7 @@ class ControlDataset(Protocol):
     def __len__(self) -> int: ...
 
     def share(self, index: int) -> Share:
-        """Part of the item's source."""
+        """Repeats, loss weight and cuts of the item's source."""
 
     def frame_keys(self, index: int, seed: int = 0, position: int = 0, variant: int = 0) -> tuple[str, ...]:
         """`load(...).frame_keys` without reading a picture, to look up encoded frames in a cache."""

@@ -58,18 +58,18 @@ class TensorDataset:
         self.fingerprint = digest(self._clip, self.captions, self._keys)
 
     def share(self, index: int) -> Share:
-        """See ControlDataset."""
+        """Implementation of `ControlDataset.share`."""
         return Share()
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def frame_keys(self, index: int, seed: int = 0, position: int = 0, variant: int = 0) -> tuple[str, ...]:
-        """See ControlDataset."""
+        """Implementation of `ControlDataset.frame_keys`."""
         return tuple(self._keys[number] for number in self._chosen(index, seed, position))
 
     def load(self, index: int, seed: int = 0, position: int = 0) -> Sample:
-        """See ControlDataset."""
+        """Implementation of `ControlDataset.load`."""
         numbers = self._chosen(index, seed, position)
         mask = None if self._masks is None else region(self._cut(self._masks, numbers, False), self._clip[2])
         return Sample(
@@ -83,11 +83,11 @@ class TensorDataset:
         )
 
     def place(self, index: int, variant: int = 0) -> Fit:
-        """See ControlDataset."""
+        """Implementation of `ControlDataset.place`."""
         return self._fit
 
     def job(self, index: int, seed: int, position: int, whole: bool, variant: int = 0) -> Callable[[], Sample]:
-        """See ControlDataset."""
+        """Implementation of `ControlDataset.job`."""
         return lambda: self.load(index, seed, position)
 
     def _chosen(self, index: int, seed: int, position: int) -> tuple[int, ...]:

@@ -173,7 +173,7 @@ class Tree:
 
 
 def is_regular(path: Path) -> bool:
-    """True means a file that is there, links followed; False also for a name that no system takes."""
+    """True: a regular file exists there, links followed. False: none does, or the system refuses the name."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -183,7 +183,7 @@ def is_regular(path: Path) -> bool:
 def _lies_in(path: Path, root: Path) -> bool:
     try:
         return path.resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError, ValueError):  # links in a circle; a name that no system takes
+    except (OSError, RuntimeError, ValueError):  # links in a circle; a name that the system refuses
         return False
 
 

@@ -46,7 +46,7 @@ class Files:
     roots: tuple[Path, ...]
 
     def open(self, config: TrainConfig, frames: int = 1) -> ControlDataset:
-        """Open the dataset, with samples of so many frames."""
+        """Open the dataset, with samples of `frames` frames."""
         return open_data(config.data, config, frames, runs_folder() / INDEX, self.roots, _stop_if_cancelled)
 
 
@@ -60,7 +60,7 @@ class Images:
     settings: Mapping[str, Any]
 
     def open(self, config: TrainConfig, frames: int = 1) -> ControlDataset:
-        """Open the dataset, with samples of so many frames."""
+        """Open the dataset, with samples of `frames` frames."""
         return TensorDataset(
             self.images,
             self.hints,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PREVIEW_SIDE = 1024
 """Longest side in pixels of the picture that is sent while a run goes on."""
 SHARE, SECONDS = 0.05, 2.0
-"""The curve is drawn for at most this part of the time, and no more often than every so many seconds."""
+"""Limits on drawing the curve: largest share of the run's time, and fewest seconds between two drawings."""
 
 
 class NodeObserver:

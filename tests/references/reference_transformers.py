@@ -31,7 +31,7 @@ class Family:
     part: int | None
     """Place of the picture's stream in what the block returns; None: it returns one stream, the text first."""
     text_multiple: int = 1
-    """The text is padded to a multiple of so many tokens."""
+    """Number to a multiple of which the text's tokens are padded."""
     text_in_stream: bool = True
     """One stream is returned: the text is in it."""
     build: str = BUILD

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.comfy
 
 MANY = 2000
 SIGMAS = 4
-"""A rate of n draws is within so many standard deviations."""
+"""Tolerance for the rate of n draws, in standard deviations."""
 
 
 @dataclass

@@ -202,7 +202,7 @@ def test_the_estimate_of_the_encoder_holds(side: int, dtype: torch.dtype) -> Non
 
 
 def published(name: str, side: int, bytes_a_weight: int) -> StepShape:
-    """A step in bf16 of one row on a published base, to_out of rank 16; the base in so many bytes a weight."""
+    """A step in bf16 of one row on a published base, to_out of rank 16; bytes_a_weight: of the base."""
     from comfyui_controlnext.controlnext_training.base_model.trained_families import FAMILIES as ROWS
 
     row, spec = PUBLISHED[name], SPECS[PUBLISHED[name].variant]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-GAIN = 1.3  # how many times quicker bf16 must be
+GAIN = 1.3  # speed-up from which bf16 is used
 
 
 @functools.cache

@@ -35,7 +35,7 @@ EMA_DECAY = 0.995
 SLICE = 90 * 60.0  # seconds
 SAY_EVERY, SHOW_EVERY = 25, 250  # steps
 NO_CAPTION = 0.1  # part of the samples whose caption is left out
-MIDDLE, SPREAD = 0.3, 1.0  # of the logit-normal distribution from which every other noise level comes
+MIDDLE, SPREAD = 0.3, 1.0  # of the logit-normal distribution of every other noise level
 FILE = "picturebook_mmdit.safetensors"
 Text = dict[str, Tensor]
 Drawing = Callable[[int, int, int], Picture]
@@ -107,7 +107,7 @@ def _parts(stage: StageRun, name: str, drawing: Drawing, side: int, count: int) 
 
 
 def painter_of(folder: Path) -> nn.Module:
-    """The autoencoder that the stage before has left, or the shipped one."""
+    """Autoencoder trained by the previous stage, or the shipped one where there is none."""
     from .shipped import PAINTER, SHIPPED
 
     made = folder.parent / "painter" / painter.FILE

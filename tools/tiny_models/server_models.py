@@ -26,7 +26,7 @@ MAKERS: dict[str, tuple[str, str, Callable[[Path], Path]]] = {
 def make_demo_models(base_dir: Path) -> dict[str, str]:
     """Fill `base_dir`/models and return the names as the host's widgets show them.
 
-    Files that are there are kept, unless the makers changed since: a stamp holds the hash of their source.
+    Existing files are kept, unless the makers have changed: the stamp file holds the hash of their source.
     """
     models = Path(base_dir) / "models"
     stamp = models / STAMP
@@ -43,7 +43,7 @@ def make_demo_models(base_dir: Path) -> dict[str, str]:
 def remove_demo_models(base_dir: Path) -> None:
     """Delete the random weights that an earlier version of this project put into `base_dir`/models.
 
-    The stamp tells that they are ours; without it nothing is touched.
+    The stamp file marks models of this project; without it nothing is deleted.
     """
     models = Path(base_dir) / "models"
     if not (models / STAMP).is_file():

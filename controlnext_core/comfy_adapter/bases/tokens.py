@@ -25,17 +25,17 @@ REFERENCE_KEY: Final = "controlnext_reference"
 """Our key in `transformer_options`: shape of the reference latent that the coming forward is given."""
 
 Start = Callable[[Tensor, int, TransformerOptions], int]
-"""(tokens, how many are the picture's, options of the forward) -> place of the picture's first."""
+"""(tokens, number of the picture's tokens, options of the forward) -> index of the picture's first token."""
 
 
 def note_reference(options: TransformerOptions, given: Mapping[str, Any]) -> None:
-    """Pass on whether the coming forward has a reference latent; given: its conditions by the host's names."""
+    """Note the shape of the coming forward's reference latent, or None; given: its conditions by the host's names."""
     reference = given.get("reference_latent")
     options[REFERENCE_KEY] = tuple(reference.shape) if isinstance(reference, Tensor) else None
 
 
 def from_the_front(tokens: Tensor, count: int, options: TransformerOptions) -> int:
-    """The picture's tokens come first."""
+    """Index of the picture's first token in a stream that begins with the picture."""
     return 0
 
 
@@ -47,7 +47,7 @@ def after_the_reference(tokens: Tensor, count: int, options: TransformerOptions)
 
 @dataclass(frozen=True, slots=True)
 class FromTheEnd:
-    """The picture's tokens come last, with padding behind them to a multiple of so many."""
+    """Index of the picture's first token where they come last, padded at the end to a multiple of `multiple`."""
 
     multiple: int = 1
 
@@ -93,7 +93,7 @@ class PictureTokens:
 
 
 class BlockReplacement:
-    """Replacement in the host's slot for one block: runs the block, or an earlier replacement, then controls."""
+    """Replacement in the host's slot for one block: runs the block, or an earlier replacement; adds the controls."""
 
     def __init__(self, block: Block, add: AddControls, options: TransformerOptions, earlier: Any) -> None:
         self.block, self.add, self.options, self.earlier = block, add, options, earlier
@@ -104,7 +104,7 @@ class BlockReplacement:
 
 
 def replace_block(options: TransformerOptions, block: Block, add: AddControls) -> None:
-    """Door after a block that the host lets be replaced; a replacement by others runs inside ours."""
+    """Door after a block that the host allows to be replaced; another pack's replacement runs inside this one."""
     replaced = dict(options.get("patches_replace", {}))
     blocks = dict(replaced.get("dit", {}))
     earlier = blocks.get(block)
@@ -115,7 +115,7 @@ def replace_block(options: TransformerOptions, block: Block, add: AddControls) -
 
 
 class BlockPatch:
-    """The host's patch after every block, for one block; it reads the keys alone that it is given."""
+    """Patch that the host calls after every block, and that acts on one of them."""
 
     def __init__(self, block: Block, add: AddControls) -> None:
         self.block, self.add = block, add
@@ -125,7 +125,7 @@ class BlockPatch:
         if args["block_index"] != self.block[1]:
             return {}
         tokens = args["img"]
-        if tokens.requires_grad:  # the host writes the answer over them, and autograd keeps what the controls are of
+        if tokens.requires_grad:  # the host overwrites them with the result, and autograd needs them
             tokens = tokens.clone()
         return {"img": self.add(tokens, args["transformer_options"])}
 
@@ -143,7 +143,9 @@ class HookedForward:
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         options = kwargs.get("transformer_options", self.options)
-        module = executor.class_obj.layers[self.block[1]]  # of the copy that runs: several GPUs have one each
+        module = executor.class_obj.layers[
+            self.block[1]
+        ]  # several GPUs have a copy of the model each: the one that runs
         handle = module.register_forward_hook(lambda module, inputs, tokens: self.add(tokens, options))
         try:
             return executor(*args, **kwargs)

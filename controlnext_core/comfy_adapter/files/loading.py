@@ -1,4 +1,4 @@
-"""Loading of a ControlNeXt: from a file to a control in the host's hands."""
+"""Loading of a ControlNeXt: from a file to a control managed by the host."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .whole_unets import load_unet
 
 @dataclass(frozen=True)
 class Loaded:
-    """Outputs of the loader node, and the lines that it tells."""
+    """Outputs of the loader node, and the text that it shows."""
 
     model: ModelPatcher
     control: ControlNeXtControl

@@ -1,4 +1,4 @@
-"""Loading of a ControlNet-XS: from a file to a control in the host's hands."""
+"""Loading of a ControlNet-XS: from a file to a control managed by the host."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ..sampling.networks import into_host
 from ..sampling.xs_control import ControlNetXSControl, LoadedXS
 
 ALIGNED = 8
-"""Head widths that the host's attention kernels take for sure are multiples of this; the SD2.1 release has 4."""
+"""Head widths that are multiples of this suit all attention kernels of the host; the SD2.1 release has width 4."""
 
 
 @dataclass(frozen=True)
 class LoadedControl:
-    """Outputs of the loader node, and the lines that it tells."""
+    """Outputs of the loader node, and the text that it shows."""
 
     control: ControlNetXSControl
     report: str
@@ -35,7 +35,7 @@ class LoadedControl:
 def load_controlnet_xs(path: Path, norm_rule: str = "auto", num_heads: str = "") -> LoadedControl:
     """Load a ControlNet-XS of any known format.
 
-    norm_rule: `auto` or a key of NORM_RULES; num_heads: per level, empty for what the file and the tables say.
+    norm_rule: `auto` or a key of NORM_RULES; num_heads: per level; empty: as the file and the tables say.
     Raises CheckpointError, DetectionError naming the file and what to do.
     """
     file = read_xs_file(checkpoint.peek(path))

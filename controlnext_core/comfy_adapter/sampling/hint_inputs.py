@@ -53,7 +53,7 @@ def clip_rows(clip: Clip, hints: int, transformer_options: TransformerOptions) -
 
 
 def _frames_at_hand(count: int, transformer_options: TransformerOptions) -> Frames:
-    """Places in the whole of the so many frames that a forward is given: those of a context window, or all."""
+    """Indices in the whole clip of the `count` frames of this forward: those of a context window, or all."""
     host_window = transformer_options.get("context_window")
     window = getattr(host_window, "hint_list", getattr(host_window, "index_list", None))
     if window is None:
@@ -66,7 +66,7 @@ def _frames_at_hand(count: int, transformer_options: TransformerOptions) -> Fram
 
 
 def frames_of(latents: int, transformer_options: TransformerOptions) -> int | None:
-    """Frames of the whole video, or images of the batch, that a chunk of so many latents is of; None: not known."""
+    """Number of frames of the whole video, or images of the batch, to which the latents belong; None: not known."""
     window = transformer_options.get("context_window")
     if window is not None:
         return getattr(window, "frames", None) or getattr(window, "total_frames", None)

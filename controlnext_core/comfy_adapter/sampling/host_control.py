@@ -1,4 +1,4 @@
-"""The part of a CONTROL_NET that every kind of control of ours shares: hint, strength, range, masks, life cycle."""
+"""Base of CONTROL_NET that every kind of control of this pack shares: hint, strength, range, masks, life cycle."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ class HostControl(ControlBase):
 
     @property
     def network(self) -> ModelPatcher:
-        """Our own network in the host's hands."""
+        """This control's network, in the host's patcher."""
         raise NotImplementedError
 
     def with_network(self, network: ModelPatcher) -> HostControl:

@@ -1,4 +1,4 @@
-"""The host's layers for networks of ours, and the host's patcher around them.
+"""The host's layers for networks of this pack, and the host's patcher around them.
 
 With its dynamic memory manager the host makes Linear and Embedding without weights, and fills them as it loads a file.
 `load_strict` compares names and shapes before it loads anything, and a fresh network takes its weights from a plain
@@ -25,7 +25,7 @@ class _LoadsItself:
 
 
 class WholeLayers(comfy.ops.manual_cast):
-    """The host's layers that cast their weights, each whole from the start; every network of ours is built of these."""
+    """The host's layers that cast their weights, all allocated at once; every network of this pack uses them."""
 
     @staticmethod
     def weights_of(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,7 +41,7 @@ class WholeLayers(comfy.ops.manual_cast):
 
 
 class Fp32Norms(WholeLayers):
-    """Layers of that kind, with group norms in fp32 for features of every dtype."""
+    """WholeLayers whose group norms compute in fp32 for features of every dtype."""
 
     class GroupNorm(comfy.ops.manual_cast.GroupNorm):
         def forward(self, h: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def patcher_of(net: nn.Module, disable_dynamic: bool = False, device: torch.devi
     disable_dynamic: True takes the plain kind, which copies weights to the device as a whole. device: where the
     network runs; None is the host's first device.
     """
-    core = getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)  # hosts before 0.12 have one kind alone
+    core = getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)  # hosts before 0.12 have only ModelPatcher
     kind = ModelPatcher if disable_dynamic else core
     return kind(
         net,

@@ -1,4 +1,4 @@
-"""Networks of ours in the host's hands: weights, memory management, and features that go when the network goes."""
+"""Networks of this pack in the host's patcher: weights, memory, and features that are dropped with the network."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from .next_forward import Job, collect
 
 @dataclass(frozen=True)
 class LoadedControlNeXt:
-    """An encoder in the host's hands."""
+    """An encoder in the host's patcher, with its settings."""
 
     patcher: ModelPatcher
     spec: Spec

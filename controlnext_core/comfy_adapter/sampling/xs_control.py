@@ -29,7 +29,7 @@ TIME_EXPONENT = 0.3
 
 @dataclass(frozen=True)
 class LoadedXS:
-    """A ControlNet-XS in the host's hands."""
+    """A ControlNet-XS in the host's patcher, with its settings."""
 
     patcher: ModelPatcher
     file: XSFile

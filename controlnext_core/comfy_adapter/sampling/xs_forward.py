@@ -118,7 +118,7 @@ def join_forward(transformer_options: TransformerOptions, job: XSJob) -> None:
 
 
 class Lockstep:
-    """The patches of one forward, and how far it has come."""
+    """UNet patches of one forward pass, with counters of the blocks done."""
 
     def __init__(self, companions: Sequence[Companion], unet: Any, y: Tensor | None) -> None:
         self.companions, self.unet, self.y = companions, unet, y

@@ -54,7 +54,7 @@ def slope(values: list[float]) -> float:
 
 
 def growth(server: ComfyServer, prompt: Callable[[int], Any], count: int) -> list[float]:
-    """MiB after each twentieth part of so many prompts."""
+    """MiB after each twentieth part of `count` prompts."""
     found = []
     for number in range(count):
         prompt(number)
