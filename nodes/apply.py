@@ -50,7 +50,8 @@ class ControlNeXtApply(ControlNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="From Load ControlNeXt (for ControlNet-XS the checkpoint's), or a LoRA loader after.",
+                    tooltip="MODEL from Load ControlNeXt, directly or through LoRA loaders. For ControlNet-XS: the "
+                    "checkpoint's.",
                 ),
                 io.ControlNet.Input(
                     "control_net", tooltip="From Load ControlNeXt, Load ControlNet-XS or ControlNeXt Options."
@@ -168,7 +169,7 @@ class ControlNeXtOptions(ControlNode):
                     "apply_to",
                     options=[half.value for half in Halves],
                     default=Halves.AUTO.value,
-                    tooltip="Which half of the guidance gets the control. auto: as released (SVD the positive, all "
+                    tooltip="Half of the guidance that gets the control. auto: as released (SVD the positive, all "
                     "others both).",
                 ),
                 io.Mask.Input("mask", optional=True, tooltip=MASK_TOOLTIP),

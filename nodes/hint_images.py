@@ -134,7 +134,7 @@ class ControlNeXtHintLines(ControlNode):
                     default=edges.LINE_THICKNESS,
                     min=1,
                     max=64,
-                    tooltip="Of the drawn lines, in pixels.",
+                    tooltip="Thickness of the drawn lines in pixels.",
                 ),
             ],
             "White lines on black.",
