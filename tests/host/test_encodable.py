@@ -101,6 +101,10 @@ def test_results_and_errors_of_a_node_can_be_encoded() -> None:
 
     class Echo(ControlNode):
         @classmethod
+        def define_schema(cls) -> io.Schema:
+            return io.Schema(node_id="Echo", category="tests", inputs=[io.String.Input("text")])
+
+        @classmethod
         def validate_inputs(cls, text: str) -> bool | str:
             return text
 

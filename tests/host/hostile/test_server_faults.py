@@ -33,14 +33,12 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.comfy, pytest.mark.long]
 KILLS = int(os.environ.get("CONTROLNEXT_KILLS", "50"))
 FLAGS = {
-    "lowvram": ["--lowvram"],
-    "novram": ["--novram"],
     "cache-none": ["--cache-none"],
     "cache-lru": ["--cache-lru", "3"],
     "smart memory off": ["--disable-smart-memory"],
     "files read whole": ["--disable-mmap"],
 }
-"""The host's flags for little memory that a CPU takes."""
+"""The host's flags for little memory that go with --cpu; --lowvram and --novram do not."""
 CLIENTS, PROMPTS = 4, 5
 
 
