@@ -102,7 +102,7 @@ def rows_of(family: str, options: Options) -> list[tuple[str, ...]]:
                 ratios, difference = compare(candidate, setup, options)
                 pays = "yes" if ratios and max(ratios) < PAYS else "no"
                 rows.append((candidate.name, name, spread(ratios), f"{difference:.1e}", pays))
-            except Exception as error:  # what a GPU has against it is the answer
+            except Exception as error:  # the GPU's refusal is the result
                 rows.append((candidate.name, name, "failed", "", f"{type(error).__name__}: {error}".split("\n")[0]))
             finally:
                 CACHE.budgets = dict(budgets)

@@ -25,7 +25,7 @@ CPU_STEPS = 2
 
 @dataclass
 class Case:
-    """One row. first: nothing of its hints is kept; second: it runs after another run with its hints."""
+    """One row. first: no feature of its hints is cached; second: it runs after another run with its hints."""
 
     name: str
     setup: Setup

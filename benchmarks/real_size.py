@@ -36,7 +36,7 @@ NOT_STOCK = ("out_channels", "use_temporal_resblock", "use_temporal_attention")
 
 
 def shrink() -> None:
-    """Put small networks of the same kinds in the place of the real ones, for a look at whether a benchmark runs."""
+    """Replace the real networks by small ones of the same kinds, to try whether a benchmark runs."""
     UNETS.update({name: LAYOUTS[name] for name in UNETS})
     for name, size in XS.items():
         unet = UNETS.get(name.partition("_")[0], size.unet)

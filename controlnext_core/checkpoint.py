@@ -229,11 +229,11 @@ def _readable(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: {error}. Choose another file.") from error
     except (torch_file.CodeError, pickle.UnpicklingError) as error:
         raise CheckpointError(
-            f"{path}: holds more than tensors, or is no torch file, and was not opened ({_first_line(error)}). "
+            f"{path}: holds more than tensors, or is not a torch file, and was not opened ({_first_line(error)}). "
             "Files of this kind can run code on your machine: get the .safetensors version, or a file saved "
             "with plain tensors only."
         ) from error
-    except Exception as error:  # on damaged bytes the readers of pickles and archives raise whatever comes
+    except Exception as error:  # on damaged bytes the readers of pickles and archives raise exceptions of any kind
         raise _unreadable(path, error) from error
 
 

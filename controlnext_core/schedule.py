@@ -57,7 +57,7 @@ def parse_schedule(text: str) -> Schedule:
 
 
 def percent_of(sigma: float, percent_to_sigma: Callable[[float], float]) -> float:
-    """The percent whose sigma this is, by bisection: the host's `percent_to_sigma` falls and has no inverse.
+    """Percent of sampling at this sigma, by bisection: the host's `percent_to_sigma` falls and has no inverse.
 
     Returns 0..1; sigmas beyond either end give that end.
     """

@@ -297,6 +297,6 @@ def with_trained_gain(spec: Spec, gain: float) -> Spec:
 
 
 def config_of(spec: Spec, out_channels: int | None = None) -> ControlNeXtConfig:
-    """The encoder's configuration; `out_channels` where a file has another width at the end."""
+    """Configuration of a variant's encoder; out_channels: those of the file, None = those of the variant."""
     config = BUILDS[spec.build]
     return config if out_channels is None else replace(config, out_channels=out_channels)

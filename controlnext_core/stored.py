@@ -56,7 +56,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The tensors of a file by name, and the file as it was when they were listed."""
+    """Tensors of a file by name, with the file's stamp at the time of listing."""
 
     path: Path
     entries: dict[str, Entry]

@@ -282,7 +282,7 @@ def _legacy(file: BinaryIO, size: int) -> tuple[Any, dict[str, _Place]]:
     """Content and storages of the format before torch 1.6: pickles, then the numbers one behind the other."""
     bounded = _Bounded(file, MAX_PICKLE)
     if _TensorsAlone(bounded).load() != LEGACY_MAGIC:
-        raise StoredError("it is no torch file")
+        raise StoredError("it is not a torch file")
     _TensorsAlone(bounded).load()  # version
     system = _TensorsAlone(bounded).load()
     if not isinstance(system, dict) or system.get("little_endian") is not True:

@@ -121,7 +121,7 @@ def open_data(
         if trains and any(share != Share() for share in _shares(config)):
             raise ConfigError("repeats, weights, crops, flip: are for files. Leave them out for a drawn source.")
         if len(sources) > 1:
-            raise ConfigError("data: a drawn source stands alone. Keep it, or the files.")
+            raise ConfigError("data: a drawn source cannot be combined with other sources. Keep one.")
         return open_drawn(sources[0], config.resolution, config.hint)
     return open_dataset(
         sources,

@@ -149,7 +149,7 @@ class ControlNeXtInspect(ControlNode):
     def execute(cls, control_name: str) -> io.NodeOutput:
         try:
             text = inspecting.inspect_file(folders.control_path(control_name))
-        except CheckpointError as error:  # a file of another kind, or a damaged one: that is the answer
+        except CheckpointError as error:  # a file of another kind, or a damaged one: the answer says which
             text = short_paths(str(error))
         return io.NodeOutput(text, ui={**ui.PreviewText(text).as_dict(), **report(text)})
 

@@ -34,7 +34,7 @@ class Command:
     add: its own options; run: returns the exit status.
 
     newest: True means that it brings the pinned release of ComfyUI where git reaches that, and else the wheel; check:
-    raises SetupError for options that cannot be, before anything is brought.
+    raises SetupError for impossible options, before anything is installed.
     """
 
     help: str

@@ -117,7 +117,7 @@ def run_train(options: argparse.Namespace, host: Path, own: bool) -> int:
 
         try:
             path = run_config(config, recipe.parent, readers_of)
-            if os.environ.get("RANK", "0") == "0":  # of many processes one speaks
+            if os.environ.get("RANK", "0") == "0":  # only one of several processes prints
                 print(path)
         except Stopped as stopped:
             print(stopped)

@@ -24,7 +24,7 @@ SIDES = ("width", "height", "both")
 
 
 def kept_rectangle(height: int, width: int, name: str) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of what a sample of this name keeps: narrower, lower or both, anywhere."""
+    """(top, bottom, left, right) of the part that the sample `name` keeps: narrower, lower or both, at any place."""
     which = SIDES[int(uniform(0, f"outpainting sides {name}", 0) * len(SIDES))]
     top, bottom = _kept(height, f"height {name}") if which != "width" else (0, height)
     left, right = _kept(width, f"width {name}") if which != "height" else (0, width)

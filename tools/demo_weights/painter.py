@@ -27,7 +27,7 @@ LEARNING_RATE, WARMUP, EMA_DECAY = 1e-3, 50, 0.998
 LATENT_NOISE = 0.25  # highest std of what is added to latents
 MOMENTS_WEIGHT, EDGE_WEIGHT = 0.05, 0.5
 FILE = "painter.safetensors"
-RANDOM_STD = 0.02  # of the weights of channels that the 4-channel one has not
+RANDOM_STD = 0.02  # of the weights of channels that the 4-channel one lacks
 
 
 def new_painter(start: dict[str, Tensor] | None = None) -> nn.Module:
@@ -71,9 +71,9 @@ def loss_of(model: nn.Module, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Te
 
 
 def train_painter(steps: int = STEPS, seconds: float | None = None, start: Path | None = None) -> Path:
-    """Train, or go on training; the file with the average of the weights in fp16. seconds: the end of this slice.
+    """Train, or resume; returns the file with the average of the weights in fp16. seconds: the end of this slice.
 
-    start: the folder of a packed file of this network, from which the first slice sets out, not the 4-channel one.
+    start: the folder of a packed file of this network, from which the first slice starts; None: the 4-channel one.
     """
     from .shipped import AUTOENCODER, PAINTER, SHIPPED
 
@@ -136,7 +136,7 @@ def _batch(pictures: Tensor, step: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def show(weights: dict[str, Tensor], path: Path) -> Path:
-    """Unseen pictures above what comes back."""
+    """Save unseen pictures above their reconstructions."""
     model = new_painter().requires_grad_(False)
     model.load_state_dict(weights)
     pixels = pictures_of(SIDE, 4, 10**6).float().to(device()) / 255

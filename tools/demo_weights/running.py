@@ -22,7 +22,7 @@ PAUSE_VARIABLE = "CONTROLNEXT_PAUSE_FILE"  # names a file; while it exists, trai
 
 
 class StageRun:
-    """One training: its folder, journal (JSON lines) and state. What is saved is saved at once or not at all."""
+    """One training: its folder, journal (JSON lines) and state. Files are written atomically."""
 
     def __init__(self, name: str, folder: Path | None = None) -> None:
         self.name, self.folder = name, (folder or FOLDER) / name

@@ -30,7 +30,7 @@ from .parts import (
 
 SD15_DEPTH = published("ControlNeXt-SD1.5/vidit_depth")
 SD15_POSE = published("ControlNeXt-SD1.5/deepfashion_multiview")
-SD15_MASK = published("ControlNeXt-SD1.5/deepfashoin_mask")  # spelled so where it is published
+SD15_MASK = published("ControlNeXt-SD1.5/deepfashoin_mask")  # spelled this way where it is published
 SDXL_CANNY = published("ControlAny-SDXL/anime_canny")
 OWN_SD15_CANNY = "sd15_canny/controlnet.safetensors"
 OWN_SD35_CANNY = "my_sd35_canny.safetensors"

@@ -37,7 +37,7 @@ def register_folder() -> None:
 def list_names(folders: Sequence[str]) -> list[str]:
     """Names of every weight file in these folders, as the widgets show them: with `/` on every system.
 
-    So a graph that was shared from another system finds its files. Names that are not UTF-8 are left out, with a line
+    A graph from another system therefore finds its files. Names that are not UTF-8 are left out, with a line
     in the log.
     """
     found = dict.fromkeys(

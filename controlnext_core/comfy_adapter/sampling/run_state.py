@@ -157,9 +157,9 @@ def sigma_of(t: Tensor, transformer_options: TransformerOptions) -> float:
 
 
 def release_after_failure(control: Any, model: Any) -> None:
-    """Have a run that an exception ends, Cancel among them, let go of the control's `run`.
+    """Release the control's `run` where an exception, such as Cancel, ends a sampling run.
 
-    The host calls `cleanup` of controls after whole runs alone, that of the patcher after every run. model: the host's
+    The host calls `cleanup` of controls only after whole runs, that of the patcher after every run. model: the host's
     BaseModel, which knows its patcher while it samples.
     """
     patcher = getattr(model, "current_patcher", None)
