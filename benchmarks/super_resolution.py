@@ -39,7 +39,7 @@ RECIPE = ROOT / "controlnext_training" / "recipes" / "picture_sharp.toml"
 PARTS = ("train", "measure", "tiles")
 SEED, SCENES = 62, 16
 """Seed and number of the scenes that are measured; those of seed 61 train."""
-SAMPLER = {"steps": 20, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+SAMPLER: dict[str, Any] = {"steps": 20, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
 LARGE, OVERLAP, DENOISE = 224, 32, 0.6
 """Pictures of the part tiles: their sides, what tiles share, and how much of them is drawn again in the last row."""
 SHOWN = 4
