@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "tools"
 LEVELS = ("host", "test")  # each contains the ones before it
 LOCK = "requirements-test.lock.txt"
-"""What requirements-test.txt pulls in, with hashes; `lock_hashes.py` makes it."""
+"""The packages that requirements-test.txt pulls in, with hashes; `lock_hashes.py` makes it."""
 
 # Import names, looked up without importing. `opencv` and `einops` are the two that the pack itself asks for.
 HOST_MODULES = (
