@@ -1,6 +1,6 @@
 """Values of a wrong kind in every input of every node of ours, over the API: refused by the host, or by its name."""
 
-# ruff: noqa: F811  # fixtures of another file
+# ruff: noqa: F811
 from __future__ import annotations
 
 import time
@@ -77,7 +77,7 @@ def sent(server: ComfyServer, workflow: Workflow) -> dict[str, Any] | None:
 
 
 def failure(record: dict[str, Any]) -> dict[str, Any] | None:
-    """What a prompt that was run ended with; None for success."""
+    """The error that a prompt ended with; None for success."""
     said = [about for kind, about in record["status"]["messages"] if kind == "execution_error"]
     return said[0] if said else None
 
@@ -89,7 +89,7 @@ def problems(
     values: tuple[Any, ...],
     kinds: tuple[str, ...],
 ) -> Iterator[str]:
-    """What is wrong with the ends of all prompts that have one of `values` in an input of one of `kinds`."""
+    """Faults in the ends of all prompts that have one of `values` in an input of one of `kinds`."""
     for name, about in our_nodes(server).items():
         inputs = inputs_of(about, names)
         sound = {key: value for key, (kind, value) in inputs.items() if kind not in NO_SOURCE}

@@ -5,7 +5,7 @@ CONTROLNEXT_CANCELS how often a ControlNet-XS and a training are cancelled (200)
 the figures are written there.
 """
 
-# ruff: noqa: F811  # fixtures of another file
+# ruff: noqa: F811
 from __future__ import annotations
 
 import concurrent.futures
