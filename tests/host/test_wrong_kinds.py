@@ -104,11 +104,11 @@ def problems(
                     continue
                 error = failure(record)
                 what = f"{name}.{key} = {ascii(value)[:40]}"
-                if error is None and kind in LINKS:
+                if error is None and kind in LINKS and value != LINKS[kind]:
                     yield f"{what}: was taken"
                 elif error is not None and any(raw in error["exception_type"] for raw in RAW):
                     yield f"{what}: {error['exception_type']}: {error['exception_message'][:200]}"
-                elif error is not None and kind in KINDS and key not in error["exception_message"]:
+                elif error is not None and kind in KINDS and kind != "COMBO" and key not in error["exception_message"]:
                     yield f"{what}: does not name it: {error['exception_message'][:200]}"
 
 
