@@ -40,15 +40,19 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 """The host's name of a kind -> (test of a value, remedy). Kinds of other packs are checked by the nodes."""
 
+WIDGETS = ("INT", "FLOAT", "STRING", "COMBO")
+"""Kinds that always have a value."""
+
 
 def check_inputs(schema: io.Schema, inputs: Mapping[str, Any]) -> None:
     """Raise ValueError that names the first input whose value is of another kind than the node's schema says.
 
-    inputs: values by name. None stands for an optional input that nothing is connected to.
+    inputs: values by name. None stands for an optional link that nothing is connected to.
     """
     for wanted in schema.inputs:
         kind = KINDS.get(str(wanted.get_io_type()))
-        if kind is None or wanted.id not in inputs or (wanted.optional and inputs[wanted.id] is None):
+        link = str(wanted.get_io_type()) not in WIDGETS
+        if kind is None or wanted.id not in inputs or (link and wanted.optional and inputs[wanted.id] is None):
             continue
         fits, remedy = kind
         value = inputs[wanted.id]
