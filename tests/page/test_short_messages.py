@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -69,6 +70,8 @@ def test_errors_name_files_from_the_hosts_folders(control_folder: Path) -> None:
     (control_folder / "empty one.safetensors").touch()
     with pytest.raises(CheckpointError, match=r"^models/controlnext/empty one\.safetensors: is empty"):
         ControlNetXSLoader.execute("empty one.safetensors")
+    with pytest.raises(CheckpointError, match=r"^x{100,250}.{0,20}: no such file in models/controlnext"):
+        ControlNetXSLoader.execute("x" * 10_000)
 
 
 @pytest.mark.comfy
@@ -149,7 +152,7 @@ def test_wrong_combos_beside_a_text_are_refused() -> None:
     from comfyui_controlnext.nodes.xs_loader import ControlNetXSLoader
 
     with pytest.raises(ValueError, match=r"apply_to: 'left' is not one of auto, both, positive, negative"):
-        ControlNeXtOptions.execute(None, "left")
+        ControlNeXtOptions.execute(SimpleNamespace(set_cond_hint=None, get_control=None), "left")
     with pytest.raises(ValueError, match=r"norm_rule: 'mine' is not one of auto, official, diffusers"):
         ControlNetXSLoader.execute("xs.safetensors", "mine")
 

@@ -58,11 +58,11 @@ def find(name: str, folders: Sequence[str]) -> Path:
         if path is not None:
             return Path(path)
     for parent in (parent for folder in folders for parent in folder_paths.get_folder_paths(folder)):
-        if (Path(parent) / name).is_dir():
+        if os.path.isdir(os.path.join(parent, name)):  # False too for a name that no system takes
             return Path(parent) / name  # whoever opens it says that it is a folder
     raise CheckpointError(
-        f"{name}: no such file in {' or '.join('models/' + folder for folder in folders)}. Put it there, or choose "
-        "another file."
+        f"{cut(name)}: no such file in {' or '.join('models/' + folder for folder in folders)}. Put it there, or "
+        "choose another file."
     )
 
 
