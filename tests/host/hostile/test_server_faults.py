@@ -92,7 +92,7 @@ def test_a_server_killed_while_it_samples_leaves_all_whole(
             ended["killed in a prompt" if busy else "idle"] += 1
         finally:
             doomed.process.kill()
-            doomed.process.wait()
+            doomed.process.communicate()  # waits, and closes the pipes
         assert not [path for path in tiny.base.rglob("*.tmp")]
     keep("server_kills", {"kills": KILLS, "seed": SEED, **ended})
     assert ended["killed in a prompt"] > 0
