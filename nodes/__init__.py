@@ -11,7 +11,7 @@ from .hint_images import (
 )
 from .hints import ControlNeXtPoseAlign, ControlNeXtSampleInputs
 from .loaders import ControlNeXtInspect, ControlNeXtLoader, ControlNeXtSave
-from .tiles import ControlNeXtMergeTiles, ControlNeXtSplitTiles
+from .tiling import ControlNeXtMergeTiles, ControlNeXtSplitTiles
 from .video import ControlNeXtUNetLoader, ControlNeXtVideoWindows
 from .xs_loader import ControlNetXSLoader, ControlNetXSOptions
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,8 @@ MAX_SHOWN = 60
 
 
 def _is_pictures(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point()
+    """True for pictures with channels or, as masks are, without; the nodes check the shape of what they need."""
+    return isinstance(value, Tensor) and value.ndim in (3, 4) and value.is_floating_point()
 
 
 def _has(*names: str) -> Callable[[Any], bool]:
@@ -21,7 +23,7 @@ def _has(*names: str) -> Callable[[Any], bool]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and math.isfinite(value)
 
 
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -31,9 +33,9 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "CLIP_VISION": (_has("encode_image"), "Connect a CLIP_VISION, as of a checkpoint loader"),
     "VAE": (_has("encode", "decode"), "Connect a VAE, as of a checkpoint loader"),
     "IMAGE": (_is_pictures, "Connect an IMAGE, as of Load Image"),
-    "MASK": (lambda value: isinstance(value, Tensor) and value.ndim in (2, 3, 4), "Connect a MASK, as of Load Image"),
+    "MASK": (lambda value: isinstance(value, Tensor), "Connect a MASK, as of Load Image"),
     "CONTROL_DATASET": (_has("settings", "open"), "Connect a Control Dataset node"),
-    "INT": (lambda value: isinstance(value, int), "Give a whole number"),
+    "INT": (lambda value: isinstance(value, numbers.Integral), "Give a whole number"),
     "FLOAT": (_is_number, "Give a finite number"),
     "STRING": (lambda value: isinstance(value, str), "Give a text"),
     "COMBO": (lambda value: isinstance(value, str), "Choose one of the list"),
@@ -47,7 +49,8 @@ WIDGETS = ("INT", "FLOAT", "STRING", "COMBO")
 def check_inputs(schema: io.Schema, inputs: Mapping[str, Any]) -> None:
     """Raise ValueError that names the first input whose value is of another kind than the node's schema says.
 
-    inputs: values by name. None stands for an optional link that nothing is connected to.
+    inputs: values by name; lists of them for a node that takes lists. None stands for an optional link that nothing is
+    connected to.
     """
     for wanted in schema.inputs:
         kind = KINDS.get(str(wanted.get_io_type()))
@@ -55,9 +58,9 @@ def check_inputs(schema: io.Schema, inputs: Mapping[str, Any]) -> None:
         if kind is None or wanted.id not in inputs or (link and wanted.optional and inputs[wanted.id] is None):
             continue
         fits, remedy = kind
-        value = inputs[wanted.id]
-        if not fits(value):
-            raise ValueError(f"{wanted.id}: is {_shown(value)}. {remedy}.")
+        for value in inputs[wanted.id] if schema.is_input_list else [inputs[wanted.id]]:
+            if not fits(value):
+                raise ValueError(f"{wanted.id}: is {_shown(value)}. {remedy}.")
 
 
 def _shown(value: Any) -> str:

@@ -11,12 +11,10 @@ import re
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
-from urllib.parse import quote
+from typing import Any
 
-if TYPE_CHECKING:
-    from aiohttp import web
-
+UNENCODED = re.compile(r"[A-Za-z0-9._~-]*")
+"""Names of unreserved characters alone (RFC 3986), which an address holds without encoding."""
 FOLDERS = {"/extensions": "web", "/workflow_templates": "example_workflows"}
 """{start of the address: folder of the pack}; the host answers each below /api too."""
 
@@ -24,28 +22,29 @@ FOLDERS = {"/extensions": "web", "/workflow_templates": "example_workflows"}
 def serve_page_files(pack: Path) -> None:
     """Add routes for the pack's page files to the running host, where the name of its folder needs encoding.
 
-    Without a server (the pack is imported by a script) nothing happens. The host's own routes come first.
+    Without a server (the pack is imported by a script) nothing happens.
     """
     server = sys.modules.get("server")
     instance = getattr(getattr(server, "PromptServer", None), "instance", None)
-    if instance is not None and quote(pack.name) != pack.name:
-        add_routes(instance.routes, pack)
+    if instance is not None and not UNENCODED.fullmatch(pack.name):
+        add_routes(server.web, instance.routes, pack)  # type: ignore[union-attr]
 
 
-def add_routes(routes: web.RouteTableDef, pack: Path) -> None:
-    """Add one route per entry of FOLDERS: files inside that folder of `pack`, 404 for everything else."""
-    name = (
-        re.escape(pack.name.replace("%", "%25")).replace("\\{", ".").replace("\\}", ".")
-    )  # braces delimit the pattern
+def add_routes(web: Any, routes: Any, pack: Path) -> None:
+    """Add one route per entry of FOLDERS: files inside that folder of `pack`, 404 for everything else.
+
+    web: aiohttp's module of that name, as the host uses it; routes: its table of routes.
+    """
+    escaped = re.escape(pack.name.replace("%", "%25"))
+    name = escaped.replace("\\{", ".").replace("\\}", ".")  # braces delimit the pattern
     for start, folder in FOLDERS.items():
-        routes.get(f"{start}/{{pack:{name}}}/{{file:.+}}")(answer_from(pack / folder))
+        routes.get(f"{start}/{{pack:{name}}}/{{file:.+}}")(answer_from(web, pack / folder))
 
 
-def answer_from(folder: Path) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-    """The handler of a route with the path below `folder` as `file`."""
-    from aiohttp import web
+def answer_from(web: Any, folder: Path) -> Callable[[Any], Awaitable[Any]]:
+    """Handler of a route with the path below `folder` as `file`."""
 
-    async def answer(request: web.Request) -> web.StreamResponse:
+    async def answer(request: Any) -> Any:
         file = (folder / request.match_info["file"]).resolve()
         if not file.is_relative_to(folder.resolve()) or not file.is_file():
             raise web.HTTPNotFound

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import pytest
@@ -20,7 +21,7 @@ def answers(pack: Path, paths: list[str]) -> list[int]:
 
     async def ask() -> list[int]:
         routes, app = web.RouteTableDef(), web.Application()
-        page_files.add_routes(routes, pack)
+        page_files.add_routes(web, routes, pack)
         app.add_routes([*routes, web.static(f"/extensions/{pack.parent.name}", pack.parent)])
         async with TestClient(TestServer(app)) as client:
             return [(await client.get(path)).status for path in paths]
@@ -39,6 +40,19 @@ def test_page_files_are_served_from_a_folder_of_any_name(name: str, tmp_path: Pa
     assert answers(pack, sound) == [200, 200, 200]
     refused = ["/../secret.txt", "/..%2Fsecret.txt", "/js", "/js/none.js", "s/js/reports.js"]
     assert answers(pack, [start + path for path in refused]) == [404] * 5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_running_host_gets_routes_where_the_name_is_encoded(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from aiohttp import web
+
+    routes = web.RouteTableDef()
+    host = SimpleNamespace(web=web, PromptServer=SimpleNamespace(instance=SimpleNamespace(routes=routes)))
+    monkeypatch.setitem(page_files.sys.modules, "server", host)
+    page_files.serve_page_files(tmp_path / name)
+    assert len(routes) == (2 if quote(name) != name else 0)
 
 
 def test_an_import_without_a_server_adds_no_route(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

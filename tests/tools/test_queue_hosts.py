@@ -42,7 +42,7 @@ def test_runs_that_would_be_equal_or_train_twice_are_refused() -> None:
     for graph, says in ((still, "no node has a seed"), (training, "train the same control")):
         with pytest.raises(SetupError, match=says):
             queue_hosts.runs_of(graph, 2)
-    with pytest.raises(SetupError, match="at least 1"):
+    with pytest.raises(SetupError, match="must be 1 or more"):
         queue_hosts.runs_of(still, 0)
 
 

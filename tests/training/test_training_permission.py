@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 from comfyui_controlnext.controlnext_training.permission import refusal
@@ -42,16 +43,17 @@ def test_other_hosts_train(environment: dict[str, str]) -> None:
 
 
 @pytest.mark.comfy
-def test_the_node_refuses_before_it_looks_at_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_node_refuses_before_it_reads_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     from comfyui_controlnext.controlnext_training.config import ConfigError
     from comfyui_controlnext.controlnext_training.nodes.trainer import ControlNeXtTrain
 
     assert ControlNeXtTrain.validate_inputs(variant="sd15", config="") is True
     monkeypatch.setenv("CONTROLNEXT_NO_TRAINING", "1")
     assert "CONTROLNEXT_NO_TRAINING=1" in str(ControlNeXtTrain.validate_inputs(variant="sd15", config="not TOML ["))
-    untouchable: Any = None  # whatever is read of it raises another error
+    names = ("clone", "model", "model_options", "encode", "decode", "settings", "open")
+    hollow = SimpleNamespace(**dict.fromkeys(names))  # whatever is read of it raises another error
     with pytest.raises(ConfigError, match="CONTROLNEXT_NO_TRAINING=1"):
-        ControlNeXtTrain.execute(untouchable, untouchable, untouchable, "sd15", 1, 1, 1e-4, 1e-4, 0, "worker")
+        ControlNeXtTrain.execute(hollow, hollow, hollow, "sd15", 1, 1, 1e-4, 1e-4, 0, "worker")
 
 
 @pytest.mark.comfy
