@@ -70,15 +70,16 @@ class TileLayout:
         return self.pictures * len(self.places)
 
 
-def line(length: int, tile: int, overlap: int) -> Line:
+def line(length: int, tile: int, overlap: int, name: str = "tile") -> Line:
     """As few tiles as cover a side. A side shorter than a tile gets one, as long as the side in steps of `STEP`.
 
-    Raises ValueError for a tile that is no multiple of `STEP`, and for an overlap that leaves no way forward.
+    name: of the tile's length, for messages. Raises ValueError for a tile that is no multiple of `STEP`, and for an
+    overlap of more than half a tile.
     """
     if tile < STEP or tile % STEP:
-        raise ValueError(f"tile: {tile} pixels are no multiple of {STEP}. Set {max(tile // STEP, 1) * STEP}.")
-    if not 0 <= overlap < tile:
-        raise ValueError(f"overlap: {overlap} pixels do not fit into tiles of {tile}. Set less, such as {tile // 8}.")
+        raise ValueError(f"{name}: {tile} pixels are no multiple of {STEP}. Set {max(tile // STEP, 1) * STEP}.")
+    if not 0 <= overlap <= tile // 2:  # more would multiply the tiles, up to one for each pixel
+        raise ValueError(f"overlap: {overlap} pixels are not within 0 and half of a tile of {tile}. Set {tile // 8}.")
     tile = min(tile, math.ceil(length / STEP) * STEP)
     if length <= tile:
         return Line(length, tile, min(overlap, tile - 1), (0,))
@@ -91,12 +92,11 @@ def split(pictures: Tensor, width: int, height: int, overlap: int) -> tuple[Tens
 
     Where a picture is smaller than a tile and no multiple of `STEP`, its last row and column are repeated.
     """
-    layout = TileLayout(
-        len(pictures), line(pictures.shape[1], height, overlap), line(pictures.shape[2], width, overlap)
-    )
-    down, across = layout.down, layout.across
-    rows, columns = (torch.arange(side.padded).clamp(max=side.length - 1) for side in (down, across))
-    whole = pictures[:, rows][:, :, columns]
+    rows, columns = pictures.shape[1:3]
+    down, across = line(rows, height, overlap, "height"), line(columns, width, overlap, "width")
+    layout = TileLayout(len(pictures), down, across)
+    inside = [torch.arange(side.padded).clamp(max=side.length - 1) for side in (down, across)]
+    whole = pictures[:, inside[0]][:, :, inside[1]]
     tiles = [
         whole[:, top : top + down.tile, left : left + across.tile] for top in down.starts for left in across.starts
     ]

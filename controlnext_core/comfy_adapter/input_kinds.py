@@ -35,14 +35,16 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "IMAGE": (_is_pictures, "Connect an IMAGE, as of Load Image"),
     "MASK": (lambda value: isinstance(value, Tensor), "Connect a MASK, as of Load Image"),
     "CONTROL_DATASET": (_has("settings", "open"), "Connect a Control Dataset node"),
+    "TILE_LAYOUT": (_has("places", "count"), "Connect the layout of ControlNeXt Split into Tiles"),
     "INT": (lambda value: isinstance(value, numbers.Integral), "Give a whole number"),
     "FLOAT": (_is_number, "Give a finite number"),
+    "BOOLEAN": (lambda value: isinstance(value, numbers.Integral), "Give true or false"),
     "STRING": (lambda value: isinstance(value, str), "Give a text"),
     "COMBO": (lambda value: isinstance(value, str), "Choose one of the list"),
 }
 """The host's name of a kind -> (test of a value, remedy). Kinds of other packs are checked by the nodes."""
 
-WIDGETS = ("INT", "FLOAT", "STRING", "COMBO")
+WIDGETS = ("INT", "FLOAT", "BOOLEAN", "STRING", "COMBO")
 """Kinds that always have a value."""
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...controlnext_core.comfy_adapter.control_node import ControlNode
 from ...controlnext_core.comfy_adapter.feedback import report as show_report
-from ...controlnext_core.encodable import cut
+from ...controlnext_core.encodable import cut, encodable
 from ..base_model.base_files import runs_folder
 from ..choices import reference_of
 from ..command import INDEX, open_data
@@ -228,7 +228,7 @@ class ControlDatasetImages(ControlNode):
     def execute(cls, images: Tensor, hints: Tensor, captions: str = "") -> io.NodeOutput:
         with torch.inference_mode(False):  # what the graph made in inference mode has no place in a gradient
             kept = images.cpu().clone(), hints.cpu().clone()
-        lines = tuple(line.strip() for line in captions.splitlines() if line.strip())
+        lines = tuple(line.strip() for line in encodable(captions).splitlines() if line.strip())
         dataset = Images(*kept, lines, {"hint": PAIRED})
         dataset.open(TrainConfig())  # complains here about what does not fit
         return io.NodeOutput(dataset)

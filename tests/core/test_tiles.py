@@ -16,7 +16,7 @@ def picture(height: int, width: int, count: int = 1) -> Tensor:
     return torch.rand(count, height, width, 3, generator=torch.Generator().manual_seed(height * width))
 
 
-@pytest.mark.parametrize("overlap", [0, 8, 40])
+@pytest.mark.parametrize("overlap", [0, 8, 32])
 @pytest.mark.parametrize("size", SIZES)
 def test_tiles_that_nobody_changed_make_the_picture(size: tuple[int, int], overlap: int) -> None:
     pictures = picture(*size, count=2)
@@ -35,7 +35,7 @@ def test_tiles_are_parts_of_the_picture_row_by_row_and_picture_by_picture() -> N
     assert all(torch.equal(tile, part) for tile, part in zip(tiles, parts, strict=True))
 
 
-@pytest.mark.parametrize("overlap", [0, 1, 16, 63])
+@pytest.mark.parametrize("overlap", [0, 1, 16, 32])
 def test_as_few_tiles_as_cover_a_side_with_the_overlap(overlap: int) -> None:
     for length in range(65, 600, 7):
         starts = line(length, 64, overlap).starts
@@ -70,10 +70,10 @@ def test_a_small_picture_is_filled_up_to_a_step_with_its_last_row_and_column() -
 
 def test_wrong_sizes_and_results_are_refused_in_words() -> None:
     whole = picture(100, 200)
-    with pytest.raises(ValueError, match=r"tile: 100 pixels are no multiple of 16\. Set 96\."):
+    with pytest.raises(ValueError, match=r"width: 100 pixels are no multiple of 16\. Set 96\."):
         split(whole, 100, 64, 8)
-    with pytest.raises(ValueError, match=r"overlap: 64 pixels do not fit into tiles of 64\. Set less, such as 8\."):
-        split(whole, 96, 64, 64)
+    with pytest.raises(ValueError, match=r"overlap: 33 pixels are not within 0 and half of a tile of 64\. Set 8\."):
+        split(whole, 96, 64, 33)
     tiles, layout = split(whole, 96, 64, 8)
     with pytest.raises(ValueError, match=r"tiles: there are 5, and the layout has 6\."):
         merge([tiles[:5]], layout)

@@ -27,13 +27,14 @@ LINKS = {
     "MASK": ["hint", 1],
     "CONTROL_NET": ["load", 1],
     "CONTROL_DATASET": ["dataset", 0],
+    "TILE_LAYOUT": ["tiles", 1],
 }
 """Kind -> an output of that kind in the graph."""
 NO_SOURCE = ("CLIP_VISION", "POSE_KEYPOINT")
 """Kinds that no node of a small graph gives."""
 WRONG_LINKS = (["checkpoint", 7], ["checkpoint", -9], ["checkpoint", "0"], ["absent", 0], [["checkpoint"], 0], [1])
 WRONG_VALUES = (3, "3", None, {}, {"__value__": [1, 2]}, True, [], "nan", 1e400, "\ud800", "x" * 10_000)
-SHORT_RUN = {"steps": 1, "config": "validate_every = 0"}
+SHORT_RUN = {"steps": 1, "config": "validate_every = 0", "resume": False}
 """Inputs that keep sound prompts short."""
 QUICK_VALUES = (3, ["checkpoint", 7])
 RAW = ("AttributeError", "TypeError", "KeyError", "IndexError", "AssertionError", "RuntimeError", "UnicodeEncodeError")
@@ -42,7 +43,11 @@ RAW = ("AttributeError", "TypeError", "KeyError", "IndexError", "AssertionError"
 def wires(graph: Graph) -> Workflow:
     """Nodes that give a value of each kind."""
     kept = {name: part for name, part in graph("none").items() if name in ("checkpoint", "hint", "load")}
-    return {**kept, "dataset": node("ControlDatasetImages", images=["hint", 0], hints=["hint", 0])}
+    return {
+        **kept,
+        "dataset": node("ControlDatasetImages", images=["hint", 0], hints=["hint", 0]),
+        "tiles": node("ControlNeXtSplitTiles", image=["hint", 0], width=64, height=64, overlap=8),
+    }
 
 
 def our_nodes(server: ComfyServer) -> dict[str, Any]:
@@ -77,9 +82,21 @@ def sent(server: ComfyServer, workflow: Workflow) -> dict[str, Any] | None:
 
 
 def failure(record: dict[str, Any]) -> dict[str, Any] | None:
-    """The error that a prompt ended with; None for success."""
+    """Error that a prompt ended with; None for success."""
     said = [about for kind, about in record["status"]["messages"] if kind == "execution_error"]
     return said[0] if said else None
+
+
+def said_of(record: dict[str, Any] | None) -> str | None:
+    """Message of the error that a prompt ended with, if any."""
+    error = failure(record) if record else None
+    return error["exception_message"] if error else None
+
+
+def prompt_of(graph: Graph, name: str, inputs: dict[str, Any]) -> Workflow:
+    """A prompt that runs one node with these inputs."""
+    shown = node("PreviewAny", source=["tried", 0])
+    return {**wires(graph), "tried": node(name, **inputs), "shown": shown}
 
 
 def problems(
@@ -95,11 +112,13 @@ def problems(
         sound = {key: value for key, (kind, value) in inputs.items() if kind not in NO_SOURCE}
         sound |= {key: value for key, value in SHORT_RUN.items() if key in inputs}
         sound |= {key: "" for key, (kind, _) in inputs.items() if kind == "POSE_KEYPOINT"}
+        optional = about["input"].get("optional", {})
+        without = said_of(sent(server, prompt_of(graph, name, sound)))  # of a node that wants another graph
         for key, (kind, _) in inputs.items():
             for value in values if kind in kinds else ():
-                tried = node(name, **{**sound, key: value})
-                shown = node("PreviewAny", source=["tried", 0])
-                record = sent(server, {**wires(graph), "tried": tried, "shown": shown})
+                if value is None and key in optional and kind in LINKS:
+                    continue  # nothing is connected
+                record = sent(server, prompt_of(graph, name, {**sound, key: value}))
                 if record is None:
                     continue
                 error = failure(record)
@@ -108,7 +127,9 @@ def problems(
                     yield f"{what}: was taken"
                 elif error is not None and any(raw in error["exception_type"] for raw in RAW):
                     yield f"{what}: {error['exception_type']}: {error['exception_message'][:200]}"
-                elif error is not None and kind in KINDS and kind != "COMBO" and key not in error["exception_message"]:
+                elif error is None or kind not in KINDS or kind == "COMBO" or error["exception_message"] == without:
+                    continue
+                elif key not in error["exception_message"]:
                     yield f"{what}: does not name it: {error['exception_message'][:200]}"
 
 

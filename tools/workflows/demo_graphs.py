@@ -77,7 +77,7 @@ def demo() -> Workflow:
 
 def demo_tiles() -> Workflow:
     """Enlarge a small picture in tiles, with a super-resolution control."""
-    workflow = Workflow("demo_tiles", "Demo, enlarge in tiles", TILE_GROUPS)
+    workflow = Workflow("demo_tiles", "SD3 tiles, your own control", TILE_GROUPS)
     base = _base(workflow, PICTUREBOOK)
     loader = workflow.add(MODELS, "ControlNeXtLoader", model=base["MODEL"], control_name=SHARP, weights_name="auto")
     workflow.note(
