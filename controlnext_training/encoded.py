@@ -127,7 +127,9 @@ class Store:
 
     def _encode(self, begun: Begun) -> None:
         """Encode everything of a sample that is known before its step."""
-        self.base.family.conditioning.prepare(self.base, self.cached, begun.caption)
+        conditioning = self.base.family.conditioning
+        if not conditioning.encoded_while_training:
+            conditioning.encode(self.base, self.cached, begun, 1.0, 0.0)
         if not self._has_latents(begun):
             self._latent(begun)
         if self.config.cache and not self._has_hints(begun):
@@ -141,7 +143,7 @@ class Store:
     def begin(self, index: int, position: int, variant: int) -> Begun:
         """One cut of the sample at one position of the run; its files are read ahead where it is not cached."""
         begun = Begun(self.data, index, self.config.seed, position, variant)
-        first = self.base.family.conditioning.frame_key(self.base, begun.frame_keys[0])
+        first = self.base.family.conditioning.frame_key(self.base, begun.frame_keys)
         whole = not self._has_latents(begun) or (first is not None and first not in self.cache)
         if whole or not self._has_hints(begun):
             begun.start(self.readers, whole)

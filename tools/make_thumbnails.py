@@ -18,6 +18,7 @@ if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
 from comfyui_controlnext.controlnext_core.hints.pose_drawing import draw_sticks  # noqa: E402
+from comfyui_controlnext.controlnext_core.hints.sample_inputs import sample  # noqa: E402
 from comfyui_controlnext.controlnext_core.picturebook import draw_children  # noqa: E402
 from comfyui_controlnext.controlnext_training.drawn import SCHEMES  # noqa: E402
 from comfyui_controlnext.tools import demo_sheet  # noqa: E402
@@ -61,8 +62,10 @@ SHOWN: dict[str, tuple[Board, Column, int]] = {
     "train_sd35": (BOOK, EDGES, 3),
 }
 """Workflow -> base and controls of the demo that stand for its own, and the number of a scene that no training saw."""
-CLIPS = {"svd_short_clip": 3, "svd_long_clip": 9}
+CLIPS = {"svd_short_clip": 3, "svd_long_clip": 9, "wan_pose": 5}
 """Workflow -> number of the scene in which a child of the demo moves from one pose to another."""
+DEPTH_CLIPS = {"wan_depth": demo_graphs.SHAPES}
+"""Workflow -> scene along which the camera moves in the sample's clip of depth maps."""
 STRENGTHS = (0.0, 0.5, 1.0)
 SIDE, GAP, QUALITY = 238, 4, 55
 
@@ -111,6 +114,19 @@ def moving(client: ComfyClient, scene: int) -> list[tuple[str, Any]]:
     return [part for said, pose, words, result in named for part in ((said, Image.fromarray(pose)), (words, result))]
 
 
+def along(client: ComfyClient, scene: str) -> list[tuple[str, Any]]:
+    """(words, picture) of the four parts: two frames of the sample's clip of depth maps, each a hint and a result."""
+    from PIL import Image
+
+    frames = (255 * sample("depth_clip", (SHAPES.side, SHAPES.side), scene).images).round().astype("uint8")
+    named = zip(("first", "last"), (frames[0], frames[len(frames) // 2]), strict=True)
+    hint, found = replace(draw_hint(SHAPES, 0), caption=demo_graphs.SHAPES_PROMPT), []
+    for words, depth in named:
+        (result,) = pictures(client, SHAPES, {0: replace(hint, depth=depth)}, (DEPTH,))
+        found += [(f"depth, {words}", Image.fromarray(depth)), (f"{words} frame", result)]
+    return found
+
+
 def enlarged(client: ComfyClient) -> list[tuple[str, Any]]:
     """(words, picture) of the four parts: small, enlarged by interpolation, one tile drawn, and all of them merged."""
     from PIL import Image
@@ -143,6 +159,8 @@ def parts_of(client: ComfyClient, name: str) -> list[tuple[str, Any]]:
     """(words, picture) of the four parts of a workflow's picture."""
     if name == "demo_tiles":
         return enlarged(client)
+    if name in DEPTH_CLIPS:
+        return along(client, DEPTH_CLIPS[name])
     return moving(client, CLIPS[name]) if name in CLIPS else drawn(client, *SHOWN[name])
 
 

@@ -22,6 +22,7 @@ from comfyui_controlnext.tools.workflows import (
     demo_graphs,
     image_graphs,
     training_graphs,
+    wan_graphs,
     xs_graphs,
 )  # noqa: E402
 
@@ -48,6 +49,8 @@ WORKFLOWS: tuple[Callable[[], Workflow], ...] = (
     xs_graphs.xs_controlnext_lora,
     clip_graphs.svd_short_clip,
     clip_graphs.svd_long_clip,
+    wan_graphs.wan_pose,
+    wan_graphs.wan_depth,
     training_graphs.train_sd15,
     training_graphs.train_sd35,
 )

@@ -13,6 +13,7 @@ from .workflow_wires import TITLE
 NOTE = "MarkdownNote"
 WIDTH = 280
 WIDTHS = {  # of nodes with names of files, and of the trainer
+    "CLIPLoader": 340,
     "CheckpointLoaderSimple": 310,
     "ControlDatasetFolder": 320,
     "ControlNeXtLoader": 455,
@@ -22,6 +23,8 @@ WIDTHS = {  # of nodes with names of files, and of the trainer
     "SaveAnimatedWEBP": 300,
     "SaveImage": 320,
     "SaveVideo": 300,
+    "UNETLoader": 340,
+    "VAELoader": 340,
 }
 HEIGHTS = {  # of nodes that show text or pictures; all others follow from their slots
     "CLIPTextEncode": 104,

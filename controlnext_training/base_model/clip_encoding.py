@@ -28,6 +28,11 @@ def projected(net: ControlNeXt, narrow: Tensor, size: tuple[int, int], fusion: F
     return wide.to(narrow.dtype, memory_format=torch.channels_last)
 
 
+def latent_frames_at_once(spec: Spec, pixels: int, itemsize: int, clip: Clip) -> int:
+    """Latent frames whose hints the encoder takes in one pass; pixels: of one frame of the hint."""
+    return rows_at_once(pixels * numbers_per_pixel(spec.build, pixels) * itemsize * clip.frames)
+
+
 @dataclass(frozen=True, slots=True)
 class ClipEncoding:
     """The way from the frames of hints to the features of clips."""
@@ -44,8 +49,7 @@ class ClipEncoding:
         """
         of_frame, count = (size[0] // clip.length, size[1]), len(hint) // rows
         groups = frame_groups(range(clip.length), count, clip.frames)
-        pixels = int(hint.shape[-2] * hint.shape[-1])
-        at_once = rows_at_once(pixels * numbers_per_pixel(self.spec.build, pixels) * hint.element_size() * clip.frames)
+        at_once = latent_frames_at_once(self.spec, int(hint.shape[-2] * hint.shape[-1]), hint.element_size(), clip)
         maps = []
         for row in range(rows):
             own = hint[row * count : (row + 1) * count]

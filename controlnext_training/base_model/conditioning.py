@@ -2,12 +2,15 @@
 
 Encoded conditions are tensors by name, on the CPU: `context` (1, T, D), the tokens that cross attention reads;
 `pooled` (1, P), one vector for the whole caption; `mask` (1, T), 0 where the context is padding, and absent where it is
-not padded; `concat` (1, C, H/8, W/8), latents beside the noisy ones. A context keeps the length its encoder gave it.
+not padded; `concat` (1, C, H/8, W/8), or (1, C, T, H/8, W/8) of a clip, latents beside the noisy ones; `concat_mask` (1, 1,
+T, H/8, W/8), 0 where these show a picture that is given; `image` (1, N, D), a picture's tokens of CLIP. A context keeps the
+length its encoder gave it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -25,8 +28,12 @@ HOST_NAMES = {
     "pooled": "pooled_output",
     "mask": "attention_mask",
     "concat": "concat_latent_image",
+    "concat_mask": "concat_mask",
+    "image": "clip_vision_output",
 }
 """Name of an encoded condition -> the argument of the host's `extra_conds` that takes it."""
+GRAY = 0.5
+"""Frames of Wan's image to video that are not given. Source: the host's WanImageToVideo."""
 AUGMENTATION = 0.02
 """Standard deviation of the noise on SVD's reference frame. Source: the released trainer."""
 
@@ -61,8 +68,8 @@ class Conditioning(Protocol):
     def encoded_while_training(self) -> bool:
         """True: some conditions are first met at a step, so the encoders stay. False: `prepare` encodes all of them."""
 
-    def frame_key(self, base: Encoders, frame: str) -> str | None:
-        """Key under which the reference frame `frame` is cached when encoded; None: no frame is looked at."""
+    def frame_key(self, base: Encoders, frames: Sequence[str]) -> str | None:
+        """Key under which what is encoded of a sample's frames is cached; None: no frame is looked at."""
 
     def prepare(self, base: Encoders, cached: Cached, caption: str) -> None:
         """Encode everything that is known of a sample before the first step; '' prepares for dropped captions."""
@@ -79,8 +86,9 @@ class Caption:
 
     encoded_while_training = False
 
-    def frame_key(self, base: Encoders, frame: str) -> None:
+    def frame_key(self, base: Encoders, frames: Sequence[str]) -> str | None:
         """Key of a frame's tensors; None: captions are the only conditions."""
+        return None
 
     def prepare(self, base: Encoders, cached: Cached, caption: str) -> None:
         """Encode the caption."""
@@ -100,6 +108,37 @@ class Caption:
         return cached(key, lambda: encode_text(base.encoder("clip"), caption))
 
 
+class StartImage(Caption):
+    """Conditions of Wan's image to video: the caption, and a clip's first frame as the host's WanImageToVideo gives it.
+
+    A dropped caption keeps the frame, and so does the unconditional side.
+    """
+
+    def __init__(self, sees: bool) -> None:
+        """sees: True for a base that is also given the frame's tokens of CLIP (Wan 2.1), False for Wan 2.2."""
+        self.sees = sees
+
+    def frame_key(self, base: Encoders, frames: Sequence[str]) -> str:
+        """Key of a clip's first frame, which is encoded at the head of as many gray ones as follow it."""
+        vision = f"{base.identity('vision')}-" if self.sees else ""
+        return f"start-{vision}{base.identity('vae')}-{len(frames)}-{frames[0]}"
+
+    def encode(self, base: Encoders, cached: Cached, sample: Sample, drop: float, rate: float) -> Tensors:
+        """The caption's tensors, as for `Caption`, with those of the first frame."""
+
+        def start() -> Tensors:
+            seen = encode_seen(base.encoder("vision"), sample.frames[:1]) if self.sees else {}
+            return encode_start(base.encoder("vae"), sample.frames) | seen
+
+        found = cached(self.frame_key(base, sample.frame_keys), start)
+        return super().encode(base, cached, sample, drop, rate) | found
+
+    def empty(self, base: Encoders, cached: Cached, like: Tensors) -> Tensors:
+        """The tensors of the empty caption, and the sample's own of its first frame."""
+        start = {name: tensor for name, tensor in like.items() if name in ("concat", "concat_mask", "image")}
+        return super().empty(base, cached, like) | start
+
+
 class ReferenceFrame:
     """SVD's conditions: the first frame of a clip as CLIP sees it (`context`) and as a latent (`concat`).
 
@@ -108,9 +147,9 @@ class ReferenceFrame:
 
     encoded_while_training = True
 
-    def frame_key(self, base: Encoders, frame: str) -> str:
-        """Key of a frame's tensors, by both encoders that see the frame."""
-        return f"reference-{base.identity('vision')}-{base.identity('vae')}-{frame}"
+    def frame_key(self, base: Encoders, frames: Sequence[str]) -> str:
+        """Key of the first frame's tensors, by both encoders that see it."""
+        return f"reference-{base.identity('vision')}-{base.identity('vae')}-{frames[0]}"
 
     def prepare(self, base: Encoders, cached: Cached, caption: str) -> None:
         """Nothing is known before the frame is drawn."""
@@ -139,7 +178,7 @@ class ReferenceFrame:
             noise = torch.randn(frame.shape, generator=generator(0, f"augmentation {sample.frame_keys[0]}", 0))
             return encode_reference(base.encoder("vision"), base.encoder("vae"), frame, AUGMENTATION * noise)
 
-        return cached(self.frame_key(base, sample.frame_keys[0]), encode)
+        return cached(self.frame_key(base, sample.frame_keys), encode)
 
 
 def encode_text(clip: Any, caption: str) -> Tensors:
@@ -168,6 +207,30 @@ def encode_reference(vision: Any, vae: Any, frame: Tensor, noise: Tensor) -> Ten
     return {"context": embeds.float().cpu().clone(), "concat": concat.float().cpu().clone()}
 
 
-def host_arguments(encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def encode_start(vae: Any, frames: Tensor) -> Tensors:
+    """Unscaled `concat` and `concat_mask` of the first of a clip's frames (4n + 1, H, W, 3) in [0, 1], fp32.
+
+    Source: the host's WanImageToVideo, for a start image of this size.
+    """
+    clip = torch.full_like(frames, GRAY)
+    clip[:1] = frames[:1]
+    with torch.inference_mode():
+        latent = vae.encode(clip).float().cpu().clone()
+    mask = torch.ones(1, 1, *latent.shape[2:])
+    mask[:, :, 0] = 0
+    return {"concat": latent, "concat_mask": mask}
+
+
+def encode_seen(vision: Any, frame: Tensor) -> Tensors:
+    """`image`, the tokens of a frame (1, H, W, 3) in [0, 1] that Wan 2.1 reads; the whole frame, nothing cut off."""
+    with torch.inference_mode():
+        tokens = vision.encode_image(frame, crop=False).penultimate_hidden_states
+    return {"image": tokens.float().cpu().clone()}
+
+
+def host_arguments(encoded: Mapping[str, Tensor]) -> dict[str, Any]:
     """Encoded conditions under the names of the host's `extra_conds`."""
-    return {HOST_NAMES[name]: tensor for name, tensor in encoded.items()}
+    given: dict[str, Any] = {HOST_NAMES[name]: tensor for name, tensor in encoded.items()}
+    if "image" in encoded:
+        given[HOST_NAMES["image"]] = SimpleNamespace(penultimate_hidden_states=encoded["image"])
+    return given

@@ -29,7 +29,8 @@ ENCODERS = {"vae": "vae", "clip": "text", "vision": "vision"}
 MISSING = {
     "vae": "vae: the checkpoint holds none. Connect a VAE, or set vae to a file that holds one.",
     "clip": "clip: this base needs its text encoder. Connect CLIP of the same checkpoint, or set clip to its files.",
-    "vision": "clip_vision: SVD needs its image encoder. Connect CLIP_VISION of the same checkpoint.",
+    "vision": "clip_vision: this base needs its image encoder. Connect CLIP_VISION: of the same checkpoint for SVD, of "
+    "Load CLIP Vision for Wan 2.1 (image to video trains in a graph; Wan 2.2 and text to video need none).",
 }
 """Field -> the error where a family needs that encoder and a run has none."""
 
@@ -43,7 +44,7 @@ class BaseWithEncoders:
     clip: Any = None
     """Text encoder; SVD has none."""
     vision: Any = None
-    """Image encoder of SVD."""
+    """Image encoder of SVD and of Wan 2.1's image to video."""
     read_again: Callable[[str], Any] | None = None
     """Reloads a released encoder (`vae`, `clip`, `vision`) from its file. None: the graph owns the encoders, which then
     stay."""

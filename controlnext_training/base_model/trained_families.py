@@ -7,7 +7,7 @@ names are the inference side's rows, and the maths of its objective is in `objec
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
@@ -25,7 +25,7 @@ from ...controlnext_core.comfy_adapter.bases.table import loaded_base
 from ...controlnext_core.families import FAMILIES as KNOWN
 from ...controlnext_core.specs import Family
 from ..config import ConfigError, TrainConfig
-from .conditioning import Caption, Conditioning, ReferenceFrame
+from .conditioning import Caption, Conditioning, ReferenceFrame, StartImage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +54,8 @@ class TrainedFamily:
     inside: float = 0.0
     """Numbers that one block keeps while it is computed again, for each token and channel; 0 = not counted. See
     `memory_estimate`."""
+    inside_mlp: float = 0.0
+    """Numbers for each token and channel of the MLP's inner width, beside `inside`; for families of several ratios."""
     clip_type: str = ""
     """The host's name (`comfy.sd.CLIPType`) of the text encoders, where they come as files of their own."""
 
@@ -101,7 +103,14 @@ def _transformer(block: type[nn.Module], *others: type[nn.Module], **facts: Any)
 
 
 def _wan(family: Family) -> TrainedFamily:
-    return _transformer(WanAttentionBlock, clips=True, frames_in_latent=KNOWN[family].frames, clip_type="WAN")
+    return _transformer(
+        WanAttentionBlock,
+        clips=True,
+        frames_in_latent=KNOWN[family].frames,
+        clip_type="WAN",
+        inside=15.0,
+        inside_mlp=3.1,
+    )
 
 
 _STREAMS = (DoubleStreamBlock, SingleStreamBlock)
@@ -132,7 +141,10 @@ PREDICTS = {
 
 
 def family_of(model: ModelPatcher) -> TrainedFamily:
-    """The row of a MODEL's family. Raises ValueError for a family that cannot be trained."""
+    """The row of a MODEL's family, with a start image for a base of image to video.
+
+    Raises ValueError for a family that cannot be trained.
+    """
     found = FAMILIES.get(loaded_base(model.model).family)
     if found is None:
         known = ", ".join(family.value for family in FAMILIES)
@@ -140,4 +152,17 @@ def family_of(model: ModelPatcher) -> TrainedFamily:
             f"the connected model is a {type(model.model.diffusion_model).__name__} of another family, and training "
             f"needs one of {known}. Connect a checkpoint of one of these."
         )
-    return found
+    return _with_start_image(found, model.model) if found.one_latent else found
+
+
+MASK_CHANNELS = 4
+"""Of the frames of a latent frame each; beside the start image's latent in the input of Wan's image to video."""
+
+
+def _with_start_image(row: TrainedFamily, base: Any) -> TrainedFamily:
+    network, channels = base.diffusion_model, base.latent_format.latent_channels
+    if network.patch_embedding.weight.shape[1] != 2 * channels + MASK_CHANNELS:
+        return row
+    sees = getattr(network, "img_emb", None) is not None
+    encoders = (*row.encoders, *(("vision",) if sees else ()))
+    return replace(row, conditioning=StartImage(sees), encoders=encoders)

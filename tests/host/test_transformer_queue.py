@@ -33,10 +33,11 @@ FOLDERS = ("controlnext", "controlnet", "model_patches")
 FAMILIES = [
     pytest.param(name, marks=pytest.mark.long if SMALL[name].gigabytes > GIGABYTES else ())
     for name, spec in SPECS.items()
-    if spec.on_transformer and name != "wan_5b"  # the host makes its empty latents with its autoencoder alone
+    if spec.on_transformer
 ]
 SIDE = 8 * CELLS
-TEXTS = {"qwen_image": 3584, "wan": 4096}
+CLIPS = ("wan", "wan_5b")
+TEXTS = {"qwen_image": 3584, "wan": 4096, "wan_5b": 4096}
 """Width of the text, which detection does not ask."""
 FRAMES = 17
 """Number of frames of a clip."""
@@ -86,8 +87,10 @@ def graph_of(family: str, hint: str, door: str = "stock", **loader: Any) -> Work
         "hint": node("LoadImage", image=hint),
         "empty": node("EmptySD3LatentImage", width=SIDE, height=SIDE, batch_size=1),
     }
-    if family == "wan":
-        graph["empty"] = node("EmptyHunyuanLatentVideo", width=SIDE, height=SIDE, length=FRAMES, batch_size=1)
+    if family in CLIPS:
+        size = {"width": SIDE, "height": SIDE, "length": FRAMES, "batch_size": 1}
+        empty = node("EmptyHunyuanLatentVideo", **size)
+        graph["empty"] = empty if family == "wan" else node("Wan22ImageToVideoLatent", vae=["vae", 0], **size)
         graph["still"] = graph["hint"]
         graph["hint"] = node("RepeatImageBatch", image=["still", 0], amount=FRAMES)
     if family == "z_image":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import torch
 from comfyui_controlnext.tests.fixtures.narrow_training import (
     CLIP_FRAMES,
     CLIPS,
-    Words,
+    MovingScenes,
     config_for,
     drawn_batch,
     narrow_base,
     scenes,
     train_narrow,
 )
+from comfyui_controlnext.tests.fixtures.narrow_umt5 import make_umt5
 from comfyui_controlnext.tests.fixtures.training_fixtures import SIDE, Watcher, loop_on, shaken
 from comfyui_controlnext.tests.fixtures.transformer_files import make_small, make_vae
 from comfyui_controlnext.tests.fixtures.transformer_fixtures import NARROW
@@ -93,8 +95,6 @@ def test_a_region_of_the_loss_is_averaged_over_the_frames_of_a_latent_frame() ->
     sample = loop_of("wan").samples.store.sample(0, 0)
     mask = torch.zeros(CLIP_FRAMES, SIDE, SIDE)
     mask[0, :8, :8], mask[1, :8, 8:16], mask[4, :4, 8:16] = 1, 1, 1
-    from dataclasses import replace
-
     region = _region([replace(sample, mask=mask)], config_for("wan", mask_weight=2.0), sample.latent)
     assert region is not None and region.shape == (1, 1, 2, SIDE // 8, SIDE // 8)
     expected = torch.ones(2, SIDE // 8, SIDE // 8)
@@ -129,45 +129,114 @@ def test_a_validation_shows_the_middle_frame_and_measures_the_clip(tmp_path: Pat
 def test_a_base_from_files_has_the_encoders_of_wan(
     tmp_path: Path, pinned_host: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The host's own autoencoder, narrow, from its file; the text encoder is too large, and its kind is asked."""
-    import comfy.sd
+    """The host's own autoencoder and its own umt5, both narrow, from their files."""
+    from comfy.text_encoders.wan import UMT5XXlModel
     from comfyui_controlnext.controlnext_training.base_model.base_files import load_base
     from comfyui_controlnext.tests.fixtures.training_fixtures import take_steps
 
+    data = scenes(4, "wan")
     make_small(tmp_path / "wan.pt", "wan", pinned_host)
     make_vae(tmp_path / "vae.safetensors", "wan")
-    (tmp_path / "umt5.safetensors").write_bytes(b"")
-    kinds: list[Any] = []
-    words = Words(4096, None, 0)
-    monkeypatch.setattr(comfy.sd, "load_clip", lambda paths, folders, clip_type: (kinds.append(clip_type), words)[1])
+    make_umt5(tmp_path / "umt5.safetensors", list(data.captions), monkeypatch)
     config = config_for("wan", base="wan.pt", vae="vae.safetensors", clip=("umt5.safetensors",))
     base = load_base(config, tmp_path)
     base.check()
-    assert kinds == [comfy.sd.CLIPType.WAN]
+    assert isinstance(base.clip.cond_stage_model.umt5xxl, UMT5XXlModel)
     clip = torch.rand(CLIP_FRAMES, SIDE, SIDE, 3, generator=torch.Generator().manual_seed(0))
     latent = base.latent(clip)
     assert latent.shape == (1, 16, 2, SIDE // 8, SIDE // 8) and base.picture(latent).shape == clip.shape
     assert base.latent(clip[:1]).shape == (1, 16, 1, SIDE // 8, SIDE // 8)
     first = base.latent(clip.roll(1, 0))[:, :, 1], latent[:, :, 1]
     assert not torch.equal(*first), "a latent frame is of its own frames"
-    (loss,) = take_steps(loop_on(base, config, scenes(4, "wan")), 1)
+    loop = loop_on(base, config, data)
+    texts = [loop.samples.store.sample(index, index).given["context"] for index in range(2)]
+    assert all(text.shape == (1, 512, 4096) and bool(text.isfinite().all()) for text in texts)
+    used = [int(text.any(-1).sum()) for text in texts]
+    assert 3 < min(used) < 100 and not torch.equal(*texts), "the host puts zeros behind a caption"
+    (loss,) = take_steps(loop, 1)
     assert 0 < loss < 100
+
+
+class LitScenes(MovingScenes):
+    """Clips that are black or white in each half of each latent frame; the hint is the clip, and says where.
+
+    Noise hides it: of the highest levels alone the hint tells which clip it is.
+    """
+
+    LIT = (((1, 0), (0, 1)), ((0, 1), (1, 0)), ((1, 1), (0, 0)), ((0, 0), (1, 1)))
+    """Clip -> latent frame -> half, left and right."""
+
+    def frame_keys(self, index: int, seed: int = 0, position: int = 0, variant: int = 0) -> tuple[str, ...]:
+        return tuple(f"lit {key}" for key in super().frame_keys(index))
+
+    def load(self, index: int, seed: int = 0, position: int = 0) -> Any:
+        first, second = torch.tensor(self.LIT[index], dtype=torch.float32)
+        halves = torch.stack([first, *[second] * (self.frames - 1)]).repeat_interleave(SIDE // 2, 1)
+        lit = halves[:, None, :, None].expand(-1, SIDE, -1, 3).contiguous()
+        return replace(super().load(index), frames=lit, hints=lit, mask=None, frame_keys=self.frame_keys(index))
+
+
+FALLEN = 0.7
+"""The loss with its own hint falls below this part of what it was; with the hint of another clip, without the control, and
+in runs that see no hint or a wrong one it stays above."""
+STEPS = {"wan": 10, "wan_5b": 20}
+"""Steps of such a run, of one clip each; 5B has an encoder of one stage more."""
+
+
+class LitRun:
+    """A run on such clips, and its loss at fixed noise and levels."""
+
+    def __init__(self, family: str, **settings: Any) -> None:
+        rates: dict[str, Any] = {"learning_rate": 5e-3, "control_learning_rate": 2e-3}
+        self.steps = STEPS[family]
+        config = config_for(family, **{"steps": self.steps, "sigma_min": 0.9} | rates | settings)
+        self.loop = loop_on(narrow_base(family), config, LitScenes(4, CLIP_FRAMES))
+        self.batch = drawn_batch(self.loop, 4)
+        self.before = self.loss()
+
+    def loss(self, others: bool = False, strength: float = 1.0) -> float:
+        """others: each clip is given the hint of another one."""
+        from comfyui_controlnext.controlnext_training.step import losses
+
+        hint = self.batch.hint.roll(CLIP_FRAMES, 0) if others else self.batch.hint
+        batch = replace(self.batch, hint=hint)
+        with torch.no_grad():
+            return float(losses(self.loop.controlled, batch, self.loop.objective, self.loop.config, strength).mean())
+
+    def train(self) -> None:
+        from comfyui_controlnext.tests.fixtures.training_fixtures import take_steps
+
+        take_steps(self.loop, self.steps)
+
+
+@pytest.mark.parametrize("family", ["wan", pytest.param("wan_5b", marks=pytest.mark.long)])
+def test_a_tiny_run_learns_the_hints_of_its_clips(family: str) -> None:
+    """The loss falls with the clip's own hint, and neither with another's nor without the control."""
+    run = LitRun(family)
+    run.train()
+    assert run.loss() < FALLEN * run.before, (run.loss(), run.before)
+    assert run.loss(others=True) > run.before
+    assert run.loss(strength=0.0) > 0.9 * run.before
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("family", CLIPS)
-def test_the_loss_of_a_tiny_run_falls(family: str) -> None:
-    """At fixed noise and levels, over clips that train: the control learns more of them than the bare base knows."""
-    from comfyui_controlnext.controlnext_training.step import losses
-    from comfyui_controlnext.tests.fixtures.training_fixtures import take_steps
+@pytest.mark.parametrize("kept_back", ["control", "own hints", "steps"])
+def test_a_run_without_its_hints_does_not_learn_them(
+    kept_back: str, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Control switched off in training, hints of any of the clips in it, or a learning rate near zero."""
+    run = LitRun(family, **({"learning_rate": 1e-9, "control_learning_rate": 1e-9} if kept_back == "steps" else {}))
+    with monkeypatch.context() as inside:
+        given = run.loop.controlled.forward
+        hints, drawn = run.batch.hint.unflatten(0, (4, -1)), torch.Generator().manual_seed(0)
 
-    loop = loop_of(family, steps=40, batch_size=2, learning_rate=2e-3, control_learning_rate=2e-3)
-    batch = drawn_batch(loop, 4)
+        def wrong(x: Any, sigma: Any, conditions: Any, hint: Any, strength: float = 1.0) -> Any:
+            if kept_back == "control":
+                return given(x, sigma, conditions, hint, 0.0)
+            return given(x, sigma, conditions, hints[torch.randint(4, (), generator=drawn)], strength)
 
-    def measured() -> float:
-        with torch.no_grad():
-            return float(losses(loop.controlled, batch, loop.objective, loop.config).mean())
-
-    before = measured()
-    take_steps(loop, 40)
-    assert measured() < 0.9 * before
+        if kept_back != "steps":
+            inside.setattr(run.loop.controlled, "forward", wrong)
+        run.train()
+    assert run.loss() > FALLEN * run.before

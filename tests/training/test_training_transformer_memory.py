@@ -10,11 +10,21 @@ import pytest
 import torch
 from comfyui_controlnext.benchmarks.bench_video_memory import Allocations
 from comfyui_controlnext.benchmarks.real_transformers import PUBLISHED, make_transformer
+from comfyui_controlnext.controlnext_core.latent_clips import Clip
 from comfyui_controlnext.controlnext_core.specs import SPECS, config_of
 from comfyui_controlnext.controlnext_training import journal
-from comfyui_controlnext.controlnext_training.memory_estimate import ENCODER, GIB, StepShape, advice, needed
+from comfyui_controlnext.controlnext_training.memory_estimate import (
+    CLIP_ENCODER,
+    CLIP_WIDENED,
+    ENCODER,
+    GIB,
+    StepShape,
+    advice,
+    needed,
+)
 from comfyui_controlnext.models.controlnext import ControlNeXt
 from comfyui_controlnext.tests.fixtures.narrow_training import (
+    CLIP_FRAMES,
     FAMILIES,
     PICTURES,
     base_on,
@@ -25,6 +35,7 @@ from comfyui_controlnext.tests.fixtures.narrow_training import (
 )
 from comfyui_controlnext.tests.fixtures.training_fixtures import (
     CPU,
+    SIDE,
     Watcher,
     gradients_of,
     loop_on,
@@ -134,14 +145,15 @@ def test_weights_come_back_to_host_memory_after_an_error() -> None:
     assert block.weight.data_ptr() == before
 
 
-def counted(family: str, side: int, precision: str) -> float:
+def counted(family: str, side: int, precision: str, length: int = 1, changes: Any = None) -> float:
     """Part of the estimate that both passes of a narrow model need at most, without the control and the rotations."""
+    from comfyui_controlnext.controlnext_training.base_model.needs import widest
     from comfyui_controlnext.controlnext_training.base_model.trainable_copy import plain_attention
 
-    base = base_on(narrow_model(family, changes=AS_PUBLISHED.get(family, ())), family)
+    base = base_on(narrow_model(family, changes=changes or AS_PUBLISHED.get(family, ())), family)
     settings = {"checkpointing": True, "trainable": "none", "precision": precision}
     loop = loop_on(base, config_for(family, **settings), scenes())
-    given = inputs(family, (side, side), text=64)
+    given = inputs(family, (side, side), text=64, length=length)
     given.x.requires_grad_(True)
     network = loop.controlled.unet
     old = [*network.parameters(), *network.buffers(), given.x, given.context]
@@ -152,8 +164,11 @@ def counted(family: str, side: int, precision: str) -> float:
             given.x, given.sigma, c_crossattn=given.context, transformer_options=options, **given.more
         )
         out.square().mean().backward()
-    controlled, tokens = loop.controlled, (side // 2) ** 2 + 64
-    shape = shape_of(NARROW[family].width, controlled.blocks, controlled.family.inside)
+    controlled, row = loop.controlled, loop.controlled.family
+    tokens = length * (side // 2) ** 2 + (0 if row.one_latent else 64)
+    width = NARROW[family].width
+    inside = row.inside + row.inside_mlp * widest(network, row.blocks) / width
+    shape = shape_of(width, controlled.blocks, inside)
     found = made.peak - tokens * HEAD.get(family, 0) // 2 * 4 * 4
     return found / needed(replace(shape, tokens=tokens, itemsize=controlled.dtype.itemsize)).blocks
 
@@ -168,6 +183,18 @@ SHORT = ("sd3", "qwen_image")
 def test_the_estimate_of_the_blocks_holds_on_narrow_models_at_three_sizes(family: str) -> None:
     """Their parts are as wide, by the width, as those of the published ones; in bf16, as the estimate was counted."""
     parts = [counted(family, side, "bf16") for side in SIZES]
+    assert OF_THE_LAW[0] < min(parts) and max(parts) < OF_THE_LAW[1], parts
+    assert max(parts) - min(parts) < SPREAD, parts
+
+
+@pytest.mark.parametrize(
+    ("family", "ffn_dim"),
+    [("wan", 747), pytest.param("wan", 346, marks=pytest.mark.long), pytest.param("wan_5b", 597, marks=pytest.mark.long)],
+)
+def test_the_estimate_of_the_blocks_holds_for_clips_at_three_lengths(family: str, ffn_dim: int) -> None:
+    """The MLPs of 1.3B, of 14B and of 5B, by the width; clips of 1, 5 and 9 latent frames, at two sizes."""
+    sizes = [(32, 1), (32, 5), (16, 9)]
+    parts = [counted(family, side, "bf16", length, (("ffn_dim", ffn_dim),)) for side, length in sizes]
     assert OF_THE_LAW[0] < min(parts) and max(parts) < OF_THE_LAW[1], parts
     assert max(parts) - min(parts) < SPREAD, parts
 
@@ -199,6 +226,50 @@ def test_the_estimate_of_the_encoder_holds(side: int, dtype: torch.dtype) -> Non
         out.float().square().mean().backward()
     found = made.peak - sum(parameter.nbytes for parameter in net.parameters())
     assert found / (side * side * dtype.itemsize) == pytest.approx(ENCODER, rel=ENCODER_LAW)
+
+
+@pytest.mark.parametrize(
+    ("variant", "width", "clip", "bound"),
+    [
+        ("wan", 1536, (17, 256, 256), "pass"),
+        ("wan", 1536, (17, 512, 512), "pass"),
+        ("wan", 5120, (81, 480, 832), "widened"),
+        ("wan_5b", 3072, (49, 512, 512), "pass"),
+    ],
+)
+def test_the_estimate_of_the_encoder_of_clips_holds(
+    variant: str, width: int, clip: tuple[int, int, int], bound: str
+) -> None:
+    """Counted without computing, as above; either a pass of frames or the maps at the base's width decide."""
+    from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.host_layers import WholeLayers
+    from comfyui_controlnext.controlnext_training.base_model.clip_encoding import ClipEncoding, latent_frames_at_once
+
+    spec, (frames, height, down), cell = SPECS[variant], clip, 16 if variant == "wan" else 32
+    net = ControlNeXt(config_of(spec, width), device="meta", operations=WholeLayers).float()
+    of_latent, size = Clip((frames - 1) // 4 + 1, 4), (height // cell, down // cell)
+    hint = torch.zeros(frames, 3, height, down, dtype=torch.bfloat16, device="meta")
+    with Allocations([*net.parameters(), hint]) as made:
+        whole = (of_latent.length * size[0], size[1])
+        out = ClipEncoding(net, spec, True).encode(hint, torch.zeros(1, device="meta"), whole, of_latent, 1)
+        out.float().square().mean().backward()
+    found = made.peak - sum(parameter.nbytes for parameter in net.parameters())
+    tokens, pixels = of_latent.length * size[0] * size[1], height * down
+    at_once = min(4 * latent_frames_at_once(spec, pixels, 2, of_latent), frames)
+    shape = shape_of(width, 0, 0.0, tokens=tokens, pixels=pixels, itemsize=2, frames_in_pass=at_once)
+    assert found / needed(shape).encoder == pytest.approx(1, abs=ENCODER_LAW)
+    by_pass = CLIP_ENCODER * pixels * at_once > CLIP_WIDENED * tokens * width
+    assert by_pass is (bound == "pass")
+
+
+def test_the_dry_run_of_a_clip_says_it(tmp_path: Path) -> None:
+    """Wan's tokens are those of all latent frames; its encoder takes all five frames in one pass."""
+    train_narrow(tmp_path, "wan", watch := Watcher(), steps=1, checkpointing=True)
+    assert watch.told("a step is estimated to need ")
+    (expected,) = journal.read(run_in(tmp_path, narrow_base("wan")).folder, "dry_run", "expected_bytes").values()
+    (activations,) = (SIDE * SIDE * CLIP_FRAMES * CLIP_ENCODER * 4,)
+    trained = 16 * sum(p.numel() for p in loop_on(narrow_base("wan"), config_for("wan"), scenes(4, "wan")).parameters.values())
+    frozen = sum(t.nbytes for t in narrow_base("wan").model.model.diffusion_model.parameters())
+    assert expected - activations - trained == pytest.approx(frozen, rel=0.3), "and the copies of a weight"
 
 
 def published(name: str, side: int, bytes_a_weight: int) -> StepShape:
