@@ -7,11 +7,11 @@
 
 With checkpointing each block keeps its input, once; `inside` is what one block keeps while it is computed again. Both
 and ENCODER were counted on torch's meta device at published widths, in bf16, at 512 and 1024 pixels, with 2 and 4
-blocks (Lumina2 and Chroma with 2 alone): they are the same to 6 %. Of Wan at the widths of 1.3B, 14B and 5B, clips of 17
-to 81 frames and 256 x 256 to 480 x 832: the same to 4 %, with attention that keeps no table of all pairs of tokens; its
-text, which cross attention alone reads, is not among the tokens. In fp32 a step needs a quarter less of it, since
-norms and modulations, which compute in fp32, make no copies. Optimizer: AdamW. No GPU has run it, and its allocator
-adds its own.
+blocks (Lumina2 and Chroma with 2 alone): they are the same to 6 %. Of Wan at the widths of 1.3B, 14B and 5B, clips of
+17 to 81 frames and 256 x 256 to 480 x 832, attention without a table of all pairs: the same to 4 % for at least 1280
+tokens. Its text, which cross attention alone reads, is not among them: 3 numbers a token and channel. In fp32
+a step needs a quarter less of it, since norms and modulations, which compute in fp32, make no copies. Optimizer: AdamW.
+No GPU has run it, and its allocator adds its own.
 """
 
 from __future__ import annotations

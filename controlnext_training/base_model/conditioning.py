@@ -2,9 +2,9 @@
 
 Encoded conditions are tensors by name, on the CPU: `context` (1, T, D), the tokens that cross attention reads;
 `pooled` (1, P), one vector for the whole caption; `mask` (1, T), 0 where the context is padding, and absent where it is
-not padded; `concat` (1, C, H/8, W/8), or (1, C, T, H/8, W/8) of a clip, latents beside the noisy ones; `concat_mask` (1, 1,
-T, H/8, W/8), 0 where these show a picture that is given; `image` (1, N, D), a picture's tokens of CLIP. A context keeps the
-length its encoder gave it.
+not padded; `concat` (1, C, H/8, W/8), or (1, C, T, H/8, W/8) of a clip, latents beside the noisy ones; `concat_mask`
+(1, 1, T, H/8, W/8), 0 where these show a picture that is given; `image` (1, N, D), a picture's tokens of CLIP. A
+context keeps the length its encoder gave it.
 """
 
 from __future__ import annotations

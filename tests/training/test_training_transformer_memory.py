@@ -189,7 +189,11 @@ def test_the_estimate_of_the_blocks_holds_on_narrow_models_at_three_sizes(family
 
 @pytest.mark.parametrize(
     ("family", "ffn_dim"),
-    [("wan", 747), pytest.param("wan", 346, marks=pytest.mark.long), pytest.param("wan_5b", 597, marks=pytest.mark.long)],
+    [
+        ("wan", 747),
+        pytest.param("wan", 346, marks=pytest.mark.long),
+        pytest.param("wan_5b", 597, marks=pytest.mark.long),
+    ],
 )
 def test_the_estimate_of_the_blocks_holds_for_clips_at_three_lengths(family: str, ffn_dim: int) -> None:
     """The MLPs of 1.3B, of 14B and of 5B, by the width; clips of 1, 5 and 9 latent frames, at two sizes."""
@@ -267,7 +271,9 @@ def test_the_dry_run_of_a_clip_says_it(tmp_path: Path) -> None:
     assert watch.told("a step is estimated to need ")
     (expected,) = journal.read(run_in(tmp_path, narrow_base("wan")).folder, "dry_run", "expected_bytes").values()
     (activations,) = (SIDE * SIDE * CLIP_FRAMES * CLIP_ENCODER * 4,)
-    trained = 16 * sum(p.numel() for p in loop_on(narrow_base("wan"), config_for("wan"), scenes(4, "wan")).parameters.values())
+    trained = 16 * sum(
+        p.numel() for p in loop_on(narrow_base("wan"), config_for("wan"), scenes(4, "wan")).parameters.values()
+    )
     frozen = sum(t.nbytes for t in narrow_base("wan").model.model.diffusion_model.parameters())
     assert expected - activations - trained == pytest.approx(frozen, rel=0.3), "and the copies of a weight"
 

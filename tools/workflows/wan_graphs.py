@@ -32,7 +32,7 @@ def wan_pose() -> Workflow:
         (SHORT, LONG),
         """
 Put *Load Video* and *Get Video Components* in place of the sample: one skeleton picture for each frame, drawn as in
-training. A preprocessor pack (DWPose) draws them; with its keypoints *ControlNeXt Pose Align* does, moved onto a person.
+training. A preprocessor pack (DWPose) draws them; of its keypoints *ControlNeXt Pose Align* does, fitted to a person.
 """,
     )
 
@@ -65,8 +65,8 @@ def _wan(name: str, title: str, control: str, text: str, kind: str, size: tuple[
     workflow.note(
         MODELS,
         "Train the control first",
-        f"No trained control for Wan is shipped or published. The trainer's recipe **wan_1_3b** makes one of clips with "
-        f"such hints beside them; put it into **models/controlnext** as **{control}**, or choose your own here.",
+        "No trained control for Wan is shipped or published. The trainer's recipe **wan_1_3b** makes one of clips with "
+        f"such hints beside them; put it into **models/controlnext** as **{control}**, or choose another here.",
         150,
     )
     positive = workflow.add(PROMPTS, "CLIPTextEncode", "Positive prompt", clip=clip["CLIP"], text=text)
