@@ -165,6 +165,27 @@ def test_every_window_of_the_host_sees_the_hints_of_its_own_frames(
         assert relative(found.flatten(2).transpose(1, 2), wanted) < TOLERANCE, frames
 
 
+def test_every_window_of_the_host_has_the_masks_of_its_own_frames(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[tuple[int, ...], Tensor] = {}
+    term: Callable[..., Any] = ControlNeXtControl.term
+
+    def spy(self: Any, h: Tensor, options: Any, **given: Any) -> Any:
+        found, window = term(self, h, options, **given), options["context_window"]
+        anchor = getattr(window, "causal_anchor_index", None)
+        seen[(*([] if anchor is None else [anchor]), *window.index_list)] = found.mask
+        return found
+
+    monkeypatch.setattr(ControlNeXtControl, "term", spy)
+    at, side = stage("wan"), CELLS // 2
+    mask = torch.rand(FRAMES, 16, 16, generator=torch.Generator().manual_seed(4))
+    sample(at, at.ours(at.load().control, video(), mask=mask, model=windowed(at, "standard_static")))
+    assert len(seen) > 1
+    sized = torch.nn.functional.avg_pool2d(mask[:, None], 16 // side)
+    for frames, found in seen.items():
+        parts = [sized[:1] if k == 0 else sized[4 * k - 3 : 4 * k + 1].mean(0, keepdim=True) for k in frames]
+        torch.testing.assert_close(found, torch.cat(parts, dim=-2), rtol=1e-6, atol=1e-6)
+
+
 def test_a_short_hint_is_held_inside_windows_and_the_log_says_so(
     stage: Any, spied: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:

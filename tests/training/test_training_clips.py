@@ -22,6 +22,7 @@ from comfyui_controlnext.tests.fixtures.narrow_umt5 import make_umt5
 from comfyui_controlnext.tests.fixtures.training_fixtures import SIDE, Watcher, loop_on, shaken
 from comfyui_controlnext.tests.fixtures.transformer_files import make_small, make_vae
 from comfyui_controlnext.tests.fixtures.transformer_fixtures import NARROW
+from comfyui_controlnext.tests.references import reference_transformers as reference
 
 pytestmark = pytest.mark.comfy
 
@@ -86,6 +87,28 @@ def test_passes_of_the_encoder_do_not_change_the_clip(monkeypatch: pytest.Monkey
         with torch.no_grad():
             found.append(controlled(batch.noise, batch.sigma, batch.conditions, batch.hint))
     torch.testing.assert_close(*found, rtol=REASSOCIATED, atol=REASSOCIATED)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_clip_is_given_the_rule_over_all_its_own_frames(checkpointing: bool) -> None:
+    """Two clips at levels of their own, against the references' statement of the rule: one mean and deviation a clip."""
+    from comfyui_controlnext.controlnext_core.latent_clips import Clip
+    from comfyui_controlnext.controlnext_core.specs import SPECS
+    from comfyui_controlnext.controlnext_training.base_model.clip_encoding import ClipEncoding
+
+    net, batch = (loop := loop_of("wan")).controlled.net, drawn_batch(loop, 2)
+    weights = {name: tensor.detach() for name, tensor in net.state_dict().items()}
+    sigmas, side = (0.3, 0.8), SIDE // 16
+    times = 1000 * torch.tensor(sigmas)
+    encoding = ClipEncoding(net, SPECS["wan"], checkpointing)
+    found = encoding.encode(batch.hint, times, (2 * side, side), Clip(2, 4), 2)
+    for row, sigma in enumerate(sigmas):
+        own = batch.hint[row * CLIP_FRAMES : (row + 1) * CLIP_FRAMES]
+        raw = reference.encode_clip("wan", weights, own, sigma, (side, side), [0, 1])
+        wanted = ((raw - raw.mean()) / raw.std())[0]
+        torch.testing.assert_close(found[row].flatten(1).T, wanted, rtol=1e-4, atol=1e-4)
+    found.square().mean().backward()
+    assert all(p.grad is not None for name, p in net.named_parameters() if name.startswith("embedding"))
 
 
 def test_a_region_of_the_loss_is_averaged_over_the_frames_of_a_latent_frame() -> None:
