@@ -91,7 +91,7 @@ def test_passes_of_the_encoder_do_not_change_the_clip(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_clip_is_given_the_rule_over_all_its_own_frames(checkpointing: bool) -> None:
-    """Two clips at levels of their own, against the references' statement of the rule: one mean and deviation a clip."""
+    """Two clips at levels of their own, against the statement in references: one mean and deviation a clip."""
     from comfyui_controlnext.controlnext_core.latent_clips import Clip
     from comfyui_controlnext.controlnext_core.specs import SPECS
     from comfyui_controlnext.controlnext_training.base_model.clip_encoding import ClipEncoding

@@ -60,7 +60,7 @@ AS_PUBLISHED: dict[str, tuple[tuple[str, Any], ...]] = {
     "z_image": (("ffn_dim_multiplier", 8 / 3),),
 }
 """Widths of the published models' MLPs, by the width; the other narrow models have them."""
-HEAD = {"flux": 128, "chroma": 128, "qwen_image": 128, "lumina2": 64, "z_image": 64}
+HEAD = {"flux": 128, "chroma": 128, "qwen_image": 128, "lumina2": 64, "z_image": 64, "wan": 128, "wan_5b": 128}
 """Width of a head. Where positions are rotations there are 2 x 2 numbers in fp32 for half of it, for each token: next
 to nothing beside a published width, and up to a sixth of what a narrow model needs."""
 SIZES = (32, 48, 64)
@@ -237,7 +237,8 @@ def test_the_estimate_of_the_encoder_holds(side: int, dtype: torch.dtype) -> Non
     [
         ("wan", 1536, (17, 256, 256), "pass"),
         ("wan", 1536, (17, 512, 512), "pass"),
-        ("wan", 5120, (81, 480, 832), "widened"),
+        ("wan", 16384, (17, 512, 512), "widened"),
+        pytest.param("wan", 5120, (81, 480, 832), "widened", marks=pytest.mark.long),
         ("wan_5b", 3072, (49, 512, 512), "pass"),
     ],
 )
@@ -270,12 +271,12 @@ def test_the_dry_run_of_a_clip_says_it(tmp_path: Path) -> None:
     train_narrow(tmp_path, "wan", watch := Watcher(), steps=1, checkpointing=True)
     assert watch.told("a step is estimated to need ")
     (expected,) = journal.read(run_in(tmp_path, narrow_base("wan")).folder, "dry_run", "expected_bytes").values()
-    (activations,) = (SIDE * SIDE * CLIP_FRAMES * CLIP_ENCODER * 4,)
-    trained = 16 * sum(
-        p.numel() for p in loop_on(narrow_base("wan"), config_for("wan"), scenes(4, "wan")).parameters.values()
-    )
-    frozen = sum(t.nbytes for t in narrow_base("wan").model.model.diffusion_model.parameters())
-    assert expected - activations - trained == pytest.approx(frozen, rel=0.3), "and the copies of a weight"
+    network = narrow_base("wan").model.model.diffusion_model
+    frozen = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+    copies = 8 * max(tensor.numel() for tensor in network.parameters())
+    parameters = loop_on(narrow_base("wan"), config_for("wan"), scenes(4, "wan")).parameters.values()
+    trained = 16 * sum(parameter.numel() for parameter in parameters)
+    assert expected == frozen + copies + trained + 4 * CLIP_ENCODER * SIDE * SIDE * CLIP_FRAMES
 
 
 def published(name: str, side: int, bytes_a_weight: int) -> StepShape:
