@@ -156,7 +156,7 @@ def family_of(model: ModelPatcher) -> TrainedFamily:
 
 
 MASK_CHANNELS = 4
-"""Of the frames of a latent frame each; beside the start image's latent in the input of Wan's image to video."""
+"""Mask channels in the input of Wan's image to video, one a frame of a latent frame; the start image is beside them."""
 
 
 def _with_start_image(row: TrainedFamily, base: Any) -> TrainedFamily:
