@@ -188,18 +188,22 @@ def test_the_estimate_of_the_blocks_holds_on_narrow_models_at_three_sizes(family
 
 
 @pytest.mark.parametrize(
-    ("family", "ffn_dim"),
+    ("family", "ffn_dim", "most"),
     [
-        ("wan", 747),
-        pytest.param("wan", 346, marks=pytest.mark.long),
-        pytest.param("wan_5b", 597, marks=pytest.mark.long),
+        ("wan", 747, OF_THE_LAW[1]),
+        pytest.param("wan", 346, 1.15, marks=pytest.mark.long),
+        pytest.param("wan_5b", 597, 1.25, marks=pytest.mark.long),
     ],
 )
-def test_the_estimate_of_the_blocks_holds_for_clips_at_three_lengths(family: str, ffn_dim: int) -> None:
-    """The MLPs of 1.3B, of 14B and of 5B, by the width; clips of 1, 5 and 9 latent frames, at two sizes."""
+def test_the_estimate_of_the_blocks_holds_for_clips_at_three_lengths(family: str, ffn_dim: int, most: float) -> None:
+    """The MLPs of 1.3B, of 14B and of 5B, by the width; clips of 1, 5 and 9 latent frames, at two sizes.
+
+    A token has 64 numbers of the latent, and 192 in 5B, in fp32: much beside a width of 128, nothing beside a published
+    one; hence what they need beyond the estimate.
+    """
     sizes = [(32, 1), (32, 5), (16, 9)]
     parts = [counted(family, side, "bf16", length, (("ffn_dim", ffn_dim),)) for side, length in sizes]
-    assert OF_THE_LAW[0] < min(parts) and max(parts) < OF_THE_LAW[1], parts
+    assert OF_THE_LAW[0] < min(parts) and max(parts) < most, parts
     assert max(parts) - min(parts) < SPREAD, parts
 
 
