@@ -33,6 +33,7 @@ class Eyes:
         self.model.weight.data.copy_(torch.randn(CLIP_WIDTH, 3, generator=torch.Generator().manual_seed(0)))
 
     def encode_image(self, image: Tensor, crop: bool = True) -> Any:
+        image = image[:, SIDE // 4 : -SIDE // 4, SIDE // 4 : -SIDE // 4] if crop else image
         quarters = nn.functional.adaptive_avg_pool2d(image.movedim(-1, 1), 2).flatten(2).movedim(1, 2)
         return SimpleNamespace(penultimate_hidden_states=self.model(quarters).detach())
 
@@ -62,7 +63,7 @@ def test_conditions_are_those_of_the_hosts_node_to_the_bit(version: str) -> None
     loop = loop_of(base)
     sample = loop.samples.store.sample(0, 0)
     frames = loop.samples.store.data.load(0).frames
-    seen = base.vision.encode_image(frames[:1]) if version == "2.1" else None
+    seen = base.vision.encode_image(frames[:1], crop=False) if version == "2.1" else None
     text = [[sample.given["context"], {}]]
     positive, negative, _ = WanImageToVideo.execute(
         text, text, base.vae, SIDE, SIDE, CLIP_FRAMES, 1, start_image=frames[:1], clip_vision_output=seen
