@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from comfyui_controlnext.tests.host.test_api import Graph, latents
+from comfyui_controlnext.tests.host.test_api import Graph, Workflow, latents
 from comfyui_controlnext.tests.host.test_api import graph as graph  # noqa: F401  # fixtures
 from comfyui_controlnext.tests.host.test_api import hint as hint  # noqa: F401
 from comfyui_controlnext.tools import tiny_models
@@ -82,23 +82,30 @@ def test_many_prompts_hold_no_more_memory_than_those_without_a_control(server: C
     assert per_hundred["controlled"] - max(0.0, per_hundred["plain"]) < 1 + 2000 / PROMPTS
 
 
-def test_cancels_at_random_moments_change_nothing(server: ComfyServer, graph: Graph) -> None:  # noqa: F811
-    rng = random.Random(SEED)
-    expected = latents(server, graph("stock", seed=2))
+def cancel_at_random(server: ComfyServer, make: Callable[[int], Workflow], name: str) -> None:
+    """CANCELS prompts, each interrupted at a moment that is drawn from as long as one takes; at least one in time."""
+    server.run(make(1_000))
     started = time.monotonic()
-    latents(server, graph("stock", seed=3))
-    length, ended = time.monotonic() - started, {"cancelled": 0, "finished": 0}
+    server.run(make(1_001))
+    length, ended, moments = time.monotonic() - started, {"cancelled": 0, "finished": 0}, random.Random(SEED)
     for number in range(CANCELS):
-        timer = threading.Timer(rng.random() * length, lambda: server.request("/interrupt", b"{}"))
+        timer = threading.Timer(moments.random() * length, lambda: server.request("/interrupt", b"{}"))
         timer.start()
         try:
-            latents(server, graph(rng.choice(["stock", "ours"]), seed=10_000 + number))
+            server.run(make(2_000 + number))
             ended["finished"] += 1
-        except ComfyError:
+        except ComfyError as error:
+            assert "interrupted" in str(error), error
             ended["cancelled"] += 1
         finally:
             timer.join()
-    keep("cancels", {"cancels": CANCELS, "seed": SEED, **ended})
+    keep(name, {"cancels": CANCELS, "seed": SEED, **ended, "seconds of a prompt": round(length, 2)})
+    assert ended["cancelled"] > 0
+
+
+def test_cancels_at_random_moments_change_nothing(server: ComfyServer, graph: Graph) -> None:  # noqa: F811
+    expected = latents(server, graph("stock", seed=2))
+    cancel_at_random(server, lambda seed: graph(("stock", "ours")[seed % 2], seed=seed), "cancels")
     assert torch.equal(latents(server, graph("stock", seed=2)), expected)
 
 

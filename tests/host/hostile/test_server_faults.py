@@ -11,7 +11,6 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import random
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from comfyui_controlnext.tests.host.hostile.test_faults import CANCELS, SEED, keep
+from comfyui_controlnext.tests.host.hostile.test_faults import SEED, cancel_at_random, keep
 from comfyui_controlnext.tests.host.test_api import Graph, Workflow, latents, node
 from comfyui_controlnext.tests.host.test_api import graph as graph  # noqa: F401  # fixtures
 from comfyui_controlnext.tests.host.test_api import hint as hint  # noqa: F401
 from comfyui_controlnext.tools import tiny_models
-from comfyui_controlnext.tools.comfy_client import ComfyClient, ComfyError
+from comfyui_controlnext.tools.comfy_client import ComfyClient
 from comfyui_controlnext.tools.comfy_server import ComfyServer
 
 if TYPE_CHECKING:
@@ -130,25 +129,10 @@ def test_cancels_of_other_kinds_change_nothing(
     server: ComfyServer, tiny: TinyModels, graph: Graph, name: str, make: Callable[[Graph, int], Workflow]
 ) -> None:
     tiny_models.make_controlnet_xs(tiny.models / "controlnext" / "cancelled_xs.safetensors")
-    rng, expected = random.Random(SEED), latents(server, graph("stock", seed=51))
+    expected = latents(server, graph("stock", seed=51))
     if name == "xs":
         expected_xs = latents(server, xs_graph(graph, 51))
-    server.run(make(graph, 1_000))
-    started = time.monotonic()
-    server.run(make(graph, 1_001))
-    length, ended = time.monotonic() - started, {"cancelled": 0, "finished": 0}
-    for number in range(CANCELS):
-        timer = threading.Timer(rng.random() * length, lambda: server.request("/interrupt", b"{}"))
-        timer.start()
-        try:
-            server.run(make(graph, 2_000 + number))
-            ended["finished"] += 1
-        except ComfyError:
-            ended["cancelled"] += 1
-        finally:
-            timer.join()
-    keep(f"cancels_{name}", {"cancels": CANCELS, "seed": SEED, **ended})
-    assert ended["cancelled"] > 0
+    cancel_at_random(server, lambda seed: make(graph, seed), f"cancels_{name}")
     assert torch.equal(latents(server, graph("stock", seed=51)), expected)
     if name == "xs":
         assert torch.equal(latents(server, xs_graph(graph, 51)), expected_xs)
