@@ -4,19 +4,26 @@ Another step is another row of STEPS. A step is a command, run in the clone, and
 """
 
 import fnmatch
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .environment import PATIENT_THREADS, ROOT, SetupError
+from .environment import PATIENT_THREADS, ROOT, SetupError, pinned
 
 PACKAGES = ("models", "controlnext_core", "controlnext_training", "nodes", "tools", "benchmarks")
 """Folders that mypy checks, where they exist."""
+SECURITY = (
+    ("controlnext_core", "tools"),
+    ("models", "controlnext_training", "nodes", "benchmarks", "run.py", "_alias.py", "__init__.py"),
+)
+"""Code that bandit looks through in each of two processes, about half of it."""
 TESTS = ROOT / "tests"
 STAGE = ROOT / ".cache" / "types"
 WORKERS = 2
@@ -75,6 +82,16 @@ def check_types(options: CheckOptions) -> int:
     return call("-m", "mypy", "--config-file", config, "--cache-dir", cache, *packages, folder=STAGE)
 
 
+def check_security(options: CheckOptions) -> int:
+    """Look for unsafe calls with bandit; an interpreter without it is told so, and passes. `.venv` has it."""
+    if importlib.util.find_spec("bandit") is None:
+        print(f"left out: {sys.executable} has no bandit=={pinned('bandit')}; --venv has it")
+        return 0
+    command = ("-m", "bandit", "-q", "-c", str(ROOT / "pyproject.toml"), "-r")
+    with ThreadPoolExecutor(len(SECURITY)) as pool:
+        return max(pool.map(lambda places: call(*command, *places), SECURITY))
+
+
 def run_pytest(options: CheckOptions) -> int:
     """Run the tests except those for a GPU. Tests marked `comfy` find their ComfyUI through the environment."""
     marks = "not gpu and not comfy" if options.fast else "not gpu"
@@ -102,6 +119,7 @@ def share(options: CheckOptions, cores: int) -> tuple[list[str], str]:
 STEPS = (
     Step("format", lambda options: call("-m", "ruff", "format", "--check", ".")),
     Step("lint", lambda options: call("-m", "ruff", "check", ".")),
+    Step("security", check_security),
     Step("types", check_types),
     Step("pytest", run_pytest),
 )

@@ -87,8 +87,8 @@ def _add_test(parser: Parser) -> None:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="a step (format, lint, types, pytest), a folder of tests/, or the test files whose path holds this; "
-        "repeatable",
+        help="a step (format, lint, security, types, pytest), a folder of tests/, or the test files whose path holds "
+        "this; repeatable",
     )
     parser.add_argument("-k", dest="expression", metavar="EXPR", help="only pytest, and there only these tests")
 

@@ -30,7 +30,7 @@ def serve(connection: Any) -> None:
     require_opencv().setNumThreads(1)  # the processes share the cores
     while True:
         try:
-            request = pickle.loads(connection.recv_bytes())  # noqa: S301 - the other end is this project
+            request = pickle.loads(connection.recv_bytes())  # noqa: S301 - the other end is this project  # nosec B301
         except (EOFError, OSError):
             return
         answer: tuple[Any, Exception | None]

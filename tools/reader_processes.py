@@ -81,7 +81,7 @@ class ProcessReaders:
             return None
         try:
             connection.send_bytes(request)
-            return pickle.loads(connection.recv_bytes())  # noqa: S301 - the other end is this project
+            return pickle.loads(connection.recv_bytes())  # noqa: S301 - the other end is this project  # nosec B301
         except (EOFError, OSError) as error:
             self._mine.connection = None
             if self._closed:

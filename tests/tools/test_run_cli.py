@@ -180,7 +180,7 @@ def test_only_takes_steps_and_patterns_of_test_files() -> None:
         steps, files = checks.choose(only)
         return [step.name for step in steps], [Path(file).name for file in files]
 
-    assert chosen() == (["format", "lint", "types", "pytest"], [])
+    assert chosen() == (["format", "lint", "security", "types", "pytest"], [])
     assert chosen("lint", "types") == (["lint", "types"], [])
     assert chosen("run_cli") == (["pytest"], ["test_run_cli.py"])
     assert chosen("lint", "*test_run_c?i.py", "run_cli") == (["lint", "pytest"], ["test_run_cli.py"])
