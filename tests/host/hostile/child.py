@@ -125,8 +125,10 @@ def others_loader(name: str) -> Callable[[Path], None]:
         from diffusers.models.model_loading_utils import load_state_dict
 
         return lambda path: load_state_dict(str(path))
+    from comfyui_controlnext.tests import conftest
+
+    assert conftest.HOST, "CONTROLNEXT_COMFYUI names the host"  # importing conftest has brought it in
     import comfy.utils
-    from comfyui_controlnext.tests import conftest  # noqa: F401  # brings in the host
 
     return lambda path: comfy.utils.load_torch_file(str(path), safe_load=True)
 

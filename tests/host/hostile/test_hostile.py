@@ -49,7 +49,8 @@ def run_cases(folder: Path, parts: dict[str, int], timeout: float, first: int = 
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     ended = [line for line in lines if "end" in line]
     if done.returncode:
-        begun = lines[-1] if lines else {}
+        assert lines, f"the child ended before its first case: {done.stderr[-2000:]}"
+        begun = lines[-1]
         ended.append(
             {**begun, "number": begun.get("begun"), "end": f"died ({done.returncode})", "text": done.stderr[-2000:]}
         )
@@ -80,11 +81,22 @@ def test_many_hostile_cases(tmp_path: Path, part: str, size: str) -> None:
     started, ended = time.time(), []
     for first in range(0, MANY[size], 1000):  # a child for each thousand, as none may hold what others left
         ended += run_cases(tmp_path, {part: min(1000, MANY[size])}, timeout=3600, first=first)
-    seen = collections.Counter(case["end"] for case in ended)
-    result = {"part": part, "seed": SEED, "cases": len(ended), "ends": seen, "seconds": round(time.time() - started)}
-    if folder := os.environ.get("CONTROLNEXT_RESULTS"):
-        Path(folder, f"hostile_{part}_{size}.json").write_text(json.dumps(result), "utf-8")
+        seen = collections.Counter(case["end"] for case in ended)
+        result = {
+            "part": part,
+            "seed": SEED,
+            "cases": len(ended),
+            "ends": seen,
+            "seconds": round(time.time() - started),
+        }
+        keep(f"hostile_{part}_{size}", result)  # each time: a run that is stopped has what it did
     assert_all_well(ended, MANY[size])
+
+
+def keep(name: str, found: dict[str, Any]) -> None:
+    """Write a result to the folder of results, where one is named."""
+    if folder := os.environ.get("CONTROLNEXT_RESULTS"):
+        Path(folder, f"{name}.json").write_text(json.dumps(found), "utf-8")
 
 
 def run_with_deaths(folder: Path, part: str, count: int) -> list[dict[str, Any]]:
@@ -105,8 +117,7 @@ def test_readers_of_others_meet_the_same_files(tmp_path: Path, part: str, other:
     seen = collections.Counter(case["end"].partition(" ")[0] for case in ended)
     named = sum(f"case{case['number']}" in case.get("text", "") for case in ended if case["end"].startswith("raw"))
     result = {"part": part, "reader": other, "seed": SEED, "cases": len(ended), "ends": seen, "named": named}
-    if folder := os.environ.get("CONTROLNEXT_RESULTS"):
-        Path(folder, f"hostile_{part}_{other}.json").write_text(json.dumps(result), "utf-8")
+    keep(f"hostile_{part}_{other}", result)
     assert len(ended) == 300 and seen["opened"] and set(seen) <= {"opened", "raw", "died", "slow"}
 
 
