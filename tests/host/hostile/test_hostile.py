@@ -113,12 +113,13 @@ def run_with_deaths(folder: Path, part: str, count: int) -> list[dict[str, Any]]
 @pytest.mark.parametrize("part", ["safetensors", "torch"])
 def test_readers_of_others_meet_the_same_files(tmp_path: Path, part: str, other: str) -> None:
     """A table for docs/reliability.md; asked of them is nothing but that each case has an end."""
-    ended = run_with_deaths(tmp_path, f"{part}@{other}", 300)
+    ended = run_with_deaths(tmp_path, f"{part}@{other}", 200)
     seen = collections.Counter(case["end"].partition(" ")[0] for case in ended)
-    named = sum(f"case{case['number']}" in case.get("text", "") for case in ended if case["end"].startswith("raw"))
+    failed = [case for case in ended if case["end"].startswith(("raw", "refused"))]  # a ValueError is `refused`
+    named = sum(f"case{case['number']}" in case["text"] for case in failed)
     result = {"part": part, "reader": other, "seed": SEED, "cases": len(ended), "ends": seen, "named": named}
     keep(f"hostile_{part}_{other}", result)
-    assert len(ended) == 300 and seen["opened"] and set(seen) <= {"opened", "raw", "died", "slow"}
+    assert len(ended) == 200 and seen["opened"] and set(seen) <= {"opened", "raw", "refused", "died", "slow"}
 
 
 def test_the_same_seed_and_number_make_the_same_case(tmp_path: Path) -> None:
