@@ -18,7 +18,7 @@ from comfyui_controlnext.controlnext_training.data import cache as caches
 from comfyui_controlnext.controlnext_training.data.cache import Cache
 from comfyui_controlnext.controlnext_training.data.index import Index
 from comfyui_controlnext.controlnext_training.data.tree import Blob
-from comfyui_controlnext.controlnext_training.train import Stopped
+from comfyui_controlnext.controlnext_training.train import Stopped, TrainingError
 from comfyui_controlnext.controlnext_training.undisturbed import undisturbed
 from comfyui_controlnext.controlnext_training.validation import Validator
 from comfyui_controlnext.tests.fixtures.sampling_fixtures import Studio
@@ -81,7 +81,6 @@ def assert_ends_as(folder: Path, whole: Path, studio: Studio) -> None:
         ("ctrl_c", "other"),
         pytest.param("exit", "cancel", marks=pytest.mark.long),
         pytest.param("other", "ctrl_c", marks=pytest.mark.long),
-        pytest.param("out_of_memory", "out_of_memory", marks=pytest.mark.long),
     ],
 )
 def test_cut_off_in_a_forward_and_in_a_validation_it_saves_and_ends_as_if_nobody_had(
@@ -99,8 +98,24 @@ def test_cut_off_in_a_forward_and_in_a_validation_it_saves_and_ends_as_if_nobody
     assert_ends_as(tmp_path, whole, loaded_studio)
 
 
-def lay_in_class(patch: pytest.MonkeyPatch, owner: type, name: str, error: BaseException, at: int) -> None:
-    """As `lay`, for a method: the n-th call of any object raises."""
+@pytest.mark.long
+def test_memory_that_runs_out_in_a_step_keeps_the_last_state_and_in_a_validation_ends_nothing(
+    loaded_studio: Studio, whole: Path, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        block = loaded_studio.model.model.diffusion_model.__class__
+        lay_in_class(patch, block, "_forward", ERRORS["out_of_memory"](), 4)  # as above
+        with pytest.raises(TrainingError, match="does not fit into the device's memory"):
+            train_in(tmp_path, base_of(loaded_studio), small(**SETTINGS, save_every=1))
+    assert last(tmp_path).step == 2
+    with pytest.MonkeyPatch.context() as patch:
+        trap = lay_in_class(patch, Controlled, "denoised", ERRORS["out_of_memory"](), 2)
+        assert_ends_as(tmp_path, whole, loaded_studio)
+    assert trap[0] <= 0, "the error was raised"
+
+
+def lay_in_class(patch: pytest.MonkeyPatch, owner: type, name: str, error: BaseException, at: int) -> list[int]:
+    """As `lay`, for a method: the n-th call of any object raises; the calls that are left until then."""
     inner, left = getattr(owner, name), [at]
 
     def trapped(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -110,6 +125,7 @@ def lay_in_class(patch: pytest.MonkeyPatch, owner: type, name: str, error: BaseE
         return inner(self, *args, **kwargs)
 
     patch.setattr(owner, name, trapped)
+    return left
 
 
 @pytest.mark.parametrize("name", ["ctrl_c", pytest.param("exit", marks=pytest.mark.long)])
