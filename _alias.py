@@ -1,7 +1,7 @@
 """Give this folder its one import name, `comfyui_controlnext`.
 
 ComfyUI names a custom node pack after its path, and `nodes` and `models` already exist in the host, so every
-entry point runs this file (`runpy.run_path`) and then imports `comfyui_controlnext.*`. Imports nothing of ours.
+entry point runs this file (`runpy.run_path`) and then imports `comfyui_controlnext.*`. It imports nothing of the pack.
 """
 
 import sys

@@ -1,1 +1,1 @@
-"""Everything that is neither a network nor a widget."""
+"""Core of the pack: tables, files, detection, injection and caching; neither networks nor widgets."""

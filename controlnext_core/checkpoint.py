@@ -1,4 +1,7 @@
-"""Weight files in and out: header peek, safe loading, atomic saving with metadata. Nothing in a file is executed."""
+"""Weight files, read and written: header peek, safe loading, atomic saving with metadata.
+
+Nothing in a file is executed.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,8 @@ class Header:
 def peek(path: str | Path) -> Header:
     """Names, shapes, dtypes and metadata of a weight file.
 
-    Raises CheckpointError: not a file, empty, truncated, not a weight file, or a pickle with anything but tensors.
+    Raises CheckpointError for a path that is no file, an empty or truncated file, a file of another kind, and a pickle
+    that holds anything but tensors.
     """
     table = _table(Path(path))
     shapes = {name: entry.shape for name, entry in table.entries.items()}
@@ -51,9 +55,9 @@ def peek(path: str | Path) -> Header:
 
 
 def load(path: str | Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Tensors of a file on the CPU, in memory of their own; only `names` where given, and no more is read than those.
+    """Tensors of a file on the CPU, in memory of their own; names: read only these, None means all.
 
-    Raises CheckpointError as `peek`, for tensors that claim more than the file holds, and for a name that is not there.
+    Raises CheckpointError as `peek` does, for tensors that claim more bytes than the file has, and for a missing name.
     """
     table = _table(Path(path))
     wanted = _known(table, table.entries if names is None else names)
@@ -62,9 +66,9 @@ def load(path: str | Path, names: Iterable[str] | None = None) -> dict[str, Tens
 
 
 def open_tensors(path: str | Path, names: Mapping[str, str] | None = None) -> Mapping[str, Tensor]:
-    """Tensors of a file as `load` gives them, each read when it is asked for: no more than one need be in memory.
+    """Tensors of a file as `load` gives them, each read at the time of access: no more than one need be in memory.
 
-    names: the name that is asked for -> the name in the file. Raises as `load`, also where the file has changed since.
+    names: name used for access -> name in the file. Raises as `load`, also where the file has changed since.
     """
     return _OpenTensors(_table(Path(path)), names)
 
@@ -79,7 +83,7 @@ class _OpenTensors(Mapping[str, Tensor]):
             self._stored = StoredTensors(table, wanted)
 
     def look(self, name: str) -> Tensor:
-        """Tensor that will be asked for once more: it is read once and kept until then."""
+        """Tensor that will be accessed once more: it is read once and cached until then."""
         self._seen[name] = self[name]
         return self._seen[name]
 
@@ -102,7 +106,7 @@ class _OpenTensors(Mapping[str, Tensor]):
 
 
 def _known(table: Table, names: Iterable[str]) -> list[str]:
-    """The names as a list. Raises CheckpointError for one that the file does not hold."""
+    """List of the names. Raises CheckpointError for one that the file does not hold."""
     wanted = list(names)
     if lost := [name for name in wanted if name not in table.entries]:
         raise CheckpointError(f"{table.path}: {listed('missing', lost)}. It was changed meanwhile: load it again.")
@@ -110,20 +114,22 @@ def _known(table: Table, names: Iterable[str]) -> list[str]:
 
 
 def look_at(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """A tensor among others that is asked for once more afterwards: where they are on disk it is kept until then."""
+    """Tensor of a mapping that will be accessed once more afterwards; cached until then where the mapping reads from
+    disk.
+    """
     return tensors.look(name) if isinstance(tensors, _OpenTensors) else tensors[name]
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    """The shape of a tensor among others, without reading it where they are on disk."""
+    """Shape of a tensor of a mapping, not read where the mapping reads from disk."""
     return tensors.shape(name) if isinstance(tensors, _OpenTensors) else tuple(tensors[name].shape)
 
 
 def load_strict(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Give a module built on `meta` its weights, every one and no other.
+    """Load the weights of a module built on `meta`; names must match exactly.
 
     The tensors become the parameters (no copy). Raises CheckpointError naming the first missing, unexpected and
-    misshapen keys; the module is then untouched.
+    misshapen keys; the module is then unchanged.
     """
     wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     problems = compare_shapes(wanted, {name: tuple(t.shape) for name, t in tensors.items()})
@@ -150,7 +156,7 @@ def compare_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tu
 
 
 def listed(what: str, names: list[str]) -> str:
-    """'3 missing: a, b, c', cut after the first few; empty for no names."""
+    """List of names with their count, '3 missing: a, b, c', cut after the first few; empty for no names."""
     if not names:
         return ""
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
@@ -158,10 +164,10 @@ def listed(what: str, names: list[str]) -> str:
 
 
 def save(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    """Write a safetensors file whole or not at all, then re-open it. Returns the path.
+    """Write a safetensors file completely or not at all, then read it back. Returns the path.
 
-    An existing file of that name stays as it was until the new one is complete. Raises CheckpointError on a full
-    disk or an unwritable folder.
+    An existing file of that name stays unchanged until the new one is complete. Raises CheckpointError on a full disk
+    or an unwritable folder.
     """
     path = Path(path)
     told = {escaped(key): escaped(value) for key, value in metadata.items()}
@@ -169,7 +175,7 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
-        mode = temporary.stat().st_mode  # as of any new file; safetensors makes its own for the owner's eyes only
+        mode = temporary.stat().st_mode  # as for any new file; safetensors makes its files private
         save_file({name: t.contiguous() for name, t in tensors.items()}, str(temporary), told)
         temporary.chmod(mode)
         with open(temporary, "rb+") as file:
@@ -190,7 +196,7 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """A content hash over names, dtypes, shapes and bytes, the identity of a set of weights."""
+    """Content hash over names, dtypes, shapes and bytes: the identity of a set of weights."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -220,7 +226,7 @@ def _table(path: Path) -> Table:
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Inside, whatever goes wrong with a file is a CheckpointError that names it."""
+    """Turn every error in reading a file into a CheckpointError that names the file."""
     try:
         yield
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""The files of a ControlNeXt as we write them: one that holds everything, or two with the authors' names."""
+"""ControlNeXt files as this pack writes them: one bundled file, or two with the authors' names."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ def write_control(
     dtype: torch.dtype,
     facts: Mapping[str, str],
 ) -> Path:
-    """Write an encoder with its UNet differences (published names; may be empty); the path of the encoder's file.
+    """Write an encoder with its UNet differences (published names; may be empty); returns the path of the encoder's
+    file.
 
     stem: the path without suffix; layout: `single` (one file, bundled) or `published` (a folder); spec: as trained;
-    facts: further metadata, whole keys. Raises CheckpointError, ValueError for another layout.
+    facts: further metadata with complete keys. Raises CheckpointError, ValueError for another layout.
     """
     check_layout(layout, spec)
     if layout == "lora":
@@ -71,10 +72,11 @@ def write_host_control(
     facts: Mapping[str, str],
     shape_of: Callable[[str], torch.Size | None],
 ) -> Path:
-    """Write an encoder with differences under the host's names, whole or low rank; the path of the encoder's file.
+    """Write an encoder with differences under the host's names, full or low-rank; returns the path of the encoder's
+    file.
 
     layout: `single` (one file), or `lora` (a folder: the encoder, and the differences in the host's LoRA form);
-    shape_of: a weight of the base by its host name. Else as `write_control`.
+    shape_of: shape of a weight of the base by its host name. Otherwise as `write_control`.
     """
     check_layout(layout, spec)
     if layout == "published":

@@ -1,7 +1,7 @@
 """Detection of a control from a file's header: a row of the table, or an error that names the file's kind and a remedy.
 
-Names, shapes and our own metadata decide, never the file's name. Where one set of names serves several variants the
-base model decides.
+Names, shapes and this pack's metadata decide, never the file's name. Where one set of names serves several variants,
+the base model decides.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from .metadata import ControlMetadata, read_metadata
 from .specs import BUILDS, SPECS, Family, Spec
 
 BUNDLE_ENCODER, BUNDLE_WEIGHTS, BUNDLE_BASE = "controlnext.", "unet.", "base."
-"""Prefixes of names in a file of several parts: the encoder, weights of a UNet by published names, weights of
-any base by the host's."""
+"""Prefixes of names in a bundled file: the encoder, UNet weights by published names, weights of any base by host
+names."""
 MARKS = ("mid_convs.1.weight", "down_res.0.norm1.weight")
-"""Two names that every encoder has and no other file does."""
+"""Names of two tensors that every encoder has and no other file does."""
 
 
 class DetectionError(CheckpointError):
-    """A readable file that is not what is wanted here."""
+    """Error for a readable file of the wrong kind."""
 
 
 @dataclass(frozen=True, slots=True)
 class ControlFile:
-    """A ControlNeXt file, before the base model is known."""
+    """ControlNeXt file, before the base model is known."""
 
     header: Header
     build: str
@@ -41,25 +41,28 @@ class ControlFile:
     weights: dict[str, str]
     """Name of a weight of the base -> name in the file; empty unless the file bundles them."""
     host_names: bool
-    """True means that `weights` has the host's names, whole or low rank (`low_rank`); else published ones."""
+    """True: `weights` has host names, full or low-rank (`low_rank`). False: published names."""
     metadata: ControlMetadata
 
     @property
     def candidates(self) -> list[Spec]:
-        """The rows that this file may be, the one its metadata names alone where it names one."""
+        """Rows of the table that the file may belong to; only the row named in its metadata, where there is one."""
         return [SPECS[self.metadata.spec]] if self.metadata.spec else self.rows
 
     @property
     def rows(self) -> list[Spec]:
-        """The rows with these names and shapes. A file of the published width is for a UNet: transformers are wider."""
+        """Rows with these names and shapes.
+
+        An encoder of the published width is for a UNet: those for transformers are wider.
+        """
         of_unets = self.out_channels == BUILDS[self.build].out_channels
         return [spec for spec in _rows_of(self.build) if not (of_unets and spec.on_transformer)]
 
 
 def read_control_file(header: Header) -> ControlFile:
-    """Recognise a ControlNeXt encoder, alone or bundled with weights of its base.
+    """Recognise a ControlNeXt encoder, with or without bundled weights of its base.
 
-    Raises DetectionError for anything else, naming what the file is where that can be told.
+    Raises DetectionError for any other file, with its kind where that can be recognised.
     """
     encoder, weights, host_names = _split(header.shapes)
     if not all(mark in encoder for mark in MARKS):
@@ -84,15 +87,15 @@ def read_control_file(header: Header) -> ControlFile:
 
 
 def holds_encoder(header: Header) -> bool:
-    """True means that the file has an encoder in it, alone or with UNet weights."""
+    """True: the file contains an encoder, with or without UNet weights. False: it contains none."""
     encoder, _, _ = _split(header.shapes)
     return all(mark in encoder for mark in MARKS)
 
 
 def choose_spec(file: ControlFile, family: Family, variant: str = "auto") -> Spec:
-    """The row for this file on a base of this family.
+    """Row of the table for this file on a base of this family.
 
-    variant: `auto`, or a row's name. Raises DetectionError where file, base model and variant do not go together.
+    variant: `auto`, or a row's name. Raises DetectionError where file, base model and variant do not match.
     """
     path = file.header.path
     if variant != "auto":
@@ -115,7 +118,7 @@ def choose_spec(file: ControlFile, family: Family, variant: str = "auto") -> Spe
 
 
 def _rows_of(build: str) -> list[Spec]:
-    """The rows whose encoders have the names and shapes of this build."""
+    """Rows whose encoders have the names and shapes of this build."""
     return [spec for spec in SPECS.values() if _same_names(spec.build, build)]
 
 
@@ -124,7 +127,9 @@ def _names(specs: list[Spec]) -> str:
 
 
 def _split(shapes: Names) -> tuple[dict[str, str], dict[str, str], bool]:
-    """Encoder names and bundled weight names, each -> name in the file, outer prefixes stripped; and whose they are."""
+    """(encoder names -> names in the file, bundled weight names -> names in the file, host_names), outer prefixes
+    removed.
+    """
     host_names = any(name.startswith(BUNDLE_BASE) for name in shapes)
     bundle = BUNDLE_BASE if host_names else BUNDLE_WEIGHTS
     weights = {n.removeprefix(bundle): n for n in shapes if n.startswith(bundle)}
@@ -136,7 +141,7 @@ def _split(shapes: Names) -> tuple[dict[str, str], dict[str, str], bool]:
 
 
 def _build_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """The build whose names these are, by the fewest names that tell them apart."""
+    """Build with these names, recognised by the fewest names that distinguish it."""
     if "embedding.0.weight" not in shapes:
         return "gen1a" if len(shapes.get("mid_convs.0.2.weight", ())) == 4 else "gen1a_norm"
     if "down_sample.2.conv.weight" in shapes:

@@ -1,7 +1,8 @@
-"""Text that every encoder takes: file names, tensor names and widgets may hold what UTF-8 cannot say.
+"""Text that can be encoded: names of files and tensors, and widget values, may hold characters that UTF-8 does not
+allow.
 
-A lone surrogate stands for a byte that is no UTF-8 (in names of files), or comes out of JSON or a pickle. The host
-writes messages to its log and to its pages, and ends the thread that runs prompts where a text cannot be encoded.
+A lone surrogate represents a byte that is not UTF-8 (in names of files), or comes from JSON or a pickle. The host
+writes messages to its log and to its pages, and its thread that runs prompts ends where a text cannot be encoded.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import logging
 from typing import Any
 
 MAX_MESSAGE = 8000
-"""Letters of a text that leaves a node; a longer one loses its middle."""
+"""Largest length, in characters, of a text that leaves a node; the middle of a longer one is cut."""
 
 MAX_QUOTED = 200
-"""Letters of a text out of a file that a message repeats."""
+"""Largest length, in characters, of a text from a file that a message quotes."""
 
 
 def is_encodable(text: str) -> bool:
-    """True means that UTF-8 can say all of the text."""
+    """True: UTF-8 can encode the text. False: it holds a lone surrogate."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -26,12 +27,12 @@ def is_encodable(text: str) -> bool:
 
 
 def escaped(text: str) -> str:
-    """The text with lone surrogates written as escapes (`\\ud800`)."""
+    """Text with lone surrogates written as escapes."""
     return text if is_encodable(text) else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def encodable(text: str) -> str:
-    """The text with lone surrogates written as escapes (`\\ud800`), and with its middle cut where it is too long."""
+    """Text with lone surrogates written as escapes, and with its middle cut where it is too long."""
     if len(text) > MAX_MESSAGE:
         half = MAX_MESSAGE // 2
         text = f"{text[:half]} ... ({len(text) - 2 * half:,} letters left out) ... {text[-half:]}"
@@ -39,12 +40,12 @@ def encodable(text: str) -> str:
 
 
 def cut(text: str, most: int = MAX_QUOTED) -> str:
-    """A file's own text as it stands in a message: its start alone where it is longer than `most` letters."""
+    """Text of a file for a message: cut, with its length, where it has more than `most` characters."""
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} letters)"
 
 
 def encodable_parts(value: Any) -> Any:
-    """The value with every text inside lists, tuples and dictionaries made encodable; other objects stay themselves."""
+    """Value with every text inside lists, tuples and dictionaries made encodable; other objects are unchanged."""
     if isinstance(value, str):
         return encodable(value)
     if type(value) in (list, tuple):
@@ -55,10 +56,10 @@ def encodable_parts(value: Any) -> Any:
 
 
 def make_encodable(error: BaseException) -> BaseException:
-    """The error to raise in the place of this one: itself where its text and those of its causes can be encoded.
+    """Error to raise in place of this one: the same where its text and those of its causes can be encoded.
 
     Texts among the arguments are made encodable in place; an error whose text comes from elsewhere becomes a
-    RuntimeError with the same words.
+    RuntimeError with the same text.
     """
     seen: set[int] = set()
     part: BaseException | None = error
@@ -80,7 +81,7 @@ def _says_encodable(error: BaseException) -> bool:
 
 
 def logger(name: str) -> logging.Logger:
-    """The logger of this name; its lines are made encodable before any handler sees them."""
+    """Logger of this name whose lines are made encodable before any handler gets them."""
     found = logging.getLogger(name)
     found.addFilter(_encodable_line)
     return found

@@ -1,6 +1,6 @@
-"""The families of base models: what is true of each before a model is loaded.
+"""Families of base models: facts about each that need no loaded model.
 
-The way into a loaded model, which needs the host, is the family's row in `comfy_adapter/bases`.
+How to reach the blocks of a loaded model, which needs the host, is in the family's row in `comfy_adapter/bases`.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from .specs import Family, Site
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FamilyFacts:
-    """One family of base models, in its published size."""
+    """Facts about one family of base models, in its published size."""
 
     architecture: str
-    """The family's name in `modelspec.architecture`."""
+    """Name of the family in `modelspec.architecture`."""
     context_width: int | None = None
-    """Width of the text context, where it tells this family from others with the same tensor names."""
+    """Width of the text context, where it distinguishes this family from others with the same tensor names."""
     pixels: int = 8
     """Pixels of the picture along one side of a latent cell."""
     cells: Mapping[Site, int] = field(default_factory=dict)
-    """Site -> pixels of the picture along one side of a feature cell there."""
+    """Site -> pixels of the picture along one side of a feature cell at the site."""
     frames: int | None = None
     """Frames of a clip in each latent frame after the first, which has one; None: a latent is one picture."""
 
 
 def unet_cells(levels: int) -> dict[Site, int]:
-    """Cells of a UNet, which halves its resolution between levels. Source: the published UNets."""
+    """Feature cells of a UNet, which halves its resolution between levels. Source: the published UNets."""
     middle = 8 * 2 ** (levels - 1)
     return {
         Site.AFTER_CONV_IN: 8,
@@ -39,7 +39,7 @@ def unet_cells(levels: int) -> dict[Site, int]:
 
 
 TOKEN_OF_2X2 = {Site.AFTER_JOINT_0: 16}
-"""Cells of a transformer whose token is a patch of 2 x 2 latent cells, of 8 pixels each."""
+"""Feature cells of a transformer whose token is a patch of 2 x 2 latent cells, of 8 pixels each."""
 
 FAMILIES: dict[Family, FamilyFacts] = {
     Family.SD15: FamilyFacts(architecture="stable-diffusion-v1", context_width=768, cells=unet_cells(4)),
@@ -63,12 +63,11 @@ UNET_SUBSETS: dict[str, str] = {
     "up_to_out": r"^output_blocks\..*to_out",
     "all": r"",
 }
-"""Name of a subset of a UNet's weights -> regular expression searched in the host's names.
-
-Source: the released trainers. to_out: SD1.5, SVD v1; attn2_to_out: SDXL; up_to_out: a half of the blocks."""
+"""Name of a subset of a UNet's weights -> regular expression searched in the host's names. Source: the released
+trainers. to_out: SD1.5, SVD v1; attn2_to_out: SDXL; up_to_out: a half of the blocks."""
 
 UNET_SIDES: dict[str, str] = {"input": "input_blocks.", "middle": "middle_block.", "output": "output_blocks."}
-"""Group of a UNet's blocks as a setting names it -> start of the host's names of its weights."""
+"""Group of a UNet's blocks, as named in settings -> start of the host's names of its weights."""
 
 CONTEXT_FAMILIES: dict[int, Family] = {
     facts.context_width: family for family, facts in FAMILIES.items() if facts.context_width is not None

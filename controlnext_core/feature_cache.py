@@ -1,13 +1,13 @@
-"""Encoder outputs kept across conds, steps, seeds and queue runs, within two budgets.
+"""Cache of encoder outputs across conditionings, steps, seeds and queue runs, within two budgets.
 
-An entry belongs to a group, (encoder, hint, device), and has a key inside it (timestep, row, size, dtype, ...).
-Entries go to the compute device up to `device_budget` bytes, then to host memory up to `host_budget`: pinned where the
-system allows it, so that they come back in the device's own time and nothing waits for them. When a budget is full,
-entries of groups that the present run has not used make room, least recently used group first; entries of the present
-run never push each other out, so of a run that does not fit its earliest steps stay.
+An entry belongs to a group, (encoder, hint, device), and has a key inside it (timestep, row, size, dtype, ...). Entries
+are stored on the compute device up to `device_budget` bytes, then in host memory up to `host_budget`: pinned where the
+system allows it, so that copies back are asynchronous. When a budget is full, entries of groups that the current run
+has not used are dropped, least recently used group first. Entries of the current run never evict each other: of a run
+that does not fit, the earliest steps stay cached.
 
-Several devices may sample at once, each in a thread of its own. One lock guards the store, and a group belongs to one
-device: another one would not wait for its copies to host memory. The budgets are for all devices together.
+Several devices may sample at once, each in its own thread. One lock guards the store, and a group belongs to one
+device: another one would not wait for its copies to host memory. The budgets apply to all devices together.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from torch import Tensor
 
 MIB = 1024 * 1024
 DEVICE_BUDGET = 384 * MIB
-"""Holds SDXL at 1024 x 1024 for 30 steps: 320 x 128 x 128 x 2 bytes = 10.0 MiB a step, 300 MiB."""
+"""Bytes on the device; enough for SDXL at 1024 x 1024 over 30 steps: 320 x 128 x 128 x 2 bytes = 10.0 MiB a step, 300
+MiB."""
 HOST_BUDGET = 1024 * MIB
 
 Tier = Literal["device", "host"]
@@ -33,7 +34,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True)
 class GroupKey:
-    """Group that an eviction takes together: one encoder's view of one hint, on one device."""
+    """Group of entries that are evicted together: features of one hint by one encoder on one device."""
 
     encoder: str
     hint: str
@@ -47,7 +48,7 @@ class _Group:
 
 
 def _locked(method: Method) -> Method:
-    """The method of a cache, run by one thread at a time."""
+    """Method of a cache, run by one thread at a time."""
 
     @functools.wraps(method)
     def alone(self: FeatureCache, *args: Any, **kwargs: Any) -> Any:
@@ -58,15 +59,15 @@ def _locked(method: Method) -> Method:
 
 
 class FeatureCache:
-    """A bounded two-tier store of tensors. Tensors handed out are shared: never write to them."""
+    """Bounded two-tier store of tensors. Tensors that it returns are shared: never write to them."""
 
     def __init__(self, device_budget: int = DEVICE_BUDGET, host_budget: int = HOST_BUDGET, pinned: bool = True) -> None:
-        """Budgets in bytes. pinned: whether host memory may be pinned."""
+        """Budgets in bytes. pinned: True pins host memory where the system allows it; False never does."""
         self.budgets: dict[Tier, int] = {"device": device_budget, "host": host_budget}
         self.used: dict[Tier, int] = {"device": 0, "host": 0}
         self.pinned = pinned
         self.lock = threading.RLock()
-        """Reentrant, as one thread may take it twice: a network that is collected inside a call drops its features."""
+        """Reentrant lock: a network that is collected inside a call drops its features in the same thread."""
         self._groups: OrderedDict[GroupKey, _Group] = OrderedDict()
         self._run = 0
 
@@ -75,12 +76,12 @@ class FeatureCache:
 
     @_locked
     def begin_run(self) -> None:
-        """Entries used before now may make room for what is put from now on."""
+        """Begin a run: entries used before may be evicted for those stored from now on."""
         self._run += 1
 
     @_locked
     def get(self, group: GroupKey, key: Hashable, device: torch.device) -> Tensor | None:
-        """The entry on `device`, or None. Marks its group as used."""
+        """Return the entry on `device`, or None. Marks its group as used."""
         found = self._groups.get(group)
         if found is None:
             return None
@@ -91,13 +92,13 @@ class FeatureCache:
 
     @_locked
     def holds(self, group: GroupKey, key: Hashable) -> bool:
-        """True means that `get` would find it; moves nothing and marks nothing."""
+        """True: `get` would return the entry. False: it is not cached. Moves and marks nothing."""
         found = self._groups.get(group)
         return found is not None and key in found.entries
 
     @_locked
     def put(self, group: GroupKey, key: Hashable, value: Tensor) -> bool:
-        """Keep a tensor where there is room; returns whether it was kept."""
+        """Cache a tensor where there is room. True: it is cached. False: there is no room."""
         target = self._groups.setdefault(group, _Group(self._run))
         target.run = self._run
         self._groups.move_to_end(group)
@@ -112,27 +113,30 @@ class FeatureCache:
 
     @_locked
     def makes_room(self, value: Tensor) -> bool:
-        """True means that a tensor like this one would be kept; features of earlier runs may be dropped for it."""
+        """True: a tensor such as this one could be cached. False: no room. May evict features of earlier runs."""
         return any(self._make_room(tier, self._bytes_in(tier, value)) for tier in _tiers(value))
 
     @_locked
     def drop(self, encoder: str, device: str | None = None) -> None:
-        """Drop all features of one encoder. device: only those on this device; None = on all."""
+        """Drop all features of one encoder. device: only those on this device; None: on all."""
         for key in [key for key in self._groups if key.encoder == encoder and device in (None, key.device)]:
             self._drop_group(key)
 
     def room(self, tier: Tier = "device") -> int:
-        """Bytes that still fit into a tier before entries must be dropped."""
+        """Bytes that still fit into a tier without eviction."""
         return max(0, self.budgets[tier] - self.used[tier])
 
     @_locked
     def clear(self) -> None:
-        """Drop all features."""
+        """Drop all entries."""
         self._groups.clear()
         self.used = {"device": 0, "host": 0}
 
     def _make_room(self, tier: Tier, size: int) -> bool:
-        """Make room for `size` bytes by dropping what earlier runs left in this tier. True: they fit."""
+        """Make room for `size` bytes by evicting entries of earlier runs from this tier.
+
+        True: they fit. False: they do not.
+        """
         if size > self.budgets[tier]:
             return False
         for key, group in list(self._groups.items()):
@@ -156,7 +160,7 @@ class FeatureCache:
         self.used[_tier(entry)] -= _bytes_held(entry)
 
     def _to_host(self, value: Tensor) -> Tensor:
-        """A copy in host memory. From a CUDA device it is pinned, and made in that device's order of work."""
+        """Copy in host memory; from a CUDA device it is pinned and copied on that device's current stream."""
         if self._pins(value):
             try:
                 kept = torch.empty_like(value, device="cpu", pin_memory=True)
@@ -174,7 +178,7 @@ class FeatureCache:
 
 
 def _tiers(tensor: Tensor) -> tuple[Tier, ...]:
-    """Tiers that may keep a tensor, the first choice first."""
+    """Tiers that may cache a tensor, in order of preference."""
     return ("host",) if tensor.device.type == "cpu" else ("device", "host")
 
 
@@ -183,7 +187,7 @@ def _tier(tensor: Tensor) -> Tier:
 
 
 def _bytes_held(entry: Tensor) -> int:
-    """Bytes that a kept tensor takes."""
+    """Bytes taken by a cached tensor."""
     pinned = _tier(entry) == "host" and torch.cuda.is_initialized() and entry.is_pinned()
     return pinned_bytes(entry.nbytes) if pinned else entry.nbytes
 

@@ -1,10 +1,10 @@
 """Fidelity of a generated image to its hint: one number per pair, 1 for a perfect match.
 
-Each metric draws from the image the kind of hint that it was controlled with, and compares. The numbers of different
-metrics are not comparable, and none is 0 by chance: beside the mean over true pairs, report the mean over pairs that
-do not belong together (each image with another image's hint).
+Each metric draws from the image a hint of the kind that controlled it, and compares the two. Numbers of different
+metrics are not comparable, and chance does not give 0: beside the mean over true pairs, report the mean over mismatched
+pairs (each image with another image's hint).
 
-H, W height and width in pixels; images and hints as the functions of `hints` take them: floats in 0..1.
+H, W height and width in pixels; images and hints as for the functions of `hints`: floats in 0..1.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ from .hints.picture import as_rgb, luminance
 from .opencv import require_opencv
 
 TOLERANCE_PX = 2.0
-"""Distance at which two edges still count as one. BSDS allows 0.0075 of the diagonal (5.4 pixels at 512x512), but
-matches one to one; here one edge may match many, and among dense edges that would be met by chance."""
+"""Largest distance, in pixels, at which two edges still match. BSDS allows 0.0075 of the diagonal (5.4 pixels at
+512x512), but matches one to one; here one edge may match many, and among dense edges chance would match that many."""
 ON = 0.5
-"""Lowest value at which a pixel of an edge map or mask counts as set."""
+"""Smallest value at which a pixel of an edge map or mask counts as set."""
 
 OUTPAINT_GRAY = 0.5
-"""Every channel of what is to be painted, in hints for outpainting. Source: the host's ImagePadForOutpaint."""
+"""Value of every channel, in hints for outpainting, of the area to be painted. Source: the host's
+ImagePadForOutpaint."""
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
-"""(image, hint) -> up to 1. Both (H, W, 3), or gray or with alpha; ValueError if they differ in size."""
+"""(image, hint) -> up to 1. Both (H, W, 3), gray or with alpha; ValueError if they differ in size."""
 
 
 def edge_f1(
     image: np.ndarray, hint_edges: np.ndarray, tolerance_px: float = TOLERANCE_PX, draw: Hint = HINTS["canny"]
 ) -> float:
-    """F1 of the edges of an image, drawn by `draw`, against the edges that it should have; see `boundary_f1`."""
+    """F1 of the edges of an image, drawn by `draw`, against the edges of its hint; see `boundary_f1`."""
     _check_sizes(image, hint_edges)
     return boundary_f1(luminance(draw(image)), luminance(as_rgb(hint_edges)), tolerance_px)
 
@@ -70,8 +71,8 @@ def dilated(region: np.ndarray, radius: float) -> np.ndarray:
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's correlation over pixels, -1..1; equal values share the mean of their ranks.
 
-    a, b: (H, W) in any units, such as depth, or (H, W, C) pictures, of which the luminance counts. Not defined for a
-    map of one value; here 1 if both are such maps, 0 if one is. Raises ValueError for other sizes and for NaN.
+    a, b: (H, W) in any units, such as depth, or (H, W, C) pictures, whose luminance is compared. Not defined for a
+    constant map; here 1 if both maps are constant, 0 if one is. Raises ValueError for different sizes and for NaN.
     """
     from scipy.stats import spearmanr  # ComfyUI requires scipy; importing it takes a second
 
@@ -86,7 +87,7 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
     """Intersection over union of two masks, set from ON on; 1 if both are empty.
 
-    a, b: (H, W), or pictures, of which the luminance counts. Raises ValueError if the sizes differ.
+    a, b: (H, W), or pictures, whose luminance is compared. Raises ValueError if the sizes differ.
     """
     _check_sizes(a, b)
     inside, other = (luminance(as_rgb(values)) >= ON for values in (a, b))
@@ -95,29 +96,29 @@ def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def tone_correlation(image: np.ndarray, hint: np.ndarray, draw: Hint = HINTS["gray"]) -> float:
-    """Rank correlation of light and dark between what `draw` makes of the image and the hint.
+    """Rank correlation of brightness between the hint that `draw` makes of the image and the given hint.
 
-    For depth this is a weak stand-in: near is bright in the hint, not always in the image. For a figure to publish,
-    estimate the image's depth with the estimator that made the hint, and call `rank_correlation`.
+    For depth this is a weak approximation: near is bright in the hint, not always in the image. For a figure to
+    publish, estimate the image's depth with the estimator that made the hint, and call `rank_correlation`.
     """
     return rank_correlation(draw(image), as_rgb(hint))
 
 
 def mask_agreement(image: np.ndarray, hint: np.ndarray) -> float:
-    """IoU of the image's bright part (Otsu) and the hint.
+    """Intersection over union of the image's bright part (Otsu) and the hint.
 
-    Meant for hints drawn so; for masks of objects segment the image with a model and call `mask_iou`.
+    Meant for hints drawn that way; for masks of objects segment the image with a model and call `mask_iou`.
     """
     return mask_iou(HINTS["mask"](image), hint)
 
 
 def picture_edge_f1(image: np.ndarray, hint: np.ndarray) -> float:
-    """Metric for hints of unknown kind: F1 of the image's Canny edges against those of the hint as a picture."""
+    """F1 of the image's Canny edges against the Canny edges of the hint, for hints of unknown kind."""
     return edge_f1(image, HINTS["canny"](hint))
 
 
 def kept_agreement(image: np.ndarray, hint: np.ndarray) -> float:
-    """1 minus the root mean square difference where an outpainting hint shows the picture, that is, is not its gray.
+    """Agreement of the known area of an outpainting hint: 1 minus the root mean square difference outside of its gray.
 
     1 where the hint is gray everywhere. Raises ValueError if the sizes differ.
     """
@@ -139,7 +140,7 @@ METRICS: dict[str, Metric] = {
     "outpaint": kept_agreement,
     "paired": picture_edge_f1,
 }
-"""Kind of hint -> metric. Each name in HINTS is there with the defaults of its drawing: an image scores 1 against a
+"""Kind of hint -> metric. Each name in HINTS is included, with the defaults of its drawing: an image scores 1 against a
 hint drawn from itself. `depth` and `paired` are for hints from elsewhere, `low_resolution` for degraded pictures,
 `outpaint` for pictures that continue the hint."""
 

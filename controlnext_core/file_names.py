@@ -1,4 +1,4 @@
-"""Names that a user gives to files, checked for all systems before anything is made."""
+"""File names entered by the user, checked for all systems before any file is made."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import re
 from .encodable import cut, is_encodable
 
 MAX_NAME = 150
-"""Letters; systems take 255 bytes, endings are added, and letters outside ASCII are up to four bytes."""
+"""Largest length of a name in characters; systems allow 255 bytes, suffixes are added, and a character outside ASCII
+takes up to four bytes."""
 MAX_BYTES = 200
 MAX_FOLDERS = 32
 WINDOWS_DEVICES = frozenset({"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))})
 RESERVED = ("cache",)
-"""Folders that stand beside those of runs."""
+"""Names of folders that are stored beside those of runs."""
 UNET_START = "unet"
-"""Files whose names begin so are taken for the UNet weights of a control beside them."""
+"""Start of the names of files that are used as the UNet weights of a control beside them."""
 
 
 def problem_of_name(name: str) -> str:
-    """Fault of the name of a file or folder, without its suffix; empty for none."""
+    """Fault of the name of a file or folder, without its suffix, as a sentence; empty for none."""
     shown = cut(repr(name), 60)
     if not name or set(name) <= {"."}:
         return f"{shown} is no file name. Use letters, digits, _ and -."
@@ -34,7 +35,7 @@ def problem_of_name(name: str) -> str:
 
 
 def problem_of_control(name: str) -> str:
-    """Fault of the name of a control's file or folder; empty for none."""
+    """Fault of the name of a control's file or folder, as a sentence; empty for none."""
     problem = problem_of_name(name)
     if not problem and name.lower() in RESERVED:
         problem = f"{name!r} is the name of a folder that the pack keeps things in. Choose another."
@@ -44,7 +45,7 @@ def problem_of_control(name: str) -> str:
 
 
 def problem_of_prefix(prefix: str) -> str:
-    """Fault of a `filename_prefix`, which may hold folders and the host's %year% and the like; empty for none."""
+    """Fault of a `filename_prefix`, which may contain folders and the host's %year% and the like; empty for none."""
     *folders, name = re.split(r"[/\\]", prefix)
     if len(folders) > MAX_FOLDERS:
         return f"{cut(repr(prefix), 60)} has {len(folders):,} folders. Use no more than {MAX_FOLDERS}."

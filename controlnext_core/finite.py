@@ -1,4 +1,4 @@
-"""Weights that are numbers: floating point, none of them NaN or infinite."""
+"""Checks that weights are floating point, without NaN or infinite values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from .checkpoint import CheckpointError
 
 SIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Bytes of a number of a weight -> the integer dtype of that size."""
+"""Bytes per value of a weight -> the integer dtype of that size."""
 
 
 def check_format(name: str, tensor: Tensor, source: str) -> None:
@@ -37,7 +37,7 @@ def check_weights(tensors: Mapping[str, Tensor], source: str) -> None:
 def peak(tensor: Tensor) -> float:
     """Largest magnitude; NaN if any value is NaN, 0 for an empty tensor.
 
-    It is read from the bits: without the sign bit, floating-point numbers taken as integers are in the order of their
+    Computed from the bits: without the sign bit, floating-point numbers read as integers have the order of their
     magnitudes, with infinity and NaN above all others (IEEE 754). numpy takes the maximum in one thread: torch's
     threads wait for each other at every tensor, which takes a hundred times as long on a busy machine.
     """
@@ -48,5 +48,5 @@ def peak(tensor: Tensor) -> float:
     sign = 1 << (8 * whole.dtype.itemsize - 1)
     numbers = bits.numpy()
     unsigned = int(numbers.view(f"u{whole.dtype.itemsize}").max())
-    most = max(int(numbers.max()), unsigned & ~sign)  # of the positive numbers, of the negative numbers
+    most = max(int(numbers.max()), unsigned & ~sign)  # of the positive values, of the negative values
     return torch.tensor(most, dtype=bits.dtype).view(whole.dtype).item()

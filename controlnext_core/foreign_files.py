@@ -1,11 +1,11 @@
-"""Files that are no ControlNeXt, by the names inside: what each is, and which node loads it."""
+"""Files other than ControlNeXt, recognised by the names inside: the kind of each, and the node that loads it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
 Names = Mapping[str, tuple[int, ...]]
-"""Names of a file's tensors with their shapes."""
+"""Names of a file's tensors -> their shapes."""
 
 
 def _any(*parts: str) -> Callable[[Names], bool]:
@@ -122,5 +122,5 @@ FOREIGN: tuple[tuple[Callable[[Names], bool], str], ...] = (
 
 
 def foreign_kind(shapes: Names) -> str:
-    """Kind of a file in words that follow its path, and the remedy; empty where that cannot be told."""
+    """Kind of a file and the remedy, as a sentence to follow its path; empty for an unknown kind."""
     return next((words for is_kind, words in FOREIGN if is_kind(shapes)), "")

@@ -1,11 +1,11 @@
-"""The maths of adding control: standardise, pool, give it the moments of the features, gain, mask. Pure tensors.
+"""Injection of controls: standardise, pool, scale to the moments of the features, apply gain and mask. Pure tensors.
 
-Shapes: B rows (chunks of the guided batch x latents or frames), C channels, H W the site's size,
-h w the control's. Statistics are per row over (C, H, W), unbiased, summed in fp32.
+Shapes: B rows (chunks of the guided batch x latents or frames), C channels, H W the site's size, h w the control's.
+Statistics are per row over (C, H, W), unbiased, summed in fp32.
 
 Cross Normalization as released: (c - m(c)) * s(x) / (s(c) + eps) + m(x), with m and s the mean and the standard
-deviation. The first factor depends on the hint and the timestep alone (`prepare`, which is what gets cached), the
-rest on the features (`fuse`).
+deviation. The first factor depends only on the hint and the timestep (`prepare`, whose result is cached), the rest on
+the features (`fuse`).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Moments:
     mean: Tensor
     std: Tensor
     count: int
-    """Elements per row."""
+    """Number of elements per row."""
 
 
 @dataclass(frozen=True, slots=True)
 class Normalization:
-    """One way to bring a control to the scale of the features.
+    """Normalisation that scales a control to the features.
 
-    `own` acts on the control alone; `affine` gives the (scale, shift), each (B, 1, 1, 1), for given features.
+    `own` acts on the control only; `affine` returns the (scale, shift), each (B, 1, 1, 1), for given features.
     """
 
     own: Callable[[Tensor, float], Tensor]
@@ -44,25 +44,26 @@ class Normalization:
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One control, ready to be added."""
+    """Control that is ready to be added, with its gains."""
 
     control: Tensor
-    """(n, C, h, w), the output of `prepare`; n = 1, or one row per latent of a chunk."""
+    """Output of `prepare`, (n, C, h, w); n = 1, or one row per latent of a chunk."""
     gains: tuple[float, ...] | Tensor
-    """One gain per chunk of the guided batch; a tensor where gains train."""
+    """Gains, one per chunk of the guided batch; a tensor where gains are trained."""
     fusion: Fusion
     mask: Tensor | None = None
-    """(1 or latents of a chunk, 1, any, any) in [0, 1], multiplied onto the control."""
+    """Mask (1 or latents of a chunk, 1, any, any) in [0, 1], multiplied with the control."""
 
 
 def moments(x: Tensor) -> Moments:
-    """Per-row moments of x (B, C, H, W), any float dtype: summed in fp32 or better, given in x's dtype."""
+    """Moments of each row of x (B, C, H, W), any float dtype: summed in fp32 or better, returned in x's dtype."""
     std, mean = torch.std_mean(x, dim=(1, 2, 3), keepdim=True)
     return Moments(mean, std, x[0].numel())
 
 
 def standardise(control: Tensor, eps: float) -> Tensor:
-    """(c - m(c)) / (s(c) + eps), per row over (C, h, w), in fp32. A constant control gives zeros.
+    """Standardise a control: (c - m(c)) / (s(c) + eps), per row over (C, h, w), in fp32. A constant control gives
+    zeros.
 
     Source: released cross normalisation; eps is added to the standard deviation.
     """
@@ -87,7 +88,7 @@ def _plain_affine(features: Moments, eps: float) -> tuple[Tensor, Tensor]:
 
 NORMALIZATIONS: dict[str, Normalization] = {
     "released": Normalization(own=standardise, affine=_released_affine),
-    # the paper, equations 8-10: (c - m(x)) / sqrt(var(x) + eps), biased variance; nothing of c's own statistics
+    # the paper, equations 8-10: (c - m(x)) / sqrt(var(x) + eps), biased variance; the statistics of c are not used
     "paper": Normalization(own=lambda control, eps: control.float(), affine=_paper_affine),
     # c unchanged: plain addition, also for an encoder that ends with a zero convolution
     "none": Normalization(own=lambda control, eps: control.float(), affine=_plain_affine),
@@ -95,7 +96,7 @@ NORMALIZATIONS: dict[str, Normalization] = {
 
 
 def pool_to(control: Tensor, size: tuple[int, int]) -> Tensor:
-    """Adaptive average pool of (n, C, h, w) to `size`; identity where the size is right. Source: released code."""
+    """Pool (n, C, h, w) to `size` by adaptive averages; unchanged where the size is equal. Source: released code."""
     if tuple(control.shape[-2:]) == size:
         return control
     if control.device.type == "mps":  # on MPS torch pools only to divisors of the size
@@ -104,10 +105,10 @@ def pool_to(control: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def prepare(control: Tensor, size: tuple[int, int], fusion: Fusion) -> Tensor:
-    """The part of the normalisation that needs no features, at the site's size.
+    """Compute the part of the normalisation that needs no features, at the site's size.
 
-    control: (n, C, h, w) from the encoder; size: the site's (H, W). Returns (n, C, H, W) in fp32.
-    Pooling is an average, so it commutes with the features' scale and shift that `fuse` applies.
+    control: (n, C, h, w) from the encoder; size: the site's (H, W). Returns (n, C, H, W) in fp32. Pooling is an
+    average, so it commutes with the features' scale and shift that `fuse` applies.
     """
     own = NORMALIZATIONS[fusion.normalization].own
     if fusion.pool_first:
@@ -118,9 +119,9 @@ def prepare(control: Tensor, size: tuple[int, int], fusion: Fusion) -> Tensor:
 def fuse(h: Tensor, terms: Sequence[Term]) -> Tensor:
     """Add every control to h, all measured against the same h.
 
-    h: (chunks * latents, C, H, W). Returns a new tensor of h's shape and dtype: h + sum of
-    gain * mask * (control * scale + shift). With all gains zero the values of h come back bit for bit.
-    The order of `terms` decides the rounding of the sum; callers sort them.
+    h: (chunks * latents, C, H, W). Returns a new tensor of h's shape and dtype: h + sum of gain * mask * (control *
+    scale + shift). With all gains zero the values of h are returned bit for bit. The order of `terms` decides the
+    rounding of the sum; callers sort them.
     """
     assert terms, "fuse needs at least one control"
     features, chunks = moments(h), len(terms[0].gains)
@@ -141,7 +142,7 @@ def _added(total: Tensor, term: Term, features: Moments) -> Tensor:
     if term.mask is None and isinstance(gains, tuple) and len(set(gains)) == 1:
         total = torch.add(total, shift.to(dtype), alpha=gains[0])
         return torch.addcmul(total, control, scale.to(dtype), value=gains[0])
-    if isinstance(gains, tuple):  # filled in on the device: a copy from the host would make the two wait
+    if isinstance(gains, tuple):  # filled in on the device: a copy from the host would synchronise
         gains = torch.cat([torch.full((1,), gain, dtype=torch.float32, device=total.device) for gain in gains])
     gains = gains.view(chunks, 1, 1, 1, 1)
     delta = torch.addcmul((shift * gains).to(dtype), control, (scale * gains).to(dtype))
@@ -152,7 +153,7 @@ def _added(total: Tensor, term: Term, features: Moments) -> Tensor:
 
 
 def gain_of(gain: Gain, scale: float | None) -> float:
-    """The gain of the conditional half at strength 1, from the row and the encoder's learned `scale`."""
+    """Gain of the conditional half at strength 1, from the row of the table and the encoder's learned `scale`."""
     if gain.formula is GainFormula.CONSTANT:
         return gain.factor
     assert scale is not None, f"gain formula {gain.formula} needs the encoder's scale"

@@ -1,7 +1,7 @@
-"""Names of UNet weights: published (diffusers) names <-> the host's, generated from the shape of the UNet.
+"""Names of UNet weights: published (diffusers) names <-> host names, generated from the shape of the UNet.
 
-A published name stands in a weight file (`down_blocks.1.attentions.0...`), a host name in the base model for
-the same tensor (`input_blocks.4.1...`), both without an outer prefix.
+A published name is used in a weight file (`down_blocks.1.attentions.0...`), a host name in the base model for the same
+tensor (`input_blocks.4.1...`), both without an outer prefix.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from .checkpoint import CheckpointError, listed
 from .families import CONTEXT_FAMILIES
 
 PUBLISHED_PREFIXES = ("controlnext.", "module.", "controlnet.", "unet.", "model.diffusion_model.", "diffusion_model.")
-"""Outer names that a trainer, a bundle or a checkpoint puts before every name of a part."""
+"""Prefixes that a trainer, a bundle or a checkpoint puts before every name of a part."""
 
 MAX_NESTED = 8
-"""Prefixes one in another; with more, names are taken as they are."""
+"""Largest number of nested prefixes that are removed."""
 
 HOST_ROOTS = ("input_blocks.", "middle_block.", "output_blocks.", "joint_blocks.")
-"""Names of the host alone: a file with any of these uses the host's names throughout."""
+"""Prefixes of host names only: a file with any of these uses host names throughout."""
 
 Pairs = Iterator[tuple[str, str]]
-"""(published name, host name), one after the other."""
+"""Pairs (published name, host name), in sequence."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Place of a published tensor in the host's model."""
+    """Tensor of the host's model, or part of one, that holds a published tensor."""
 
     name: str
     slice: tuple[int, int, int] | None = None
-    """(dim, start, length) inside the host's tensor, where the host fuses several; None = all of it."""
+    """Slice (dim, start, length) of the host's tensor, where the host fuses several; None: the whole tensor."""
     swap_halves: bool = False
-    """The host holds the two halves along dim 0 the other way round."""
+    """True: the host stores the two halves along dim 0 in reverse order. False: in the same order."""
 
 
 KeyMap = Mapping[str, "str | Target"]
-"""Published name -> host name, or a Target where a name is not enough."""
+"""Published name -> host name, or a Target where a name does not suffice."""
 
 
 def as_target(target: str | Target) -> Target:
-    """A plain host name as a Target."""
+    """Target of a plain host name; a Target is returned unchanged."""
     return Target(target) if isinstance(target, str) else target
 
 
@@ -83,15 +83,15 @@ _QKV = ("to_q", "to_k", "to_v")
 _DEPTHS = ("transformer_depth", "transformer_depth_output", "transformer_depth_middle")
 
 Config = Mapping[str, Any]
-"""The host's `unet_config`. Depths are those of the transformers behind each resnet, 0 = none, from the highest
-resolution down. Middle depth -2: no middle block; -1: one resnet; n: two resnets around n."""
+"""Host's `unet_config`. Depths are those of the transformers after each resnet, 0 = none, from the highest resolution
+down. Middle depth -2: no middle block; -1: one resnet; n: two resnets around n."""
 
 
 def unet_key_map(config: Config) -> dict[str, str]:
     """Published name -> host name of every tensor of an SD1.5, SDXL or SVD UNet of any depth.
 
-    The vector condition (`adm_in_channels`) is the published `add_embedding`, as in SDXL and SVD.
-    Raises ValueError where the configuration is no UNet's, or contradicts itself.
+    The vector condition (`adm_in_channels`) is the published `add_embedding`, as in SDXL and SVD. Raises ValueError
+    where the configuration is not a UNet's, or contradicts itself.
     """
     _check(config)
     labelled = config.get("adm_in_channels") is not None
@@ -239,9 +239,9 @@ def mmdit_key_map(
 ) -> dict[str, Target]:
     """Published name -> target of every tensor of an SD3 transformer.
 
-    depth: heads of 64 channels, which sets the width; num_blocks: joint blocks where not `depth` many;
-    qk_norm: queries and keys are normalised (SD3.5); dual_attention: blocks with a second attention (SD3.5
-    medium). In the last block the context gives keys and values only: it has no output, and its modulation is
+    depth: number of heads of 64 channels, which sets the width; num_blocks: number of joint blocks, None for `depth`;
+    qk_norm: True means that queries and keys are normalised (SD3.5); dual_attention: blocks with a second attention
+    (SD3.5 medium). In the last block the context gives keys and values only: it has no output, and its modulation is
     (shift, scale) in the host but (scale, shift) in published files, as is the final modulation.
     """
     blocks, dual = depth if num_blocks is None else num_blocks, frozenset(dual_attention)
@@ -282,7 +282,7 @@ def _fused(published: str, attention: str, parts: Sequence[str], width: int) -> 
 def strip_prefix(
     names: Iterable[str], prefixes: Sequence[str] = PUBLISHED_PREFIXES, source: str = "the file"
 ) -> dict[str, str]:
-    """Every name -> the same without its outer prefixes, which may be nested (`module.unet.`).
+    """Name -> name without its outer prefixes, which may be nested (`module.unet.`).
 
     Raises CheckpointError where only some of the names have a prefix: the file holds more than one part.
     """
@@ -302,9 +302,9 @@ def strip_prefix(
 
 
 def resolve_names(names: Iterable[str], key_map: KeyMap, source: str = "the weights file") -> dict[str, Target]:
-    """Name in a file -> its target in the host's model; host names stand for themselves.
+    """Name in a file -> its target in the host's model; host names map to themselves.
 
-    Raises CheckpointError where a name is not the model's, with the first few and the family they look like.
+    Raises CheckpointError for names that the model lacks, with the first few and the family they seem to belong to.
     """
     bare = strip_prefix(names, source=source)
     targets = {name: as_target(target) for name, target in key_map.items()}
@@ -325,13 +325,13 @@ _FAMILY_MARKS = {
     "SDXL": r"\.transformer_blocks\.[1-9]|^add_embedding\.|^label_emb\.",
     "SD1.5 or SD2.1": r"^(down_blocks\.0\.attentions|up_blocks\.3|input_blocks\.1\.1|output_blocks\.11)\.",
 }
-"""Family -> what only its names match, after those above it."""
+"""Family -> regular expression that matches only its names, after those above it."""
 
 
 def family_hint(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """A sentence on the family that bare names and shapes belong to; empty where they do not tell.
+    """Sentence about the family of these bare names and shapes; empty where they do not decide.
 
-    shapes: `()` where not known. The width of the context tells SD1.5 from SD2.1, whose names are the same.
+    shapes: `()` where unknown. The width of the context distinguishes SD1.5 from SD2.1, whose names are the same.
     """
     family = next((f for f, mark in _FAMILY_MARKS.items() if any(re.search(mark, name) for name in shapes)), "")
     widths = {shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight") and len(shape) == 2}

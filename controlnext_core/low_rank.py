@@ -1,8 +1,8 @@
-"""Weight differences under the host's names: whole, or as the product of two thin factors; also of a slice.
+"""Weight differences under host names: full, or as the product of two factors of low rank; also of a slice.
 
-In a file a low-rank difference is `NAME.up` (out, rank) and `NAME.down` (rank, in): difference = up @ down, nothing
-else scales it. A whole difference has the name alone. Where the host fuses several layers into one weight, `slices`
-says which part of it is meant, as (dim, start, length).
+In a file a low-rank difference is `NAME.up` (out, rank) and `NAME.down` (rank, in): difference = up @ down, without
+further scaling. A full difference has the plain name. Where the host fuses several layers into one weight, `slices`
+gives the part that the difference applies to, as (dim, start, length).
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from torch import Tensor
 from .checkpoint import CheckpointError, listed
 
 LOW_RANK = "low_rank"
-"""The kind of weights in a file, as its metadata says."""
+"""Kind of weights in a file, as its metadata states it."""
 UP, DOWN = ".up", ".down"
 LORA_UP, LORA_DOWN, LORA_WHOLE = ".lora_B.weight", ".lora_A.weight", ".diff"
-"""Endings of the host's LoRA form, after the name of a layer."""
+"""Suffixes of the host's LoRA form, after the name of a layer."""
 HOST_PREFIX = "diffusion_model."
 KEPT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 Slice = tuple[int, int, int]
-"""(dim, start, length)"""
+"""Part of a tensor: (dim, start, length)."""
 Key = str | tuple[str, Slice]
-"""A weight by its host name, or a slice of it, as the host's `add_patches` takes them."""
+"""Weight by its host name, or a slice of it, in the form of the host's `add_patches`."""
 Part = Callable[[torch.Size], Slice]
-"""(shape of a fused weight) -> the slice of it that is one of the layers in it."""
+"""(shape of a fused weight) -> the slice of it that is one of its layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,9 @@ class LowRank:
     """Low-rank difference of a weight: up @ down."""
 
     up: Tensor
-    """(out, rank)"""
+    """Factor (out, rank)."""
     down: Tensor
-    """(rank, in)"""
+    """Factor (rank, in)."""
 
     @property
     def shape(self) -> torch.Size:
@@ -59,22 +59,22 @@ Differences = Mapping[Key, Difference]
 
 
 def name_of(key: Key) -> str:
-    """Name of the weight to which a key belongs."""
+    """Name of the weight of a key."""
     return key if isinstance(key, str) else key[0]
 
 
 def slice_of(key: Key) -> Slice | None:
-    """Slice of the weight to which a key belongs; None = the whole weight."""
+    """Slice of the weight of a key; None: the whole weight."""
     return None if isinstance(key, str) else key[1]
 
 
 def in_host(key: Key) -> Key:
-    """The key of a name without prefix, as the host's `add_patches` takes it."""
+    """Key with the host's prefix, in the form of `add_patches`, from a key without it."""
     return HOST_PREFIX + key if isinstance(key, str) else (HOST_PREFIX + key[0], key[1])
 
 
 def sliced(shape: torch.Size, part: Slice | None) -> torch.Size:
-    """Shape of a slice of a tensor of this shape; part: None = the whole tensor."""
+    """Shape of a slice of a tensor of this shape; part: None means the whole tensor."""
     if part is None:
         return shape
     dim, _, length = part
@@ -82,7 +82,7 @@ def sliced(shape: torch.Size, part: Slice | None) -> torch.Size:
 
 
 def whole(difference: Difference) -> Tensor:
-    """A difference as one tensor in fp32."""
+    """Difference as one tensor in fp32."""
     return difference.whole() if isinstance(difference, LowRank) else difference.float()
 
 
@@ -95,8 +95,8 @@ def read_differences(
     """Differences of a file by the keys of the host's patches (`diffusion_model.*`); zero ones are left out.
 
     tensors: host names without prefix, with or without `.up` and `.down`; slices: by the names of weights; shape_of:
-    the base's weight by its full host name, None for a name that it lacks. Raises CheckpointError: a factor without
-    the other, unknown names, another shape than the base's, NaN, nothing left to apply.
+    shape of the base's weight by its full host name, None for a missing weight. Raises CheckpointError for a factor
+    without the other, unknown names, another shape than the base's, NaN, and where every difference is zero.
     """
     found: dict[Key, Difference] = {}
     unknown = [name for name in _weights_of(tensors) if shape_of(HOST_PREFIX + name) is None]
@@ -122,7 +122,7 @@ def read_differences(
 
 
 def written(differences: Differences) -> tuple[dict[str, Tensor], dict[str, Slice]]:
-    """Tensors and slices to write into a file of differences, which `read_differences` reads back.
+    """Tensors and slices for a file of differences, which `read_differences` reads back.
 
     Raises CheckpointError for two slices of one weight, which a file cannot hold.
     """
@@ -162,7 +162,7 @@ def as_lora(differences: Differences, shape_of: Callable[[str], torch.Size | Non
 
 
 def from_lora(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A file of `as_lora` under the names that `read_differences` takes; other names stay as they are."""
+    """Tensors of a file of `as_lora` under the names that `read_differences` accepts; other names are unchanged."""
     endings = {LORA_UP: ".weight" + UP, LORA_DOWN: ".weight" + DOWN, LORA_WHOLE: ".weight"}
     found = {}
     for name, tensor in tensors.items():
@@ -173,14 +173,14 @@ def from_lora(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_lora(names: Iterable[str]) -> bool:
-    """True for a file of `as_lora`: every name is of a layer of the base, in the host's LoRA form."""
+    """True: every name is of a layer of the base, in the host's LoRA form. False: at least one is not."""
     names = list(names)
     endings = (LORA_UP, LORA_DOWN, LORA_WHOLE)
     return bool(names) and all(name.startswith(HOST_PREFIX) and name.endswith(endings) for name in names)
 
 
 def summed(parts: Iterable[tuple[Differences, float]]) -> dict[Key, Difference]:
-    """The sum of strength * differences. Low-rank ones of one weight become one of the ranks together."""
+    """Sum of strength * differences. The low-rank ones of one weight become one whose rank is the sum of theirs."""
     total: dict[Key, Difference] = {}
     for differences, strength in parts:
         for key, difference in differences.items():
@@ -190,7 +190,7 @@ def summed(parts: Iterable[tuple[Differences, float]]) -> dict[Key, Difference]:
 
 
 def chosen_names(names: Iterable[str], pattern: str, blocks: int | None) -> list[str]:
-    """Names of weights that a pattern is found in, of the first `blocks` blocks; the first number is the block's."""
+    """Names of weights in which the pattern is found, of the first `blocks` blocks; the first number is the block's."""
     matching = [name for name in names if re.search(pattern, name)]
     if blocks is None:
         return matching
@@ -200,17 +200,17 @@ def chosen_names(names: Iterable[str], pattern: str, blocks: int | None) -> list
 def chosen_slices(
     shapes: Mapping[str, torch.Size], names: Iterable[str], fused: Mapping[str, Part]
 ) -> dict[str, Slice]:
-    """The slices of those of these weights that are fused. fused: regular expression searched in names -> the part."""
+    """Slices of those of these weights that are fused. fused: regular expression searched in names -> the part."""
     return {name: part(shapes[name]) for name in names for pattern, part in fused.items() if re.search(pattern, name)}
 
 
 def low_rank_parameters(shapes: Iterable[torch.Size], rank: int) -> int:
-    """Numbers in the factors of weights of these (out, in) shapes; rank 0: of whole differences."""
+    """Number of values in the factors of weights of these (out, in) shapes; rank 0: in full differences."""
     return sum(rank * (out + inner) if rank else out * inner for out, inner in shapes)
 
 
 def _weights_of(names: Iterable[str]) -> list[str]:
-    """Names of the weights that a file's tensors are of, each once."""
+    """Names of the weights to which a file's tensors belong, each once."""
     return list(dict.fromkeys(name.removesuffix(UP).removesuffix(DOWN) for name in names))
 
 
@@ -255,7 +255,7 @@ def _is_zero(difference: Difference, what: str) -> bool:
 
 
 def _embedded(difference: Difference, part: Slice, shape: torch.Size) -> Difference:
-    """A difference of a slice as one of the whole weight."""
+    """Difference of a slice as one of the whole weight."""
     dim, start, length = part
     if isinstance(difference, LowRank):
         thin, along = (difference.up, 0) if dim == 0 else (difference.down, 1)

@@ -1,4 +1,4 @@
-"""Memory that controls take: measured numbers, and the formulas that use them."""
+"""Memory of controls: measured constants, and the formulas that use them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ NUMBERS_PER_PIXEL: dict[str, int] = {
     "gen2_deep": 116,
 }
 """Build -> peak number of values (of the compute dtype) alive per hint pixel in an encoder's pass, for hints from
-`LARGE_HINT` on. Source: benchmarks/bench_video_memory.py, at 512 x 512; a convolution's own scratch space is not in it.
-The products of convolutions (models/halving.py), 2.3 million numbers, are: larger hints need up to 7 less a pixel."""
+`LARGE_HINT` on. Source: benchmarks/bench_video_memory.py, at 512 x 512; a convolution's scratch space is not included.
+The merged convolutions (models/halving.py), 2.3 million values, are: larger hints need up to 7 less per pixel."""
 LARGE_HINT = 512 * 512
-"""Pixels; smaller hints may be too small for products of convolutions."""
+"""Number of pixels from which on a hint is large; for smaller ones convolutions may not be merged."""
 _SMALL_HINTS: dict[str, int] = {"gen1a": 547, "gen1a_norm": 547, "gen1b": 74, "gen1b_scale": 74}
-"""Numbers without products. All of the second generation need 139."""
+"""Peak numbers of values per hint pixel without merged convolutions. All of the second generation need 139."""
 
 
 def numbers_per_pixel(build: str, pixels: int) -> int:
@@ -31,13 +31,13 @@ def numbers_per_pixel(build: str, pixels: int) -> int:
 
 
 ROWS_AT_ONCE = 8
-"""Hints that an encoder takes in one pass at most; more are no faster."""
+"""Largest number of hints in one pass of an encoder; more are no faster."""
 WORKING_BYTES = 512 * MIB
-"""Bytes that a pass may need, unless a single hint needs more."""
+"""Limit in bytes for the memory of a pass, unless a single hint needs more."""
 
 
 def rows_at_once(row_bytes: int) -> int:
-    """Hints of an encoder's pass where one needs `row_bytes` of working memory."""
+    """Number of hints in an encoder's pass, where one needs `row_bytes` of working memory."""
     return max(1, min(ROWS_AT_ONCE, WORKING_BYTES // row_bytes))
 
 
@@ -48,26 +48,27 @@ def feature_bytes(spec: Spec, out_channels: int, height: int, width: int, itemsi
 
 
 WIDE_TENSORS, WIDE_FP32_TENSORS = 1, 3
-"""Tensors of the base's width alive where the narrow map of a transformer's control gets that width: what the last
-convolution gives, in the compute dtype, and its standardisation in fp32. Source: benchmarks/bench_clip_memory.py"""
+"""Numbers of tensors with the base's channels alive while `project` widens the map of a transformer's control: the
+output of the last convolution, in the compute dtype, and its standardisation in fp32. Source:
+benchmarks/bench_clip_memory.py"""
 
 
 def wide_bytes(spec: Spec, out_channels: int, height: int, width: int, itemsize: int) -> int:
-    """Peak bytes while the map of a hint of height x width pixels is widened to a transformer's channels."""
+    """Peak bytes while the map of a hint of height x width pixels is projected to a transformer's channels."""
     return feature_bytes(spec, out_channels, height, width, WIDE_TENSORS * itemsize + WIDE_FP32_TENSORS * 4)
 
 
 # ControlNet-XS. Source of the counts: benchmarks/bench_xs_memory.py
 
 XS_HINT_TENSORS = 3
-"""Feature maps of the hint encoder's first width that are alive at once, beside the hint."""
+"""Number of feature maps of the hint encoder's first width that are alive at once, beside the hint."""
 XS_NORM_TENSORS, XS_FP32_NORM_TENSORS = 3, 5
-"""Tensors of a width that are alive in a norm and the SiLU after it, in a residual block; the second where features in
-half precision have their norms in fp32."""
+"""Numbers of tensors alive in a norm and the SiLU after it, in a residual block; the second where features in half
+precision have their norms in fp32."""
 XS_TRANSFORMER_TENSORS = 21
-"""Tensors of a transformer's width alive in its feed-forward, beside what entered the block."""
+"""Number of tensors of a transformer's width alive in its feed-forward, beside the block's input."""
 XS_CORRECTION_TENSORS = 3
-"""Tensors of the base's channels while a correction is scaled, masked and added."""
+"""Number of tensors of the base's channels alive while a correction is scaled, masked and added."""
 XS_ROWS_PER_HINT = 2
 """Rows of a forward per hint: both halves of the guidance. The number of latents that share a hint is unknown here."""
 
@@ -80,9 +81,9 @@ def xs_numbers_per_pixel(config: ControlNetXSConfig) -> int:
 def xs_numbers_per_cell(config: ControlNetXSConfig, fp32_norms: bool) -> float:
     """Peak number of values alive per latent cell and row in a forward beside the base; the base's are not counted.
 
-    fp32_norms: norms are in fp32 and features in half precision.
+    fp32_norms: True means that norms are in fp32 and features in half precision; False: one dtype for both.
     """
-    size, most = 1.0, 0.0  # size: cells at the block at hand per latent cell
+    size, most = 1.0, 0.0  # size: cells of the current block per latent cell
     kept: list[float] = []
     sizes: list[float] = []
     for block in config.encoder:
@@ -100,11 +101,11 @@ def xs_numbers_per_cell(config: ControlNetXSConfig, fp32_norms: bool) -> float:
 
 
 def _inside(block: BlockConfig, fp32_norms: bool) -> float:
-    """Channels alive in a block, with those that entered it."""
+    """Channels alive in a block, with those of its input."""
     if block.kind != RES:
         return block.in_ch + block.out_ch
     norm = XS_FP32_NORM_TENSORS if fp32_norms else XS_NORM_TENSORS
-    most = max(norm * block.in_ch, block.in_ch + (norm + 1) * block.out_ch)  # the shortcut stands by the second norm
+    most = max(norm * block.in_ch, block.in_ch + (norm + 1) * block.out_ch)  # shortcut alive in the second norm
     if block.transformer is None:
         return most
     return max(most, block.in_ch + XS_TRANSFORMER_TENSORS * block.transformer.inner)

@@ -1,4 +1,4 @@
-"""Metadata of our files: modelspec keys for everyone, `controlnext.*` keys for us."""
+"""Metadata of this pack's files: modelspec keys for all programs, `controlnext.*` keys for this pack."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class ControlMetadata:
 
     spec: str | None = None
     gain: float | None = None
-    """The trained gain; takes the place of the row's constant factor."""
+    """Trained gain; replaces the row's constant factor."""
     normalization: str | None = None
     weights_kind: str | None = None
     weights_file: str | None = None
     """Name of the UNet weights beside the file."""
     sources: str | None = None
     slices: Mapping[str, Slice] = field(default_factory=dict)
-    """Weights of the base of which the file's difference is of a part only, by the host's names."""
+    """Host name of a weight -> the slice of it to which the file's difference applies."""
 
 
 def read_metadata(header: Header) -> ControlMetadata:
@@ -91,7 +91,7 @@ def write_metadata(
     rank: int | None = None,
     slices: Mapping[str, Slice] | None = None,
 ) -> dict[str, str]:
-    """The metadata of a file that holds `spec`, as safetensors wants it: strings only.
+    """Metadata of a file that holds `spec`, in the form of safetensors: strings only.
 
     rank: the highest of the file's low-rank differences; slices: see `ControlMetadata`.
     """

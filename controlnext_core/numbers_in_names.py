@@ -7,15 +7,15 @@ from collections.abc import Iterable
 from .checkpoint import CheckpointError
 
 MOST = 64
-"""Blocks of one kind; no network of the tables has half as many."""
+"""Largest number of blocks of one kind; no network of the tables has half as many."""
 MOST_LAYERS = 256
-"""Residual blocks and transformer layers of one network; SDXL's UNet has 87."""
+"""Largest number of residual blocks and transformer layers of one network; SDXL's UNet has 87."""
 
 
 class Numbered:
-    """Counts of different numbers behind each start of the names, as `2` for `down_blocks.0.x`, `down_blocks.1.x`.
+    """Counts of distinct numbers after each start of the names, as 2 for `down_blocks.0.x`, `down_blocks.1.x`.
 
-    Building it takes time in proportion to the names.
+    Building it takes time in proportion to the number of names.
     """
 
     def __init__(self, names: Iterable[str], source: str) -> None:
@@ -28,19 +28,19 @@ class Numbered:
                     self._found.setdefault(".".join(parts[:place]), set()).add(part)
 
     def count(self, start: str) -> int:
-        """Different numbers that stand behind `start` and a dot. Raises CheckpointError for more than MOST."""
+        """Count the distinct numbers after `start` and a dot. Raises CheckpointError for more than MOST."""
         number = len(self._found.get(start, ()))
         if number > MOST:
             raise self.too_many(f"{number:,} parts of {start}", MOST)
         return number
 
     def check_layers(self, number: int) -> None:
-        """Raise CheckpointError for more layers in all than MOST_LAYERS."""
+        """Raise CheckpointError for more layers in total than MOST_LAYERS."""
         if number > MOST_LAYERS:
             raise self.too_many(f"{number:,} layers", MOST_LAYERS)
 
     def too_many(self, what: str, most: int) -> CheckpointError:
-        """The error for a file with more of something than there can be."""
+        """Error for a file with more parts than any known network has."""
         return CheckpointError(
             f"{self.source}: has {what}, and no network that is known has more than {most}. The file is damaged or of "
             "an unknown kind: download it again."

@@ -1,4 +1,4 @@
-"""OpenCV where it is installed, and a remedy where it is not; four packages bring the same `cv2`."""
+"""Import of OpenCV, with a remedy where it is missing; four packages bring the same `cv2`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 PACKAGE = "opencv-python-headless"
-"""The package to ask for: the one without a window system, which servers lack."""
+"""Name of the package to install: the one without a window system, which servers lack."""
 
 
 def require_opencv() -> Any:

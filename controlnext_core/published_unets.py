@@ -1,4 +1,4 @@
-"""The shape of a published (diffusers) UNet, read from its names and shapes."""
+"""Shape of a published (diffusers) UNet, read from its names and shapes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def unet_config_of(shapes: Shapes, source: str) -> dict[str, Any]:
-    """The host's `unet_config` of a whole UNet with published names, as far as names depend on it.
+    """Host's `unet_config` of a whole UNet with published names, with the entries on which names depend.
 
-    Raises CheckpointError for a file that holds a part of a UNet only, or none.
+    Raises CheckpointError for a file that holds only a part of a UNet, or none.
     """
     if "conv_in.weight" not in shapes or "conv_out.weight" not in shapes:
         raise CheckpointError(

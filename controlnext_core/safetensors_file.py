@@ -1,7 +1,7 @@
-"""The table of a safetensors file, read from its header.
+"""Table of a safetensors file, read from its header.
 
-Source of the format: the safetensors documentation, "Format": 8 bytes of length, a JSON object, then the numbers of all
-tensors without gaps. What its own reader refuses is refused here.
+Source of the format: the safetensors documentation, "Format": 8 bytes of length, a JSON object, then the values of all
+tensors without gaps. Files that the safetensors library refuses are refused here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from .stored import MAX_TENSORS, Entry, StoredError, Table, check_entry, stamp_of
 
 MAX_HEADER = 25_000_000
-"""Bytes; headers of the largest published checkpoints are far below one million, and Python reads this in a second."""
+"""Largest header in bytes; those of the largest published checkpoints are far below one million, and Python reads this
+in a second."""
 
 DTYPES: dict[str, torch.dtype | None] = {
     "F64": torch.float64,
@@ -41,11 +42,11 @@ DTYPES: dict[str, torch.dtype | None] = {
     "F4": None,
 }
 BITS = {"U64": 64, "U32": 32, "U16": 16, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
-"""Bits per number of the formats that are listed and not read."""
+"""Bits per value of the formats that are listed but not read."""
 
 
 def read_table(path: Path) -> Table:
-    """Names, shapes, places and metadata. Raises StoredError, OSError, ValueError."""
+    """Read names, shapes, positions and metadata. Raises StoredError, OSError, ValueError."""
     with open(path, "rb") as file:
         stamp = stamp_of(file)
         header, start = _read_header(file, stamp[0])
@@ -60,7 +61,7 @@ def read_table(path: Path) -> Table:
 
 
 def _read_header(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
-    """The JSON object, and where the numbers start."""
+    """Read the JSON object; returns it with the position where the values start."""
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
         raise StoredError(f"its header claims {length:,} bytes, more than the file has")
@@ -104,7 +105,7 @@ def _whole_numbers(value: Any) -> bool:
 
 
 def _check_places(entries: dict[str, Entry], start: int, size: int) -> None:
-    """The numbers of all tensors lie one behind the other, up to the end of the file."""
+    """Check that the tensors follow each other without gaps, up to the end of the file."""
     at = start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].length)):
         if entry.start != at:

@@ -1,4 +1,4 @@
-"""Strength over the run: `percent:strength` pairs, and percent from sigma."""
+"""Strength schedule over a run: `percent:strength` pairs, and percent from sigma."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .encodable import cut
 
 ITERATIONS = 60
-"""Halvings of the bisection; an interval of 1 becomes 1e-18, below what a double tells apart."""
+"""Steps of the bisection; an interval of 1 becomes 1e-18, below the resolution of a double."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,10 +16,10 @@ class Schedule:
     """Strength as a piecewise linear function of the host's percent."""
 
     points: tuple[tuple[float, float], ...]
-    """(percent in 0..1, strength), percents rising; empty = 1 everywhere."""
+    """Pairs (percent in 0..1, strength), percents ascending; empty = 1 everywhere."""
 
     def at(self, percent: float) -> float:
-        """Strength at a percent; the first and the last pair hold beyond their ends."""
+        """Strength at a percent; constant beyond the first and the last pair."""
         if not self.points:
             return 1.0
         if percent <= self.points[0][0]:
@@ -31,9 +31,9 @@ class Schedule:
 
 
 def parse_schedule(text: str) -> Schedule:
-    """`0:1, 0.4:1, 0.8:0.2` -> Schedule; an empty text is 1 everywhere.
+    """Parse a text such as `0:1, 0.4:1, 0.8:0.2`; an empty text is 1 everywhere.
 
-    Raises ValueError naming the pair: not two numbers, a percent outside 0..1 or not rising, a strength below 0.
+    Raises ValueError naming the pair: not two numbers, a percent outside 0..1 or not ascending, a strength below 0.
     """
     points: list[tuple[float, float]] = []
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -57,7 +57,7 @@ def parse_schedule(text: str) -> Schedule:
 
 
 def percent_of(sigma: float, percent_to_sigma: Callable[[float], float]) -> float:
-    """Percent of sampling at this sigma, by bisection: the host's `percent_to_sigma` falls and has no inverse.
+    """Percent of sampling at this sigma, by bisection: the host's `percent_to_sigma` decreases and has no inverse.
 
     Returns 0..1; sigmas beyond either end give that end.
     """

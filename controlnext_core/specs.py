@@ -1,6 +1,6 @@
-"""THE table: every released ControlNeXt variant, where it goes in the UNet and how it is added.
+"""Table of every released ControlNeXt variant: its site in the base and how it is added.
 
-A fact about a variant stands here once, with its source; networks, detection, nodes, tests and docs read it from
+A fact about a variant is stated here once, with its source; networks, detection, nodes, tests and docs read it from
 here. "rel" in a source means the released inference code of that variant.
 """
 
@@ -13,7 +13,7 @@ from ..models.controlnext import ControlNeXtConfig, Stage
 
 
 class Family(str, Enum):
-    """Base model families, told apart by the network's own shape (see `comfy_adapter.bases`)."""
+    """Families of base models, recognised by the network's shape (see `comfy_adapter.bases`)."""
 
     SD15 = "SD1.5"
     SD21 = "SD2.1"
@@ -59,12 +59,12 @@ class GainFormula(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gain:
-    """The strength at which a variant was released."""
+    """Gain at strength 1 with which a variant was released."""
 
     formula: GainFormula = GainFormula.CONSTANT
     factor: float = 1.0
     uncond: float | None = None
-    """Gain of the negative half under `auto`; None = the same as the positive half."""
+    """Gain of the negative half under `auto`; None: the same as the positive half."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,30 +75,30 @@ class Fusion:
     pool_first: bool
     """True: pool to the site's size, then normalise. False: normalise, then pool."""
     eps: float
-    """Added to the standard deviation of the control, not to its variance."""
+    """Constant added to the standard deviation of the control, not to its variance."""
     gain: Gain = Gain()
     normalization: str = "released"
-    """A key of `injection.NORMALIZATIONS`."""
+    """Name of the normalisation, a key of `injection.NORMALIZATIONS`."""
     project_last: bool = False
-    """True means that the encoder's last convolution runs on the pooled map, after the cache: equal, as both are
-    linear, and right where the base is many times wider than the encoder."""
+    """True: the encoder's last convolution runs on the pooled map, after the cache; equal, as both are linear, and
+    cheaper where the base has many more channels than the encoder. False: it runs in the encoder's pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DefaultDifferences:
-    """Weight differences that a variant has where nobody says otherwise."""
+    """Weight differences of a variant that are trained by default."""
 
     subset: str = "to_out"
-    """A named subset of the family's base (`Base.trainable`)."""
+    """Named subset of the family's base (`Base.trainable`)."""
     rank: int = 16
-    """Rank of the two factors of a difference; 0 = whole differences."""
+    """Rank of the two factors of a difference; 0: full differences."""
     blocks: int | None = None
-    """Number of blocks that have differences, from the first on; None = all."""
+    """Number of blocks that have differences, from the first on; None: all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
-    """One released variant."""
+    """Variant of ControlNeXt: one row of the table."""
 
     name: str
     family: Family
@@ -108,11 +108,11 @@ class Spec:
     title: str
     source: str
     differences: DefaultDifferences | None = None
-    """None for variants of UNets, whose differences are whole; see the trainer's recipes."""
+    """Default differences; None for variants of UNets, whose differences are full (see the trainer's recipes)."""
 
     @property
     def on_transformer(self) -> bool:
-        """True means that the base is a transformer: it decides how wide the encoder is at its end."""
+        """True: the base is a transformer, which decides the encoder's output channels. False: a UNet."""
         return self.fusion.site is Site.AFTER_JOINT_0
 
 
@@ -162,7 +162,7 @@ BUILDS: dict[str, ControlNeXtConfig] = {
 }
 
 TOKENS = Fusion(site=Site.AFTER_JOINT_0, pool_first=True, eps=1e-12, project_last=True)
-"""The rule of `sd15` with the tokens of the picture in place of pixels; every transformer has it."""
+"""Fusion of `sd15` with the picture's tokens in place of pixels; every transformer has it."""
 
 
 def _on_transformer(
@@ -283,20 +283,20 @@ SPECS: dict[str, Spec] = {
 }
 
 PAPER_FUSION = "paper"
-"""The normalization of the paper's equation 10, for any row: `with_normalization(spec, PAPER_FUSION)`."""
+"""Name of the normalisation in the paper's equation 10, for any row: `with_normalization(spec, PAPER_FUSION)`."""
 
 
 def with_normalization(spec: Spec, normalization: str) -> Spec:
-    """Copy of the variant with another row of `injection.NORMALIZATIONS`."""
+    """Copy of the variant with another key of `injection.NORMALIZATIONS`."""
     return replace(spec, fusion=replace(spec.fusion, normalization=normalization))
 
 
 def with_trained_gain(spec: Spec, gain: float) -> Spec:
-    """Copy of the variant at the gain it was trained with, in place of the row's constant factor."""
+    """Copy of the variant with its trained gain in place of the row's constant factor."""
     return replace(spec, fusion=replace(spec.fusion, gain=replace(spec.fusion.gain, factor=gain)))
 
 
 def config_of(spec: Spec, out_channels: int | None = None) -> ControlNeXtConfig:
-    """Configuration of a variant's encoder; out_channels: those of the file, None = those of the variant."""
+    """Configuration of a variant's encoder; out_channels: those of the file, None: those of the variant."""
     config = BUILDS[spec.build]
     return config if out_channels is None else replace(config, out_channels=out_channels)

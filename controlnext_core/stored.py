@@ -1,7 +1,7 @@
-"""Tensors in a file: where each lies, and how it is read into memory of its own.
+"""Tensors in a file: their positions, and how they are read into memory of their own.
 
-No file is mapped: a mapped file that is cut short or written over while its weights are in use ends the process
-(SIGBUS) or changes its results. Every size is checked against the file's before memory is asked for.
+No file is mapped: a mapped file that is truncated or overwritten while its weights are in use ends the process (SIGBUS)
+or changes its results. Every size is checked against the file's before memory is allocated.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor
 
 MAX_DIMENSIONS = 8
 MAX_NAME = 500
-"""Letters of a tensor's name; real ones have a hundred, and looking into one takes time by its square."""
+"""Largest length of a tensor's name in characters; real ones have a hundred, and analysing one takes quadratic time."""
 MAX_TENSORS = 100_000
 ALLOWANCE = 512 << 20
-"""Bytes that tensors may claim together where the file is smaller: those of a torch file may share their numbers."""
+"""Bytes that tensors may claim in total where the file is smaller: those of a torch file may share their storage."""
 
 
 class StoredError(ValueError):
-    """A file that does not hold what it says. The message is a part of a sentence."""
+    """Error for a file whose content contradicts its header. The message is a part of a sentence."""
 
 
 class KindError(StoredError):
-    """An intact file of a kind that cannot be used here."""
+    """Error for an intact file of a kind that cannot be used here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +37,16 @@ class Entry:
     """Record of one tensor in a file: format, shape and position."""
 
     dtype: torch.dtype | None
-    """Number format; None: one that torch, or this pack, does not have."""
+    """Number format; None: one that torch, or this pack, does not support."""
     format: str
-    """The number format as the file calls it."""
+    """Name of the number format in the file."""
     shape: tuple[int, ...]
     start: int
-    """Bytes from the start of the file."""
+    """Offset in bytes from the start of the file."""
     length: int
-    """Bytes in the file."""
+    """Length in bytes in the file."""
     stride: tuple[int, ...] | None = None
-    """Strides in numbers; None = contiguous."""
+    """Strides in elements; None: contiguous."""
 
     @property
     def claimed(self) -> int:
@@ -65,15 +65,16 @@ class Table:
 
 
 def stamp_of(file: BinaryIO) -> tuple[int, int]:
-    """Size in bytes and time of change in nanoseconds of an open file."""
+    """Size in bytes and modification time in nanoseconds of an open file."""
     stat = os.fstat(file.fileno())
     return stat.st_size, stat.st_mtime_ns
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """Tensors of a file by name, each read when it is asked for and kept by nobody here.
+    """Tensors of a file by name, each read at the time of access and not cached.
 
-    Raises StoredError where the file has changed since it was listed, or together claims more than the file holds.
+    Raises StoredError where the file has changed since it was listed, or where its tensors claim more bytes than it
+    has.
     """
 
     def __init__(self, table: Table, names: Iterable[str]) -> None:
@@ -96,11 +97,11 @@ class StoredTensors(Mapping[str, Tensor]):
         return len(self.names)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, without reading it."""
+        """Shape of a tensor, without reading it."""
         return self.table.entries[name].shape
 
     def read_all(self) -> dict[str, Tensor]:
-        """Every tensor, from one look at the file."""
+        """Read every tensor, opening the file once."""
         with open(self.table.path, "rb", buffering=0) as file:
             if stamp_of(file) != self.table.stamp:
                 raise StoredError("it was changed while it was being read")
@@ -108,7 +109,7 @@ class StoredTensors(Mapping[str, Tensor]):
 
 
 def read_tensor(file: BinaryIO, name: str, entry: Entry) -> Tensor:
-    """The tensor of an entry, in memory of its own, contiguous. file: opened without a buffer."""
+    """Read the tensor of an entry into memory of its own, contiguous. file: opened without a buffer."""
     if entry.dtype is None:
         raise KindError(f"'{name}' is of the number format {entry.format}, which is not supported")
     if entry.stride is None:

@@ -1,7 +1,7 @@
 """Tiles of a picture that is too large for one pass: cut with an overlap, merged over it.
 
-All lengths are in pixels. The tiles of a side stand at even distances, from edge to edge, so that neighbours share at
-least the overlap. Where they share more, the seam lies in the middle of what they share.
+All lengths are in pixels. The tiles of a side are evenly spaced, from edge to edge, so that neighbours share at least
+the overlap. Where they share more, the seam is in the middle of the shared area.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 STEP = 16
-"""Sides of a tile are multiples of it: that of a token of SD3 and Flux, and of twice a latent's cell."""
+"""Divisor of the sides of a tile: the side of a token of SD3 and Flux, and twice that of a latent cell."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,13 @@ class Line:
 
     @property
     def padded(self) -> int:
-        """Length of the side with what a short one is filled up by."""
+        """Length of the side, padded to at least one tile."""
         return max(self.length, self.tile)
 
     def weights(self) -> Tensor:
         """Weights of the tiles' pixels in the merged picture, (tiles, tile); at each pixel of the side their sum is 1.
 
-        A tile counts where its own ramp has risen and the next one's has not: ramps as wide as the overlap, linear,
-        around the middle of what two neighbours share.
+        Neighbours are blended by linear ramps as wide as the overlap, around the middle of the area they share.
         """
         middles = torch.tensor([(after + before + self.tile) / 2 for before, after in self.neighbours])
         pixels = torch.arange(self.padded) + 0.5
@@ -47,13 +46,13 @@ class Line:
 
     @property
     def neighbours(self) -> list[tuple[int, int]]:
-        """Starts of each two tiles that follow each other."""
+        """Pairs of the starts of neighbouring tiles."""
         return list(zip(self.starts, self.starts[1:], strict=False))
 
 
 @dataclass(frozen=True)
 class TileLayout:
-    """Places of the tiles of each of a number of equal pictures, row by row."""
+    """Positions of the tiles of a number of equal pictures, row by row."""
 
     pictures: int
     down: Line
@@ -71,13 +70,14 @@ class TileLayout:
 
 
 def line(length: int, tile: int, overlap: int, name: str = "tile") -> Line:
-    """As few tiles as cover a side. A side shorter than a tile gets one, as long as the side in steps of `STEP`.
+    """Cover a side with as few tiles as possible. A side shorter than a tile gets one, as long as the side in steps of
+    `STEP`.
 
-    name: of the tile's length, for messages. Raises ValueError for a tile that is no multiple of `STEP`, and for an
+    name: of the tile's length, for messages. Raises ValueError for a tile that is not a multiple of `STEP`, and for an
     overlap of more than half a tile.
     """
     if tile < STEP or tile % STEP:
-        raise ValueError(f"{name}: {tile} pixels are no multiple of {STEP}. Set {max(tile // STEP, 1) * STEP}.")
+        raise ValueError(f"{name}: {tile} pixels are not a multiple of {STEP}. Set {max(tile // STEP, 1) * STEP}.")
     if not 0 <= overlap <= tile // 2:  # more would multiply the tiles, up to one for each pixel
         raise ValueError(f"overlap: {overlap} pixels are not within 0 and half of a tile of {tile}. Set {tile // 8}.")
     tile = min(tile, math.ceil(length / STEP) * STEP)
@@ -88,9 +88,9 @@ def line(length: int, tile: int, overlap: int, name: str = "tile") -> Line:
 
 
 def split(pictures: Tensor, width: int, height: int, overlap: int) -> tuple[Tensor, TileLayout]:
-    """Cut pictures (B, H, W, C) into tiles; return (B * tiles, height, width, C), picture by picture, and the layout.
+    """Cut pictures (B, H, W, C) into tiles; returns (B * tiles, height, width, C), picture by picture, and the layout.
 
-    Where a picture is smaller than a tile and no multiple of `STEP`, its last row and column are repeated.
+    Where a picture is smaller than a tile and not a multiple of `STEP`, its last row and column are repeated.
     """
     rows, columns = pictures.shape[1:3]
     down, across = line(rows, height, overlap, "height"), line(columns, width, overlap, "width")
@@ -104,9 +104,9 @@ def split(pictures: Tensor, width: int, height: int, overlap: int) -> tuple[Tens
 
 
 def merge(tiles: Sequence[Tensor], layout: TileLayout) -> Tensor:
-    """Merge what became of the tiles, in batches (b, h, w, C) of any number; return pictures (B, H, W, C) in fp32.
+    """Merge the processed tiles, in batches (b, h, w, C) of any size; returns pictures (B, H, W, C) in fp32.
 
-    Raises ValueError where they are not as many, or not as large, as `split` made.
+    Raises ValueError where their number or size differs from that of `split`.
     """
     found = sum(map(len, tiles))
     if found != layout.count:

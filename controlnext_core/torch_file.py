@@ -1,8 +1,8 @@
-"""The table of a torch file (.ckpt, .bin, .pt, .pth), read from its pickle without running anything in it.
+"""Table of a torch file (.ckpt, .bin, .pt, .pth), read from its pickle without executing anything in it.
 
-The pickle is read by an unpickler that knows tensors, and stands in for each with its shape and place in the file:
-no function of a file is called, no class but dictionaries is made, and no memory is taken for numbers. Source of the
-two formats: torch/serialization.py (`_save`, `_legacy_save`).
+The unpickler recognises tensors only, and replaces each by its shape and position in the file: no function of a file is
+called, no class but dictionaries is made, and no memory is allocated for values. Source of the two formats:
+torch/serialization.py (`_save`, `_legacy_save`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from .stored import ALLOWANCE, MAX_TENSORS, Entry, KindError, StoredError, Table, check_entry, stamp_of
 
 MAX_PICKLE = 4 << 20
-"""Bytes of a file's pickle; that of an SDXL checkpoint is a tenth of it."""
+"""Largest size in bytes of a file's pickle; that of an SDXL checkpoint is a tenth of it."""
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 STORAGES = {
@@ -51,21 +51,21 @@ OTHERS = {
     ("torch._utils", "_rebuild_wrapper_subclass"): "of a class of its own",
     ("torch._tensor", "_rebuild_from_type_v2"): "of a class of its own",
 }
-"""Tensors that are none of plain numbers -> what they are."""
+"""Tensors other than dense numeric ones -> their kind."""
 HARMLESS = {
     *(("torch", "device"), ("torch", "Size"), ("collections", "Counter"), ("_codecs", "encode")),
     *(("torch.serialization", "_get_layout"), ("torch", "per_tensor_affine"), ("torch", "per_channel_affine")),
 }
-"""Entries beside tensors in sound files, which are not read."""
+"""Entries beside tensors in valid files, which are skipped."""
 
 
 class CodeError(StoredError):
-    """A pickle that holds more than tensors."""
+    """Error for a pickle that holds more than tensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Type:
-    """A storage class or a number format of torch."""
+    """Storage class or number format of torch."""
 
     dtype: torch.dtype
 
@@ -79,7 +79,7 @@ class _Storage:
 
 @dataclass(frozen=True, slots=True)
 class _Claim:
-    """A tensor as the pickle describes it."""
+    """Tensor as the pickle describes it."""
 
     storage: _Storage
     dtype: torch.dtype
@@ -95,7 +95,7 @@ class _Other:
 
 @dataclass(frozen=True, slots=True)
 class _Named:
-    """Makes what is passed over, or refused by its kind."""
+    """Factory of objects that are skipped, or refused by their kind."""
 
     kind: str
 
@@ -140,11 +140,11 @@ BARRED = (
     *(pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4),
     *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
 )
-"""Operations that tensors need not, and that make objects or take memory by a number in the file."""
+"""Pickle operations that tensors do not need, and that make objects or allocate memory by a number in the file."""
 
 
 class _TensorsAlone(pickle._Unpickler):  # the one in C takes memory by numbers in the file
-    """Unpickles tensors as claims, and refuses all else."""
+    """Unpickler that reads tensors as claims, and refuses all else."""
 
     dispatch: ClassVar[dict[int, Callable[..., None]]] = {
         code: step for code, step in pickle._Unpickler.dispatch.items() if bytes([code]) not in BARRED
@@ -187,9 +187,10 @@ class _Place:
 
 
 def read_table(path: Path) -> Table:
-    """Names, shapes and places of the named tensors. Raises StoredError, CodeError for more than tensors, OSError.
+    """Read names, shapes and positions of the named tensors. Raises StoredError, CodeError for more than tensors,
+    OSError.
 
-    Pickles and archives that are damaged raise whatever their readers raise.
+    Damaged pickles and archives raise the exceptions of their readers.
     """
     with open(path, "rb") as file:
         stamp = stamp_of(file)
@@ -238,7 +239,7 @@ def _contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 
 def _zipped(file: BinaryIO, size: int) -> tuple[Any, dict[str, _Place]]:
-    """Content and storages of the format that is a zip archive. Its directory is checked before anything is read."""
+    """Content and storages of a file in the zip format. The archive's directory is checked before anything is read."""
     with zipfile.ZipFile(file) as archive:
         parts = archive.infolist()
         _check_directory(parts, size)
@@ -267,7 +268,7 @@ def _check_directory(parts: list[zipfile.ZipInfo], size: int) -> None:
 
 
 def _place(file: BinaryIO, part: zipfile.ZipInfo, size: int) -> _Place:
-    """Offset of the bytes of a part, after its local header, whose names may have another length."""
+    """Position of the bytes of an archive's part, after its local header, whose names may have another length."""
     file.seek(part.header_offset)
     header = file.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
@@ -279,7 +280,7 @@ def _place(file: BinaryIO, part: zipfile.ZipInfo, size: int) -> _Place:
 
 
 def _legacy(file: BinaryIO, size: int) -> tuple[Any, dict[str, _Place]]:
-    """Content and storages of the format before torch 1.6: pickles, then the numbers one behind the other."""
+    """Content and storages of a file in the format before torch 1.6: pickles, then the values of all storages."""
     bounded = _Bounded(file, MAX_PICKLE)
     if _TensorsAlone(bounded).load() != LEGACY_MAGIC:
         raise StoredError("it is not a torch file")
@@ -307,7 +308,7 @@ def _legacy(file: BinaryIO, size: int) -> tuple[Any, dict[str, _Place]]:
 
 
 class _Storages(_TensorsAlone):
-    """Remembers the storages that it saw."""
+    """Unpickler that records the storages it reads."""
 
     def __init__(self, file: Any) -> None:
         super().__init__(file)
@@ -321,7 +322,7 @@ class _Storages(_TensorsAlone):
 
 
 class _Bounded:
-    """File of which at most `limit` bytes are read; `place` is the number read so far."""
+    """File of which at most `limit` bytes are read; `place` is the number of bytes read so far."""
 
     def __init__(self, file: BinaryIO, limit: int) -> None:
         self.file, self.limit, self.place = file, limit, 0

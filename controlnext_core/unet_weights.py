@@ -1,7 +1,7 @@
 """UNet weights that come with a control: differences or full weights, as differences of the host's tensors.
 
-"Published" is the layout of a weight file, "host" that of the base model (see `key_maps`). Tensors are taken
-one at a time: no model is ever held in fp32 beside the file. The strength is applied by the host, not here.
+"Published" is the layout of a weight file, "host" that of the base model (see `key_maps`). Tensors are processed one at
+a time: no whole model in fp32 is held beside the file. The strength is applied by the host, not here.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ BaseWeights = Callable[[str], "Tensor | None"]
 
 MAX_SAMPLES = 16
 SAMPLED = 1 << 15
-"""Numbers of a weight that tell differences from full weights, evenly spread; all of them would tell no more.
-
-So few that torch takes them in one thread: more would wait for other threads, which on a busy machine takes longest."""
+"""Number of values of a weight, evenly spread, that decide between differences and full weights; more would not change
+the decision. Few enough for torch to use one thread: more would wait for other threads, which takes longest on a busy
+machine."""
 KEPT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FP16_MAX = torch.finfo(torch.float16).max
 
@@ -45,12 +45,12 @@ class WeightsKind(str, Enum):
 
 
 def decide_kind(file: Mapping[str, Tensor], base: BaseWeights, source: str = "the weights file") -> WeightsKind:
-    """Tell differences from full weights by their size and direction against the base model's.
+    """Decide between differences and full weights by size and direction relative to the base model's weights.
 
-    base: takes the names of `file`, gives the published layout (`published_base`). Medians over up to 16 of
-    the largest weights (no biases, no norms) of r = |file| / |base| and c = cosine(file, base) decide.
-    Difference: r <= 0.3, or r < 0.5 and |c| < 0.3. Full: r >= 0.5 and r c >= 0.5 (nearer to base than to 0).
-    Raises CheckpointError with r and c for anything else, and where there is no weight to compare.
+    base: by the names of `file`, in the published layout (`published_base`). Medians over up to 16 of the largest
+    weights (no biases, no norms) of r = |file| / |base| and c = cosine(file, base) decide. Difference: r <= 0.3, or r <
+    0.5 and |c| < 0.3. Full: r >= 0.5 and r c >= 0.5 (nearer to base than to 0). Raises CheckpointError with r and c for
+    any other result, and where there is no weight to compare.
     """
     shapes = {name: shape_of(file, name) for name in file if name.endswith(".weight")}
     weights = [name for name, shape in shapes.items() if len(shape) >= 2]
@@ -80,7 +80,7 @@ def decide_kind(file: Mapping[str, Tensor], base: BaseWeights, source: str = "th
 
 
 def _ratio_and_cosine(tensor: Tensor, base: Tensor) -> tuple[float, float] | None:
-    """None where the base is all zero or of another shape: that tells nothing."""
+    """(ratio of norms, cosine); None where the base is all zero or has another shape."""
     if tensor.shape != base.shape:
         return None
     step = -(-tensor.numel() // SAMPLED) or 1
@@ -95,9 +95,9 @@ def _ratio_and_cosine(tensor: Tensor, base: Tensor) -> tuple[float, float] | Non
 def published_base(
     file: Mapping[str, Tensor], key_map: KeyMap, base: BaseWeights, source: str = "the weights file"
 ) -> BaseWeights:
-    """The base model seen with the file's names and layout, as `decide_kind` wants it.
+    """Lookup of the base model's weights by the file's names and in its layout, for `decide_kind`.
 
-    base: takes host names with `diffusion_model.`. Raises CheckpointError where a name is not the model's.
+    base: by host names with `diffusion_model.`. Raises CheckpointError where a name is not the model's.
     """
     targets = resolve_names(file, key_map, source)
 
@@ -158,8 +158,8 @@ def full_from_differences(
 ) -> dict[str, Tensor]:
     """Full weights (base + difference, formed in fp32) by host name, for a file that holds full weights.
 
-    differences, base: host names with `diffusion_model.`. Raises CheckpointError where the model lacks the
-    tensor, has another shape, or the sum does not fit `dtype`.
+    differences, base: by host names with `diffusion_model.`. Raises CheckpointError where the model lacks the tensor,
+    has another shape, or the sum does not fit `dtype`.
     """
     full = {}
     for name, difference in differences.items():
@@ -178,7 +178,7 @@ def full_from_differences(
 
 
 def published_names(tensors: Mapping[str, Tensor], key_map: KeyMap) -> dict[str, Tensor]:
-    """Tensors under published names and in published layout, fused ones taken apart.
+    """Tensors under published names and in published layout, with fused ones split.
 
     tensors: by host name, with or without `diffusion_model.`. Raises CheckpointError for unknown names.
     """
@@ -206,7 +206,7 @@ def _to_published(whole: Tensor, target: Target) -> Tensor:
 
 
 def _place(found: dict[str, Tensor], name: str, target: Target, difference: Tensor, whole: Tensor) -> None:
-    """Put a published difference into `found` in the host's layout; the rest of a fused tensor stays 0."""
+    """Write a published difference into `found` in the host's layout; the rest of a fused tensor stays 0."""
     if target.swap_halves:
         difference = _swap_halves(difference)
     if target.slice is None:
@@ -226,7 +226,7 @@ def _swap_halves(tensor: Tensor) -> Tensor:
 
 
 def _difference(tensor: Tensor, current: Tensor, kind: WeightsKind, what: str) -> Tensor | None:
-    """The difference in the dtype it is held in; None where it is zero."""
+    """Difference in its storage dtype; None where it is zero."""
     if kind is WeightsKind.FULL:
         difference = tensor.to(torch.float32, copy=True).sub_(current.float())
     else:

@@ -1,4 +1,4 @@
-"""ControlNet-XS files from one set of names to the other, with what their shapes cannot say in the metadata."""
+"""Conversion of ControlNet-XS files between the two formats; the metadata holds the facts that shapes do not give."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ LAYOUTS = {"xs_official": OFFICIAL, "xs_diffusers": DIFFUSERS}
 
 CONFIG_FILE = "config.json"
 ADAPTER_RESNETS = 2
-"""Residual blocks per level of diffusers' adapter."""
+"""Number of residual blocks per level of diffusers' adapter."""
 
 
 def convert(source: Path, target: Path, layout: str, num_heads: str = "", norm_rule: str = "auto") -> Path:
     """Write the ControlNet-XS file `source` with the names of `layout` (a key of LAYOUTS). Returns the new path.
 
-    Raises CheckpointError, DetectionError where `source` is none, ValueError for an unknown layout.
+    Raises CheckpointError, DetectionError where `source` is not a ControlNet-XS, ValueError for an unknown layout.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout: '{layout}' is unknown. Choose one of {', '.join(LAYOUTS)}.")
@@ -47,9 +47,10 @@ def write(
     layout: str,
     facts: Mapping[str, str] | None = None,
 ) -> Path:
-    """Save tensors (our names) as a ControlNet-XS file; beside an adapter its config.json, where diffusers has one.
+    """Save tensors (this pack's names) as a ControlNet-XS file; beside an adapter its config.json, where diffusers has
+    one.
 
-    facts: further metadata, whole keys.
+    facts: further metadata with complete keys.
     """
     format = LAYOUTS[layout]
     names = from_ours(tensors, shape.layout, format)
@@ -62,7 +63,9 @@ def write(
 
 
 def heads_by_level(shape: XSShape, heads: tuple[int, ...]) -> tuple[int, ...]:
-    """Attention heads per level, as `parse_heads` reads them; 1 where there is none, the last is the middle's."""
+    """Attention heads per level, in the form of `parse_heads`; 1 for a level without attention, the last is the
+    middle's.
+    """
     found = {level: number for (_, level, _), number in zip(shape.layout.kinds, heads, strict=False) if number}
     found[len(shape.layout.levels) - 1] = heads[-1]
     levels = tuple(found.get(level, 1) for level in range(len(shape.layout.levels)))
@@ -84,7 +87,7 @@ def _metadata(shape: XSShape, heads: tuple[int, ...], norm_rule: str) -> dict[st
 
 
 def adapter_config(shape: XSShape, heads: tuple[int, ...]) -> dict[str, Any] | None:
-    """The config.json of diffusers' ControlNetXSAdapter; None for a layout that it does not have."""
+    """Content of the config.json of diffusers' ControlNetXSAdapter; None for a layout that it does not have."""
     levels = shape.layout.levels
     uniform = all(len(depths) == ADAPTER_RESNETS and len(set(depths)) == 1 for depths in levels)
     same_middle = levels[-1][0] in (0, shape.layout.middle_depth)  # diffusers has one number for both

@@ -28,35 +28,35 @@ ADAPTER_MARK = "control_to_base_for_conv_in.weight"
 FUSED_MARK = "ctrl_conv_in.weight"
 
 LEFTOVERS = ("scale_list", "control_model.label_emb.", "diffusion_model.")
-"""Tensors of released and whole-engine files beside the control: unused in inference, and not the control's."""
+"""Tensors beside the control in released and whole-engine files: not used in inference, and not part of the control."""
 
 TYPE_C = ("control_model.output_blocks.", "middle_block_in.", "dec_zero_convs_in.")
 
 HEADS_KEY, NORM_KEY = "controlnext.xs_num_heads", "controlnext.xs_norm_rule"
-"""Metadata of our files beyond their shapes."""
+"""Metadata keys of this pack's files for facts that shapes do not give."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class XSFile:
-    """A ControlNet-XS file."""
+    """ControlNet-XS file, before its network is built."""
 
     header: Header
     format: str
     shape: XSShape
     names: dict[str, str]
-    """Our name -> name in the file."""
+    """This pack's name -> name in the file."""
 
     @property
     def family(self) -> Family:
         return self.shape.family
 
     def norm_rule(self, chosen: str = "auto") -> NormRule:
-        """Normalisation rule of a file: the user's choice, else the file's metadata, else its origin.
+        """Normalisation rule of a file: the user's choice, else the file's metadata, else by its origin.
 
-        auto: the official rule for files with the released names and for the released sizes, else diffusers'.
-        Raises DetectionError for a rule in the metadata that is not in the table.
+        auto: the official rule for files with the released names and for the released sizes, else diffusers'. Raises
+        DetectionError for a rule in the metadata that is not in the table.
         """
         said = self.header.metadata.get(NORM_KEY)
         if chosen == "auto" and said is not None and said not in NORM_RULES:
@@ -69,7 +69,8 @@ class XSFile:
         return NORM_RULES[chosen]
 
     def heads(self, num_heads: str = "", beside: str = "") -> tuple[int, ...]:
-        """Heads that the user, the file's metadata, the configuration `beside` the file or the table decides.
+        """Attention heads from the user, the file's metadata, the configuration `beside` the file or the table, in this
+        order.
 
         Raises DetectionError where they do not divide the widths.
         """
@@ -85,14 +86,14 @@ class XSFile:
 
 
 def is_xs(names: Iterable[str]) -> bool:
-    """True means that one of these names marks a ControlNet-XS, of whatever format."""
+    """True: at least one name marks a ControlNet-XS, of any format. False: none does."""
     return any(name.endswith((OFFICIAL_MARK, ADAPTER_MARK)) or name.endswith(FUSED_MARK) for name in names)
 
 
 def read_xs_file(header: Header) -> XSFile:
     """Recognise a ControlNet-XS: released names under any prefix, in a whole engine, diffusers' adapter or fused model.
 
-    Raises DetectionError for anything else, and for type C, pruned and damaged files, naming what is wrong.
+    Raises DetectionError for other files, and for type C, pruned and damaged files, naming the fault.
     """
     if not is_xs(header.shapes):
         raise DetectionError(f"{header.path}: is not a ControlNet-XS. {_what_else(header)}")
@@ -114,7 +115,7 @@ def read_xs_file(header: Header) -> XSFile:
 
 
 def _part(header: Header) -> tuple[str, dict[str, str]]:
-    """The format, and the control's names in it -> names in the file."""
+    """Format of the file, and the control's names in it -> names in the file."""
     for mark, format in ((OFFICIAL_MARK, OFFICIAL), (ADAPTER_MARK, DIFFUSERS)):
         found = min((name for name in header.shapes if name.endswith(mark)), key=len, default=None)
         if found is None:
@@ -131,7 +132,7 @@ def _part(header: Header) -> tuple[str, dict[str, str]]:
 
 
 def _what_else(header: Header) -> str:
-    """Kind of a file that is no ControlNet-XS, in words."""
+    """Kind of a file that is not a ControlNet-XS, as a sentence."""
     try:
         file = read_control_file(header)
     except DetectionError as error:
@@ -192,7 +193,7 @@ def _adapter_levels(shapes: Shapes, numbered: Numbered) -> tuple[list[tuple[int,
 
 
 def _shape(shapes: Shapes, layout: XSLayout, format: str, header: Header) -> XSShape:
-    """Read a shape from tensors in our names; what it says is checked afterwards, by building it."""
+    """Shape read from tensors in this pack's names; it is checked afterwards, by building the network."""
     out_layer = {"conv": "conv", "res": "res.conv2", "down": "down.conv"}
 
     def dim(name: str, axis: int) -> int:
@@ -224,7 +225,7 @@ def _shape(shapes: Shapes, layout: XSLayout, format: str, header: Header) -> XSS
 
 
 def _problems(shape: XSShape, found: Shapes, layout: XSLayout, format: str) -> str:
-    """Differences of the file from the network that its shape describes, in the file's names; empty for none."""
+    """Differences between the file and the network of its shape, in the file's names; empty for none."""
     if len(shape.decoder_widths) != len(shape.widths):
         return f"{len(shape.widths)} encoder blocks and {len(shape.decoder_widths)} connections to the decoder"
     one_head = tuple(min(1, inner) for inner in shape.inner)

@@ -1,4 +1,4 @@
-"""Names of ControlNet-XS weights: ours <-> the released ones <-> those of diffusers' adapter, one row per layer.
+"""Names of ControlNet-XS weights in three formats: this pack's, the released and diffusers' adapter, one row per layer.
 
 The three name the same tensors; a map between any two is a bijection. A model that diffusers saved together with its
 base is reduced to an adapter by renaming.
@@ -17,7 +17,7 @@ OFFICIAL, DIFFUSERS = "official", "diffusers"
 FORMATS = (OFFICIAL, DIFFUSERS)
 
 OFFICIAL_LEAVES = {**RESNET, **SHORTCUT}
-"""Layers of a residual block: ours, which are diffusers' -> released."""
+"""Layers of a residual block: this pack's names, which are diffusers' -> released names."""
 OUR_LEAVES = {released: ours for ours, released in OFFICIAL_LEAVES.items()}
 
 FUSED_PARTS = {
@@ -28,14 +28,14 @@ FUSED_PARTS = {
     "ctrl_downsamplers": "downsamplers",
     "ctrl_midblock": "midblock",
 }
-"""Parts of a fused model that are the control's, and what an adapter calls them."""
+"""Control's parts of a fused model -> their names in an adapter."""
 FUSED_SHARED = ("controlnet_cond_embedding", "control_to_base_for_conv_in", "base_to_ctrl", "ctrl_to_base")
-"""Parts that both call the same."""
+"""Parts with the same name in a fused model and an adapter."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerNames:
-    """One layer, or one block whose inner names agree but for the leaves of residual blocks."""
+    """Names of one layer, or of one block whose inner names agree except for the leaves of residual blocks."""
 
     ours: str
     official: str
@@ -47,7 +47,7 @@ class LayerNames:
 
 
 def rows(layout: XSLayout) -> Iterator[LayerNames]:
-    """Every row of a network with these blocks."""
+    """Rows of a network with these blocks."""
     yield from _ends(layout)
     starts = _level_starts(layout)
     for i, (kind, level, depth) in enumerate(layout.kinds):
@@ -62,7 +62,7 @@ def rows(layout: XSLayout) -> Iterator[LayerNames]:
             yield LayerNames(f"{ours}.res", f"{official}.0", f"{down}.resnets.{place}", residual=True)
         if depth:
             yield LayerNames(f"{ours}.transformer", f"{official}.1", f"{down}.attentions.{place}")
-        # diffusers numbers what enters a block by the block that takes it in, the release by the one it comes from
+        # diffusers numbers an exchange by the block that receives it, the release by the block that sends it
         yield LayerNames(f"base_to_control.{i - 1}", f"enc_zero_convs_in.{i - 1}.0", f"{down}.base_to_ctrl.{place}")
         if layout.adds_in_encoder:
             yield LayerNames(f"control_to_base.{i}", f"enc_zero_convs_out.{i}.0", f"{down}.ctrl_to_base.{place}")
@@ -93,7 +93,7 @@ def _ends(layout: XSLayout) -> Iterator[LayerNames]:
 
 
 def _level_starts(layout: XSLayout) -> list[int]:
-    """Number of the first encoder block of each level."""
+    """Index of the first encoder block of each level."""
     starts: dict[int, int] = {}
     for i, (kind, level, _) in enumerate(layout.kinds):
         if kind != CONV:
@@ -102,7 +102,7 @@ def _level_starts(layout: XSLayout) -> list[int]:
 
 
 def to_ours(names: Iterable[str], layout: XSLayout, format: str) -> dict[str, str]:
-    """Our name -> given name, for every given name of this format; names that it does not have are left out."""
+    """This pack's name -> given name, for every given name of this format; other names are left out."""
     by_name = {row.name(format): row for row in rows(layout)}
     return {ours: name for name in names if (ours := _ours(name, by_name, format)) is not None}
 
@@ -121,7 +121,10 @@ def _ours(name: str, by_name: Mapping[str, LayerNames], format: str) -> str | No
 
 
 def from_ours(names: Iterable[str], layout: XSLayout, format: str) -> dict[str, str]:
-    """Our name -> name in this format, for every given name of ours. Raises KeyError for one that is none."""
+    """This pack's name -> name in this format, for every given name of this pack.
+
+    Raises KeyError for an unknown name.
+    """
     by_name = {row.ours: row for row in rows(layout)}
     result = {}
     for name in names:
@@ -137,7 +140,7 @@ def from_ours(names: Iterable[str], layout: XSLayout, format: str) -> dict[str, 
 
 
 def _split(name: str, by_name: Mapping[str, LayerNames]) -> tuple[LayerNames, str] | None:
-    """The row with the longest name that `name` begins with, and the rest of `name`."""
+    """Row with the longest name that `name` begins with, and the rest of `name`."""
     head = name
     while "." in head:
         head = head.rpartition(".")[0]
@@ -147,7 +150,7 @@ def _split(name: str, by_name: Mapping[str, LayerNames]) -> tuple[LayerNames, st
 
 
 def reduce_fused(names: Iterable[str]) -> dict[str, str]:
-    """Adapter name -> name in a fused model, of the control's part of it."""
+    """Adapter name -> name in a fused model, for the control's part of it."""
     reduced = {}
     for name in names:
         parts = name.split(".")

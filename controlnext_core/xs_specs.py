@@ -1,6 +1,6 @@
-"""The tables of ControlNet-XS: released sizes, norm rules, head rules; and from a shape to a network's configuration.
+"""Tables of ControlNet-XS: released sizes, norm rules, head rules; and the configuration of a network from its shape.
 
-Source of every row: the released code and configurations of ControlNet-XS, and diffusers 0.42.1 where it says so.
+Source of every row: the released code and configurations of ControlNet-XS, and diffusers 0.42.1 where stated.
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ from .specs import Family
 
 MAX_GROUPS = 32
 FEW_CHANNELS = 32
-"""Below this width somewhere, norms run in fp32, as the released code has it: with fp32 weights under fp16 the SD2.1
-release is then 1.2e-3 and not 1.3e-3 off. Kernels that take their statistics in half precision would do worse."""
+"""Smallest number of channels at which norms run in the features' dtype. Below it they run in fp32, as in the released
+code: with fp32 weights under fp16 the SD2.1 release is then 1.2e-3 and not 1.3e-3 off. Kernels that compute their
+statistics in half precision would do worse."""
 HINT_WIDTHS = (3, 16, 16, 32, 32, 96, 96, 256)
-"""Channels along the hint encoder as released; the control's first width follows."""
+"""Channels of the hint encoder as released; the control's first width follows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class XSLayout:
-    """The blocks of a ControlNet-XS; every level but the last ends with a downsampler."""
+    """Blocks of a ControlNet-XS; every level but the last ends with a downsampler."""
 
     levels: tuple[tuple[int, ...], ...]
-    """Per level, the transformer depth of each residual block; 0 = no transformer."""
+    """Transformer depths of the residual blocks of each level; 0 = no transformer."""
     middle_depth: int
     own_time: bool = False
     adds_in_encoder: bool = True
 
     @property
     def kinds(self) -> tuple[tuple[str, int, int], ...]:
-        """(kind, level, transformer depth) of every encoder block, in the order they run."""
+        """(kind, level, transformer depth) of every encoder block, in running order."""
         blocks = [(CONV, 0, 0)]
         for level, depths in enumerate(self.levels):
             blocks += [(RES, level, depth) for depth in depths]
@@ -46,7 +47,7 @@ class XSLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class XSShape:
-    """Facts that a file's shapes tell; heads and group counts are not among them."""
+    """Shape of a network, from a file's tensors; heads and group counts are not part of it."""
 
     layout: XSLayout
     widths: tuple[int, ...]
@@ -54,13 +55,13 @@ class XSShape:
     base_widths: tuple[int, ...]
     """Base channels after each of its encoder blocks."""
     decoder_widths: tuple[int, ...]
-    """Base channels entering each of its decoder blocks."""
+    """Base channels at the input of each of its decoder blocks."""
     inner: tuple[int, ...]
     """Inner width of each encoder block's transformer (0 = none), the middle's at the end."""
     context_dim: int
     time_dim: int
     time_in: int
-    """Width of the sinusoidal embedding, the base's first width."""
+    """Width of the sinusoidal embedding, equal to the base's first width."""
     linear: bool
     hint: tuple[int, ...]
     in_channels: int = 4
@@ -71,7 +72,7 @@ class XSShape:
 
     @property
     def fp32_norms(self) -> bool:
-        """True means that norms run in fp32 for features of every dtype."""
+        """True: norms run in fp32 for features of every dtype. False: in the features' dtype."""
         return min(self.widths) < FEW_CHANNELS
 
     @property
@@ -83,14 +84,14 @@ class XSShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class XSRelease:
-    """One released size."""
+    """Released size of ControlNet-XS."""
 
     name: str
     family: Family
     widths: tuple[int, ...]
     own_time: bool
     parameters: int
-    """Without buffers and without the unused label embedding that some files keep."""
+    """Number of parameters without buffers and without the unused label embedding in some files."""
 
 
 RELEASES = (
@@ -103,13 +104,13 @@ RELEASES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormRule:
-    """Groups of the norms, and the epsilon of the middle's residual blocks (1e-5 in the encoder)."""
+    """Rule for the groups of the norms, and the epsilon of the middle's residual blocks (1e-5 in the encoder)."""
 
     name: str
     capped_by_level: bool
-    """The groups of a level's first norm, and not 32, are the most that the level's other norms may have."""
+    """True: the groups of a level's first norm limit those of its other norms. False: the limit is 32."""
     middle_common: bool
-    """The middle has one number of groups, dividing both what enters it and what leaves it."""
+    """True: the middle has one number of groups, which divides its input and output channels. False: one for each."""
     middle_eps: float
 
 
@@ -125,7 +126,7 @@ NORM_RULES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadRule:
-    """Attention heads of the released networks of one family: a fixed number, or heads of a fixed width."""
+    """Rule for the attention heads of one family's released networks: a fixed number, or heads of a fixed width."""
 
     heads: int | None = None
     head_width: int | None = None
@@ -140,11 +141,12 @@ HEAD_RULES = {
     Family.SDXL: HeadRule(head_width=64),
 }
 DIFFUSERS_HEADS = (5, 10, 20, 20)
-"""Heads per level that diffusers takes from SD2.1 and SDXL bases where none are given: inner widths are cut to them."""
+"""Heads per level that diffusers copies from SD2.1 and SDXL bases where none are given: inner widths are cut to
+them."""
 
 
 def released_as(shape: XSShape) -> XSRelease | None:
-    """The released size that a file has, or None."""
+    """Released size with this shape; None for another."""
     for release in RELEASES:
         if (release.family, release.widths, release.own_time) == (
             shape.family,
@@ -156,14 +158,14 @@ def released_as(shape: XSShape) -> XSRelease | None:
 
 
 def divisor(channels: int, most: int = MAX_GROUPS) -> int:
-    """The largest divisor of `channels` that is no more than `most`."""
+    """Largest divisor of `channels` that is not above `most`."""
     return next(groups for groups in range(min(channels, most), 0, -1) if channels % groups == 0)
 
 
 def parse_heads(text: str) -> tuple[int, ...]:
     """Attention heads per level from a text such as `8` or `1,1,2`; () for an empty text.
 
-    The last number counts for all further levels. Raises ValueError for anything else.
+    The last number applies to all further levels. Raises ValueError for other texts.
     """
     try:
         heads = tuple(int(part) for part in text.replace(" ", "").split(",")) if text.strip() else ()
@@ -180,7 +182,8 @@ def parse_heads(text: str) -> tuple[int, ...]:
 def heads_of(shape: XSShape, given: tuple[int, ...], source: str) -> tuple[int, ...]:
     """Attention heads of each encoder block's transformer (0 = none), the middle's at the end.
 
-    given: per level, or () for the rules of the table. Raises ValueError where heads do not fit, naming `source`.
+    given: per level, or () for the rules of the table. Raises ValueError, naming `source`, where heads do not divide
+    the width.
     """
     levels = [level for _, level, _ in shape.layout.kinds] + [len(shape.layout.levels) - 1]
     widths = [*shape.widths, shape.widths[-1]]
@@ -201,7 +204,9 @@ def heads_of(shape: XSShape, given: tuple[int, ...], source: str) -> tuple[int, 
 
 
 def _rule(shape: XSShape, level: int, width: int, inner: int) -> int:
-    """Heads where nobody says: of the releases where the attention is as wide as the block, else diffusers' own."""
+    """Heads where none are given: those of the releases where the attention is as wide as the
+    block, else diffusers'.
+    """
     if inner == width:
         rule = HEAD_RULES.get(shape.family)
         return rule.of(width) if rule else 0
@@ -210,7 +215,7 @@ def _rule(shape: XSShape, level: int, width: int, inner: int) -> int:
 
 
 def build_config(shape: XSShape, heads: tuple[int, ...], rule: NormRule) -> ControlNetXSConfig:
-    """The network of a shape, with heads as `heads_of` gives them."""
+    """Configuration of the network of a shape, with heads from `heads_of`."""
     blocks: list[BlockConfig] = []
     own, base, caps = shape.in_channels, 0, dict[int, int]()
     for i, (kind, level, depth) in enumerate(shape.layout.kinds):
@@ -276,7 +281,9 @@ def base_widths_of(unet_config: Mapping[str, Any]) -> tuple[tuple[int, ...], tup
 def design(
     unet_config: Mapping[str, Any], ratio: float = 0.1, own_time: bool = False, widths: tuple[int, ...] | None = None
 ) -> XSShape:
-    """A ControlNet-XS for a base: its blocks and depths, `ratio` of its widths (or `widths`, one per level)."""
+    """Shape of a ControlNet-XS for a base: its blocks and depths, `ratio` of its widths (or
+    `widths`, one per level).
+    """
     depths, levels = iter(unet_config["transformer_depth"]), []
     for number in unet_config["num_res_blocks"]:
         levels.append(tuple(next(depths) for _ in range(number)))

@@ -1,6 +1,6 @@
 """Spatial transformers of the UNet family, as the control stream of ControlNet-XS uses them.
 
-Shapes: B rows, N query tokens, M key tokens, C channels, E inner width (heads * width of a head), H W size.
+Shapes: B batch, N query tokens, M key tokens, C channels, E inner width (heads * width of a head), H W size.
 Module names inside a transformer are the published state-dict keys.
 """
 
@@ -16,7 +16,7 @@ from .layers import zeroed
 
 NORM_EPS = 1e-6
 FEED_FORWARD = 4
-"""Inner width of the feed-forward, in widths of the transformer."""
+"""Inner channels of the feed-forward, as a multiple of the transformer's channels."""
 
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 """(q (B, N, E), k (B, M, E), v (B, M, E), heads) -> (B, N, E)."""
@@ -30,19 +30,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformerConfig:
-    """One transformer of the control stream."""
+    """Configuration of one transformer of the control stream."""
 
     depth: int
     heads: int
     inner: int
-    """Width between proj_in and proj_out, heads * width of a head; the width of the block in most files."""
+    """Channels between proj_in and proj_out (heads * head width); equal to the block's channels in most files."""
     groups: int
     linear: bool
-    """proj_in and proj_out are linear layers (SD2.1, SDXL), not 1x1 convolutions (SD1.5)."""
+    """True: proj_in and proj_out are linear layers (SD2.1, SDXL). False: 1x1 convolutions (SD1.5)."""
 
 
 class CrossAttention(nn.Module):
-    """Attention of h to itself or to the text."""
+    """Multi-head attention from features h to a context: h itself or the text."""
 
     def __init__(
         self, width: int, context_dim: int, heads: int, operations: Any, attention: Attention, **factory: Any
@@ -73,7 +73,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU and a linear layer back."""
+    """Feed-forward of a transformer block: GEGLU, then a linear layer back to the input width."""
 
     def __init__(self, width: int, operations: Any, **factory: Any) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels of a feature map, around a shortcut."""
+    """Transformer blocks over the cells of a feature map, with a residual connection around all of them."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
-"""ControlNet-XS: a narrow encoder that walks beside the base's own and talks with it after every block.
+"""ControlNet-XS: a small encoder beside the base's encoder, which exchanges features with it after every block.
 
-Shapes: B rows, C channels, H W size of the features at hand, T text tokens, D width of the time embedding.
+Shapes: B batch, C channels, H W size of the current features, T text tokens, D width of the time embedding.
 The exchange, block by block (h base, c control, s strength):
 
     h = base.input[i](h)              c = control.encoder[i](c)          c += hint after block 0
@@ -28,22 +28,22 @@ from .layers import Downsample, ResBlock, TimestepMLP, timestep_embedding, zeroe
 CONV, RES, DOWN = "conv", "res", "down"
 HINT_CONVS = 8
 HINT_HALVINGS = (2, 4, 6)
-"""Convolutions of the hint encoder that halve its size: 8 pixels become one latent."""
+"""Indices of the hint encoder's convolutions that halve its size: 8 pixels become one latent cell."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockConfig:
-    """One block of the control encoder, or one half of its middle."""
+    """Configuration of one block of the control encoder, or of one half of its middle."""
 
     kind: str
     """Kind of block: CONV, RES or DOWN."""
     in_ch: int
-    """Channels that enter: the control's own and, from the second block on, the base's."""
+    """Input channels: the control's and, from the second block on, the base's as well."""
     out_ch: int
     base_ch: int
-    """Channels of the base's features after its block of the same number."""
+    """Channels of the base's features after the base's block of the same index."""
     groups: tuple[int, int] = (1, 1)
-    """Groups of the two norms of a residual block."""
+    """Numbers of groups of the two norms of a residual block."""
     eps: float = 1e-5
     transformer: TransformerConfig | None = None
 
@@ -55,15 +55,16 @@ class ControlNetXSConfig:
     encoder: tuple[BlockConfig, ...]
     middle: tuple[BlockConfig, ...]
     decoder: tuple[int, ...]
-    """Channels of the base's features as they enter each of its decoder blocks."""
+    """Channels of the base's features at the input of each of its decoder blocks."""
     hint: tuple[int, ...]
-    """Channels along the hint encoder, from the 3 of the picture to those of the first block."""
+    """Channels of the hint encoder's layers, from 3 (RGB) to those of the first block."""
     context_dim: int
     time_dim: int
     own_time: int | None = None
-    """Width of the sinusoidal embedding of an own time embedding; None = the base's embedding alone."""
+    """Width of the sinusoidal embedding of the control's time embedding. None: only the base's time embedding is
+    used."""
     adds_in_encoder: bool = True
-    """Type B; False is type A."""
+    """True: type B, which also adds to the base's encoder. False: type A."""
 
 
 class ControlBlock(nn.Module):
@@ -145,7 +146,7 @@ class ControlNetXS(nn.Module):
         return self.hint_encoder[-1](hint)
 
     def embed_time(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
-        """The own time embedding of timestep (B,), the number that the UNet is given: (B, D) in `dtype`."""
+        """Time embedding of the control: timestep (B,), as the UNet gets it -> (B, D) in `dtype`."""
         assert self.config.own_time is not None, "this ControlNet-XS has no time embedding of its own"
         return self.time_embedding(timestep_embedding(timestep, self.config.own_time).to(dtype))
 
@@ -175,7 +176,9 @@ class Walk:
         return self.net.control_to_base[i](self.c) if self.net.config.adds_in_encoder else None
 
     def take_base(self, i: int, h: Tensor) -> None:
-        """Join the base's features after encoder block i, h (B, base_ch, any, any), to the control's as channels."""
+        """Concatenate the base's features after encoder block i, h (B, base_ch, any, any), to the control's as
+        channels.
+        """
         self.c = torch.cat([fit(self.c, h), self.net.base_to_control[i](h)], dim=1)
 
     def middle(self, emb: Tensor, context: Tensor) -> Tensor:
@@ -185,12 +188,12 @@ class Walk:
         return self.net.middle_to_base(self.c)
 
     def decode(self, j: int) -> Tensor:
-        """Addition to the base before decoder block j, called once for each j from 0 on."""
+        """Correction of the base's features before decoder block j; called once for each j, in ascending order."""
         return self.net.decoder_to_base[j](self.skips.pop())
 
 
 def fit(c: Tensor, h: Tensor) -> Tensor:
-    """c at the size of h: itself, or resized where something changed the base's size on the way (deep shrink)."""
+    """Resize c to the size of h, which differs where another node resizes the base's features (deep shrink)."""
     if c.shape[-2:] == h.shape[-2:]:
         return c
     return F.interpolate(c, size=h.shape[-2:], mode="bilinear", align_corners=False)

@@ -22,7 +22,7 @@ RES_EPS = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One residual block followed by a halving."""
+    """Configuration of one residual block and the downsampling after it."""
 
     in_ch: int
     out_ch: int
@@ -31,36 +31,38 @@ class Stage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlNeXtConfig:
-    """Architecture of one encoder build."""
+    """Architecture of one variant of the encoder."""
 
     stages: tuple[Stage, ...]
     stem: bool
-    """A convolutional stem that halves the hint; without it the RGB hint enters the first residual block."""
+    """True: a convolutional stem halves the hint. False: the RGB hint enters the first residual block."""
     stem_padded: bool = True
-    """True means that the second and third stem convolutions pad (a published SVD-v2 file was run without)."""
+    """True: the second and third stem convolutions pad. False: they do not, as one published SVD-v2 file was run."""
     stem_pool: bool = False
-    """A 2x2 maximum pool after the stem."""
+    """True: a 2x2 maximum pool follows the stem. False: none."""
     mid_norm: bool = True
     mid_skip: bool = True
     out_channels: int = 320
     learned_scale: bool = False
-    """A 0-d parameter `scale` beside the network: the gain of its injection, not part of its forward."""
+    """True: the file has a 0-d parameter `scale`, the gain of its injection, outside of its forward. False: it has
+    none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """Part of an encoder's work on a hint before the timestep enters."""
+    """Intermediate result of an encoder for one hint, before the timestep enters."""
 
     shortcut: Tensor
-    """Shortcut of the first residual block, (B, C, h, w), or its half where the stage has products."""
+    """Shortcut of the first residual block, (B, C, h, w); already downsampled where the stage's convolutions are
+    merged."""
     first_half: Tensor
-    """(B, C, h, w), of the first residual block."""
+    """Output of `ResBlock.first_half` of the first residual block, (B, C, h, w)."""
     stages: tuple[Halved | None, ...]
-    """Products of each stage's convolutions, for maps on which they pay."""
+    """Merged convolutions of each stage; None where merging does not pay at this map size."""
 
 
 class ControlNeXt(nn.Module):
-    """The encoder of one build."""
+    """ControlNeXt encoder of one variant."""
 
     def __init__(
         self,
@@ -101,7 +103,9 @@ class ControlNeXt(nn.Module):
         return self.finish(self.begin(hint), timestep)
 
     def begin(self, hint: Tensor) -> Begun:
-        """The part that does not depend on the timestep, once per hint: nearly half of the second generation's work."""
+        """Encode the part that does not depend on the timestep: once per hint, nearly half of the second generation's
+        work.
+        """
         stages = tuple(self._halved(hint))
         h = self.embedding(hint) if self.config.stem else hint
         res: Any = self.down_res[0]
@@ -117,7 +121,7 @@ class ControlNeXt(nn.Module):
             cells /= 4
 
     def finish(self, begun: Begun, timestep: Tensor) -> Tensor:
-        """The rest of `forward`; timestep: (B,) or (1,)."""
+        """Complete `forward` from the result of `begin`. timestep: (B,) or (1,). Returns (B, out_channels, h, w)."""
         return self.project(self.narrow(begun, timestep))
 
     def narrow(self, begun: Begun, timestep: Tensor) -> Tensor:
@@ -137,9 +141,10 @@ class ControlNeXt(nn.Module):
         return h + mid if self.config.mid_skip else mid
 
     def project(self, h: Tensor) -> Tensor:
-        """The last convolution, 1x1, from what `narrow` gives to `out_channels`.
+        """Apply the last convolution, 1x1: (B, channels of the last stage, h, w) -> (B, out_channels, h, w).
 
-        It commutes with every average over cells: a wide base pools first and keeps the narrow map.
+        It commutes with every average over cells: where out_channels is large, pool first and cache the map with fewer
+        channels.
         """
         return self.mid_convs[1](h)
 

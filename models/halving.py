@@ -1,4 +1,4 @@
-"""Two convolutions as one: a 3x3 or 1x1 one and the halving after it, where nothing stands between them.
+"""Merged convolutions: a 3x3 or 1x1 convolution and the stride-2 convolution after it, with nothing between them.
 
 Both are linear, so their product is one convolution of stride 2, of 5x5 or 3x3: for C channels on S cells 6.25 S C^2
 multiply-adds in place of 11.25 S C^2, and no map of S cells between them. In exact arithmetic the results are equal; in
@@ -18,28 +18,28 @@ from torch import Tensor, nn
 from .layers import Downsample, ResBlock
 
 WeightsOf = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
-"""(convolution, a tensor of the wanted dtype and device) -> (weight, bias)."""
+"""(convolution, a tensor of the required dtype and device) -> (weight, bias)."""
 CELLS_PER_CHANNEL = 64
-"""Cells of a map, per channel of it, from which a product is formed. Forming one takes 81 C^3 multiply-adds and saves
-5 S C^2 at each timestep of the hint: from 16 cells per channel on it pays at the first."""
+"""Smallest number of cells per channel of a map at which convolutions are merged. Merging takes 81 C^3 multiply-adds
+and saves 5 S C^2 at each timestep of the hint: from 16 cells per channel on it pays at the first."""
 EDGE = 3
-"""Rows of a map that suffice for the first, or the last, row of its half."""
+"""Rows of a map that determine the first, or the last, row of the downsampled map."""
 
 
 def own_weights(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a plain torch convolution; `like` is of its dtype and on its device."""
+    """Weight and bias of a plain torch convolution, for input of the dtype and device of `like`."""
     plain: Any = layer
     return plain.weight, plain.bias
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One convolution of stride 2 for two: `first` (stride 1, padded), then the 3x3 of a halving."""
+    """Convolution of stride 2 that replaces two: `first` (stride 1, padded), then the 3x3 one of a downsampling."""
 
     first: tuple[Tensor, Tensor]
     """Weight (M, I, k, k) and bias (M), k odd."""
     second: tuple[Tensor, Tensor | None]
-    """Weight (O, M, 3, 3), and bias (O) where it has one."""
+    """Weight (O, M, 3, 3) and bias (O), which may be None."""
     weight: Tensor
     """(O, I, k + 2, k + 2)."""
     bias: Tensor
@@ -47,8 +47,8 @@ class Product:
     def __call__(self, h: Tensor) -> Tensor:
         """h: (B, I, H, W). Returns (B, O, ceil(H/2), ceil(W/2)).
 
-        The halving pads the map between with zeros, of which the product knows nothing: the first row and column, and
-        the last of an odd size, are computed in two steps.
+        The downsampling pads the intermediate map with zeros, which the merged convolution does not reproduce: the
+        first row and column, and the last of an odd size, are computed in two steps.
         """
         if min(h.shape[2:]) < EDGE:
             return self._in_two(h)
@@ -67,9 +67,9 @@ class Product:
 
 
 def product(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor | None], like: Tensor) -> Product:
-    """Weight p of the product is the sum over k of second[k] first[p - k], in fp32; `like` has its dtype and layout.
+    """Merge two convolutions: weight p of the product is the sum over k of second[k] first[p - k], in fp32.
 
-    Its bias is second's, and first's through the sum of second's taps.
+    Its bias is second's, plus first's through the sum of second's taps. like: a tensor that gives dtype and layout.
     """
     (early, early_bias), (late, late_bias) = first, second
     (out, mid, _, _), (_, channels, size, _) = late.shape, early.shape
@@ -86,16 +86,17 @@ def product(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor | None], 
 
 @dataclass(frozen=True, slots=True)
 class Halved:
-    """A residual block and the halving after it, with the products of their convolutions."""
+    """Merged convolutions of a residual block and the downsampling after it."""
 
     residual: Product
-    """Second convolution of the block and the halving, without the halving's bias."""
+    """Second convolution of the block merged with the downsampling, without the latter's bias."""
     shortcut: Callable[[Tensor], Tensor]
-    """The block's shortcut and the halving, with its bias: (B, I, H, W) -> (B, O, ceil(H/2), ceil(W/2))."""
+    """Shortcut of the block merged with the downsampling, with its bias: (B, I, H, W) -> (B, O, ceil(H/2),
+    ceil(W/2))."""
 
 
 def halved(res: ResBlock, down: Downsample, cells: float, like: Tensor, weights_of: WeightsOf) -> Halved | None:
-    """Products of the convolutions for maps of `cells` cells; None where forming them costs more than they save.
+    """Merge the convolutions for maps of `cells` cells; None where merging costs more than it saves.
 
     like: a tensor of the maps' dtype, device and layout.
     """

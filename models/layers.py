@@ -1,6 +1,6 @@
 """Layers shared by the control networks.
 
-Shapes: B batch, C channels, H W height and width of the tensor at hand, D width of the time embedding.
+Shapes: B batch, C channels, H W height and width of the current tensor, D width of the time embedding.
 Every constructor takes `operations`, a namespace with Conv2d, GroupNorm and Linear (`torch.nn`, or the host's,
 which cast and offload weights), and `dtype`/`device` for the parameters.
 """
@@ -56,7 +56,7 @@ class ResBlock(nn.Module):
         operations: Any,
         **factory: Any,
     ) -> None:
-        """groups: of both norms, or of each."""
+        """groups: number of groups, one for both norms or one for each."""
         super().__init__()
         before, after = groups if isinstance(groups, tuple) else (groups, groups)
         self.norm1 = operations.GroupNorm(before, in_ch, eps=eps, **factory)
@@ -81,7 +81,7 @@ class ResBlock(nn.Module):
         return self.conv2(self.timed(a, emb))
 
     def timed(self, a: Tensor, emb: Tensor) -> Tensor:
-        """All of `second_half` but its convolution, on the same tensors."""
+        """Input of the convolution of `second_half`, from the same arguments."""
         time = self.time_emb_proj(F.silu(emb))[:, :, None, None]
         return F.silu(self.norm2(a + time))
 
@@ -90,7 +90,7 @@ class Downsample(nn.Module):
     """Halve height and width (rounded up) with a 3x3 convolution of stride 2."""
 
     def __init__(self, channels: int, operations: Any, out_ch: int | None = None, **factory: Any) -> None:
-        """out_ch: channels that leave, as many as enter where not given."""
+        """out_ch: output channels; None: as many as the input has."""
         super().__init__()
         self.conv = operations.Conv2d(channels, out_ch or channels, 3, stride=2, padding=1, **factory)
 
@@ -100,7 +100,7 @@ class Downsample(nn.Module):
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
-    """The layer with its parameters set to zero: what it feeds starts as if it were not there."""
+    """Set the layer's parameters to zero and return it: its output starts as zero."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer

@@ -1,1 +1,1 @@
-"""The only place in the core that imports the host."""
+"""Adapter to the host: the only part of the core that imports it."""

@@ -1,4 +1,4 @@
-"""The class of all nodes of the pack: every text that leaves a node goes through here."""
+"""Base class of all nodes of the pack: every text that leaves a node passes through here."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .input_kinds import check_inputs
 from .short_paths import short_error, short_paths
 
 METHODS = ("execute", "validate_inputs", "fingerprint_inputs")
-"""Methods that the host calls, and whose results and errors it shows."""
+"""Names of the methods whose results and errors the host shows."""
 
 
 class ControlNode(io.ComfyNode):
-    """A node whose results and errors hold no text that the host cannot write, and no long path of the host's files."""
+    """Base class of nodes: results and errors contain only text that can be encoded, and short paths."""
 
     SEARCH: ClassVar[tuple[str, ...]] = ()
     """Words besides the node's name by which the page's search finds it, on hosts whose schema has `search_aliases`."""

@@ -1,4 +1,4 @@
-"""Words for the user: on the node while it runs, and in the log."""
+"""Messages to the user: on the node while it runs, and in the log."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ log = encodable.logger("controlnext")
 
 
 REPORT = "controlnext_report"
-"""Key of a node's results under which the page's script, web/js/reports.js, finds the text to show on the node."""
+"""Key in a node's results under which the page's script, web/js/reports.js, finds the text to show on the node."""
 
 
 def report(text: str, cautions: Sequence[str] = ()) -> dict[str, list[str]]:
     """Log a report and its warnings; return both as results of a node, for its `ui`, warnings first.
 
-    The page keeps them with its node, since the host sends none for outputs from its cache. An empty text takes away
-    what the node showed before. cautions: warnings, which are logged once per process.
+    The page stores them with its node, since the host sends none for outputs from its cache. An empty text clears the
+    text on the node. cautions: warnings, each logged once per process.
     """
     text = encodable.encodable(short_paths(text))
     for line in text.splitlines():
@@ -35,7 +35,7 @@ def report(text: str, cautions: Sequence[str] = ()) -> dict[str, list[str]]:
 
 
 def tell(text: str, node_id: str | None) -> None:
-    """Report a node's progress: in the log, and on the node until its next run where a page is connected."""
+    """Report progress of a node: in the log and, where a page is connected, on the node until its next run."""
     text = encodable.encodable(short_paths(text))
     for line in text.splitlines():
         log.info("%s", line)
@@ -58,9 +58,9 @@ def log_once(message: str, *args: Any) -> None:
 
 
 def warn_if_tiled(name: str, seen: Any, x: Tensor) -> None:
-    """A pack that cuts the latent behind our back gives every tile the whole hint: say so, once.
+    """Warn once that another pack tiles the latent: every tile then gets the whole hint.
 
-    seen: the shape that the UNet was given, or None; x: the latent that the control was prepared for.
+    seen: the shape given to the UNet, or None; x: the latent for which the control was prepared.
     """
     if seen is not None and tuple(seen[-2:]) != tuple(x.shape[-2:]):
         log_once(

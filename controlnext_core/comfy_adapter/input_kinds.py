@@ -1,4 +1,7 @@
-"""Kinds of values that inputs take. The host checks links: a prompt of the API may hold any value in place of one."""
+"""Type checks of node inputs.
+
+The host checks links only: a prompt of the API may contain any value in place of a link.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ MAX_SHOWN = 60
 
 
 def _is_pictures(value: Any) -> bool:
-    """True for pictures with channels or, as masks are, without; the nodes check the shape of what they need."""
+    """True: a float tensor with 3 or 4 dimensions, with channels or, for masks, without.
+
+    The nodes check further shapes.
+    """
     return isinstance(value, Tensor) and value.ndim in (3, 4) and value.is_floating_point()
 
 
@@ -42,17 +48,16 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "STRING": (lambda value: isinstance(value, str), "Give a text"),
     "COMBO": (lambda value: isinstance(value, str), "Choose one of the list"),
 }
-"""The host's name of a kind -> (test of a value, remedy). Kinds of other packs are checked by the nodes."""
+"""Host's name of a type -> (test of a value, remedy). Types of other packs are checked by their nodes."""
 
 WIDGETS = ("INT", "FLOAT", "BOOLEAN", "STRING", "COMBO")
-"""Kinds that always have a value."""
+"""Types of inputs that always have a value."""
 
 
 def check_inputs(schema: io.Schema, inputs: Mapping[str, Any]) -> None:
-    """Raise ValueError that names the first input whose value is of another kind than the node's schema says.
+    """Raise ValueError that names the first input whose value has another type than the node's schema says.
 
-    inputs: values by name; lists of them for a node that takes lists. None stands for an optional link that nothing is
-    connected to.
+    inputs: values by name; lists of values for a node that takes lists. None means an optional input without a link.
     """
     for wanted in schema.inputs:
         kind = KINDS.get(str(wanted.get_io_type()))
@@ -66,7 +71,7 @@ def check_inputs(schema: io.Schema, inputs: Mapping[str, Any]) -> None:
 
 
 def _shown(value: Any) -> str:
-    """A value in a few words; its kind where it is no plain value."""
+    """Short text for a value; its type where it is not a plain value."""
     if value is None or isinstance(value, bool | int | float | str):
         text = repr(value)
         return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

@@ -1,4 +1,4 @@
-"""Paths as the user knows them: files of the host's folders are named from there, in all that a node says."""
+"""Short paths for messages: files of the host's folders are named relative to the host's root."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import folder_paths
 
 
 def short_paths(text: str) -> str:
-    """The text with files of the host's folders named from there: models/controlnext/a.safetensors.
+    """Shorten paths in a text to those relative to the host's root: models/controlnext/a.safetensors.
 
-    Files in other folders, such as those of extra_model_paths.yaml, keep their whole path.
+    Files in other folders, such as those of extra_model_paths.yaml, keep their full path.
     """
     for name, folder in _folders().items():
         before = re.escape(os.path.abspath(folder).rstrip(os.sep) + os.sep)
@@ -20,13 +20,13 @@ def short_paths(text: str) -> str:
 
 
 def short_error(error: BaseException) -> BaseException:
-    """Copy of the error with short paths in the texts among its arguments."""
+    """Shorten the paths in the error's text arguments, in place; returns the error."""
     error.args = tuple(short_paths(part) if isinstance(part, str) else part for part in error.args)
     return error
 
 
 def _folders() -> dict[str, str]:
-    """{name: path} of the folders that the host has once."""
+    """{name: path} of the host's folders that exist once."""
     return {
         "models": folder_paths.models_dir,
         "output": folder_paths.get_output_directory(),

@@ -1,4 +1,4 @@
-"""Hint images: what a control looks at, drawn from a photograph or from keypoints."""
+"""Hint images, drawn from a photograph or from keypoints: the input of a control."""
 
 from __future__ import annotations
 

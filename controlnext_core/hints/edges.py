@@ -1,4 +1,4 @@
-"""Edges of three kinds, white on black: thin, soft and straight. None needs a network."""
+"""Hints of edges, white on black, in three kinds: thin, soft and straight. None needs a network."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ LINE_MIN_LENGTH = 5.0
 LINE_THICKNESS = 1
 
 SCALES = (0.5, 1.0, 2.0)
-"""Soft edges: the scales that must agree, as multiples of the width."""
+"""Scales at which a soft edge must show, as multiples of the width."""
 SURROUND = 8.0
-"""Soft edges: how far around a point other edges dampen it, as a multiple of the width."""
+"""Distance at which other edges dampen a soft edge, as a multiple of the width."""
 FAINT = 0.012
-"""Soft edges: response (contrast per pixel, times the scale) at which the surround counts no more than this."""
+"""Constant added to the denominator of soft edges (contrast per pixel, times the scale): weaker surrounds have little
+effect."""
 STEEPNESS = 45.0
-"""Soft edges: how fast the response saturates. With FAINT chosen by eye: faces keep their features, walls are black."""
+"""Steepness with which the response of soft edges saturates. Chosen by eye together with FAINT: faces keep their
+features, walls are black."""
 LINE_SMOOTHING = 1.0
-"""Lines: Gaussian sigma in pixels before the search, so that grain does not break lines into pieces."""
+"""Gaussian sigma in pixels applied before the search for lines, so that grain does not break lines into pieces."""
 
 
 def canny(image: np.ndarray, low_threshold: float = CANNY_LOW, high_threshold: float = CANNY_HIGH) -> np.ndarray:
-    """Canny edges, one pixel wide, of the colour picture: at each pixel the channel with the strongest gradient counts.
+    """Canny edges, one pixel wide, of the colour picture: at each pixel the channel with the strongest gradient is
+    used.
 
-    Thresholds on |dx| + |dy| of the 3x3 Sobel over 8-bit values: edges start at the high one and go on down to the low
-    one. The ControlNet-XS authors drew low from 50..100 and high from 200..350 for each training picture.
-    Raises ValueError if the low one is negative or above the high one.
+    Thresholds on |dx| + |dy| of the 3x3 Sobel over 8-bit values: edges start at the high one and continue down to the
+    low one. The ControlNet-XS authors drew low from 50..100 and high from 200..350 for each training picture. Raises
+    ValueError if the low one is negative or above the high one.
     """
     cv2 = require_opencv()
 
@@ -44,15 +47,14 @@ def canny(image: np.ndarray, low_threshold: float = CANNY_LOW, high_threshold: f
 
 
 def soft_edge(image: np.ndarray, width: float = EDGE_WIDTH, sensitivity: float = EDGE_SENSITIVITY) -> np.ndarray:
-    """Soft outlines in the manner of HED pictures: bright and a few pixels wide on the strong edges, faint on others.
+    """Soft outlines in the manner of HED pictures: bright and a few pixels wide on strong edges, faint on others.
 
-    Method: the colour gradient at three scales (half, once and twice `width`, a Gaussian sigma in pixels), minus
-    what has no direction, as their geometric mean, so that an edge must show at every scale; dampened by the edges
-    around it, which quiets texture, and mapped to 0..1. No thinning. sensitivity: 2 shows edges of half the contrast.
-    Limits: this is no network such as HED or PiDiNet, and knows no objects. Texture with a direction, such as hair,
-    stays, and an outline without contrast is not seen. Controls trained on HED accept these hints; HED
-    itself stays their reference.
-    Raises ValueError unless width and sensitivity are above 0.
+    Method: the colour gradient at three scales (half, once and twice `width`, a Gaussian sigma in pixels), minus its
+    undirected part, as their geometric mean, so that an edge must show at every scale; dampened by the edges around it,
+    which suppresses texture, and mapped to 0..1. No thinning. sensitivity: 2 shows edges of half the contrast. Limits:
+    this is not a network such as HED or PiDiNet, and does not recognise objects. Texture with a direction, such as
+    hair, stays, and an outline without contrast is not seen. Controls trained on HED accept these hints; HED itself
+    stays their reference. Raises ValueError unless width and sensitivity are above 0.
     """
     for name, value in (("width", width), ("sensitivity", sensitivity)):
         if not value > 0:
@@ -65,9 +67,9 @@ def soft_edge(image: np.ndarray, width: float = EDGE_WIDTH, sensitivity: float =
 
 
 def directed_gradient(rgb: np.ndarray, sigma: float) -> np.ndarray:
-    """Excess of the gradient of (H, W, 3) across the local direction over that along it, scaled: (H, W), 0 or more.
+    """Gradient of (H, W, 3) across the local direction minus that along it, times sigma: (H, W), 0 or more.
 
-    From the eigenvalues of the structure tensor, averaged over the channels. Source: Di Zenzo 1986 for several
+    Computed from the eigenvalues of the structure tensor, averaged over the channels. Source: Di Zenzo 1986 for several
     channels; Lindeberg 1998 for the product of gradient and scale.
     """
     cv2 = require_opencv()
@@ -81,7 +83,7 @@ def directed_gradient(rgb: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def smoothed(values: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian of `sigma` pixels over (H, W) or (H, W, C); the border is mirrored."""
+    """Gaussian blur of `sigma` pixels over (H, W) or (H, W, C); the border is mirrored."""
     cv2 = require_opencv()
 
     return cv2.GaussianBlur(values, (0, 0), sigma)
@@ -90,9 +92,9 @@ def smoothed(values: np.ndarray, sigma: float) -> np.ndarray:
 def lines(image: np.ndarray, min_length: float = LINE_MIN_LENGTH, thickness: int = LINE_THICKNESS) -> np.ndarray:
     """Straight line segments, in the manner of M-LSD pictures, found in the luminance by OpenCV's LSD detector.
 
-    min_length: percent of the shorter side; shorter segments are left out. thickness: in pixels.
-    Unlike M-LSD it knows no scene: it finds every straight edge, curves as chains of short pieces.
-    Raises ValueError if min_length is not in 0..100 or thickness below 1. Source: von Gioi et al., LSD, IPOL 2012.
+    min_length: percent of the shorter side; shorter segments are left out. thickness: in pixels. Unlike M-LSD it does
+    not recognise scenes: it finds every straight edge, and curves as chains of short pieces. Raises ValueError if
+    min_length is not in 0..100 or thickness below 1. Source: von Gioi et al., LSD, IPOL 2012.
     """
     cv2 = require_opencv()
 

@@ -1,4 +1,4 @@
-"""Pictures as arrays: what the drawing functions take, and the form of what they return.
+"""Pictures as arrays: input and output of the drawing functions.
 
 H, W height and width in pixels, at least MIN_SIDE.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 import numpy as np
 
 MIN_SIDE = 8
-"""The smallest side: one latent pixel."""
+"""Smallest side in pixels: one latent cell."""
 CLIPPED = (-0.5, 1.5)
-"""Values from here to there are clipped to 0..1, since enlarging overshoots; others come from another range."""
+"""Range of values that are clipped to 0..1, since enlarging overshoots; values outside come from another range and are
+refused."""
 LUMINANCE = (0.299, 0.587, 0.114)
 """Weights of red, green and blue. Source: ITU-R BT.601, as OpenCV and PIL turn pictures gray."""
 
@@ -41,22 +42,25 @@ def checked(image: np.ndarray, name: str = "image") -> np.ndarray:
 
 
 def as_rgb(image: np.ndarray) -> np.ndarray:
-    """-> (H, W, 3) float32: gray is repeated, alpha dropped as the Apply nodes do. Input and errors: see `checked`."""
+    """Picture as (H, W, 3) float32: gray is repeated, alpha dropped as the Apply nodes do.
+
+    Input and errors: see `checked`.
+    """
     channels = checked(image)
     return np.repeat(channels, 3, axis=2) if channels.shape[2] == 1 else channels[..., :3]
 
 
 def luminance(rgb: np.ndarray) -> np.ndarray:
-    """(H, W, 3) -> (H, W), of the values as they are stored, no gamma undone."""
+    """Luminance of (H, W, 3) as (H, W), from the stored values without undoing gamma."""
     red, green, blue = LUMINANCE
     return red * rgb[..., 0] + green * rgb[..., 1] + blue * rgb[..., 2]
 
 
 def as_bytes(values: np.ndarray) -> np.ndarray:
-    """0..1 -> the nearest of 0..255 as uint8, in memory order, as OpenCV wants it."""
+    """Values in 0..1 as the nearest of 0..255 in uint8, contiguous, as OpenCV needs them."""
     return np.ascontiguousarray(np.rint(values * 255).astype(np.uint8))
 
 
 def as_hint(values: np.ndarray) -> np.ndarray:
-    """(H, W) in 0..1 -> (H, W, 3) float32, three equal channels."""
+    """Hint (H, W, 3) in float32 with three equal channels, from (H, W) in 0..1."""
     return np.repeat(values.astype(np.float32).clip(0, 1)[..., None], 3, axis=2)

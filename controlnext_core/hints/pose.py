@@ -22,17 +22,19 @@ BODY_POINTS = 18
 FACE_POINTS = 68
 HAND_POINTS = 21
 BODY_25_TO_18 = (*range(8), *range(9, 19))
-"""OpenPose's 25-point body without the mid hip and the feet; the other points keep their order."""
+"""Indices of OpenPose's 25-point body that make the 18-point one: all but the mid hip and the feet, in the same
+order."""
 BODY_LAYOUTS: dict[int, Sequence[int]] = {18: range(BODY_POINTS), 25: BODY_25_TO_18}
 FACE_LAYOUTS: dict[int, Sequence[int]] = {68: range(FACE_POINTS), 70: range(FACE_POINTS)}  # 70: two pupils at the end
 HAND_LAYOUTS: dict[int, Sequence[int]] = {21: range(HAND_POINTS)}
 
 SEEN = 0.3
-"""A body point below this confidence is neither drawn nor fitted. Source: the drawing code released with SVD-v2."""
+"""Smallest confidence of a body point that is drawn or fitted. Source: the drawing code released with SVD-v2."""
 FIT_POINTS = (0, 1, 2, 5, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17)
-"""Body points that are fitted: all but elbows and wrists, which move most. Source: SVD-v2's pose preprocessing."""
+"""Indices of the body points that are fitted: all but elbows and wrists, which move most. Source: SVD-v2's pose
+preprocessing."""
 NORMALISED_LIMIT = 2.0
-"""Coordinates within +-2 are fractions of the canvas (points just outside it pass 1), larger ones are pixels."""
+"""Largest coordinate read as a fraction of the canvas (points just outside it exceed 1); larger ones are pixels."""
 NUMBERS = (int, float, np.integer, np.floating)
 LARGEST_SIDE = 10**6  # pixels of a canvas
 FARTHEST = 100.0  # canvases from the origin; a number beyond is no point of a person
@@ -42,7 +44,7 @@ SIDE_STEP = 8
 
 @dataclass(frozen=True, slots=True)
 class Pose:
-    """One person. The unit of x and y is the caller's: canvas heights as read, output pixels once placed."""
+    """Pose of one person. The unit of x and y is the caller's: canvas heights as read, output pixels once placed."""
 
     body: np.ndarray
     """(18, 3) in OpenPose's COCO order."""
@@ -52,7 +54,7 @@ class Pose:
     """(2, 21, 3), left first."""
 
     def moved(self, scale: float, shift: np.ndarray) -> Pose:
-        """x, y -> scale * (x, y) + shift for every point; shift: (2,). Points that were not seen stay all zero."""
+        """Pose with every point at scale * (x, y) + shift; shift: (2,). Points that were not seen stay all zero."""
 
         def move(points: np.ndarray) -> np.ndarray:
             xy, confidence = points[..., :2], points[..., 2:]
@@ -63,28 +65,30 @@ class Pose:
 
 @dataclass(frozen=True, slots=True)
 class PoseFrame:
-    """Everyone seen in one frame, in units of the canvas' height."""
+    """People seen in one frame, in units of the canvas' height."""
 
     people: tuple[Pose, ...]
     aspect: float
-    """Canvas width / height; 1 where nobody is seen."""
+    """Aspect ratio of the canvas, width / height; 1 where nobody is seen."""
 
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
-    """reference = scale * driving + shift, for x and y; scale in output pixels per canvas height, shift (2,) pixels."""
+    """Transformation reference = scale * driving + shift; scale in output pixels per canvas height, shift (2,) in
+    pixels.
+    """
 
     scale: float
     shift: np.ndarray
 
 
 def parse_frames(value: Any, name: str) -> list[PoseFrame]:
-    """POSE_KEYPOINT -> one PoseFrame per frame.
+    """Parse POSE_KEYPOINT values into one PoseFrame per frame.
 
-    value: OpenPose JSON per frame (`people`, `canvas_width`, `canvas_height`) as a list, one dictionary, or JSON
-    text of either. Coordinates in pixels or as fractions of the canvas, told apart per array by NORMALISED_LIMIT.
-    Bodies of 18 or 25 points, faces of 68 or 70, hands of 21; an array may be missing, None or empty.
-    Raises ValueError starting with `name` for anything else, and for an empty list.
+    value: OpenPose JSON per frame (`people`, `canvas_width`, `canvas_height`) as a list, one dictionary, or JSON text
+    of either. Coordinates are pixels or fractions of the canvas, decided per array by NORMALISED_LIMIT. Bodies of 18 or
+    25 points, faces of 68 or 70, hands of 21; an array may be missing, None or empty. Raises ValueError starting with
+    `name` for any other value, and for an empty list.
     """
     items = _from_json(value, name) if isinstance(value, str) else value
     items = [items] if isinstance(items, Mapping) else items
@@ -131,7 +135,7 @@ def _said(value: Any) -> str:
 
 
 def _parse_person(person: Any, canvas: np.ndarray, where: str) -> Pose | None:
-    """A Pose in canvas heights, or None if not one point is seen."""
+    """Pose in canvas heights; None if no point is seen."""
     if not isinstance(person, Mapping):
         raise ValueError(f"{where}: is {type(person).__name__}, not a dictionary of keypoints. Use OpenPose JSON.")
 
@@ -145,10 +149,11 @@ def _parse_person(person: Any, canvas: np.ndarray, where: str) -> Pose | None:
 
 
 def _parse_points(value: Any, layouts: dict[int, Sequence[int]], canvas: np.ndarray, where: str) -> np.ndarray:
-    """x, y, confidence per point, flat or nested -> (N, 3) in canvas heights, N the layout's; unseen points all zero.
+    """Points from x, y, confidence, flat or nested -> (N, 3) in canvas heights, N the layout's; unseen points all zero.
 
-    canvas: (2,) width and height. Not seen are confidences of 0 or less, numbers that are not finite, points farther
-    than FARTHEST canvases away, the origin, and (-1, -1) pixels, which one estimator writes with full confidence.
+    canvas: (2,) width and height. Unseen points are confidences of 0 or less, values that are not finite, points
+    farther than FARTHEST canvases away, the origin, and (-1, -1) pixels, which one estimator writes with full
+    confidence.
     """
     wanted = len(next(iter(layouts.values())))
     try:
@@ -171,7 +176,9 @@ def _parse_points(value: Any, layouts: dict[int, Sequence[int]], canvas: np.ndar
 
 
 def dominant_person(frame: PoseFrame) -> Pose | None:
-    """The person with the largest body box times mean body confidence; without bodies, the most confident one."""
+    """Person with the largest product of body box and mean body confidence; without bodies, the
+    most confident person.
+    """
 
     def weight(pose: Pose) -> tuple[float, float]:
         body = pose.body[pose.body[:, 2] >= SEEN]
@@ -183,9 +190,9 @@ def dominant_person(frame: PoseFrame) -> Pose | None:
 
 
 def cover(aspect: float, size: tuple[int, int]) -> Alignment:
-    """Scale and crop with which a picture of this aspect fills (width, height) pixels, centrally.
+    """Scale and crop with which a picture of this aspect ratio fills (width, height) pixels, centred.
 
-    This is what the released scripts, and the stock SVD conditioning node, do to the reference image.
+    The released scripts, and the stock SVD conditioning node, do the same to the reference image.
     """
     width, height = size
     scale = max(width / aspect, height)
@@ -228,7 +235,7 @@ def fit_alignment(reference: np.ndarray, driving: np.ndarray) -> Alignment:
 
 
 def hold_missing(poses: Sequence[Pose | None], name: str) -> list[Pose]:
-    """Fill frames without a person from the frame before, at the start from the next one; says which in the log.
+    """Fill frames without a person from the frame before, at the start from the next one; logs which.
 
     Raises ValueError if no frame has a person.
     """
@@ -295,7 +302,7 @@ def align_poses(reference_pose: Any, driving_poses: Any, size: tuple[int, int]) 
 
 
 def check_size(size: tuple[int, int]) -> None:
-    """Raises ValueError unless both sides are multiples of 8 pixels and at least 64."""
+    """Raise ValueError unless both sides are multiples of 8 pixels and at least 64."""
     for name, side in zip(("width", "height"), size, strict=True):
         if side % SIDE_STEP or side < MIN_SIDE:
             raise ValueError(

@@ -1,9 +1,9 @@
-"""Draw poses the way the released SVD controls know them.
+"""Drawing of poses in the style of the released SVD controls.
 
-Everything is drawn with hard edges and fixed widths on a canvas whose short side is 2160 pixels and then scaled down
-by linear interpolation, so that widths follow the frame. Source: the pose drawing released with ControlNeXt SVD-v2.
-One difference to other OpenPose pictures matters: red and blue are exchanged (a blue nose). The released drawing
-swaps them, the clips published with the first generation have it too, and the encoders were trained on it.
+Everything is drawn with hard edges and fixed widths on a canvas whose short side is 2160 pixels and then scaled down by
+linear interpolation, so that widths follow the frame. Source: the pose drawing released with ControlNeXt SVD-v2. One
+difference to other OpenPose pictures matters: red and blue are exchanged (a blue nose). The released drawing swaps
+them, the clips published with the first generation have it too, and the encoders were trained on it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .pose import BODY_POINTS, SEEN, Pose
 
 CANVAS_SHORT_SIDE = 2160
 STICK_CANVAS = 512
-"""Shorter side in pixels on which sticks have the 8 pixels that other OpenPose pictures have."""
+"""Shorter side, in pixels, at which sticks have the 8 pixels of other OpenPose pictures."""
 STICK_HALF_WIDTH = 4
 STICK_BRIGHTNESS = 0.6
 BODY_RADIUS = 4
@@ -33,23 +33,23 @@ LIMBS = (
     *((1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13)),  # legs
     *((1, 0), (0, 14), (14, 16), (0, 15), (15, 17)),  # neck and head
 )
-"""Body points that a stick joins, in the order of drawing and of COLOURS."""
+"""Pairs of body points joined by a stick, in the order of drawing and of COLOURS."""
 COLOURS = tuple(
     tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(number / BODY_POINTS, 1.0, 1.0))
     for number in range(BODY_POINTS)
 )
-"""OpenPose's colours, 18 hues 20 degrees apart: one per body point and per limb, before red and blue are exchanged."""
+"""Colours of OpenPose, 18 hues 20 degrees apart: one per body point and per limb, before red and blue are exchanged."""
 HAND_EDGES = tuple((tip - 1 if tip % 4 != 1 else 0, tip) for tip in range(1, 21))
-"""Five fingers of four bones, all from the wrist (point 0)."""
+"""Pairs of hand points joined by a bone: five fingers of four bones, all from the wrist (point 0)."""
 HAND_POINT_COLOUR = (0, 0, 255)
 REACH = 8
-"""Points further out than this many canvas sides are drawn there; keeps coordinates within OpenCV's integers."""
+"""Largest distance of a drawn point, in canvas sides; farther points are clipped to it, within OpenCV's integers."""
 
 
 def draw_poses(poses: Sequence[Pose], size: tuple[int, int]) -> np.ndarray:
-    """Poses in pixels of the frame -> (F, height, width, 3) float32 RGB in 0..1, black where nothing is.
+    """Draw poses in pixels of the frame: (F, height, width, 3) float32 RGB in 0..1 on black.
 
-    size: (width, height) in pixels. Beside the result it holds one canvas, 14 MB times the aspect ratio.
+    size: (width, height) in pixels. Memory beside the result: one canvas, 14 MB times the aspect ratio.
     """
     cv2 = require_opencv()
 
@@ -66,8 +66,10 @@ def draw_poses(poses: Sequence[Pose], size: tuple[int, int]) -> np.ndarray:
 
 
 def draw_sticks(people: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """Body points (18, 2) in pixels, all seen -> (height, width, 3) uint8 RGB with the sticks and colours of other
-    OpenPose pictures, for controls on images; black without people. size: (width, height) in pixels."""
+    """Draw body points (18, 2) in pixels, all seen, with the sticks and colours of other OpenPose pictures.
+
+    For controls on images. size: (width, height) in pixels. Returns (height, width, 3) uint8 RGB; black without people.
+    """
     cv2 = require_opencv()
 
     width, height = size
@@ -80,7 +82,7 @@ def draw_sticks(people: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarr
 
 
 def draw_pose(canvas: np.ndarray, pose: Pose) -> None:
-    """Body, then hands, then face, in OpenPose's colours. canvas: (H, W, 3) uint8, drawn on; pose in its pixels."""
+    """Draw body, hands and face in OpenPose's colours. canvas: (H, W, 3) uint8, modified; pose in its pixels."""
     reach = REACH * np.array(canvas.shape[1::-1])
 
     def within_reach(points: np.ndarray) -> np.ndarray:
@@ -93,7 +95,10 @@ def draw_pose(canvas: np.ndarray, pose: Pose) -> None:
 
 
 def draw_body(canvas: np.ndarray, xy: np.ndarray, confidence: np.ndarray) -> None:
-    """Sticks as filled ellipses, darkened, under the joints. xy: (18, 2) pixels; confidence: (18,), drawn from SEEN."""
+    """Draw sticks as darkened filled ellipses, joints over them. xy:
+
+    (18, 2) pixels; confidence: (18,), drawn from SEEN on.
+    """
     cv2 = require_opencv()
 
     for (start, end), colour in zip(LIMBS, COLOURS, strict=False):
@@ -111,7 +116,10 @@ def draw_body(canvas: np.ndarray, xy: np.ndarray, confidence: np.ndarray) -> Non
 
 
 def draw_hand(canvas: np.ndarray, xy: np.ndarray, confidence: np.ndarray) -> None:
-    """Bones in the colours of the rainbow, points over them. xy: (21, 2) pixels; confidence: (21,), drawn above 0."""
+    """Draw bones in the colours of the rainbow, points over them. xy:
+
+    (21, 2) pixels; confidence: (21,), drawn above 0.
+    """
     cv2 = require_opencv()
 
     for number, (start, end) in enumerate(HAND_EDGES):
@@ -126,7 +134,7 @@ def draw_hand(canvas: np.ndarray, xy: np.ndarray, confidence: np.ndarray) -> Non
 
 
 def draw_face(canvas: np.ndarray, xy: np.ndarray, confidence: np.ndarray) -> None:
-    """White points. xy: (68, 2) pixels; confidence: (68,), drawn above 0."""
+    """Draw a face as white points. xy: (68, 2) pixels; confidence: (68,), drawn above 0."""
     cv2 = require_opencv()
 
     for point, sure in zip(xy, confidence, strict=True):
@@ -135,10 +143,10 @@ def draw_face(canvas: np.ndarray, xy: np.ndarray, confidence: np.ndarray) -> Non
 
 
 def shaded(colour: Sequence[float], brightness: float) -> tuple[int, ...]:
-    """The colour times a brightness in 0..1, rounded down as in the released drawing."""
+    """Colour times a brightness in 0..1, rounded down as in the released drawing."""
     return tuple(int(channel * brightness) for channel in colour)
 
 
 def pixel(point: Sequence[float]) -> tuple[int, int]:
-    """(x, y) -> the canvas pixel it lies in; a millionth of room, where fractions and pixels round differently."""
+    """Canvas pixel that contains (x, y); tolerance 1e-6, as fractions and pixels round differently."""
     return math.floor(point[0] + 1e-6), math.floor(point[1] + 1e-6)

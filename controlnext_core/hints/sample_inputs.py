@@ -1,7 +1,7 @@
 """Sample inputs that come with the pack: hints, a photograph and clips, so that any graph can be tried at once.
 
-Scenes are drawn by the picturebook and by hand-placed shapes, poses from keypoints written here; the one file is the
-photograph. Sizes are (width, height) in pixels.
+Scenes are drawn by the picturebook and from hand-placed shapes, poses from keypoints in this file; the photograph is
+the only image file. Sizes are (width, height) in pixels.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ PHOTOGRAPH = Path(__file__).resolve().parents[2] / "demo" / "astronaut.jpg"
 SCENES = {"house": (0, 0), "boat": (2, 1), "cat": (1, 5), "fish": (3, 0), "flower": (2, 4)}
 """Name of a scene -> seed and number in the picturebook."""
 SHAPES = "shapes"
-"""Name of the scene of a triangle and two circles, which the demo's controls know."""
+"""Name of the scene with a triangle and two circles, on which the demo's controls were trained."""
 SCENE_NAMES = (*SCENES, SHAPES)
 PERIOD = 24
-"""Frames after which the movement of a clip begins again."""
+"""Period, in frames, of the movement of a clip."""
 
 _STANDING = (  # x from the middle, y from the top, in heights of the picture
     *((0.0, 0.17), (0.0, 0.26), (-0.085, 0.265), (-0.125, 0.375), (-0.1, 0.475), (0.085, 0.265), (0.165, 0.205)),
@@ -51,11 +51,12 @@ class Sample:
     images: np.ndarray
     """Pictures (F, H, W, 3), float32 RGB in 0..1."""
     masks: np.ndarray
-    """(F, H, W) float32 in 0..1: the things of a scene, the person of the photograph, the drawn part of a pose."""
+    """Masks (F, H, W), float32 in 0..1: the things of a scene, the person of the photograph, the drawn part of a
+    pose."""
 
 
 def sample(kind: str, size: tuple[int, int], scene: str = "house", frames: int = PERIOD) -> Sample:
-    """The sample input of a kind, a key of KINDS.
+    """Draw the sample input of a kind, a key of KINDS.
 
     scene: one of SCENE_NAMES, for kinds that are drawn from one; frames: length of a clip. Raises ValueError for
     unknown names.
@@ -97,7 +98,7 @@ def _hint(name: str) -> Callable[[tuple[int, int], str, int], Sample]:
 
 
 def _moving(name: str) -> Callable[[tuple[int, int], str, int], Sample]:
-    """A clip of a camera that moves along a wider drawing and back; name: "image" or a hint."""
+    """Clip of a camera that moves along a wider drawing and back; name: "image" or a hint."""
 
     def clip(size: tuple[int, int], scene: str, frames: int) -> Sample:
         width, height = size
@@ -129,14 +130,18 @@ def _photo(size: tuple[int, int], scene: str, frames: int) -> Sample:
 
 
 def _pose(size: tuple[int, int], scene: str, frames: int) -> Sample:
-    """A standing, waving person with the sticks and colours of other OpenPose pictures, for controls on images."""
+    """Pose of a standing, waving person with the sticks and colours of other OpenPose pictures, for
+    controls on images.
+    """
     width, height = size
     points = np.asarray(_STANDING) * height + (width / 2, 0)
     return _drawn(_floats(draw_sticks([points], size))[None])
 
 
 def _pose_clip(size: tuple[int, int], scene: str, frames: int) -> Sample:
-    """The person of the photograph, who turns the head and sways; drawn as the SVD controls expect poses."""
+    """Pose clip of the person in the photograph, who turns the head and sways; drawn as the SVD
+    controls expect poses.
+    """
     seen = np.asarray([point is not None for point in _PORTRAIT], np.float64)
     points = np.asarray([point or (0, 0) for point in _PORTRAIT], np.float64) / 512
     placed = cover(1.0, size)
@@ -145,7 +150,7 @@ def _pose_clip(size: tuple[int, int], scene: str, frames: int) -> Sample:
 
 
 def _swayed(points: np.ndarray, frame: int) -> np.ndarray:
-    """Points (18, 2) of the portrait at a frame; frame 0 is the portrait's own."""
+    """Points (18, 2) of the portrait at a frame; frame 0 is the portrait itself."""
     phase = math.sin(2 * math.pi * frame / PERIOD)
     neck = points[1]
     head = np.isin(np.arange(len(points)), (0, 14, 15, 16, 17))
@@ -159,7 +164,7 @@ def _turned(points: np.ndarray, center: np.ndarray, angle: float) -> np.ndarray:
 
 
 def _person(points: np.ndarray, seen: np.ndarray) -> Pose:
-    """A body (18, 2) of whose points `seen` (18,) are known, without face and hands."""
+    """Pose with body points (18, 2), of which `seen` (18,) are known, without face and hands."""
     body = np.concatenate([points * seen[:, None], seen[:, None]], axis=1)
     return Pose(body, np.zeros((FACE_POINTS, 3)), np.zeros((2, HAND_POINTS, 3)))
 
@@ -182,5 +187,5 @@ KINDS: dict[str, Callable[[tuple[int, int], str, int], Sample]] = {
     "depth_clip": _moving("depth"),
     "clip": _moving("image"),
 }
-"""Kind of sample (public name) -> function of (size, scene, frames) that draws it."""
+"""Kind of sample (public name) -> drawing function of (size, scene, frames)."""
 CLIPS = ("pose_clip", "depth_clip", "clip")

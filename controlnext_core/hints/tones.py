@@ -1,4 +1,4 @@
-"""Hints that keep areas and not outlines: blurred, gray, and foreground against background."""
+"""Hints of areas instead of outlines: blurred, gray, and foreground against background."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from .picture import as_bytes, as_hint, as_rgb, checked, luminance
 BLUR_SIZE = 8
 BLUR_STYLES = ("blur", "tile")
 INSIDE = 0.5
-"""Masks: from here on a value counts as inside."""
+"""Smallest value of a mask that counts as inside."""
 
 
 def blur(image: np.ndarray, size: int = BLUR_SIZE, style: str = BLUR_STYLES[0]) -> np.ndarray:
-    """The picture without its detail.
+    """Picture without its detail.
 
-    size: pixels, 1 or more; what is smaller goes. style: `blur` is a Gaussian with a sigma of size / 2; `tile` scales
-    down by `size` (mean over areas) and up again (linear), the hint of tile and upscaling controls.
-    Raises ValueError for another style or a size below 1.
+    size: pixels, 1 or more; smaller detail is removed. style: `blur` is a Gaussian with a sigma of size / 2; `tile`
+    scales down by `size` (mean over areas) and up again (linear), the hint of tile and upscaling controls. Raises
+    ValueError for another style or a size below 1.
     """
     cv2 = require_opencv()
 
@@ -35,16 +35,16 @@ def blur(image: np.ndarray, size: int = BLUR_SIZE, style: str = BLUR_STYLES[0]) 
 
 
 def gray(image: np.ndarray) -> np.ndarray:
-    """Luminance: light and shade without colour."""
+    """Luminance of the picture, in three equal channels."""
     return as_hint(luminance(as_rgb(image)))
 
 
 def mask(image: np.ndarray, given: np.ndarray | None = None, invert: bool = False) -> np.ndarray:
-    """Foreground white, background black, nothing between.
+    """Foreground in white, background in black, without intermediate values.
 
-    It comes from `given` ((H, W) in 0..1, white from 0.5 on); else from the alpha channel, if that is not the same
-    everywhere; else from the luminance, split where Otsu's threshold parts dark from bright (a picture of one tone is
-    all black). invert: exchange white and black. Raises ValueError if `given` and the picture differ in size.
+    Source: `given` ((H, W) in 0..1, white from 0.5 on); else the alpha channel, if it is not constant; else the
+    luminance, split at Otsu's threshold (a picture of one tone is all black). invert: True exchanges white and black;
+    False does not. Raises ValueError if `given` and the picture differ in size.
     """
     channels = checked(image)
     if given is not None:
@@ -62,7 +62,7 @@ def mask(image: np.ndarray, given: np.ndarray | None = None, invert: bool = Fals
 
 
 def brighter_part(values: np.ndarray) -> np.ndarray:
-    """(H, W) in 0..1 -> where it is above Otsu's threshold, as bool; nowhere if all values are equal in 8 bits."""
+    """Pixels of (H, W) in 0..1 above Otsu's threshold, as bool; none if all values are equal in 8 bits."""
     cv2 = require_opencv()
 
     tones = as_bytes(values)

@@ -1,7 +1,7 @@
-"""Pictures that the project draws itself: flat illustrations with dark outlines, captions and exact hints.
+"""Pictures drawn by the project itself: flat illustrations with dark outlines, captions and exact hints.
 
 `draw(seed, index, size)` gives picture `index` of an unlimited series, for training runs, the demo and sample hints;
-`draw_children` one of children, whose pose is a hint as well.
+`draw_children` one with children, whose pose is a hint as well.
 """
 
 from .colors import COLORS

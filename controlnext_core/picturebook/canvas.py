@@ -1,4 +1,4 @@
-"""A canvas holds colours, outlines, mask and depth of one picture; later things stand in front of earlier ones."""
+"""Canvas with colours, outlines, mask and depth of one picture; later things stand in front of earlier ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .colors import INK, Color
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Points = Array
-"""(N, 2) of x to the right and y down, in units of the picture's shorter side."""
+"""Points (N, 2), x to the right and y down, in units of the picture's shorter side."""
 
 SHIFT = 5  # bits after the point of cv2's coordinates
 LINE, FINE = 0.0125, 0.008  # widths of outlines and of lines inside a thing, in units of the shorter side
@@ -22,7 +22,7 @@ HINT_LINE = 0.0075
 
 
 class Numbers:
-    """Random numbers that depend on a text alone, the same on every system."""
+    """Random numbers that depend only on a text, the same on every system."""
 
     def __init__(self, text: str) -> None:
         self._random = random.Random(text).random  # noqa: S311 - pictures, not secrets
@@ -53,9 +53,9 @@ class Canvas:
         self.people: list[Points] = []
         """Body points (18, 2) of each person, in units of the shorter side."""
         self.near = 0
-        """Depth of what is drawn next, bright is near."""
+        """Depth of the things drawn next; bright is near."""
         self.is_thing = False
-        """True means that what is drawn next belongs into the mask."""
+        """True: things drawn next belong to the mask. False: they do not."""
 
     def vertical(self, top: float, bottom: float, colors: tuple[Color, Color], depths: tuple[int, int]) -> None:
         """Fill the rows between `top` and `bottom` with a gradient of colour and depth."""
@@ -70,7 +70,9 @@ class Canvas:
         self.mask[first:last] = 0
 
     def shape(self, points: Points, color: Color, line: float = LINE, shade: Color | None = None) -> None:
-        """A filled polygon with its outline. line: width, 0 for none. shade: of the side away from the light."""
+        """Draw a filled polygon with its outline. line: width, 0 for none. shade: colour of the side away from the
+        light.
+        """
         cv2 = require_opencv()
 
         fixed = self._fixed(points)
@@ -84,7 +86,7 @@ class Canvas:
             self._stroke(fixed, True, INK, line)
 
     def line(self, points: Points, width: float = FINE, color: Color = INK, is_edge: bool = True) -> None:
-        """An open line. is_edge: False leaves it out of the outlines."""
+        """Draw an open line. is_edge: True adds it to the outlines; False leaves it out."""
         self._stroke(self._fixed(points), False, color, width, is_edge)
 
     def _stroke(self, fixed: Array, closed: bool, color: Color, width: float, is_edge: bool = True) -> None:
@@ -97,7 +99,7 @@ class Canvas:
             cv2.polylines(self.edges, [fixed], closed, 255, hint, cv2.LINE_AA, SHIFT)
 
     def _shadow(self, points: Points, color: Color) -> None:
-        """Paint what of the polygon is not covered by itself when moved towards the light, up and to the left."""
+        """Paint the part of the polygon that is not covered when it is moved towards the light, up and to the left."""
         cv2 = require_opencv()
 
         low, high = points.min(0), points.max(0)
@@ -124,7 +126,7 @@ def polygon(*points: Sequence[float]) -> Points:
 
 
 def smooth(points: Points, closed: bool = True, rounds: int = 3) -> Points:
-    """Corners cut `rounds` times (Chaikin 1974): a curve that follows the points."""
+    """Curve that follows the points, by cutting corners `rounds` times (Chaikin 1974)."""
     for _ in range(rounds):
         following = np.roll(points, -1, axis=0) if closed else points[1:]
         current = points if closed else points[:-1]
@@ -144,14 +146,14 @@ def box(left: float, top: float, right: float, bottom: float) -> Points:
 
 
 def lobes(x: float, y: float, width: float, height: float, count: int, depth: float, turn: float = 0.0) -> Points:
-    """The outline of a cloud or of a crown of leaves: an ellipse with `count` bulges."""
+    """Outline of a cloud or of a crown of leaves: an ellipse with `count` bulges."""
     angle = 2 * math.pi * np.linspace(0, 1, 12 * count, endpoint=False)
     reach = 1 - depth + depth * np.abs(np.sin((angle + turn) * count / 2)) ** 0.7
     return np.stack([x + width * reach * np.cos(angle), y + height * reach * np.sin(angle)], axis=1)
 
 
 def ribbon(points: Points, half: float) -> Points:
-    """The outline of an open line that is 2 * half wide, with a round end."""
+    """Outline of an open line that is 2 * half wide, with a round end."""
     along = np.gradient(points, axis=0)
     along = along / np.linalg.norm(along, axis=1, keepdims=True)
     across = along[:, ::-1] * (half, -half)

@@ -1,4 +1,4 @@
-"""A child in any pose, drawn from its joints: the same joints make the pose hint.
+"""Drawing of a child in any pose from its joints: the same joints make the pose hint.
 
 Lengths are in heights of the child, who stands on (0, 0) and looks out of the picture, so that the child's right side
 is on the left. Angles are in degrees: 0 hangs straight down, 90 points sideways away from the body, 180 up.
@@ -26,11 +26,11 @@ LOOKS: dict[str, tuple[Color, Color]] = {
     "brown-haired": ((222, 168, 124), (122, 76, 56)),
     "black-haired": ((160, 108, 80), (62, 50, 58)),
 }
-"""Skin and hair by the word that a caption has for both."""
+"""Word in captions -> colours of skin and hair."""
 
 
 def joints(numbers: Numbers) -> Points:
-    """(18, 2) body points in OpenPose's order, of a pose by chance; the lower foot stands at y = 0, up is negative."""
+    """Body points (18, 2) of a random pose, in OpenPose's order; the lower foot stands at y = 0, up is negative."""
     right, left = _side(-1, numbers), _side(1, numbers)
     face = polygon((-0.045, -0.015), (0.045, -0.015), (-HEAD * 0.95, 0), (HEAD * 0.95, 0)) + (0, HEAD)
     points = np.concatenate([[[0, HEAD + 0.02], [0, NECK]], right[:3], left[:3], right[3:], left[3:], face])
@@ -55,7 +55,7 @@ def _way(sign: int, angle: float, length: float) -> Points:
 
 
 def child(pen: Pen, color: Color, numbers: Numbers, look: str = "blond", is_girl: bool = False) -> None:
-    """Draw a child whose shirt has the colour, and note its joints on the canvas. look: one of LOOKS."""
+    """Draw a child whose shirt has the colour, and record its joints on the canvas. look: one of LOOKS."""
     pen = replace(pen, mirrored=False)
     skin, hair = LOOKS[look]
     body = joints(numbers)
@@ -80,7 +80,7 @@ def child(pen: Pen, color: Color, numbers: Numbers, look: str = "blond", is_girl
 
 
 def _shirt(body: Points) -> Points:
-    """From the shoulders to below the hips."""
+    """Outline of a shirt, from the shoulders to below the hips."""
     (left, top), (right, _), hips = body[2], body[5], body[8][1] + 0.03
     return smooth(
         polygon((left - 0.025, top - 0.02), (right + 0.025, top - 0.02), (0.11, hips), (-0.11, hips)), True, 1
@@ -88,7 +88,7 @@ def _shirt(body: Points) -> Points:
 
 
 def _bunches(pen: Pen, center: Points, hair: Color) -> None:
-    """A girl's hair, on both sides of the head."""
+    """Bunches of a girl's hair, on both sides of the head."""
     for side in (-1, 1):
         pen.shape(ellipse(center[0] + side * (HEAD + 0.03), center[1] - 0.01, 0.06, 0.085), hair, FINE, False)
 
@@ -108,4 +108,4 @@ CHILDREN: dict[str, Kind] = {
     for look in LOOKS
     for name in ("boy", "girl")
 }
-"""By what a caption says of them: 'a blond boy in a red shirt'."""
+"""Name in captions, such as 'blond boy' -> kind."""

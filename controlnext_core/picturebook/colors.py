@@ -1,4 +1,4 @@
-"""The palette: colours that captions name, chosen to go together, and what is mixed from them. RGB, 0 to 255."""
+"""Palette: colours that captions name, chosen to go together, and mixtures of them. RGB, 0 to 255."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLORS: dict[str, Color] = {
     "brown": (158, 108, 76),
     "white": (250, 244, 230),
 }
-"""Name in captions -> fill."""
+"""Name in captions -> fill colour."""
 INK: Color = (52, 40, 58)
 CREAM: Color = (250, 240, 214)
 SNOW: Color = (252, 250, 246)
@@ -46,7 +46,7 @@ TABLE: Color = (190, 138, 98)
 
 
 def mix(first: Color, second: Color, share: float) -> Color:
-    """`share` of the second colour and the rest of the first."""
+    """Mixture of `share` of the second colour and the rest of the first."""
     return tuple(round(a + (b - a) * share) for a, b in zip(first, second, strict=True))  # type: ignore[return-value]
 
 

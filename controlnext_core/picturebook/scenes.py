@@ -1,4 +1,4 @@
-"""Whole pictures: a place, one to three things in it, a caption and hints."""
+"""Complete pictures: a place, one to three things in it, a caption and hints."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .colors import COLORS, DEEP, MEADOW, SAND, SEA, SKIES, SNOW, TABLE, WALLS, 
 from .things import THINGS, Kind, Pen, potted_flower
 
 PLANES = ("edges", "mask", "depth")
-"""The hints that every picture holds as one plane."""
+"""Names of the hints that every picture stores as one plane."""
 HINTS = (*PLANES, "pose")
-"""The hints of a picture; the pose is black where nobody is."""
+"""Names of the hints of a picture; the pose is black without people."""
 Kinds = tuple[tuple[str, ...], ...]
 """Groups of kinds that stand beside each other; a picture has one or two of a group."""
 ON_MEADOWS: Kinds = (("house", "tree"), ("tree", "mushroom", "flower"), ("cat", "house", "flower"))
@@ -31,22 +31,22 @@ DRAWN: dict[str, Kind] = {**THINGS, **CHILDREN}
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One picture and what is known of it. All arrays are uint8."""
+    """Picture with its caption, hints and body points. All arrays are uint8."""
 
     image: Array
-    """(H, W, 3)"""
+    """Colours (H, W, 3)."""
     edges: Array
-    """(H, W), the visible outlines, white on black."""
+    """Visible outlines (H, W), white on black."""
     mask: Array
-    """(H, W), 255 inside the things that the caption names."""
+    """Mask (H, W), 255 inside the things that the caption names."""
     depth: Array
-    """(H, W), bright is near."""
+    """Depth (H, W), bright is near."""
     caption: str
     people: tuple[Array, ...] = ()
     """Body points (18, 2) of each person, in pixels, x and y, in OpenPose's order."""
 
     def hint(self, name: str) -> Array:
-        """(H, W, 3) of one of HINTS. Raises ValueError for another name."""
+        """Hint (H, W, 3) of one of HINTS. Raises ValueError for another name."""
         if name not in HINTS:
             raise ValueError(f"hint: {name!r} is unknown. A drawn picture has {', '.join(HINTS)}.")
         if name == "pose":
@@ -56,7 +56,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A thing in its place. x, y: where it stands, in units of the shorter side; size: its height."""
+    """Thing in its place. x, y: where it stands, in units of the shorter side; size: its height."""
 
     kind: str
     color: str
@@ -74,12 +74,12 @@ SceneDrawer = Callable[[Canvas, Numbers], tuple[list[Item], str]]
 
 
 def draw(seed: int, index: int, size: int | tuple[int, int]) -> Picture:
-    """Picture `index` of a series; size: the side of a square, or (H, W), in pixels."""
+    """Draw picture `index` of a series; size: the side of a square, or (H, W), in pixels."""
     return _draw(f"picturebook/{seed}/{index}", size, PLACES)
 
 
 def draw_children(seed: int, index: int, size: int | tuple[int, int]) -> Picture:
-    """Picture `index` of a series with one or two children each, whose pose is known; size: as for `draw`."""
+    """Draw picture `index` of a series with one or two children each, whose pose is known; size: as for `draw`."""
     return _draw(f"children/{seed}/{index}", size, PLAYGROUNDS)
 
 

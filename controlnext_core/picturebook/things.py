@@ -1,4 +1,4 @@
-"""Things that anybody names at sight. Each draws itself standing on (0, 0), about 1 high, in a colour.
+"""Things that anybody recognises. Each draws itself standing on (0, 0), about 1 high, in a colour.
 
 A thing gets a Pen, which moves, scales and mirrors it; x is to the right, y down, so that most of it has negative y.
 """
@@ -16,7 +16,7 @@ from .colors import CREAM, GLASS, INK, LEAF, SNOW, WOOD, Color, darker, lighter,
 
 @dataclass(frozen=True)
 class Pen:
-    """Draws in a thing's own coordinates."""
+    """Pen that draws in a thing's coordinates."""
 
     canvas: Canvas
     x: float
@@ -31,11 +31,11 @@ class Pen:
         self.canvas.line(self._placed(points), width * self._weight, color, is_edge)
 
     def at(self, x: float, y: float, size: float) -> Pen:
-        """A pen for a part, in this one's coordinates."""
+        """Pen for a part, in this pen's coordinates."""
         return replace(self, x=self.x + x * self.size * self._sign, y=self.y + y * self.size, size=size * self.size)
 
     def note(self, joints: Points) -> None:
-        """Remember a person's body points (18, 2) for the pose hint."""
+        """Record a person's body points (18, 2) for the pose hint."""
         self.canvas.people.append(self._placed(joints))
 
     def _placed(self, points: Points) -> Points:
@@ -176,7 +176,7 @@ def balloon(pen: Pen, color: Color, numbers: Numbers) -> None:
 
 
 def _meridian(x: float) -> Points:
-    """A line from the top of a balloon to its mouth; x: where it is at the widest place."""
+    """Line from the top of a balloon to its mouth; x: its horizontal position at the widest point."""
     turns = np.linspace(-0.25, 0.19, 17) * 2 * np.pi
     return np.stack([x * np.cos(turns), -0.64 + 0.36 * np.sin(turns)], axis=1)
 
@@ -236,7 +236,7 @@ WARM = ("red", "orange", "yellow", "pink", "purple", "blue", "white")
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of thing: how it is drawn, in which colours, and the half of its width when it is 1 high."""
+    """Kind of thing: its drawing function, its colours, and half its width when it is 1 high."""
 
     draw: Thing
     colors: tuple[str, ...]

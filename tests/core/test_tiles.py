@@ -70,7 +70,7 @@ def test_a_small_picture_is_filled_up_to_a_step_with_its_last_row_and_column() -
 
 def test_wrong_sizes_and_results_are_refused_in_words() -> None:
     whole = picture(100, 200)
-    with pytest.raises(ValueError, match=r"width: 100 pixels are no multiple of 16\. Set 96\."):
+    with pytest.raises(ValueError, match=r"width: 100 pixels are not a multiple of 16\. Set 96\."):
         split(whole, 100, 64, 8)
     with pytest.raises(ValueError, match=r"overlap: 33 pixels are not within 0 and half of a tile of 64\. Set 8\."):
         split(whole, 96, 64, 33)

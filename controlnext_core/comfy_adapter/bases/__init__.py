@@ -1,1 +1,1 @@
-"""Base models as the rest of the pack sees them: one row a family, one place a site."""
+"""Base models: one row of a table for each family, one place for each site."""

@@ -1,7 +1,7 @@
-"""The seam to base models: a `Base` is one family, a `Place` one site in a loaded model of it.
+"""Interface to base models: a `Base` is one family, a `Place` one site in a loaded model of it.
 
-Everything else works on maps (samples, C, H, W), whatever the base: a sample is what statistics are taken over, an
-image of the batch, a frame, or a whole clip of a base that has one sequence for all its frames.
+All other code works on maps (samples, C, H, W) for every base. A sample is the unit over which statistics are computed:
+an image of the batch, a frame, or a whole clip where the base has one sequence for all its frames.
 """
 
 from __future__ import annotations
@@ -19,32 +19,31 @@ from ...specs import Family, Site, Spec
 from .forward_options import TransformerOptions
 
 Block = tuple[str, int]
-"""A block as the host names it, such as ("input", 3) or ("double_block", 0)."""
+"""Block in the host's naming, such as ("input", 3) or ("double_block", 0)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Facts of one forward, as known at the place that it passes."""
+    """Facts about one forward, as known where it passes a place."""
 
     options: TransformerOptions
     latent: tuple[int, ...]
-    """Shape of the latent that the control was prepared for: (rows, C, H, W) or (rows, C, T, H, W)."""
+    """Shape of the latent for which the control was prepared: (batch, C, H, W) or (batch, C, T, H, W)."""
     given: Mapping[str, Any]
-    """Further values from the host beside the tensor, such as the number of tokens before the picture's."""
+    """Further values from the host beside the tensor, such as the number of tokens before those of the picture."""
 
 
 class AddControls(Protocol):
-    """Adds all controls of a place to the tensor that the host has there."""
+    """Function that adds all controls of a place to the host's tensor there."""
 
     def __call__(self, tensor: Tensor, options: TransformerOptions, **given: Any) -> Tensor:
         """tensor: in the host's layout; given: see `Forward`. Returns the same layout, as a new tensor."""
 
 
 Door = Callable[[TransformerOptions, Block, AddControls], None]
-"""(options of the coming forward, block, add) -> the host calls `add` after this block, in this forward alone.
-
-A door replaces lists and dictionaries inside the options and never writes to them, takes the place of what the same
-door put at the same block before, and leaves patches of others in force, ours first."""
+"""(options of the coming forward, block, add): the host calls `add` after this block, in this forward only. A door
+replaces lists and dictionaries inside the options and never writes to them. It replaces an earlier patch of the same
+door at the same block, and leaves patches of other packs in force, after its own."""
 
 
 def _same_layout(tensor: Tensor, forward: Forward) -> Tensor:
@@ -62,15 +61,15 @@ class Place:
     door: Door
     block: Block
     width: int
-    """Channels of a feature there, which the control's encoder must have."""
+    """Channels of the features there, which must equal the output channels of the control's encoder."""
     cell: int
-    """Pixels of the picture along one side of a feature."""
+    """Pixels of the picture along one side of a feature cell."""
     to_map: Callable[[Tensor, Forward], Tensor | None] = _same_layout
-    """(the host's tensor, forward) -> (samples, C, H, W), of the picture's features alone; None where the tensor does
-    not hold as many as the latent has."""
+    """(the host's tensor, forward) -> (samples, C, H, W) with the features of the picture only; None where the tensor
+    has fewer of them than the latent."""
     from_map: Callable[[Tensor, Tensor, Forward], Tensor] = _whole_tensor
-    """(map with the controls, the host's tensor, forward) -> the host's layout, all but the picture's features as it
-    was."""
+    """(map with the controls, the host's tensor, forward) -> the host's layout; all but the picture's features is
+    unchanged."""
 
 
 ALL = "all"
@@ -79,13 +78,13 @@ ALL = "all"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Base:
-    """One family of base models, as the host has it. What is known without the host is in `families.FAMILIES`."""
+    """Family of base models in the host. Facts known without the host are in `families.FAMILIES`."""
 
     family: Family
     matches: Callable[[Any], bool]
-    """(the host's BaseModel) -> True where it is of this family."""
+    """(the host's BaseModel) -> True: it belongs to this family. False: it does not."""
     places: Callable[[Any], dict[Site, Place]]
-    """(the host's BaseModel) -> where controls can be added."""
+    """(the host's BaseModel) -> places at which controls can be added."""
     key_map: Callable[[Mapping[str, Any]], KeyMap]
     """(the host's `unet_config`) -> published name of each weight -> its name in the host."""
     encoder_time: Callable[[Any, Tensor], Tensor]
@@ -93,12 +92,13 @@ class Base:
     trainable: Mapping[str, str]
     """Name of a subset -> regular expression searched in the host's names of the weights in it."""
     sides: Mapping[str, str]
-    """Group of blocks as a setting names it -> start of the host's names of its weights; a number may follow."""
+    """Group of blocks, as named in settings -> start of the host's names of its weights; a number may follow."""
     fused: Mapping[str, Part] = field(default_factory=dict)
-    """Regular expression searched in the host's names -> the part of such a weight that a named subset means."""
+    """Regular expression searched in the host's names -> the slice of such a fused weight that a named subset
+    covers."""
 
     def slices(self, subset: str, shapes: Mapping[str, torch.Size], names: Iterable[str]) -> dict[str, Slice]:
-        """Slices that a subset means of those of its weights that are fused; `all` and expressions mean whole ones.
+        """Slices of the fused weights that a named subset covers; `all` and regular expressions cover whole weights.
 
         shapes: of the base's weights by the host's names; names: of the weights in the subset.
         """
@@ -107,20 +107,23 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class LoadedBase:
-    """A loaded model, as far as it decides whether and where a control fits."""
+    """Loaded model, reduced to the facts that decide whether and where a control fits."""
 
     row: Base
     config: Mapping[str, Any]
     """The host's `unet_config`."""
     places: Mapping[Site, Place]
-    """Sites at which controls can be added; empty: this model takes none."""
+    """Sites at which controls can be added; empty: this model takes no controls."""
 
     @property
     def family(self) -> Family:
         return self.row.family
 
     def key_map(self) -> KeyMap:
-        """Published name of each weight -> its name in this model. Raises ValueError where there are none."""
+        """Published name of each weight -> its name in this model.
+
+        Raises ValueError for a family without published names.
+        """
         return self.row.key_map(self.config)
 
 
@@ -140,9 +143,10 @@ def check_pair(base: LoadedBase, spec: Spec, out_channels: int, name: str) -> No
 
 
 def put_first(options: TransformerOptions, name: str, patch: Any) -> None:
-    """Put a patch at the head of the host's list `name`, in place of the one of ours for the same block.
+    """Insert a patch at the head of the host's list `name`, replacing this pack's earlier patch for the same block.
 
-    patch: a method of an object that has a `block`. At the head, others (FreeU, deep shrink) see controlled features.
+    patch: a method of an object that has a `block`. At the head, so that others (FreeU, deep shrink) see the controlled
+    features.
     """
     ours = patch.__self__
 

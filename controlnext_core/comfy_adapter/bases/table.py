@@ -1,4 +1,4 @@
-"""THE table of base models. A family is tried after those above it."""
+"""Table of base models. The rows are tried in order, from the top."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ UNKNOWN = Base(
     trainable={},
     sides={},
 )
-"""Every model that no row knows: nothing can be added to it."""
+"""Row for a model that matches no other row; it takes no controls."""
 
 BASES: tuple[Base, ...] = (*UNETS, *TRANSFORMERS, UNKNOWN)
 
 
 def loaded_base(model: Any) -> LoadedBase:
-    """The row and the places of a host BaseModel (what a MODEL's patcher holds as `.model`)."""
+    """Row and places of a host BaseModel (the `.model` of a MODEL)."""
     row = next(row for row in BASES if row.matches(model))
     return LoadedBase(row, dict(model.model_config.unet_config), row.places(model))

@@ -1,6 +1,7 @@
-"""Parts that diffusion transformers share: the picture's tokens as a map, and the three ways to the end of a block.
+"""Tools shared by the diffusion transformers: the picture's tokens as a map, and three doors after a block.
 
-Tokens are (rows, N, D), a picture's row by row; text, references of other pictures and padding may stand around them.
+Tokens are (batch, N, D), those of a picture row by row. Tokens of text, of other reference pictures and of padding may
+come before and after them.
 """
 
 from __future__ import annotations
@@ -22,32 +23,32 @@ PATCH = 2
 """Latent cells along one side of a token."""
 
 REFERENCE_KEY: Final = "controlnext_reference"
-"""Our key in `transformer_options`: shape of the reference latent that the coming forward is given."""
+"""Key of this pack in `transformer_options`: shape of the reference latent given to the coming forward."""
 
 Start = Callable[[Tensor, int, TransformerOptions], int]
 """(tokens, number of the picture's tokens, options of the forward) -> index of the picture's first token."""
 
 
 def note_reference(options: TransformerOptions, given: Mapping[str, Any]) -> None:
-    """Note the shape of the coming forward's reference latent, or None; given: its conditions by the host's names."""
+    """Record the shape of the coming forward's reference latent, or None. given: its conditions by the host's names."""
     reference = given.get("reference_latent")
     options[REFERENCE_KEY] = tuple(reference.shape) if isinstance(reference, Tensor) else None
 
 
 def from_the_front(tokens: Tensor, count: int, options: TransformerOptions) -> int:
-    """Index of the picture's first token in a stream that begins with the picture."""
+    """Start index 0, for a stream that begins with the picture's tokens."""
     return 0
 
 
 def after_the_reference(tokens: Tensor, count: int, options: TransformerOptions) -> int:
-    """Number of tokens of the reference frame, (rows, C, H, W), which come first; 0 without one."""
+    """Number of tokens of the reference frame, (batch, C, H, W), which come first; 0 without one."""
     reference = options.get(REFERENCE_KEY)
     return 0 if reference is None else (reference[-2] // PATCH) * (reference[-1] // PATCH)
 
 
 @dataclass(frozen=True, slots=True)
 class FromTheEnd:
-    """Index of the picture's first token where they come last, padded at the end to a multiple of `multiple`."""
+    """Index of the picture's first token where they come last, padded at the end to a multiple of `multiple` tokens."""
 
     multiple: int = 1
 
@@ -57,16 +58,16 @@ class FromTheEnd:
 
 @dataclass(frozen=True, slots=True)
 class PictureTokens:
-    """The way between (rows, N, D) and maps (rows, D, H, W): `Place.to_map` and `Place.from_map`.
+    """Conversion between tokens (batch, N, D) and maps (batch, D, H, W): `Place.to_map` and `Place.from_map`.
 
-    A latent of an odd size is padded by the host to whole tokens. The frames of a latent that has some lie below each
-    other, in one sample: (rows, D, T * H, W).
+    The host pads a latent of an odd size to whole tokens. The frames of a video latent are stacked along the height
+    into one sample: (batch, D, T * H, W).
     """
 
     start: Start = from_the_front
 
     def to_map(self, tokens: Tensor, forward: Forward) -> Tensor | None:
-        """A view of the picture's tokens; None where there are fewer than the latent has."""
+        """View of the picture's tokens as a map; None where there are fewer tokens than the latent needs."""
         found = self._range(tokens, forward)
         if found is None:
             return None
@@ -74,7 +75,7 @@ class PictureTokens:
         return tokens[:, start : start + count].transpose(1, 2).unflatten(2, (-1, width))
 
     def from_map(self, added: Tensor, tokens: Tensor, forward: Forward) -> Tensor:
-        """New tokens: the picture's from the map, all others as they were."""
+        """New tokens: those of the picture from the map, all others unchanged."""
         found = self._range(tokens, forward)
         assert found is not None, "a map without its tokens"
         start, count, _ = found
@@ -93,7 +94,9 @@ class PictureTokens:
 
 
 class BlockReplacement:
-    """Replacement in the host's slot for one block: runs the block, or an earlier replacement; adds the controls."""
+    """Replacement in the host's slot for one block: runs the block, or an earlier replacement; then adds
+    the controls.
+    """
 
     def __init__(self, block: Block, add: AddControls, options: TransformerOptions, earlier: Any) -> None:
         self.block, self.add, self.options, self.earlier = block, add, options, earlier
@@ -104,7 +107,7 @@ class BlockReplacement:
 
 
 def replace_block(options: TransformerOptions, block: Block, add: AddControls) -> None:
-    """Door after a block that the host allows to be replaced; another pack's replacement runs inside this one."""
+    """Door after a block that the host lets packs replace; another pack's replacement runs inside this one."""
     replaced = dict(options.get("patches_replace", {}))
     blocks = dict(replaced.get("dit", {}))
     earlier = blocks.get(block)
@@ -115,13 +118,13 @@ def replace_block(options: TransformerOptions, block: Block, add: AddControls) -
 
 
 class BlockPatch:
-    """Patch that the host calls after every block, and that acts on one of them."""
+    """Patch that the host calls after every block; it acts only on its own block."""
 
     def __init__(self, block: Block, add: AddControls) -> None:
         self.block, self.add = block, add
 
     def after(self, args: dict[str, Any]) -> dict[str, Any]:
-        """args: `img` is the picture's tokens with their padding, as a view of the host's."""
+        """args: `img` holds the picture's tokens with their padding, as a view of the host's tensor."""
         if args["block_index"] != self.block[1]:
             return {}
         tokens = args["img"]
@@ -131,12 +134,12 @@ class BlockPatch:
 
 
 def patch_block(options: TransformerOptions, block: Block, add: AddControls) -> None:
-    """Door after a block of a host that calls patches named as the kind of block."""
+    """Door after a block, for hosts that call a list of patches named after the kind of block."""
     put_first(options, block[0], BlockPatch(block, add).after)
 
 
 class HookedForward:
-    """A wrapper around the model's forward that hooks one of its blocks while it runs."""
+    """Wrapper around the model's forward that hooks one of its blocks during the call."""
 
     def __init__(self, block: Block, add: AddControls, options: TransformerOptions) -> None:
         self.block, self.add, self.options = block, add, options
@@ -154,7 +157,7 @@ class HookedForward:
 
 
 def hook_block(options: TransformerOptions, block: Block, add: AddControls) -> None:
-    """Door after a block of `layers`, where the host has no other."""
+    """Door after a block of `layers` by a forward hook, for hosts without patches there."""
     wrappers = dict(options.get("wrappers", {}))
     kind = WrappersMP.DIFFUSION_MODEL
     ours = {f"{WRAPPERS_KEY}_{block[1]}": [HookedForward(block, add, options)]}

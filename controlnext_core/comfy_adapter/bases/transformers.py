@@ -1,7 +1,7 @@
-"""The diffusion transformers: how each is told, where its first joint block is, which weights a control may change.
+"""Diffusion transformers: how a family is recognised, its first joint block, and the weights that a control may change.
 
-Names of weights are the host's. The encoder's time is 1000 times sigma for all of them: the number that a model
-itself is given is sigma for some, where a sinusoidal embedding hardly moves.
+Names of weights are the host's. The encoder's timestep is 1000 * sigma for all families: some models themselves get
+sigma, over which a sinusoidal embedding hardly changes.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from .tokens import (
 SITE = Site.AFTER_JOINT_0
 STREAMS = {"double": "double_blocks.", "single": "single_blocks."}
 LAYERS = {"joint": "layers.", "refiner": "noise_refiner."}
-"""Groups of blocks of Flux.1 and Chroma, and of Lumina2 and Z-Image."""
+"""Groups of blocks of Lumina2 and Z-Image; STREAMS has those of Flux.1 and Chroma."""
 HAS_LAYER_PATCHES = hasattr(ModelPatcher, "set_model_noise_refiner_patch")
-"""True on hosts whose Lumina2 and Z-Image call patches in and after their layers: both came in one version."""
+"""True: the host's Lumina2 and Z-Image call patches after each layer. False: an older host, which does not."""
 
 
 def thousandths(model_sampling: Any, sigmas: Tensor) -> Tensor:
-    """1000 * sigma, of a flow model's sigmas in 0..1."""
+    """Timesteps 1000 * sigma, for the sigmas of a flow model in 0..1."""
     return 1000 * sigmas
 
 
 def first_block(
     family: Family, width: int, door: Door, kind: str = "double_block", start: Start = from_the_front
 ) -> Any:
-    """The one place of a transformer: after its first joint block."""
+    """Single place of a transformer: after its first joint block."""
     tokens = PictureTokens(start)
     cell = FAMILIES[family].cells[SITE]
     place = Place(door=door, block=(kind, 0), width=width, cell=cell, to_map=tokens.to_map, from_map=tokens.from_map)
@@ -54,7 +54,7 @@ def first_block(
 
 
 def no_published_names(config: Mapping[str, Any]) -> KeyMap:
-    """Raises ValueError: controls of this family have the host's names."""
+    """Raise ValueError: weights of controls for this family have the host's names."""
     raise ValueError(
         "weights for this model's family have the host's names and come with the control (`base.` names). Set "
         "weights_name to auto, or to a file of a control for this family."
@@ -71,7 +71,9 @@ def transformer(
     subsets: Mapping[str, str] | None = None,
     fused: Mapping[str, Part] | None = None,
 ) -> Base:
-    """One row. attention_out: the output projections of the picture's attention, `to_out`, the default subset."""
+    """Row of a transformer. attention_out: the output projections of the picture's attention, `to_out`, the default
+    subset.
+    """
     return Base(
         family=family,
         matches=matches,
@@ -115,7 +117,7 @@ def _is_flux(model: Any) -> bool:
 
 
 def attention_columns(shape: Size) -> Slice:
-    """Columns of a single block's output weight, (width, width + MLP), that read the attention: the first ones."""
+    """Columns that read the attention in a single block's output weight, (width, width + MLP): the first ones."""
     return 1, 0, shape[0]
 
 
@@ -162,7 +164,7 @@ def _is_lumina(model: Any, of_z_image: bool) -> bool:
 
 
 def value_rows(shape: Size) -> Slice:
-    """Rows of a fused query, key and value, (width + 2 * keys, width), that make the values; they come last."""
+    """Rows that make the values in a fused query-key-value weight, (width + 2 * keys, width): the last ones."""
     rows, width = shape
     return 0, (rows + width) // 2, (rows - width) // 2
 
@@ -193,8 +195,8 @@ Z_IMAGE = transformer(
 
 
 WAN_KINDS = ("t2v", "i2v", "vace", "camera", "camera_2.2", "s2v", "humo", "animate")
-"""The host's names of those whose clip's tokens follow a reference frame of `ref_conv`, where there is one, and come
-before all others. SCAIL, WanDancer and the second Animate put other frames first."""
+"""Host's names of the kinds whose clip tokens come after those of an optional reference frame (`ref_conv`) and before
+all others. SCAIL, WanDancer and the second Animate put other frames first."""
 
 
 def _is_wan(model: Any, of_5b: bool) -> bool:
@@ -221,7 +223,7 @@ def _wan(family: Family, of_5b: bool) -> Base:
 
 
 WAN_5B_CHANNELS = 48
-"""Channels of a latent of Wan 2.2's own autoencoder; latents of all other families have 16."""
+"""Channels of a latent of Wan 2.2's 5B autoencoder; latents of all other families have 16."""
 WAN = _wan(Family.WAN, of_5b=False)
 WAN_5B = _wan(Family.WAN_5B, of_5b=True)
 

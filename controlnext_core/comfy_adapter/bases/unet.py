@@ -1,6 +1,6 @@
-"""The UNets: SD1.5, SD2.1, SDXL and SVD, which differ in their context and their temporal layers alone.
+"""UNets: SD1.5, SD2.1, SDXL and SVD, which differ only in their text context and temporal layers.
 
-Features are maps already, one sample for each row: an image, or a frame, as the released SVD controls have it.
+Features are maps already, one sample per batch item: an image, or a frame, as the released SVD controls have it.
 """
 
 from __future__ import annotations
@@ -22,28 +22,30 @@ AFTER_SKIP, BEFORE_OUTPUT = "input_block_patch_after_skip", "output_block_patch"
 
 
 class UNetPatches:
-    """The host's patches at one block; the host calls them at every block of their side."""
+    """Patches of this pack at one block; the host calls them at every block of that side."""
 
     def __init__(self, block: Block, add: AddControls) -> None:
         self.block, self.add = block, add
 
     def after_skip(self, h: Tensor, transformer_options: TransformerOptions) -> Tensor:
-        """input_block_patch_after_skip: the skip is stored, the next block gets the control."""
+        """Patch `input_block_patch_after_skip`: the skip is stored already, so only the next block gets the control."""
         return self.add(h, transformer_options) if tuple(transformer_options["block"]) == self.block else h
 
     def before_output(self, h: Tensor, skip: Tensor, transformer_options: TransformerOptions) -> tuple[Tensor, Tensor]:
-        """output_block_patch: acts on h, before it meets the skip."""
+        """Patch `output_block_patch`: adds to h before it is concatenated with the skip."""
         here = tuple(transformer_options["block"]) == self.block
         return (self.add(h, transformer_options) if here else h), skip
 
 
 def after_input_block(options: TransformerOptions, block: Block, add: AddControls) -> None:
-    """Door after a block of the encoder; its skip stays without control."""
+    """Door after a block of the encoder; its skip stays without the control."""
     put_first(options, AFTER_SKIP, UNetPatches(block, add).after_skip)
 
 
 def before_output_block(options: TransformerOptions, block: Block, add: AddControls) -> None:
-    """Door before a block of the decoder: at the first, nothing but other residuals lies between it and the middle."""
+    """Door before a decoder block; before the first, only other controls' residuals come between it and the middle
+    block.
+    """
     put_first(options, BEFORE_OUTPUT, UNetPatches(block, add).before_output)
 
 
@@ -78,7 +80,7 @@ def _is_family(family: Family, model: Any) -> bool:
 
 
 def _timesteps(model_sampling: Any, sigmas: Tensor) -> Tensor:
-    """The encoder is given the number that the UNet is given."""
+    """Timesteps of the control's encoder: the same numbers as the UNet's."""
     return model_sampling.timestep(sigmas)
 
 
@@ -95,4 +97,4 @@ def _unet(family: Family) -> Base:
 
 
 UNETS = tuple(map(_unet, (Family.SD15, Family.SD21, Family.SDXL, Family.SVD, Family.OTHER)))
-"""OTHER is a UNet with a text context of another width: ControlNet-XS may be made for one."""
+"""Rows of the UNets. OTHER is a UNet whose text context has another width; a ControlNet-XS may be made for one."""

@@ -1,1 +1,1 @@
-"""Files of controls in and out: find, detect, load, save, inspect."""
+"""Control files: find, detect, load, save, inspect."""

@@ -1,4 +1,4 @@
-"""The host's folders: where control files lie, what the widgets list, which UNet weights belong to a control."""
+"""Folders of the host: control files, the lists of the widgets, and the UNet weights that belong to a control."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ..feedback import log_once
 
 FOLDER = "controlnext"
 FOLDERS = (FOLDER, "controlnet", "model_patches")
-"""Searched in this order; where both hold the same relative name the first wins."""
+"""Folders in search order; where several hold the same relative name, the first is used."""
 
 AUTO, NONE = "auto", "none"
 
 
 def register_folder() -> None:
-    """Make `models/controlnext` and what was saved into `output/controlnext` known to the host.
+    """Register `models/controlnext` and `output/controlnext` (the folder of saved controls) with the host.
 
-    Lists weight files only. Safe to call again.
+    Only weight files are listed. May be called repeatedly.
     """
     for parent in (folder_paths.models_dir, folder_paths.get_output_directory()):
         folder_paths.add_model_folder_path(FOLDER, os.path.join(parent, FOLDER))
@@ -35,10 +35,10 @@ def register_folder() -> None:
 
 
 def list_names(folders: Sequence[str]) -> list[str]:
-    """Names of every weight file in these folders, as the widgets show them: with `/` on every system.
+    """Names of all weight files in these folders, as the widgets show them: with `/` on every system.
 
-    A graph from another system therefore finds its files. Names that are not UTF-8 are left out, with a line
-    in the log.
+    A graph from another system therefore finds its files. Names that are not UTF-8 are left out, with a line in the
+    log.
     """
     found = dict.fromkeys(
         Path(name).as_posix() for folder in folders for name in folder_paths.get_filename_list(folder)
@@ -50,7 +50,10 @@ def list_names(folders: Sequence[str]) -> list[str]:
 
 
 def find(name: str, folders: Sequence[str]) -> Path:
-    """The file behind a widget's name. Raises CheckpointError where it is gone, or where its name is not UTF-8."""
+    """Path of the file with a widget's name.
+
+    Raises CheckpointError where it is missing, or where its name is not UTF-8.
+    """
     if not is_encodable(name):
         raise CheckpointError(f"{encodable(name)}: the file's name is not UTF-8. Rename the file and choose it again.")
     for folder in folders:
@@ -58,8 +61,8 @@ def find(name: str, folders: Sequence[str]) -> Path:
         if path is not None:
             return Path(path)
     for parent in (parent for folder in folders for parent in folder_paths.get_folder_paths(folder)):
-        if os.path.isdir(os.path.join(parent, name)):  # False too for a name that no system takes
-            return Path(parent) / name  # whoever opens it says that it is a folder
+        if os.path.isdir(os.path.join(parent, name)):  # False also for a name that the system does not allow
+            return Path(parent) / name  # the caller's attempt to open it reports that it is a folder
     raise CheckpointError(
         f"{cut(name)}: no such file in {' or '.join('models/' + folder for folder in folders)}. Put it there, or "
         "choose another file."
@@ -67,36 +70,36 @@ def find(name: str, folders: Sequence[str]) -> Path:
 
 
 def control_names() -> list[str]:
-    """Names of every weight file in the control folders."""
+    """Names of all weight files in the control folders."""
     return list_names(FOLDERS)
 
 
 def control_path(name: str) -> Path:
-    """The control file behind a widget's name. Raises CheckpointError where it is gone."""
+    """Path of the control file with a widget's name. Raises CheckpointError where it is missing."""
     return find(name, FOLDERS)
 
 
 @dataclass(frozen=True)
 class ChosenWeights:
-    """Source of a control's UNet weights."""
+    """Chosen source of a control's UNet weights."""
 
     path: Path | None
-    """Path of the file of weights; None: no weights."""
+    """Path of the weights file; None: no weights."""
     bundled: bool
     why: str
 
     @property
     def stamp(self) -> str:
-        """Changes when the file does."""
+        """Stamp that changes when the file does."""
         return file_stamp(self.path) if self.path else NONE
 
 
 def choose_weights(file: ControlFile, weights_name: str) -> ChosenWeights:
-    """Resolve the `weights_name` widget: `auto`, `none` or a file of the control folders.
+    """Resolve the value of the `weights_name` widget: `auto`, `none` or a file in the control folders.
 
     auto: the weights bundled in the control file; else the file that its metadata names; else the only
-    `unet*.safetensors` beside it that is no control itself; else none. Never from another folder. Raises
-    CheckpointError for a file that is gone, or is a control itself.
+    `unet*.safetensors` beside it that is not a control; else none. Never from another folder. Raises CheckpointError
+    for a file that is missing or is itself a control.
     """
     path = file.header.path
     if weights_name == NONE:
@@ -120,7 +123,10 @@ def choose_weights(file: ControlFile, weights_name: str) -> ChosenWeights:
 
 
 def _weights_path(name: str) -> Path:
-    """The weights file behind a widget's name. Raises CheckpointError where it is a control, and says which widget."""
+    """Path of the weights file with a widget's name.
+
+    Raises CheckpointError, naming the right widget, where it is a control.
+    """
     path = control_path(name)
     header = peek(path)
     if is_xs(header.shapes):
@@ -154,7 +160,9 @@ def _is_file(path: Path) -> bool:
 
 
 def fingerprint(control_name: str, weights_name: str) -> str:
-    """Changes when the control, its UNet weights or the choice between them change; for `fingerprint_inputs`."""
+    """Fingerprint that changes with the control, its UNet weights or the choice between them; for
+    `fingerprint_inputs`.
+    """
     stamp = ""
     try:
         path = control_path(control_name)
@@ -165,7 +173,9 @@ def fingerprint(control_name: str, weights_name: str) -> str:
 
 
 def fingerprint_alone(control_name: str) -> str:
-    """Changes when the control's file or a config.json beside it does; for controls without UNet weights."""
+    """Fingerprint that changes with the control's file or a config.json beside it; for controls without
+    UNet weights.
+    """
     try:
         path = control_path(control_name)
     except CheckpointError as error:
@@ -174,7 +184,7 @@ def fingerprint_alone(control_name: str) -> str:
 
 
 def file_stamp(path: Path) -> str:
-    """Path, size and time of a file: what a node's fingerprint needs to see a change."""
+    """Stamp of a file for fingerprints: path, size and modification time."""
     try:
         stat = path.stat()
     except OSError:

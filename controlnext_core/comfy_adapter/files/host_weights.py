@@ -1,8 +1,8 @@
-"""Differences under the host's names on a MODEL: low rank or whole, of weights in any format.
+"""Weight differences under the host's names, added to a MODEL: low-rank or full-rank, for weights in any format.
 
-A weight in a plain format is patched, as by a LoRA. A quantised one would be quantised again, which drowns a small
-difference in rounding (fp8: a cosine of about 0.6 to what was meant): there the difference is added in each forward
-to what the host makes of the weight for computing, and the stored weight is not changed.
+A weight in a plain format gets a patch, as from a LoRA. A quantised weight would be quantised again, and the rounding
+would drown a small difference (fp8: a cosine of about 0.6 to the intended result). For such a weight the difference is
+added in each forward to the dequantised weight, and the stored weight does not change.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from .weights import WEIGHTS_KEY, AppliedWeights, is_plain, stored_weight
 
 
 def host_named(file: ControlFile, chosen: ChosenWeights) -> tuple[Mapping[str, Tensor], Mapping[str, Slice]] | None:
-    """Differences of the chosen file under the host's names, and which are of slices; None: its names are published.
+    """Differences of the chosen file under the host's names, with the slices they apply to; None for published names.
 
-    They come bundled, in a file of their own, or in the host's LoRA form.
+    The differences are bundled with the encoder, in a separate file, or in the host's LoRA form.
     """
     assert chosen.path is not None
     if chosen.bundled:
@@ -57,9 +57,9 @@ def put_on(
     weights_kind: str,
     strength: float,
 ) -> tuple[ModelPatcher, str]:
-    """(a clone of `model` with what `host_named` found, a line of the loader's report).
+    """Return (clone of `model` with the differences of `host_named`, a line of the loader's report).
 
-    Raises CheckpointError as `low_rank.read_differences`, and where the user says that these are full weights.
+    Raises CheckpointError as `low_rank.read_differences` does, and where weights_kind says full weights.
     """
     source = str(chosen.path)
     if weights_kind == WeightsKind.FULL.value:
@@ -80,21 +80,21 @@ def shape_of(model: ModelPatcher) -> Callable[[str], torch.Size | None]:
 
 
 def quantised(model: ModelPatcher, differences: Differences) -> set[str]:
-    """Names of the weights with a difference that are stored in another format than they compute in."""
+    """Names of the weights with a difference whose storage format is not the one they compute in."""
     found = {name: stored_weight(model, name) for name in map(name_of, differences)}
     return {name for name, stored in found.items() if stored is not None and not is_plain(stored[0])}
 
 
 def added_how(model: ModelPatcher, differences: Differences) -> str:
-    """End of a report's line: how differences are added where it is not by a patch."""
+    """End of a line of the report: how differences are added, where that is not by a patch; else empty."""
     return ", added in each forward as the model is quantised" if quantised(model, differences) else ""
 
 
 def add_host_differences(model: ModelPatcher, differences: Differences, strength: float, source: str) -> ModelPatcher:
-    """A clone of `model` with strength * differences added to its weights; commutes with LoRA loaders.
+    """Clone `model` with strength * differences added to its weights; commutes with LoRA loaders.
 
-    With strength 0 nothing is added. Raises CheckpointError for a name that the model lacks, and for a quantised weight
-    in a layer that takes nothing in its forward.
+    Strength 0 adds nothing. Raises CheckpointError for a name that the model lacks, and for a quantised weight in a
+    layer that accepts no weight function.
     """
     patched = model.clone()
     if strength == 0 or not differences:
@@ -117,15 +117,15 @@ def add_host_differences(model: ModelPatcher, differences: Differences, strength
 
 
 class AddedInForward:
-    """One of the host's weight functions: it is given a weight right before its use."""
+    """Weight function of the host, which is called with a weight right before its use."""
 
     def __init__(self, difference: Difference, part: Slice | None, strength: float) -> None:
         self.difference, self.part, self.strength = difference, part, strength
 
     def __call__(self, weight: Tensor) -> Tensor:
-        """A new tensor: weight + strength * difference, in the weight's dtype.
+        """Return a new tensor, weight + strength * difference, in the weight's dtype.
 
-        Raises TypeError for a weight in fp8, as hosts hand it over that multiply in fp8.
+        Raises TypeError for a weight in fp8, as hosts pass it that multiply in fp8.
         """
         if weight.dtype.itemsize == 1:
             raise TypeError(
@@ -142,7 +142,10 @@ class AddedInForward:
         return changed
 
     def move_to(self, device: torch.device | None = None) -> int:
-        """Called by the host where it loads the weight. Returns the bytes that moved."""
+        """Move the difference to a device, called by the host where it loads the weight.
+
+        Returns the number of bytes moved.
+        """
         if isinstance(self.difference, LowRank):
             self.difference = LowRank(self.difference.up.to(device), self.difference.down.to(device))
             return self.difference.up.nbytes + self.difference.down.nbytes

@@ -1,4 +1,4 @@
-"""Words of ControlNeXtInspect about a file."""
+"""Description of a control file, the text of ControlNeXtInspect."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .folders import choose_weights
 from .xs_loading import configured_heads, describe
 
 MAX_KEYS = 40
-"""Keys of a file's metadata that are shown."""
+"""Number of keys of a file's metadata that are shown."""
 MAX_RECIPE = 16_384
-"""Letters of a recipe that is shown a line a setting."""
+"""Largest length, in characters, of a recipe that is shown with one line per setting."""
 
 
 def inspect_file(path: Path) -> str:
-    """Describe a control file: variant or size, base model, gain, where it is added, its weights of the base.
+    """Describe a control file: variant or size, base model, gain, site, its weights of the base.
 
-    Raises CheckpointError or DetectionError with what a file that is no control is instead.
+    Raises CheckpointError or DetectionError for a file that is not a control, with a message that says what it is.
     """
     header = checkpoint.peek(path)
     if is_xs(header.shapes):
@@ -69,7 +69,7 @@ def _differences(file: ControlFile) -> list[str]:
 
 
 def inspect_xs(file: XSFile) -> str:
-    """Describe a ControlNet-XS: size, base, type, own time embedding, heads."""
+    """Describe a ControlNet-XS file: size, base, type, own time embedding, heads."""
     dtypes = sorted({file.header.dtypes[stored] for stored in file.names.values()})
     try:
         words = describe(file, file.norm_rule().name, file.heads(beside=configured_heads(file)))
@@ -85,7 +85,7 @@ def inspect_xs(file: XSFile) -> str:
 
 
 def metadata_lines(header: checkpoint.Header) -> list[str]:
-    """Metadata of the file, a line for each key; of a long text the start, of many keys the first."""
+    """Lines of a file's metadata, one per key; long values are cut, and only the first keys are shown."""
     keys = sorted(header.metadata)
     lines = []
     for key in keys[:MAX_KEYS]:

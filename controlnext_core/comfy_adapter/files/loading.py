@@ -1,4 +1,4 @@
-"""Loading of a ControlNeXt: from a file to a control managed by the host."""
+"""Loader of ControlNeXt files: from a file to a control managed by the host."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .whole_unets import load_unet
 
 @dataclass(frozen=True)
 class Loaded:
-    """Outputs of the loader node, and the text that it shows."""
+    """Outputs of the loader node, and the text shown on it."""
 
     model: ModelPatcher
     control: ControlNeXtControl
@@ -47,10 +47,10 @@ def load_controlnext(
     variant: str = "auto",
     weights_kind: str = "auto",
 ) -> Loaded:
-    """Load an encoder and put its UNet weights on a clone of `model`; all of it or an error.
+    """Load an encoder and add its UNet weights to a clone of `model`: both, or an error.
 
-    weights_name: see `files.choose_weights`; weights_kind: `auto`, `difference`, `full` or `low_rank`.
-    Raises CheckpointError, DetectionError or ValueError naming the file and what to do.
+    weights_name: see `folders.choose_weights`; weights_kind: `auto`, `difference`, `full` or `low_rank`. Raises
+    CheckpointError, DetectionError or ValueError naming the file and what to do.
     """
     file = read_control_file(checkpoint.peek(path))
     base = loaded_base(model.model)
@@ -78,10 +78,10 @@ def load_controlnext(
 
 
 def _without_weights(file: ControlFile, chosen: ChosenWeights, model: ModelPatcher) -> tuple[str, ...]:
-    """A warning for a control that was published with UNet weights, and is loaded without them.
+    """Warning for a control that was published with UNet weights and is loaded without them.
 
-    The authors' files have no metadata of ours, and all of them come with weights. A whole UNet of Load ControlNeXt
-    UNet holds them already.
+    The authors' files have none of this pack's metadata, and all of them come with weights. A whole UNet of Load
+    ControlNeXt UNet contains them already.
     """
     published = file.metadata.spec is None and not all(spec.on_transformer for spec in file.candidates)
     whole_unet = (getattr(model, "cached_patcher_init", None) or (None,))[0] is load_unet
@@ -95,10 +95,10 @@ def _without_weights(file: ControlFile, chosen: ChosenWeights, model: ModelPatch
 
 @dataclass(frozen=True)
 class FoundDifferences:
-    """Differences of the base's weights that a file holds or amounts to."""
+    """Weight differences of the base that a file holds, or that follow from its full weights."""
 
     tensors: dict[str, torch.Tensor]
-    """Differences by host name, with `diffusion_model.`; all-zero ones are left out."""
+    """Differences by host name, with `diffusion_model.`; zero ones are left out."""
     kind: WeightsKind
     in_file: int
     """Number of tensors in the file."""
@@ -109,7 +109,7 @@ class FoundDifferences:
 def differences_of(
     file: ControlFile, chosen: ChosenWeights, key_map: KeyMap, base: BaseWeights, weights_kind: str = "auto"
 ) -> FoundDifferences:
-    """Differences that the chosen file brings to a base model.
+    """Weight differences of the chosen file for a base model.
 
     Raises CheckpointError, for the same reasons as `unet_weights.host_differences`.
     """
@@ -127,7 +127,7 @@ def differences_of(
 def _other_kind(
     tensors: Mapping[str, torch.Tensor], base: BaseWeights, kind: WeightsKind, source: str
 ) -> tuple[str, ...]:
-    """A warning where the weights look like the kind that was not chosen; none where they cannot be told."""
+    """Warning where the weights look like another kind than the chosen one; none where the kind cannot be measured."""
     try:
         seen = decide_kind(tensors, base, source)
     except checkpoint.CheckpointError:
@@ -141,13 +141,13 @@ def _other_kind(
 
 
 def _weights_of(file: ControlFile, chosen: ChosenWeights) -> Mapping[str, torch.Tensor]:
-    """The UNet tensors of the chosen file, by published name; each is read when it is asked for."""
+    """UNet tensors of the chosen file, by published name; each is read at the time of access."""
     assert chosen.path is not None
     return checkpoint.open_tensors(chosen.path, file.weights if chosen.bundled else None)
 
 
 def _kind_of(file: ControlFile, chosen: ChosenWeights, weights_kind: str) -> WeightsKind | None:
-    """The kind that the user or the metadata states; None to measure it."""
+    """Kind of weights according to the user or the metadata; None: to be measured."""
     if weights_kind == LOW_RANK:
         raise checkpoint.CheckpointError(
             f"{chosen.path}: holds whole weights, no low-rank differences (.up, .down). Set weights_kind to auto."
@@ -162,7 +162,7 @@ def _kind_of(file: ControlFile, chosen: ChosenWeights, weights_kind: str) -> Wei
 def load_control(file: ControlFile, family: Family, variant: str = "auto") -> ControlNeXtControl:
     """Build the encoder of a recognised file for a base of this family.
 
-    Raises DetectionError where they do not go together, CheckpointError for a damaged file.
+    Raises DetectionError where file, family and variant do not match, CheckpointError for a damaged file.
     """
     spec = _as_trained(choose_spec(file, family, variant), file)
     found = checkpoint.load(file.header.path, file.encoder.values())
@@ -174,7 +174,7 @@ def load_control(file: ControlFile, family: Family, variant: str = "auto") -> Co
 
 
 def _as_trained(spec: Spec, file: ControlFile) -> Spec:
-    """The row with what the file's metadata says of its training."""
+    """Row of the variant, updated from the file's metadata about its training."""
     if file.metadata.normalization:
         spec = with_normalization(spec, file.metadata.normalization)
     return spec if file.metadata.gain is None else with_trained_gain(spec, file.metadata.gain)

@@ -1,5 +1,7 @@
-"""Save a control under the host's output folder: with the UNet weights that our loaders put on a MODEL, or a
-ControlNet-XS with either set of names."""
+"""Saving of controls under the host's output folder:
+
+ControlNeXt with its UNet weights, ControlNet-XS in both formats.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,14 @@ from .host_weights import shape_of
 from .weights import applied_weights
 
 ADAPTER_FILE = "diffusion_pytorch_model.safetensors"
-"""Name of the file that diffusers looks for in an adapter's folder."""
+"""Name of the file that diffusers expects in an adapter's folder."""
 
 
 def save_control(control: ControlNeXtControl, model: ModelPatcher | None, prefix: str, layout: str, dtype: str) -> Path:
-    """Write the control under the host's output folder and re-open it. Returns the path of the encoder's file.
+    """Write the control under the host's output folder and read it back. Returns the path of the encoder's file.
 
-    prefix: as in the stock save nodes, may hold sub-folders; layout: `single` (one file, bundled), `published`
-    (a folder with controlnet.safetensors and unet.safetensors, the authors' names) or `lora` (a folder with the
+    prefix: as in the stock save nodes, may contain sub-folders; layout: `single` (one file, bundled), `published` (a
+    folder with controlnet.safetensors and unet.safetensors, the authors' names) or `lora` (a folder with the
     differences as a LoRA). Raises CheckpointError.
     """
     spec = control.net.spec
@@ -47,10 +49,10 @@ def save_control(control: ControlNeXtControl, model: ModelPatcher | None, prefix
 
 
 def save_xs(control: ControlNetXSControl, prefix: str, layout: str, dtype: str) -> Path:
-    """Write a ControlNet-XS and re-open it. Returns the path of its weights.
+    """Write a ControlNet-XS and read it back. Returns the path of its weights.
 
-    layout: `single` or `xs_official` (one file, released names), or `xs_diffusers` (a folder that diffusers'
-    `ControlNetXSAdapter.from_pretrained` takes). Raises CheckpointError, ValueError for another layout.
+    layout: `single` or `xs_official` (one file, released names), or `xs_diffusers` (a folder for diffusers'
+    `ControlNetXSAdapter.from_pretrained`). Raises CheckpointError, ValueError for another layout.
     """
     if layout == "single":
         layout = "xs_official"
@@ -63,9 +65,9 @@ def save_xs(control: ControlNetXSControl, prefix: str, layout: str, dtype: str) 
 
 
 def free_stem(prefix: str) -> Path:
-    """A path below the host's output folder, without suffix, where no file or folder is yet.
+    """Path below the host's output folder, without suffix, at which no file or folder exists yet.
 
-    Raises CheckpointError for a prefix that makes no good name, or a folder that cannot be made.
+    Raises CheckpointError for a prefix that is not a valid name, or a folder that cannot be made.
     """
     if problem := problem_of_prefix(prefix):
         raise CheckpointError(f"filename_prefix: {problem}")

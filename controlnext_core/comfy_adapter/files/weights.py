@@ -1,4 +1,4 @@
-"""Weights of a MODEL as they were loaded, and the control weights that our loaders have put on it."""
+"""Weights of a MODEL: as loaded from disk, and the control weights added by this pack's loaders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PLAIN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class AppliedWeights:
-    """Control weights that one loader put on a MODEL; remembered there for saving."""
+    """Control weights that one loader added to a MODEL; attached to it for saving."""
 
     differences: Differences
     strength: float
@@ -25,9 +25,9 @@ class AppliedWeights:
 
 
 def stored_weight(model: ModelPatcher, name: str) -> tuple[Tensor, Callable[..., Tensor] | None] | None:
-    """A weight by its host name, as it was loaded, before any patch; with what turns it into the numbers it stands for.
+    """Weight with a host name, as loaded, before any patch; and the function that dequantises it.
 
-    None for a name that the model lacks; no function where it stands for itself. ComfyUI's own list of all weights
+    None for a name that the model lacks; no function for a plain weight. ComfyUI's own list of all weights
     (`get_key_patches`) fails on newer hosts for quantised models, whose state holds scales that no layer has.
     """
     try:
@@ -42,18 +42,18 @@ def stored_weight(model: ModelPatcher, name: str) -> tuple[Tensor, Callable[...,
 
 
 def stored_names(model: ModelPatcher, prefix: str) -> list[str]:
-    """Host names of the weights and buffers that begin with `prefix`, sorted; scales that no layer has are left out."""
+    """Host names of the weights and buffers that begin with `prefix`, sorted; scales without a layer are left out."""
     names = sorted(model.model_state_dict(prefix))
     return [name for name in names if stored_weight(model, name) is not None]
 
 
 def is_plain(weight: Tensor) -> bool:
-    """True for a weight whose format is one to compute in."""
+    """True: the weight's format is one that layers compute in. False: it is quantised or scaled."""
     return type(weight.detach()) is Tensor and weight.dtype in PLAIN_DTYPES
 
 
 def base_weights(model: ModelPatcher) -> Callable[[str], Tensor | None]:
-    """Look up a base weight by its host name: as loaded, before any patch; None for a name the model lacks."""
+    """Lookup of a base weight by its host name: as loaded, before any patch; None for a name that the model lacks."""
 
     def look_up(name: str) -> Tensor | None:
         found = stored_weight(model, name)
@@ -69,5 +69,5 @@ def base_weights(model: ModelPatcher) -> Callable[[str], Tensor | None]:
 
 
 def applied_weights(model: ModelPatcher) -> tuple[AppliedWeights, ...]:
-    """Weights that our loaders put on this MODEL."""
+    """Control weights that this pack's loaders added to this MODEL."""
     return model.get_attachment(WEIGHTS_KEY) or ()

@@ -1,4 +1,4 @@
-"""Whole UNets from files, under published or host names, as a MODEL."""
+"""Loader of whole UNets as a MODEL, from files with published or host names."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
     "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
     "fp8_e5m2": {"dtype": torch.float8_e5m2},
 }
-"""Choices of dtype, those of the stock UNet loader."""
+"""Choices of dtype, the same as those of the stock UNet loader."""
 
 
 def unet_names() -> list[str]:
-    """Names of every weight file in the folders that may hold UNets."""
+    """Names of all weight files in the folders that may hold UNets."""
     return folders.list_names(UNET_FOLDERS)
 
 
 def unet_path(name: str) -> Path:
-    """The file behind a widget's name. Raises CheckpointError where it is gone."""
+    """Path of the file with a widget's name. Raises CheckpointError where it is missing."""
     return folders.find(name, UNET_FOLDERS)
 
 
 def load_unet(path: Path, weight_dtype: str = "default", disable_dynamic: bool = False) -> ModelPatcher:
-    """A whole UNet as a MODEL; no second copy of it is held. Raises CheckpointError.
+    """Load a whole UNet as a MODEL, without a second copy of its weights. Raises CheckpointError.
 
-    disable_dynamic: True means a plain patcher where the host has dynamic ones. The host calls this function again,
-    with True for weight hooks and with False for each further device.
+    disable_dynamic: True uses a plain patcher; False uses a dynamic one where the host has them. The host calls this
+    function again, with True for weight hooks and with False for each further device.
     """
     tensors = _host_names(checkpoint.load(path), str(path))
     names = set(tensors)
@@ -66,7 +66,7 @@ def load_unet(path: Path, weight_dtype: str = "default", disable_dynamic: bool =
 
 
 def told(model: ModelPatcher, path: Path) -> str:
-    """Two lines for the node: what was loaded, and from where."""
+    """Report for the node, in two lines: the loaded UNet and its file."""
     dtype = str(model.model.get_dtype()).removeprefix("torch.")
     return (
         f"{path.name}: a whole UNet, {loaded_base(model.model).family.value}, {dtype}\nUNet weights: all, from {path}"
@@ -74,7 +74,7 @@ def told(model: ModelPatcher, path: Path) -> str:
 
 
 def _dynamic_option(disable_dynamic: bool) -> dict[str, bool]:
-    """The keyword of the host's loader, where it has one."""
+    """Keyword argument `disable_dynamic` of the host's loader, where the host has it."""
     known = inspect.signature(comfy.sd.load_diffusion_model_state_dict).parameters
     return {"disable_dynamic": disable_dynamic} if "disable_dynamic" in known else {}
 
@@ -89,7 +89,7 @@ def _refuse_missing(names: Iterable[str], source: str) -> None:
 
 
 def _host_names(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The same tensors under the host's names, every one of a UNet's."""
+    """Tensors under the host's names, for all tensors of a UNet."""
     bare = {name: stored for stored, name in strip_prefix(tensors, source=source).items()}
     if "input_blocks.0.0.weight" in bare:
         return {name: tensors[stored] for name, stored in bare.items()}

@@ -1,4 +1,4 @@
-"""Loading of a ControlNet-XS: from a file to a control managed by the host."""
+"""Loader of ControlNet-XS files: from a file to a control managed by the host."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ..sampling.networks import into_host
 from ..sampling.xs_control import ControlNetXSControl, LoadedXS
 
 ALIGNED = 8
-"""Head widths that are multiples of this suit all attention kernels of the host; the SD2.1 release has width 4."""
+"""Divisor of head widths that all attention kernels of the host support; the SD2.1 release has width 4."""
 
 
 @dataclass(frozen=True)
 class LoadedControl:
-    """Outputs of the loader node, and the text that it shows."""
+    """Outputs of the loader node, and the text shown on it."""
 
     control: ControlNetXSControl
     report: str
@@ -35,8 +35,8 @@ class LoadedControl:
 def load_controlnet_xs(path: Path, norm_rule: str = "auto", num_heads: str = "") -> LoadedControl:
     """Load a ControlNet-XS of any known format.
 
-    norm_rule: `auto` or a key of NORM_RULES; num_heads: per level; empty: as the file and the tables say.
-    Raises CheckpointError, DetectionError naming the file and what to do.
+    norm_rule: `auto` or a key of NORM_RULES; num_heads: per level; empty: from the file or the tables. Raises
+    CheckpointError, DetectionError naming the file and what to do.
     """
     file = read_xs_file(checkpoint.peek(path))
     rule, heads = file.norm_rule(norm_rule), file.heads(num_heads, configured_heads(file))
@@ -50,7 +50,7 @@ def load_controlnet_xs(path: Path, norm_rule: str = "auto", num_heads: str = "")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """The host's attention, without the base's patches: no options are passed. q: (B, N, E); k, v: (B, M, E)."""
+    """Host's attention without the patches of the base. q: (B, N, E); k, v: (B, M, E). Returns (B, N, E)."""
     aligned = (q.shape[-1] // heads) % ALIGNED == 0
     on_cpu = q.device.type == "cpu"  # where torch's is 2 to 5 times as fast as the host's choice, for narrow heads
     return (host_attention.optimized_attention if aligned and not on_cpu else host_attention.attention_pytorch)(
@@ -59,7 +59,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def configured_heads(file: XSFile) -> str:
-    """Heads of the config.json that diffusers saves beside an adapter; empty where there is none."""
+    """Heads in the config.json that diffusers saves beside an adapter; empty without one."""
     beside = file.header.path.with_name("config.json")
     if file.format != DIFFUSERS or not beside.is_file():
         return ""
@@ -74,7 +74,7 @@ def configured_heads(file: XSFile) -> str:
 
 
 def describe(file: XSFile, norm_rule: str, heads: tuple[int, ...]) -> str:
-    """The words of the loader and of Inspect."""
+    """Description of the file for the loader and for Inspect."""
     shape, release = file.shape, released_as(file.shape)
     parameters = sum(math.prod(file.header.shapes[stored]) for stored in file.names.values())
     used = [

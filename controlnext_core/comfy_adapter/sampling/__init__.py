@@ -1,1 +1,1 @@
-"""Controls while the host samples."""
+"""Controls during sampling in the host."""

@@ -1,4 +1,4 @@
-"""The MODEL door: a control on every conditioning of a model, through the same engine as the CONTROL_NET door."""
+"""MODEL door: a control on every conditioning of a model, through the same engine as the CONTROL_NET door."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .run_state import sigma_of
 
 
 def attach(model: ModelPatcher, control: HostControl) -> ModelPatcher:
-    """A clone of `model` whose every forward gets this control; `model` itself is untouched.
+    """Clone `model` so that every forward of the clone gets this control; `model` itself is unchanged.
 
-    control: with its hint set. Raises ValueError where control and model do not go together.
+    control: with its hint set. Raises ValueError where control and model do not match.
     """
     control.check(loaded_base(model.model))
     controlled = model.clone()
@@ -37,7 +37,7 @@ def attach(model: ModelPatcher, control: HostControl) -> ModelPatcher:
 
 
 class _WorkingMemory(ControlBase):
-    """Stands in a conditioning for a control of a MODEL: the host counts its memory, and finds no network to load.
+    """Placeholder in a conditioning for a control of a MODEL: the host counts its memory, but finds no network to load.
 
     The network is among the MODEL's additional models, which the host copies to further devices by itself.
     """
@@ -47,23 +47,23 @@ class _WorkingMemory(ControlBase):
         self.control = control
 
     def inference_memory_requirements(self, dtype: torch.dtype) -> int:
-        """Bytes, counted once for all devices."""
+        """Bytes of working memory, counted once for all devices."""
         return self.control.inference_memory_requirements(dtype)
 
     def deepclone_multigpu(self, load_device: torch.device, autoregister: bool = False) -> _WorkingMemory:
-        """Copies for several GPUs: none, since an attachment holds no network."""
+        """Copy for another device: the same object, since it holds no network."""
         return self
 
 
 class _Door:
-    """Wrappers around one control."""
+    """Wrappers that apply one control during sampling."""
 
     def __init__(self, control: HostControl) -> None:
         self.control = control
         self.memory = _WorkingMemory(control)
 
     def control_beside(self, base: Any) -> HostControl:
-        """The control, or its copy for this run with the network that belongs to this copy of the base model.
+        """Control for this base model: itself, or its copy for this run with the network of the same device.
 
         base: the model that a forward runs on. The host makes another one, with other additional models, for each
         device.
@@ -77,7 +77,7 @@ class _Door:
         return clones[network.load_device]
 
     def sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """OUTER_SAMPLE: whatever happens inside, the control lets go of the run afterwards."""
+        """OUTER_SAMPLE wrapper: releases the control's run at the end, also after an exception."""
         try:
             return executor(*args, **kwargs)
         finally:
@@ -87,7 +87,9 @@ class _Door:
     def prepare_sampling(
         self, executor: Any, model: Any, noise_shape: Any, conds: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """PREPARE_SAMPLING: the host counts this control's working memory as that of one on a conditioning."""
+        """PREPARE_SAMPLING wrapper: makes the host count this control's working memory like that of a conditioning's
+        control.
+        """
         counted = {**conds, KEY: [*conds.get(KEY, []), {"control": self.memory}]}
         real_model, _, models = executor(model, noise_shape, counted, *args, **kwargs)
         return real_model, conds, models
@@ -103,7 +105,7 @@ class _Door:
         transformer_options: TransformerOptions | None = None,
         **kwargs: Any,
     ) -> Any:
-        """APPLY_MODEL: join this forward, in options of its own."""
+        """APPLY_MODEL wrapper: joins this forward, in a copy of its options."""
         base = executor.class_obj
         ours = self.control_beside(base)
         if ours.run is None:
@@ -115,7 +117,7 @@ class _Door:
 
 
 def _same_network(patcher: ModelPatcher | None, network: ModelPatcher) -> ModelPatcher | None:
-    """Clone or copy of this network among a patcher's additional models; None where it has none."""
+    """Clone or copy of this network among a patcher's additional models; None without one."""
     beside = [] if patcher is None else patcher.get_additional_models_with_key(KEY)
     origin = getattr(network, "clone_base_uuid", None)  # hosts with one device do not have it
     for other in beside:

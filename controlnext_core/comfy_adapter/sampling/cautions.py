@@ -1,4 +1,4 @@
-"""Warnings about settings with which a control does nothing, or does harm: for the node and the log."""
+"""Warnings about settings with which a control has no effect, or does harm: for the node and the log."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from .host_control import HostControl
 
 WEIGHTS_KEY = f"{KEY}_weights"
-"""Attachment of a MODEL: control weights that our loaders put on it."""
+"""Attachment of a MODEL: control weights added by this pack's loaders."""
 MAX_STRENGTH = 10
-"""Largest strength that the Apply nodes offer; more in a schedule is taken for a slip."""
+"""Largest strength that the Apply nodes offer; a larger one in a schedule is treated as a likely typing error."""
 
 
 def control_cautions(control: HostControl) -> list[str]:
-    """Sentences about the hint, the range, the masks and the schedule of a control; empty where all is well."""
+    """Warnings about the hint, the range, the masks and the schedule of a control; empty without any."""
     start, end = control.timestep_percent_range
     found = []
     if start > end:
@@ -37,14 +37,14 @@ def control_cautions(control: HostControl) -> list[str]:
 
 
 def mask_cautions(options: ControlOptions) -> list[str]:
-    """A sentence where the masks leave nothing of the control."""
+    """Warning where the masks are zero everywhere; empty without one."""
     if not options.masked_out:
         return []
     return ["the mask is 0 everywhere: the control never acts. Check the mask, or disconnect it."]
 
 
 def schedule_cautions(schedule: Schedule) -> list[str]:
-    """A sentence about strengths of a schedule that are beyond what the Apply nodes offer."""
+    """Warning about strengths of a schedule above those of the Apply nodes; empty without one."""
     high = [f"{strength:g} at {percent:g}" for percent, strength in schedule.points if strength > MAX_STRENGTH]
     if not high:
         return []
@@ -52,7 +52,7 @@ def schedule_cautions(schedule: Schedule) -> list[str]:
 
 
 def model_cautions(control: HostControl, patcher: ModelPatcher | None) -> list[str]:
-    """A sentence where the sampled MODEL lacks the weights that the loader put on its own one."""
+    """Warning where the sampled MODEL lacks the weights that the loader added to the MODEL it returned."""
     source = control.weights_source
     if source is None or patcher is None:
         return []
@@ -66,11 +66,11 @@ def model_cautions(control: HostControl, patcher: ModelPatcher | None) -> list[s
 
 
 def has_one_colour(hint: Tensor) -> bool:
-    """True: every pixel of every image has the same value. hint: (n, C, H, W)."""
+    """True: every pixel of every image has the same value. False: at least one differs. hint: (n, C, H, W)."""
     first = hint[:1, :, :1, :1]
     return all(bool(torch.all(image == first)) for image in hint)
 
 
 def patcher_of(model: Any) -> ModelPatcher | None:
-    """The patcher of a host's BaseModel while it samples; None elsewhere."""
+    """Patcher of a host's BaseModel during sampling; None outside of it."""
     return getattr(model, "current_patcher", None)

@@ -1,4 +1,4 @@
-"""Options that ControlNeXtOptions and ControlNeXtApply add to a control."""
+"""Options of a control, set by ControlNeXtOptions and ControlNeXtApply."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ NO_PARTS = (1.0, 1.0, 1.0)
 
 @dataclass(frozen=True)
 class ControlOptions:
-    """Limits of one control: to a half of the guidance, a region, a part of the run, parts of the base."""
+    """Options of one control: half of the guidance, masks, schedule, parts of the base."""
 
     apply_to: Halves = Halves.AUTO
     masks: tuple[Tensor, ...] = ()
-    """Masks, each (1 or latents, 1, h, w) in [0, 1]; their product counts."""
+    """Masks, each (1 or latents, 1, h, w) in [0, 1]; they are multiplied."""
     schedule: Schedule = Schedule(())
     parts: tuple[float, float, float] = NO_PARTS
-    """Strengths of what the base's encoder, middle and decoder get, beside the strength; ControlNet-XS only."""
+    """Factors of the additions to the base's encoder, middle and decoder, multiplied with the strength; ControlNet-XS
+    only."""
     time_mix: float | None = None
     """Weight of the control's own time embedding (ControlNet-XS only). None: use `strength`."""
 
@@ -35,18 +36,18 @@ class ControlOptions:
 
     @functools.cached_property
     def masked_out(self) -> bool:
-        """True: a mask is zero everywhere, which means no control at all."""
+        """True: a mask is zero everywhere, so the control never acts. False: every mask leaves some of it."""
         return not all(bool(mask.any()) for mask in self.masks)
 
     @property
     def for_xs(self) -> bool:
-        """True: something is set that ControlNet-XS alone has."""
+        """True: an option is set that only ControlNet-XS has. False: none is."""
         return self.parts != NO_PARTS or self.time_mix is not None
 
     def changed(
         self, masks: tuple[Tensor | None, ...] = (), parts: tuple[float, float, float] = NO_PARTS, **others: Any
     ) -> ControlOptions:
-        """Masks and parts multiply onto those that are there, other options take their place."""
+        """Copy with changed options: masks and parts multiply with the present ones, other options replace them."""
         cleaned = tuple(mask for mask in map(clean_mask, masks) if mask is not None)
         encoder, middle, decoder = (new * old for new, old in zip(parts, self.parts, strict=True))
         return replace(self, masks=self.masks + cleaned, parts=(encoder, middle, decoder), **others)

@@ -17,26 +17,29 @@ from ...latent_clips import Frames
 from ...memory import ROWS_AT_ONCE
 
 CACHE = FeatureCache(pinned=not getattr(args, "disable_pinned_memory", False))
-"""Outlives nodes and runs: a queue run with another seed finds the features of the one before."""
+"""Cache that outlives nodes and runs: a queued run with another seed reuses the features of the previous run."""
 
 LIVE: Counter[str] = Counter()
-"""Networks alive, by the identity of what they compute."""
+"""Number of living networks per identity of their output."""
 
 
 Row = int | Frames
-"""One hint, or a group of its frames whose features are averaged."""
+"""Row of a hint batch, or a group of its frames whose features are averaged."""
 R = TypeVar("R", bound=Hashable)
 R_contra = TypeVar("R_contra", bound=Hashable, contravariant=True)
 
 
 class HintEncoder(Protocol[R_contra]):
-    """Encoder of hints into features of one size, kind and dtype."""
+    """Encoder of hints into features of one size, type and dtype."""
 
     def key(self, timestep: float) -> tuple[Hashable, ...]:
-        """All that the features depend on beside the encoder, the hint and its row: timestep, sizes, dtype."""
+        """Cache key of the features beside encoder, hint and row: timestep, sizes, dtype."""
 
     def encode(self, rows: tuple[R_contra, ...], timestep: float) -> Tensor:
-        """The features of these rows of the hint, (len(rows), ...). Asked for several timesteps in succession."""
+        """Encode these rows of the hint for one timestep:
+
+        (len(rows), ...). Called for several timesteps in succession.
+        """
 
 
 def cached_rows(
@@ -53,7 +56,7 @@ def cached_rows(
 
     later: timesteps that the run will need, encoded in the same pass while the cache has room; recent: features used by
     the previous call, replaced by those of this call, so that neighbouring windows share frames where the cache is
-    full; at_once: largest number of rows in one pass. The result must not be written to.
+    full; at_once: largest number of rows in one pass. The result must not be modified.
     """
     common = encoder.key(timestep)
     keys = {row: (group, row, *common) for row in dict.fromkeys(rows)}
@@ -73,7 +76,7 @@ def cached_rows(
 def _encoded(
     group: GroupKey, rows: tuple[R, ...], encoder: HintEncoder[R], timesteps: tuple[float, ...]
 ) -> dict[R, Tensor]:
-    """Row -> features at the first timestep; those, and as many of the others as there is room for, go to the cache."""
+    """Row -> features at the first timestep. These are cached, and those at further timesteps while there is room."""
     found: dict[R, Tensor] = {}
     last: Tensor | None = None
     for timestep in timesteps:
@@ -91,12 +94,12 @@ def _encoded(
 
 
 def group_of(uid: str, hint_id: str, patcher: ModelPatcher) -> GroupKey:
-    """The group of what this network, on its own device, makes of a hint."""
+    """Cache group of this network's features for a hint, on the network's device."""
     return GroupKey(uid, hint_id, str(patcher.load_device))
 
 
 def keep_features_of(net: nn.Module, uid: str) -> None:
-    """Let the features of `uid` live as long as any network with these weights does: a file may be loaded twice."""
+    """Keep the features of `uid` while any network with these weights lives: a file may be loaded twice."""
     LIVE[uid] += 1
     weakref.finalize(net, _forget, uid)
 
@@ -109,6 +112,6 @@ def _forget(uid: str) -> None:
 
 
 def drop_features(uid: str, patcher: ModelPatcher, unpatch_all: bool = True) -> None:
-    """ON_DETACH callback of an encoder: the host takes it off the device, its features there go too."""
+    """ON_DETACH callback of an encoder: drops its features on the device from which the host removes it."""
     if unpatch_all:
         CACHE.drop(uid, str(patcher.load_device))

@@ -1,9 +1,9 @@
-"""Halves of the guidance: the one that a row belongs to, and the gain that it gets.
+"""Halves of the guidance: which half a chunk of the batch belongs to, and its gain.
 
-The host numbers rows by their place in the list of conditionings of one call (`cond_or_uncond`): 0 positive,
-1 negative under plain classifier-free guidance, where that list has two places. Guiders that call with one or three
+The host numbers chunks by their index in the list of conditionings of one call (`cond_or_uncond`): 0 positive, 1
+negative under plain classifier-free guidance, where that list has two entries. Guiders that call with one or three
 (DualCFG, PerpNeg, perturbed attention, self-attention guidance) number differently, so the length of the list is
-noted for each call.
+recorded for each call.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ PLAIN_CFG_PLACES = 2
 
 
 def needs_halves(halves: Halves, gain: Gain) -> bool:
-    """True means that the gain depends on the half."""
+    """True: the gain depends on the half. False: both halves get the same gain."""
     return not (halves is Halves.BOTH or (halves is Halves.AUTO and gain.uncond is None))
 
 
 def half_gains(halves: Halves, gain: Gain, scale: float | None) -> tuple[float, float]:
-    """(positive, negative) gains at strength 1; `auto` is the released behaviour."""
+    """Gains of the (positive, negative) half at strength 1; `auto` is the released behaviour."""
     cond = gain_of(gain, scale)
     return {
         Halves.AUTO: (cond, cond if gain.uncond is None else gain.uncond),
@@ -39,7 +39,7 @@ def half_gains(halves: Halves, gain: Gain, scale: float | None) -> tuple[float, 
 
 
 def is_plain(transformer_options: TransformerOptions) -> bool:
-    """True means that this forward's rows are numbered as plain classifier-free guidance numbers them."""
+    """True: this forward's chunks are numbered as in plain classifier-free guidance. False: otherwise."""
     numbers = transformer_options.get("cond_or_uncond") or [0]
     places = transformer_options.get(CONDS_KEY, PLAIN_CFG_PLACES)
     return places == PLAIN_CFG_PLACES and max(numbers) < PLAIN_CFG_PLACES
@@ -65,7 +65,7 @@ def chunk_gains(
 
 
 def note_places(executor: Any, model: Any, conds: Any, x_in: Any, timestep: Any, model_options: dict[str, Any]) -> Any:
-    """CALC_COND_BATCH wrapper: pass on how many conditionings this call has, in options of its own."""
+    """CALC_COND_BATCH wrapper: records the number of conditionings of this call, in a copy of its options."""
     given: TransformerOptions = model_options.get("transformer_options", {})
     options: TransformerOptions = {**given, CONDS_KEY: len(conds)}
     return executor(model, conds, x_in, timestep, {**model_options, "transformer_options": options})
@@ -76,13 +76,13 @@ _HOOK = comfy.hooks.TransformerOptionsHook(transformers_dict=_WRAPPERS)
 
 
 def places_hook() -> comfy.hooks.HookGroup:
-    """The hook by which a CONTROL_NET brings `note_places` along; the same hook for every control."""
+    """Hook with which a CONTROL_NET adds `note_places`; the same hook for every control."""
     group = comfy.hooks.HookGroup()
     group.add(_HOOK.clone())
     return group
 
 
 def add_places_wrapper(model: Any) -> None:
-    """Put `note_places` on a MODEL clone, once."""
+    """Add `note_places` to a MODEL clone, once."""
     if not model.get_wrappers(WrappersMP.CALC_COND_BATCH, CONDS_KEY):
         model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, CONDS_KEY, note_places)

@@ -1,4 +1,4 @@
-"""Hints and masks as they come from the graph: checked, brought to one shape, and known by their content."""
+"""Hints and masks from the graph: checked, brought to one shape, and identified by their content."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..bases.forward_options import TransformerOptions
 
 
 def clean_hint(hint: Tensor, name: str) -> Tensor:
-    """(n, 1 or 3, H, W) fp32 on the CPU's side of things; see `HostControl.set_cond_hint`."""
+    """Hint as (n, 1 or 3, H, W) in fp32; see `HostControl.set_cond_hint`."""
     if hint.ndim == 3:
         hint = hint.movedim(1, -1).unsqueeze(1)
     if hint.ndim != 4 or hint.shape[1] not in (1, 3, 4) or 0 in hint.shape:
@@ -28,7 +28,9 @@ def clean_hint(hint: Tensor, name: str) -> Tensor:
 
 
 def clean_mask(mask: Tensor | None) -> Tensor | None:
-    """A MASK (H, W), (n, H, W) or (n, 1, H, W) as (n, 1, H, W) in [0, 1]; None for no mask or one that is all ones."""
+    """MASK (H, W), (n, H, W) or (n, 1, H, W) as (n, 1, H, W) in [0, 1]; None for no mask or one that is 1
+    everywhere.
+    """
     if mask is None:
         return None
     if mask.ndim not in (2, 3, 4) or 0 in mask.shape:
@@ -38,7 +40,7 @@ def clean_mask(mask: Tensor | None) -> Tensor | None:
 
 
 def hint_rows(latents: int, hints: int, transformer_options: TransformerOptions) -> tuple[int, ...]:
-    """Hint of each latent of a chunk: one for all, or its own; inside a context window its frame's own.
+    """Index of the hint for each latent of a chunk: one for all, or one each; in a context window that of its frame.
 
     Fewer hints than latents repeat from the start, hints beyond the latents are not used, as in the stock nodes.
     """
@@ -48,7 +50,7 @@ def hint_rows(latents: int, hints: int, transformer_options: TransformerOptions)
 
 
 def clip_rows(clip: Clip, hints: int, transformer_options: TransformerOptions) -> tuple[Frames, ...]:
-    """Frames of a hint for each latent frame of a clip, see `frame_groups`; inside a context window its own."""
+    """Frames of a hint for each latent frame of a clip, see `frame_groups`; in a context window those of the window."""
     return frame_groups(_frames_at_hand(clip.length, transformer_options), hints, clip.frames)
 
 
@@ -66,7 +68,7 @@ def _frames_at_hand(count: int, transformer_options: TransformerOptions) -> Fram
 
 
 def frames_of(latents: int, transformer_options: TransformerOptions) -> int | None:
-    """Number of frames of the whole video, or images of the batch, to which the latents belong; None: not known."""
+    """Number of frames of the whole video, or images of the batch, to which the latents belong; None: unknown."""
     window = transformer_options.get("context_window")
     if window is not None:
         return getattr(window, "frames", None) or getattr(window, "total_frames", None)
@@ -75,12 +77,12 @@ def frames_of(latents: int, transformer_options: TransformerOptions) -> int | No
 
 
 def frames_needed(clip: Clip, transformer_options: TransformerOptions) -> int:
-    """Frames up to the last one that a clip's latent frames stand for."""
+    """Number of frames that the clip's latent frames in this forward need, up to the last one."""
     return clip.frames * max(_frames_at_hand(clip.length, transformer_options)) + 1
 
 
 def content_id(images: Iterable[Tensor]) -> str:
-    """Hash of the numbers and shapes of tensors."""
+    """Content hash over the values and shapes of tensors."""
     digest = hashlib.sha256()  # processors have instructions for it
     for image in images:
         digest.update(str(tuple(image.shape)).encode())

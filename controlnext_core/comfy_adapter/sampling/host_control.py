@@ -1,4 +1,4 @@
-"""Base of CONTROL_NET that every kind of control of this pack shares: hint, strength, range, masks, life cycle."""
+"""Base class of this pack's CONTROL_NETs: hint, strength, range, masks, life cycle."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ from .run_state import SamplingRun, release_after_failure, sigma_of
 log = encodable.logger(__name__)
 
 STEPS_TO_KEEP = 50
-"""Steps of a run whose features the memory manager is asked to leave room for, as far as the cache goes."""
+"""Number of steps whose features the memory manager is asked to leave room for, within the cache's budget."""
 
 
 class HostControl(ControlBase):
-    """A control as the host's Apply nodes, samplers and memory manager know it."""
+    """Control with the interface of the host's Apply nodes, samplers and memory manager."""
 
     name: str
-    """The control's file, for messages."""
+    """Name of the control's file, for messages."""
     gain: Gain = Gain()
-    """The gain of each half at strength 1, with the learned `scale` of the file where it has one."""
+    """Gain of each half at strength 1, with the file's learned `scale` where it has one."""
     scale: float | None = None
     weights_source: str | None = None
-    """File of base weights that the loader put on its MODEL; None: no weights."""
+    """File of base weights that the loader added to its MODEL; None: no weights."""
     hints_together = 1
-    """Hints that become one feature map: the frames of a latent frame, where a clip has some."""
+    """Number of hints averaged into one feature map: the frames of a latent frame of a clip, else 1."""
     has_parts = False
-    """True: `parts` and `time_mix` of the options mean something."""
+    """True: the options `parts` and `time_mix` apply (ControlNet-XS). False: they are refused."""
 
     def __init__(self) -> None:
         super().__init__()
         self.options = ControlOptions()
         self.run: SamplingRun | None = None
         self.multigpu_clones: dict[torch.device, HostControl] = {}
-        """Copies on further devices that sample at the same time; the host looks them up by this name."""
+        """Copies on further devices that sample at the same time; the host reads this attribute."""
 
     # -- set up ---------------------------------------------------------------------------------------------
 
@@ -65,10 +65,10 @@ class HostControl(ControlBase):
         vae: Any = None,
         extra_concat: Any = (),
     ) -> HostControl:
-        """Called by the Apply nodes. cond_hint: (n, C, H, W) in [0, 1], C = 1, 3 or 4 (alpha is dropped).
+        """Set the hint; called by the Apply nodes. cond_hint: (n, C, H, W) in [0, 1], C = 1, 3 or 4 (alpha is dropped).
 
-        A batch of masks, which the Apply nodes hand over as (n, W, H), is taken as a gray hint. Raises ValueError
-        for other shapes and for hints with NaN.
+        A batch of masks, which the Apply nodes pass as (n, W, H), is used as a gray hint. Raises ValueError for other
+        shapes and for hints with NaN.
         """
         super().set_cond_hint(clean_hint(cond_hint, self.name), strength, timestep_percent_range)
         for known in ("hint_id", "one_colour"):
@@ -81,7 +81,7 @@ class HostControl(ControlBase):
         c.options = self.options
 
     def with_options(self, **changes: Any) -> HostControl:
-        """A copy with other options; masks and parts multiply onto those that are there.
+        """Copy with other options; masks and parts multiply with the present ones.
 
         Raises ValueError for options that this kind of control does not have.
         """
@@ -98,27 +98,27 @@ class HostControl(ControlBase):
         return c
 
     def set_hooks(self) -> None:
-        """Bring the hook that tells the halves apart, where the gain depends on them."""
+        """Set the hook that records the halves, where the gain depends on them."""
         self.extra_hooks = places_hook() if needs_halves(self.options.apply_to, self.gain) else None
 
     def get_extra_hooks(self) -> list[Any]:
-        """The hooks of previous controls alone.
+        """Hooks of previous controls only.
 
-        The host registers ours by the attribute `extra_hooks`. What this method returns it takes for hooks on weights:
-        later hosts then sample from a second model, read from disk.
+        The host registers this control's hook through the attribute `extra_hooks`. It treats the result of this method
+        as hooks on weights: later hosts then sample from a second model, read from disk.
         """
         previous = self.previous_controlnet
         return [] if previous is None else previous.get_extra_hooks()
 
     @functools.cached_property
     def hint_id(self) -> str:
-        """Content hash of the hint, once per Apply."""
+        """Content hash of the hint, computed once per Apply."""
         # channels last, as an IMAGE lies in memory; one at a time: a copy of a long video would be gigabytes
         return content_id(frame.movedim(0, -1) for frame in self.cond_hint_original)
 
     @functools.cached_property
     def one_colour(self) -> bool:
-        """True: the hint is the same everywhere, once per Apply."""
+        """True: the hint is one colour everywhere. False: it is not. Computed once per Apply."""
         return has_one_colour(self.cond_hint_original)
 
     # -- life cycle, called by the host ---------------------------------------------------------------------
@@ -136,7 +136,7 @@ class HostControl(ControlBase):
     def get_control(
         self, x_noisy: Tensor, t: Tensor, cond: Any, batched_number: int, transformer_options: TransformerOptions
     ) -> Any:
-        """Add our patches to the coming forward; returns what the previous control returned."""
+        """Add this pack's patches to the coming forward; returns the result of the previous control."""
         previous = None
         if self.previous_controlnet is not None:
             previous = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, transformer_options)
@@ -145,9 +145,9 @@ class HostControl(ControlBase):
         return previous
 
     def add_to(self, transformer_options: TransformerOptions, x: Tensor, sigma: float) -> None:
-        """The engine under both doors: join one forward, at this sigma, or leave it untouched.
+        """Engine of both doors: join one forward at this sigma, or leave it unchanged.
 
-        x: (rows, C, H, W), the latent that the UNet is about to see.
+        x: (rows, C, H, W), the latent that the UNet gets next.
         """
         strength = self.strength_at(sigma)
         if strength != 0:
@@ -164,7 +164,9 @@ class HostControl(ControlBase):
         super().cleanup()
 
     def _warn_without_effect(self, runs: list[SamplingRun]) -> None:
-        """Say where no device had a use for the control; with several, each may have seen one half alone."""
+        """Log a warning where the control had no effect on any device; with several, each may have run one
+        half only.
+        """
         if not any(run.in_range for run in runs):
             return
         if not any(run.reached for run in runs):
@@ -177,13 +179,13 @@ class HostControl(ControlBase):
             )
 
     def get_models(self) -> list[ModelPatcher]:
-        """Networks to be on their devices while sampling: those of previous controls and of clones, our own last."""
+        """Networks to load for sampling: those of previous controls and of clones, then this control's."""
         return [*super().get_models(), self.network]
 
     def deepclone_multigpu(self, load_device: torch.device, autoregister: bool = False) -> HostControl:
-        """A copy for a device that samples at the same time, with a network and a run of its own.
+        """Copy for a device that samples at the same time, with a separate network and run.
 
-        autoregister: True means that `get_instance_for_device` gives it from now on.
+        autoregister: True registers it with `get_instance_for_device`; False does not.
         """
         c = self.with_network(on_device(self.network, load_device))
         if autoregister:
@@ -194,11 +196,11 @@ class HostControl(ControlBase):
 
     @property
     def network(self) -> ModelPatcher:
-        """This control's network, in the host's patcher."""
+        """Network of this control, in the host's patcher."""
         raise NotImplementedError
 
     def with_network(self, network: ModelPatcher) -> HostControl:
-        """A copy that runs another copy of our network."""
+        """Copy that runs another copy of the network."""
         raise NotImplementedError
 
     def check(self, base: LoadedBase) -> None:
@@ -206,21 +208,21 @@ class HostControl(ControlBase):
         raise NotImplementedError
 
     def join(self, transformer_options: TransformerOptions, x: Tensor, sigma: float, strength: float) -> None:
-        """Put this control's patches into the options of the coming forward."""
+        """Add this control's patches to the options of the coming forward."""
         raise NotImplementedError
 
     def bytes_per_pixel(self, dtype: torch.dtype) -> int:
-        """Peak working memory of the hint's encoder per hint pixel."""
+        """Bytes of the hint encoder's peak working memory per hint pixel."""
         raise NotImplementedError
 
     def kept_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes that the features of one hint take on a device over a run."""
+        """Bytes on a device of the cached features of one hint over a run."""
         raise NotImplementedError
 
     # -- per step -------------------------------------------------------------------------------------------
 
     def strength_at(self, sigma: float) -> float:
-        """strength x schedule inside start/end, 0 outside, and 0 where a mask is all zero."""
+        """Strength times schedule inside start/end, 0 outside, and 0 where a mask is zero everywhere."""
         if self.run is None or self.timestep_range is None:
             raise RuntimeError(f"{self.name}: was asked for control outside a sampling run (no pre_run).")
         start, end = self.timestep_range
@@ -238,19 +240,19 @@ class HostControl(ControlBase):
         )
 
     def hint_rows(self, latents: int, transformer_options: TransformerOptions) -> tuple[int, ...]:
-        """The row of the hint that each latent of a chunk gets."""
+        """Row of the hint for each latent of a chunk."""
         assert self.run is not None
         hints = self.cond_hint_original.shape[0]
         self.run.count_hints(self.name, hints, frames_of(latents, transformer_options))
         return hint_rows(latents, hints, transformer_options)
 
     def chunk_gains(self, chunks: list[int], transformer_options: TransformerOptions) -> list[float]:
-        """One gain per chunk of the guided batch, at strength 1."""
+        """Gains at strength 1, one per chunk of the guided batch."""
         gains = half_gains(self.options.apply_to, self.gain, self.scale)
         return chunk_gains(chunks, gains, transformer_options, self.name, self.options.apply_to)
 
     def clip_rows(self, clip: Clip, transformer_options: TransformerOptions) -> tuple[Frames, ...]:
-        """The frames of the hint that each latent frame of a clip gets."""
+        """Frames of the hint for each latent frame of a clip."""
         assert self.run is not None
         hints = self.cond_hint_original.shape[0]
         self.run.count_frames(self.name, hints, clip, transformer_options)
@@ -259,14 +261,16 @@ class HostControl(ControlBase):
     def mask(
         self, latents: int, h: Tensor, transformer_options: TransformerOptions, clip: Clip | None = None
     ) -> Tensor | None:
-        """The product of all masks at the size of h: (1 or latents, 1, H, W), or None."""
+        """Product of all masks at the size of h: (1 or latents, 1, H, W), or None."""
         assert self.run is not None
         return self.run.mask(self.options.masks, latents, h, transformer_options, clip)
 
     def inference_memory_requirements(self, dtype: torch.dtype) -> int:
-        """Memory of a run in bytes: the peak of an encoder's pass or of a forward, and the features kept on the device.
+        """Memory of a run in bytes: the peak of an encoder's pass or of a forward, and the features cached on the
+        device.
 
-        The latent's size is not known here: the hint is taken to have 8 times that size. dtype: the model's weights'.
+        The latent's size is unknown here: the hint is assumed to have 8 times its height and width. dtype: of the
+        model's weights.
         """
         own, hint = 0, self.cond_hint_original
         if hint is not None:
@@ -282,5 +286,5 @@ class HostControl(ControlBase):
         return own + super().inference_memory_requirements(dtype)
 
     def bytes_beside_base(self, dtype: torch.dtype) -> int:
-        """Bytes that one hint's rows need in a forward for tensors beside the base's."""
+        """Bytes that the rows of one hint need in a forward, beside the base's tensors."""
         return 0

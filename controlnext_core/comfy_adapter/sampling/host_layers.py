@@ -1,8 +1,8 @@
-"""The host's layers for networks of this pack, and the host's patcher around them.
+"""Layers of the host for networks of this pack, and the host's patcher around them.
 
-With its dynamic memory manager the host makes Linear and Embedding without weights, and fills them as it loads a file.
-`load_strict` compares names and shapes before it loads anything, and a fresh network takes its weights from a plain
-twin: both need layers that are whole from the start.
+With its dynamic memory manager the host makes Linear and Embedding without weights, and fills them while it loads a
+file. `load_strict` compares names and shapes before it loads anything, and a fresh network gets its weights from a
+plain twin: both need layers that are allocated from the start.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor, nn
 
 
 class _LoadsItself:
-    """A layer with a loading function of its own, which the host makes whole at once (comfy/ops.py, `Linear`)."""
+    """Layer with its own loading method, for which the host allocates weights at once (comfy/ops.py, `Linear`)."""
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
 
 
 class WholeLayers(comfy.ops.manual_cast):
-    """The host's layers that cast their weights, all allocated at once; every network of this pack uses them."""
+    """Host's layers that cast their weights, all allocated at once; every network of this pack uses them."""
 
     @staticmethod
     def weights_of(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias as the layer's own forward has them for a tensor like this one."""
+        """Weight and bias as the layer's forward casts them for a tensor such as `like`."""
         weight, bias = comfy.ops.cast_bias_weight(layer, like)
         return weight, bias
 
@@ -45,15 +45,16 @@ class Fp32Norms(WholeLayers):
 
     class GroupNorm(comfy.ops.manual_cast.GroupNorm):
         def forward(self, h: Tensor) -> Tensor:
-            """h: (B, C, H, W). Returns the same in h's dtype."""
+            """h: (B, C, H, W). Returns the same shape in h's dtype."""
             return super().forward(h.float()).to(h.dtype)
 
 
 def patcher_of(net: nn.Module, disable_dynamic: bool = False, device: torch.device | None = None) -> ModelPatcher:
-    """Give the network to the host's memory manager, in the kind of patcher that the host uses for its own models.
+    """Register the network with the host's memory manager, in the kind of patcher that the host uses for its own
+    models.
 
-    disable_dynamic: True takes the plain kind, which copies weights to the device as a whole. device: where the
-    network runs; None is the host's first device.
+    disable_dynamic: True uses the plain kind, which copies all weights to the device; False uses the dynamic kind where
+    the host has it. device: where the network runs; None is the host's first device.
     """
     core = getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)  # hosts before 0.12 have only ModelPatcher
     kind = ModelPatcher if disable_dynamic else core

@@ -22,20 +22,20 @@ from .next_forward import KEY
 STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 COPIES: WeakValueDictionary[tuple[str, torch.device], ModelPatcher] = WeakValueDictionary()
-"""Networks on further devices, by the identity of what they compute: all controls share one for each device."""
+"""Networks on further devices, by the identity of their output: all controls share one per device."""
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Makes further patchers of a network, each with weights of its own."""
+    """Factory of further patchers of a network, each with separate weights."""
 
     net: nn.Module
     blank: nn.Module
-    """The same network on `meta`, as it was before its weights came and the host took hold of its layers."""
+    """Network on `meta`, in its state before weights were loaded and the host changed its layers."""
     uid: str
 
     def __call__(self, disable_dynamic: bool = False, device: torch.device | None = None) -> ModelPatcher:
-        """Also called by the host, for hooks on weights (`disable_dynamic`) and for further devices."""
+        """Make a patcher; the host calls this too, for hooks on weights (`disable_dynamic`) and for further devices."""
         net = copy.deepcopy(self.blank)
         tensors = {name: tensor.to("cpu", copy=True) for name, tensor in self.net.state_dict().items()}
         checkpoint.load_strict(net, tensors, "a copy for another device")
@@ -43,7 +43,7 @@ class _Source:
         return self.hand_over(net, disable_dynamic, device)
 
     def hand_over(self, net: nn.Module, disable_dynamic: bool, device: torch.device | None) -> ModelPatcher:
-        """Give a network with its weights to the host's memory manager."""
+        """Register a network with loaded weights with the host's memory manager."""
         patcher = patcher_of(net, disable_dynamic, device)
         patcher.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, functools.partial(drop_features, self.uid))
         keep_features_of(net, self.uid)
@@ -52,9 +52,9 @@ class _Source:
 
 
 def into_host(net: nn.Module, tensors: Mapping[str, Tensor], build: str, source: str) -> tuple[ModelPatcher, str]:
-    """Give a network built on `meta` its weights; returns its patcher, and the identity of what it computes.
+    """Load the weights of a network built on `meta`; returns its patcher, and the identity of its output.
 
-    build: what changes its features beside the weights. Raises CheckpointError where the weights are others.
+    build: settings that change its features, beside the weights. Raises CheckpointError where the weights do not match.
     """
     for name, tensor in tensors.items():
         check_format(name, tensor, source)
@@ -69,7 +69,7 @@ def into_host(net: nn.Module, tensors: Mapping[str, Tensor], build: str, source:
 
 
 def on_device(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
-    """The network of `into_host` on another device: a patcher of its own, around weights of its own."""
+    """Network of `into_host` on another device: a separate patcher around separate weights."""
     source: _Source = patcher.cached_patcher_init[0]
     key = (source.uid, device)
     found = COPIES.get(key)

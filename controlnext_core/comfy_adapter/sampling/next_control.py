@@ -1,4 +1,4 @@
-"""ControlNeXt as a CONTROL_NET: the encoder's features, cached, added where the row of the table says."""
+"""ControlNeXt as a CONTROL_NET: the encoder's features are cached and added at the variant's site."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from .next_forward import Job, collect
 
 @dataclass(frozen=True)
 class LoadedControlNeXt:
-    """An encoder in the host's patcher, with its settings."""
+    """Encoder in the host's patcher, with its settings."""
 
     patcher: ModelPatcher
     spec: Spec
     name: str
     uid: str
-    """Content hash of the weights with what else changes the features: build and dtype."""
+    """Content hash of the weights and of all else that changes the features: build and dtype."""
     scale: float | None
-    """The learned gain of the file, for the variants that have one."""
+    """Learned gain of the file, for the variants that have one."""
     weights_source: str | None = None
-    """The file whose weights the loader put on its MODEL; None for no weights."""
+    """File of weights that the loader added to its MODEL; None: no weights."""
 
 
 class ControlNeXtControl(HostControl):
-    """One ControlNeXt, for the stock Apply nodes and for ControlNeXtApply."""
+    """ControlNeXt control, for the stock Apply nodes and for ControlNeXtApply."""
 
     def __init__(self, net: LoadedControlNeXt) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class ControlNeXtControl(HostControl):
     def term(
         self, h: Tensor, transformer_options: TransformerOptions, *, x: Tensor, sigma: float, strength: float
     ) -> Term | None:
-        """Term that this control adds to h (rows, C, H, W) at its site, or None for nothing."""
+        """Term of this control for h (rows, C, H, W) at its site; None: nothing to add."""
         assert self.run is not None
         self.run.reached += 1
         warn_if_tiled(self.name, transformer_options.get("original_shape"), x)
@@ -103,9 +103,9 @@ class ControlNeXtControl(HostControl):
         )
 
     def features(self, rows: tuple[Row, ...], h: Tensor, x: Tensor, sigma: float, clip: Clip | None = None) -> Tensor:
-        """Encoder output of each row's hint, normalised and pooled: (len(rows), C, H, W) in h's dtype; cached.
+        """Encoder output for each row's hint, normalised and pooled: (len(rows), C, H, W) in h's dtype; cached.
 
-        Of a clip it is (1, C, T * H, W): the rows are groups of frames, and the clip is one sample.
+        For a clip: (1, C, T * H, W), where the rows are groups of frames and the clip is one sample.
         """
         assert self.run is not None
         group = group_of(self.net.uid, self.hint_id, self.network)
@@ -146,10 +146,10 @@ class ControlNeXtControl(HostControl):
 
 
 class _Encoder:
-    """`HintEncoder` of a ControlNeXt; what no timestep changes is computed once for the rows at hand."""
+    """`HintEncoder` of a ControlNeXt; the part that no timestep changes is computed once for the current rows."""
 
     def __init__(self, control: ControlNeXtControl, h: Tensor, x: Tensor, clip: Clip | None = None) -> None:
-        """h: (rows, C, H, W) at the site, with the latent frames of a clip below each other; x: the latent."""
+        """h: (rows, C, H, W) at the site, with the latent frames of a clip stacked along the height; x: the latent."""
         self.control, self.x, self.dtype, self.clip = control, x, h.dtype, clip
         height, self.fusion = int(h.shape[-2]), control.net.spec.fusion
         self.size = (height // (1 if clip is None else clip.length), int(h.shape[-1]))
@@ -173,7 +173,9 @@ class _Encoder:
         return prepare(network.finish(self.begun, time), self.size, self.fusion).to(self.dtype).contiguous()
 
     def project(self, kept: Tensor) -> Tensor:
-        """The features (rows, C, H, W) of a narrow map, which is all that `encode` gives where the base is wide."""
+        """Features (rows, C, H, W) from a map with the encoder's channels, the result of `encode` for bases with more
+        channels.
+        """
         size = self.size
         if self.clip is not None:
             kept, size = one_below_the_other(kept, len(kept)), (len(kept) * size[0], size[1])
@@ -182,13 +184,13 @@ class _Encoder:
 
 
 def _distinct(rows: tuple[Row, ...]) -> tuple[int, ...]:
-    """The frames of the hint that rows are of; of a clip each once, whichever latent frames share it."""
+    """Frames of the hint that these rows use, each once, also where latent frames of a clip share one."""
     if not any(isinstance(row, tuple) for row in rows):
         return cast(tuple[int, ...], rows)
     return distinct_frames(row for row in rows if isinstance(row, tuple))
 
 
 def _averaged(maps: Tensor, frames: tuple[int, ...], rows: tuple[Row, ...]) -> Tensor:
-    """Maps (len(frames), C, H, W) of frames -> of rows: groups of frames are averaged."""
+    """Maps (len(frames), C, H, W) of frames -> maps of rows: groups of frames are averaged."""
     groups = [row for row in rows if isinstance(row, tuple)]
     return averaged(maps, frames, groups) if groups else maps

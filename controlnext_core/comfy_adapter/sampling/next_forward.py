@@ -1,4 +1,4 @@
-"""The controls of one forward: at a place all of them add themselves in one go, against the same features."""
+"""Controls of one forward: all controls at a place are added at once, measured against the same features."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..bases.forward_options import TransformerOptions
 from ..feedback import log_once
 
 KEY: Final = "controlnext"
-"""Our key in `transformer_options` and for wrappers, attachments and additional models."""
+"""Key of this pack in `transformer_options` and for wrappers, attachments and additional models."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Job:
     """One control's part in one forward."""
 
     order: tuple[Any, ...]
-    """Sorts the controls of a place, so that the order of nodes does not change the rounding."""
+    """Sort key of the controls at a place, so that the order of nodes does not change the rounding."""
     term: Callable[[Tensor, TransformerOptions], Term | None]
-    """(map at the place (samples, C, H, W), transformer_options) -> what to add, or None."""
+    """(map at the place (samples, C, H, W), transformer_options) -> term to add, or None."""
 
 
 class Collector:
-    """The jobs at one place in one forward."""
+    """Jobs at one place in one forward."""
 
     def __init__(self, place: Place, latent: tuple[int, ...], jobs: tuple[Job, ...]) -> None:
         self.place, self.latent, self.jobs = place, latent, jobs
@@ -52,18 +52,18 @@ class Collector:
 
 
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as torch.compile leaves it alone: one break of the graph, and no guards on what is inside.
+    """Function excluded from torch.compile: one break of the graph, and no guards on its contents.
 
-    Where nothing was compiled, the function is returned unchanged: more would import the compiler, for a second.
+    Where nothing was compiled, the function is returned unchanged: wrapping would import the compiler, which takes a
+    second.
     """
     return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
 
 
 def collect(options: TransformerOptions, place: Place, latent: tuple[int, ...], job: Job) -> None:
-    """Put a job into the options of the coming forward, which must belong to that forward alone.
+    """Add a job to the options of the coming forward, which must not be shared with another forward.
 
-    latent: shape of the latent that is denoised, see `Forward`. Dictionaries inside the options are replaced, not
-    written to.
+    latent: shape of the denoised latent, see `Forward`. Dictionaries inside the options are replaced, not written to.
     """
     others: dict[Block, Collector] = options.get(KEY, {})
     jobs = others[place.block].jobs if place.block in others else ()

@@ -1,4 +1,4 @@
-"""Facts of one sampling run that a control needs, each read from the device once."""
+"""State of one sampling run that a control needs; every value is read from the device once."""
 
 from __future__ import annotations
 
@@ -28,46 +28,46 @@ SIGMA_KEY: Final = "controlnext_sigma"
 
 @dataclass
 class SamplingRun:
-    """State of one sampling run; made in `pre_run`, gone after `cleanup`."""
+    """State of one sampling run; made in `pre_run`, dropped by `cleanup`."""
 
     base: LoadedBase
     model_sampling: Any
     percents: dict[float, float] = field(default_factory=dict)
     timesteps: dict[float, float] = field(default_factory=dict)
     sigmas: tuple[float, ...] | None = None
-    """Sigmas of the sampler's schedule, in its order, without 0; None until it is known."""
+    """Sigmas of the sampler's schedule, in its order, without 0; None until known."""
     hints: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     recent: dict[Hashable, Tensor] = field(default_factory=dict)
-    """Features that the last forward used."""
+    """Features used by the last forward."""
     ready: dict[Hashable, Tensor] = field(default_factory=dict)
-    """Result made from the last forward's narrow map."""
+    """Result of projecting the last forward's features to the base's channels."""
     counted: bool = False
-    """True: the hints have been counted against the frames."""
+    """True: the number of hints has been compared with that of the frames. False: not yet."""
     in_range: int = 0
     reached: int = 0
     added: int = 0
 
     def percent(self, sigma: float) -> float:
-        """The host's percent at a sigma, 0..1."""
+        """Host's percent at a sigma, 0..1."""
         if sigma not in self.percents:
             self.percents[sigma] = percent_of(sigma, self.model_sampling.percent_to_sigma)
         return self.percents[sigma]
 
     def timestep(self, sigma: float) -> float:
-        """The number that the control's encoder is given at a sigma."""
+        """Timestep of the control's encoder at a sigma."""
         if sigma not in self.timesteps:
             self._work_out((sigma,))
         return self.timesteps[sigma]
 
     def note_schedule(self, sample_sigmas: Tensor | None) -> None:
-        """Take in the sampler's schedule, once, with all its timesteps: each look at a device makes it wait."""
+        """Record the sampler's schedule with all its timesteps, once: every read from a device waits for it."""
         if self.sigmas is None and sample_sigmas is not None:
             self.sigmas = tuple(sigma for sigma in sample_sigmas.flatten().tolist() if sigma > 0)
             self._work_out(self.sigmas)
 
     def sigmas_after(self, sigma: float) -> tuple[float, ...]:
-        """The rest of the schedule; nothing at a sigma that is not in it."""
+        """Sigmas of the schedule after this one; empty for a sigma that is not in it."""
         sigmas = self.sigmas or ()
         return sigmas[sigmas.index(sigma) + 1 :] if sigma in sigmas else ()
 
@@ -80,7 +80,7 @@ class SamplingRun:
         device: torch.device,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Rows of a hint (n, C, H, W), scaled and cropped as the stock nodes do: (len(rows), 3, *size)."""
+        """Rows of a hint (n, C, H, W), scaled and cropped as in the stock nodes: (len(rows), 3, *size)."""
         height, width = size
         key = (rows, height, width, device, dtype)
         if key not in self.hints:
@@ -92,7 +92,7 @@ class SamplingRun:
         return self.hints[key]
 
     def count_hints(self, name: str, hints: int, frames: int | None) -> None:
-        """Say in the log, once a run, that there are not as many hints as frames; frames: None where not known."""
+        """Log, once per run, that the numbers of hints and frames differ. frames: None where unknown."""
         if self.counted or frames is None:
             return
         self.counted = True
@@ -101,7 +101,7 @@ class SamplingRun:
             log.warning("%s: %d hints for %d frames or images: %s.", name, hints, frames, what)
 
     def count_frames(self, name: str, hints: int, clip: Clip, options: TransformerOptions) -> None:
-        """Say in the log, once a run, that a hint has fewer frames than its clip, or more."""
+        """Log, once per run, that a hint has fewer or more frames than its clip."""
         if self.counted or hints == 1:
             return
         needed = frames_needed(clip, options)
@@ -120,9 +120,9 @@ class SamplingRun:
     def mask(
         self, masks: tuple[Tensor, ...], latents: int, h: Tensor, options: TransformerOptions, clip: Clip | None = None
     ) -> Tensor | None:
-        """The product of all masks at the size of h, by area: (1 or latents, 1, H, W), or None.
+        """Product of all masks at the size of h, by area: (1 or latents, 1, H, W), or None.
 
-        Of a clip, whose latent frames lie below each other in h, it is (1, 1, T * H, W).
+        For a clip, whose latent frames are stacked along the height of h: (1, 1, T * H, W).
         """
         if not masks:
             return None
@@ -143,13 +143,13 @@ class SamplingRun:
 
 
 def _sized_mask(mask: Tensor, rows: tuple[int, ...] | tuple[Frames, ...], size: tuple[int, int]) -> Tensor:
-    """Rows of a mask (n, 1, h, w) at this size; groups of frames are averaged and put below each other."""
+    """Rows of a mask (n, 1, h, w) at this size; groups of frames are averaged and stacked along the height."""
     parts = [pool_to(mask[list(row)], size).mean(0, keepdim=True) for row in rows if isinstance(row, tuple)]
     return torch.cat(parts, dim=-2) if parts else pool_to(mask[list(rows)], size)
 
 
 def sigma_of(t: Tensor, transformer_options: TransformerOptions) -> float:
-    """The sigma of the coming forward. t: (rows,), all equal; it is looked at once a forward, for all controls."""
+    """Sigma of the coming forward. t: (rows,), all equal; read once per forward for all controls."""
     known = transformer_options.get(SIGMA_KEY)
     if known is None or known[0] is not t:
         known = transformer_options[SIGMA_KEY] = (t, float(t[0]))
@@ -159,8 +159,8 @@ def sigma_of(t: Tensor, transformer_options: TransformerOptions) -> float:
 def release_after_failure(control: Any, model: Any) -> None:
     """Release the control's `run` where an exception, such as Cancel, ends a sampling run.
 
-    The host calls `cleanup` of controls only after whole runs, that of the patcher after every run. model: the host's
-    BaseModel, which knows its patcher while it samples.
+    The host calls `cleanup` of controls only after complete runs, but that of the patcher after every run. model: the
+    host's BaseModel, which knows its patcher during sampling.
     """
     patcher = getattr(model, "current_patcher", None)
     if patcher is None:
@@ -170,7 +170,7 @@ def release_after_failure(control: Any, model: Any) -> None:
     def release(over: Any) -> None:
         over.remove_callbacks_with_key(CallbacksMP.ON_CLEANUP, key)
         if not over.callbacks.get(CallbacksMP.ON_CLEANUP, True):
-            del over.callbacks[CallbacksMP.ON_CLEANUP]  # the MODEL is left as it was
+            del over.callbacks[CallbacksMP.ON_CLEANUP]  # restores the MODEL's callbacks
         if sys.exc_info()[0] is not None:
             control.run = None
 

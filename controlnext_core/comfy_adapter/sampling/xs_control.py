@@ -24,20 +24,21 @@ from .xs_forward import Companion, XSJob, join_forward
 
 ANY_TIME = 0.0
 TIME_EXPONENT = 0.3
-"""An own time embedding counts strength^0.3. Source: the released samplers; diffusers has a constant^0.3."""
+"""Exponent of the share of the control's time embedding, strength^0.3. Source: the released samplers; diffusers has a
+constant^0.3."""
 
 
 @dataclass(frozen=True)
 class LoadedXS:
-    """A ControlNet-XS in the host's patcher, with its settings."""
+    """ControlNet-XS in the host's patcher, with its settings."""
 
     patcher: ModelPatcher
     file: XSFile
     norm_rule: str
     heads: tuple[int, ...]
-    """Per encoder block, the middle's at the end; 0 = no attention."""
+    """Attention heads per encoder block, the middle's at the end; 0 = no attention."""
     uid: str
-    """Content hash of the weights with what else changes the features."""
+    """Content hash of the weights and of all else that changes the features."""
 
     @property
     def net(self) -> ControlNetXS:
@@ -45,7 +46,7 @@ class LoadedXS:
 
 
 class ControlNetXSControl(HostControl):
-    """One ControlNet-XS, for the stock Apply nodes and for ControlNeXtApply."""
+    """ControlNet-XS control, for the stock Apply nodes and for ControlNeXtApply."""
 
     has_parts = True
 
@@ -89,7 +90,9 @@ class ControlNetXSControl(HostControl):
         sigma: float,
         strength: float,
     ) -> Companion | None:
-        """Set out beside the base; x (rows, 4 or more, H, W) and context (rows, T, D) are what the UNet is given."""
+        """Start the control stream beside the base. x (rows, 4 or more, H, W) and context (rows, T, D): the UNet's
+        inputs.
+        """
         assert self.run is not None
         self.run.reached += 1
         warn_if_tiled(self.name, x.shape, prepared_for)
@@ -127,7 +130,7 @@ class ControlNetXSControl(HostControl):
         )
 
     def hint_features(self, rows: tuple[int, ...], x: Tensor) -> Tensor:
-        """The hint encoder's output for each row's hint: (len(rows), C, H, W) in x's dtype; cached."""
+        """Output of the hint encoder for each row's hint: (len(rows), C, H, W) in x's dtype; cached."""
         assert self.run is not None
         group = group_of(self.loaded.uid, self.hint_id, self.network)
         pixels = x.shape[-2] * x.shape[-1] * self.compression_ratio**2
@@ -135,7 +138,7 @@ class ControlNetXSControl(HostControl):
         return cached_rows(group, rows, _Encoder(self, x), ANY_TIME, list, x.device, self.run.recent, at_once)
 
     def own_time(self, sigma: float, x: Tensor) -> Tensor:
-        """The own time embedding at this sigma, (1, D) in x's dtype; cached."""
+        """Time embedding of the control at this sigma, (1, D) in x's dtype; cached."""
         assert self.run is not None
         group, timestep = group_of(self.loaded.uid, "time", self.network), self.run.timestep(sigma)
         key = (round(timestep, 6), x.dtype)
@@ -163,7 +166,7 @@ class ControlNetXSControl(HostControl):
 
 
 class _Encoder:
-    """`HintEncoder` of a ControlNet-XS: no timestep changes what it gives."""
+    """`HintEncoder` of a ControlNet-XS, whose output does not depend on the timestep."""
 
     def __init__(self, control: ControlNetXSControl, x: Tensor) -> None:
         self.control, self.x = control, x
@@ -177,7 +180,7 @@ class _Encoder:
 
 
 def time_mix(strength: float) -> float:
-    """Share of an own time embedding in place of the base's: strength^0.3, 0 for strengths below 0."""
+    """Share of the control's time embedding in place of the base's: strength^0.3, 0 for strengths below 0."""
     return max(strength, 0.0) ** TIME_EXPONENT
 
 
@@ -205,7 +208,7 @@ def check_xs_pair(base: LoadedBase, shape: XSShape, name: str) -> None:
 
 
 def _words(widths: Any) -> str:
-    """Channels in words; a whole UNet's as runs of equal ones."""
+    """Channels as text; those of a whole UNet as runs of equal numbers."""
     if not isinstance(widths, tuple):
         return str(widths)
     return f"{len(widths)} blocks of " + "-".join(str(width) for width in dict.fromkeys(widths))

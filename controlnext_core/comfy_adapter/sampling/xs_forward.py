@@ -1,9 +1,9 @@
-"""ControlNet-XS in one forward of the host's UNet: every control walks beside the base, block by block.
+"""ControlNet-XS in one forward of the host's UNet: every control runs beside the base, block by block.
 
 The wrapper and its patches exist for one call of the UNet. Patch points used: `emb_patch` (time embedding),
-`input_block_patch` (before the skip is stored), `input_block_patch_after_skip` (the features that the next block
-gets), `output_block_patch` (before the features meet the skip; the middle's turn comes at the first of them, since
-nothing but other controls' residuals happens in between).
+`input_block_patch` (before the skip is stored), `input_block_patch_after_skip` (the input of the next block),
+`output_block_patch` (before the features are concatenated with the skip; the middle's correction is added at the first
+of them, since only other controls' residuals come in between).
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ EMB, BEFORE_SKIP = "emb_patch", "input_block_patch"
 
 @dataclass
 class Companion:
-    """One control in one forward, for the rows of the batch that it controls."""
+    """Control in one forward, for the rows of the batch to which it applies."""
 
     name: str
     walk: Walk
     rows: Tensor | None
-    """Rows of the batch, as an index; None = all."""
+    """Indices of those rows of the batch; None = all rows."""
     context: Tensor
-    """(rows, T, context_dim)"""
+    """Text context (rows, T, context_dim)."""
     strengths: tuple[float, float, float]
     """Factors of the additions to the base's encoder, middle and decoder."""
     mask: Callable[[Tensor], Tensor | None]
     """(features) -> (1 or rows, 1, H, W) in [0, 1] at their size, or None."""
     own_time: Tensor | None = None
-    """(1, D), the control's own time embedding."""
+    """Time embedding of the control, (1, D)."""
     mix: float = 0.0
-    """Share of the own time embedding in place of the base's: 0 none, 1 all of it."""
+    """Share of the control's time embedding in place of the base's: 0 none, 1 all of it."""
 
     def take(self, batch: Tensor) -> Tensor:
-        """The control's rows of a batch."""
+        """Rows of a batch to which the control applies."""
         return batch if self.rows is None else batch.index_select(0, self.rows)
 
     def add(self, total: Tensor, correction: Tensor, h: Tensor, strength: float) -> Tensor:
         """total + strength * mask * correction in the control's rows; all (rows, C, H, W), the correction at any size.
 
-        h: the features that are being corrected, for their size.
+        h: the corrected features, used for their size.
         """
         delta = fit(correction, h)
         mask = self.mask(h)
@@ -67,13 +67,13 @@ class XSJob:
     """One control's part in one forward."""
 
     order: tuple[Any, ...]
-    """Sorts the controls, so that the order of nodes does not change the rounding."""
+    """Sort key of the controls, so that the order of nodes does not change the rounding."""
     start: Callable[[Tensor, Tensor, TransformerOptions], Companion | None]
-    """(x, context, transformer_options), as the UNet is given them -> the companion, or None for no control."""
+    """(x, context, transformer_options), the inputs of the UNet -> the companion, or None for no control."""
 
 
 class XSForward:
-    """DIFFUSION_MODEL wrapper of one forward: brings the patches along for the time of the call."""
+    """DIFFUSION_MODEL wrapper of one forward: installs the patches for the duration of the call."""
 
     def __init__(self, jobs: tuple[XSJob, ...] = ()) -> None:
         self.jobs = jobs
@@ -106,9 +106,9 @@ class XSForward:
 
 
 def join_forward(transformer_options: TransformerOptions, job: XSJob) -> None:
-    """Put a job into the options of the coming forward, which must belong to that forward alone.
+    """Add a job to the options of the coming forward, which must not be shared with another forward.
 
-    The dictionaries and lists inside are replaced, not written to. Ours is the innermost wrapper.
+    The dictionaries and lists inside are replaced, not written to. This wrapper is the innermost one.
     """
     wrappers = dict(transformer_options.get("wrappers", {}))
     of_unet = dict(wrappers.get(WrappersMP.DIFFUSION_MODEL, {}))
@@ -127,7 +127,7 @@ class Lockstep:
         self.encoded = self.decoded = 0
 
     def patches(self, others: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """The host's patches with ours among them. FreeU and deep shrink come after what we add, ControlNeXt before."""
+        """Host's patches with this pack's added: after those of ControlNeXt, before FreeU and deep shrink."""
         new = {name: list(patches) for name, patches in others.items()}
         new[EMB] = [self.mix_time, *new.get(EMB, []), self.take_time]
         new[BEFORE_SKIP] = [self.encode, *new.get(BEFORE_SKIP, [])]
@@ -138,7 +138,10 @@ class Lockstep:
         return new
 
     def mix_time(self, emb: Tensor, model_channels: int, options: TransformerOptions) -> Tensor:
-        """emb_patch, first: emb + sum of mix * (own - emb), in fp32; the base uses it too. emb: (B, D)."""
+        """Patch `emb_patch`, first: emb + sum of mix * (own - emb), in fp32; the base uses the result too. emb:
+
+        (B, D).
+        """
         own = [c for c in self.companions if c.own_time is not None and c.mix]
         if not own:
             return emb
@@ -153,13 +156,13 @@ class Lockstep:
         return mixed.to(emb.dtype)
 
     def take_time(self, emb: Tensor, model_channels: int, options: TransformerOptions) -> Tensor:
-        """emb_patch, last: note the embedding that the base's blocks will get, with its labels."""
+        """Patch `emb_patch`, last: record the embedding, with its labels, that the base's blocks get."""
         whole = emb if self.unet.num_classes is None else emb + self.unet.label_emb(self.y)
         self.embs = [companion.take(whole) for companion in self.companions]
         return emb
 
     def encode(self, h: Tensor, options: TransformerOptions) -> Tensor:
-        """input_block_patch: the control's block of this number, and what the base gets from it."""
+        """Patch `input_block_patch`: run the control's block of this index and add its correction to the base."""
         self._expect("input", options, self.encoded)
         i, self.encoded = self.encoded, self.encoded + 1
         total = h
@@ -170,13 +173,13 @@ class Lockstep:
         return total
 
     def take_base(self, h: Tensor, options: TransformerOptions) -> Tensor:
-        """input_block_patch_after_skip: the features go to the control as they go to the base's next block."""
+        """Patch `input_block_patch_after_skip`: pass the features to the control as the base's next block gets them."""
         for companion in self.companions:
             companion.walk.take_base(options["block"][1], companion.take(h))
         return h
 
     def decode(self, h: Tensor, skip: Tensor, options: TransformerOptions) -> tuple[Tensor, Tensor]:
-        """output_block_patch: what the base gets after its middle, once, and before this decoder block."""
+        """Patch `output_block_patch`: add the middle's correction, once, and that of this decoder block."""
         self._expect("output", options, self.decoded)
         j, self.decoded = self.decoded, self.decoded + 1
         total = h
@@ -188,7 +191,7 @@ class Lockstep:
         return total, skip
 
     def check_finished(self, ran: bool) -> None:
-        """Raise where the UNet ran without our patches or with some of them; nothing at all means a cached step."""
+        """Raise RuntimeError where the UNet ran with only some of the patches; with none at all the step was cached."""
         done = self.encoded == self.decoded == self.blocks
         if not done and (ran or self.encoded or self.decoded):
             raise self._broken(
@@ -196,7 +199,7 @@ class Lockstep:
             )
 
     def _expect(self, side: str, options: TransformerOptions, number: int) -> None:
-        """Raise unless this block of this side is the next of the UNet."""
+        """Raise RuntimeError unless this block of this side is the UNet's next one."""
         if not self.embs:
             raise self._broken("its time embedding passed by our emb_patch")
         missing = side == "output" and self.encoded < self.blocks
