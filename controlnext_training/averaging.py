@@ -1,4 +1,4 @@
-"""The exponential moving average (EMA) of the weights in training."""
+"""Exponential moving average (EMA) of the weights in training."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 COUNT = "updates of the average"
-"""Name of the number of updates in a saved average."""
+"""Key of the number of updates in a saved average."""
 
 
 class Behind:
-    """Updates of an average in host memory, in a thread, from copies that the device makes beside its own work."""
+    """Background updates of an average in host memory, in a thread, from asynchronous copies of the parameters."""
 
     def __init__(self, average: Mapping[str, Tensor], device: torch.device) -> None:
-        """device: of the parameters. On CUDA the copies are pinned and have a stream of their own."""
+        """device: of the parameters. On CUDA the copies are pinned and made in a separate stream."""
         on_cuda = device.type == "cuda"
         self.device = device
         self.copies = {name: torch.empty_like(tensor, pin_memory=on_cuda) for name, tensor in average.items()}
@@ -27,7 +27,7 @@ class Behind:
         self.pending: Future[None] | None = None
 
     def take(self, parameters: Mapping[str, Tensor], average: Mapping[str, Tensor], rate: float) -> None:
-        """Start one update; the one before is waited for."""
+        """Start an update; waits for the previous one."""
         self.join()
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -38,12 +38,12 @@ class Behind:
         self.pending = self.thread.submit(_take_in, average, self.copies, rate, self.copied)
 
     def hold(self) -> None:
-        """Have what the device does from now on wait for the copies, before it changes the parameters."""
+        """Make later work on the device wait for the copies, before it changes the parameters."""
         if self.copied is not None:
             torch.cuda.current_stream(self.device).wait_event(self.copied)
 
     def join(self) -> None:
-        """Wait for the update that was started."""
+        """Wait for the update in progress."""
         if self.pending is not None:
             self.pending.result()
             self.pending = None
@@ -52,7 +52,7 @@ class Behind:
 def _take_in(
     average: Mapping[str, Tensor], values: Mapping[str, Tensor], rate: float, ready: torch.cuda.Event | None = None
 ) -> None:
-    """ready: when the values are there; None = now."""
+    """ready: event after which the values are valid; None: they are valid now."""
     if ready is not None:
         ready.synchronize()
     for name, tensor in average.items():
@@ -60,7 +60,7 @@ def _take_in(
 
 
 class Ema:
-    """An exponential moving average of named parameters, in fp32.
+    """Exponential moving average of named parameters, in fp32.
 
     The decay starts low and rises to `decay`: min(decay, (1 + n) / (10 + n)) at the n-th update, from 0.
     """
@@ -68,8 +68,12 @@ class Ema:
     def __init__(
         self, parameters: Mapping[str, Tensor], decay: float, on_cpu: bool = True, behind: bool | None = None
     ) -> None:
-        """on_cpu: True keeps the average in host memory; behind: True updates it in a thread, so that steps do not
-        wait for it; None = where the parameters lie on a CUDA device and the average does not."""
+        """on_cpu:
+
+        True stores the average in host memory; False on the parameters' device. behind: True updates it in a thread, so
+        that steps do not wait for it; False updates it in the step; None: True where the parameters are on a CUDA
+        device and the average is not.
+        """
         self.decay = decay
         self.updates = 0
         self.average = {
@@ -82,12 +86,12 @@ class Ema:
         self._behind = Behind(self.average, device) if behind else None
 
     def before_step(self) -> None:
-        """Call before the parameters change: what the last update copies of them is copied first."""
+        """Wait for the last update's copies; call it before the parameters change."""
         if self._behind is not None:
             self._behind.hold()
 
     def join(self) -> None:
-        """Wait until the average has taken in the last update."""
+        """Wait until the last update is complete."""
         if self._behind is not None:
             self._behind.join()
 
@@ -107,7 +111,7 @@ class Ema:
         return {**self.average, COUNT: torch.tensor(self.updates)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state_dict`. Raises ValueError if it is of other parameters."""
+        """Restore a state of `state_dict`. Raises ValueError for a state of other parameters."""
         found = {name: tuple(tensor.shape) for name, tensor in state.items() if name != COUNT}
         if COUNT not in state or found != {name: tuple(tensor.shape) for name, tensor in self.average.items()}:
             different = sorted(found.keys() ^ self.average.keys())[:5] or "their shapes"
@@ -122,7 +126,9 @@ class Ema:
 
     @contextmanager
     def swapped(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, the parameters hold the averages; afterwards their own values again, bit for bit."""
+        """Context in which the parameters hold the averages; afterwards they have their previous
+        values, bit for bit.
+        """
         self.join()
         own = {name: parameters[name].detach().to(average.device, copy=True) for name, average in self.average.items()}
         try:

@@ -1,4 +1,4 @@
-"""Names that a setting may have and their meaning, where no other table knows them."""
+"""Allowed names of settings and their meaning, where no other table holds them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ..controlnext_core.specs import PAPER_FUSION, SPECS
 from .settings import ConfigError
 
 XS = "xs"
-"""The variant that trains a ControlNet-XS and not a ControlNeXt."""
+"""Variant that trains a ControlNet-XS instead of a ControlNeXt."""
 
 VARIANTS = (*SPECS, XS)
-"""Variants that can be trained."""
+"""Names of the variants that can be trained."""
 
 AUTO = "auto"
 
 FUSIONS: dict[str, str] = {"released": "released", PAPER_FUSION: PAPER_FUSION, "zero_conv": "none", "add": "none"}
-"""Way of joining -> key of `injection.NORMALIZATIONS`. zero_conv adds a convolution that starts at zero."""
+"""Name of a fusion -> key of `injection.NORMALIZATIONS`. zero_conv adds a convolution that starts at zero."""
 
 LAYOUTS: dict[str, tuple[str, ...]] = {
     **{name: ("single", "lora" if spec.on_transformer else "published") for name, spec in SPECS.items()},
@@ -27,14 +27,16 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 """Variant -> layouts of its trained file."""
 
 TRANSFORMER_SUBSETS = ("none", "to_out", "single_too", "values_too", "refiners_too", "cross_too", "all")
-"""Names of subsets of a transformer. The tensors, by the host's names, are in the family's row (`Base.trainable`)."""
+"""Names of a transformer's subsets. The tensors, by host names, are in the family's row (`Base.trainable`)."""
 
 BLOCK_GROUPS = (*UNET_SIDES, "joint", "double", "single", "refiner")
-"""Every name that a setting may give to a group of blocks of some base."""
+"""Names of all groups of blocks, over all bases."""
 
 
 def reference_of(variant: str) -> str:
-    """First frame of a clip, of `video_frames.REFERENCES`: a random one as SVD's authors train, or the clip's own."""
+    """First frame of a clip, one of `video_frames.REFERENCES`: a random one, as SVD's authors train, or the clip's
+    first.
+    """
     own = variant in SPECS and FAMILIES[SPECS[variant].family].frames is not None
     return "first" if own else "random"
 
@@ -46,7 +48,7 @@ def subsets_of(variant: str) -> tuple[str, ...]:
 
 
 def rank_of(variant: str, rank: int) -> int:
-    """The rank that a setting means: itself, or for -1 the variant's own. 0 = whole differences."""
+    """Rank of the differences: the given one, or for -1 the variant's default. 0: full differences."""
     if rank >= 0:
         return rank
     own = SPECS[variant].differences if variant in SPECS else None
@@ -54,7 +56,8 @@ def rank_of(variant: str, rank: int) -> int:
 
 
 def parse_blocks(text: str) -> dict[str, range | None]:
-    """`input.0-5, middle` -> {"input": range(0, 6), "middle": None}; None = every block of that side.
+    """Parse a text such as `input.0-5, middle` to {"input": range(0, 6), "middle": None}; None: every block of that
+    group.
 
     Raises ConfigError.
     """

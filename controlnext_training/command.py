@@ -1,4 +1,4 @@
-"""A run from a configuration alone, as `python run.py train` starts it once the host can be imported."""
+"""Training from a configuration only: the run of `python run.py train`, once the host can be imported."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ if TYPE_CHECKING:
     from .base_model.encode import BaseWithEncoders
 
 INDEX = "cache/index.json"
-"""File below the folder of runs that remembers what was read from datasets."""
+"""Path below the folder of runs of the file that caches facts about datasets."""
 
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 """Signals that ask a run to save and end: Ctrl-C, a request of the system, a closed terminal, Ctrl-Break."""
 
 TOGETHER = 2.0
-"""Seconds within which a second signal counts as the first: `torchrun` adds one to the terminal's."""
+"""Seconds within which a second signal counts as the first: `torchrun` forwards another one to that of the terminal."""
 
 
 class Console:
-    """Lines on standard output; Ctrl-C asks the run to save and end."""
+    """Observer that prints lines to standard output; Ctrl-C makes the run save and end."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -66,19 +66,20 @@ class Console:
             self.say(text)
 
     def picture(self, image: Image) -> None:
-        """Ignored: the picture is also written to a file."""
+        """No operation: the picture is also written to a file."""
 
     def curve(self, draw: Callable[[], Image]) -> None:
-        """Ignored: the curve is written to a file at each validation and at the end."""
+        """No operation: the curve is written to a file at each validation and at the end."""
 
     def stopping(self) -> bool:
         return self.asked.is_set()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, the first signal of SIGNALS lets the run save and end; the second Ctrl-C ends it at once.
+        """Context in which the first signal of SIGNALS makes the run save and end, and the second Ctrl-C ends it at
+        once.
 
-        What is ignored (by `nohup`, say) stays ignored.
+        Signals that are ignored (by `nohup`, say) stay ignored.
         """
 
         def ask(number: int, frame: object) -> None:
@@ -86,7 +87,7 @@ class Console:
                 self.asked_at = time.monotonic()
                 self.asked.set()
                 if not self.quiet:
-                    with contextlib.suppress(OSError, ValueError):  # not `say`: that may be what was interrupted
+                    with contextlib.suppress(OSError, ValueError):  # not `say`: its print may be the interrupted code
                         os.write(sys.stdout.fileno(), b"stopping after this step, to save; once more to stop at once\n")
             elif number == signal.SIGINT and time.monotonic() - self.asked_at > TOGETHER:
                 raise KeyboardInterrupt
@@ -109,10 +110,10 @@ def open_data(
     roots: Sequence[Path] | None = None,
     progress: Progress | None = None,
 ) -> ControlDataset:
-    """The dataset of a configuration. Raises ConfigError where there is no source, DatasetError.
+    """Open the dataset of a configuration. Raises ConfigError where there is no source, DatasetError.
 
-    frames: of one sample, 1 for pictures; index: file that remembers what was read; roots: folders that files must lie
-    in, None = anywhere; progress: is told (files read, files in all), and may raise to stop.
+    frames: of one sample, 1 for pictures; index: file that caches facts about files; roots: folders that files must be
+    in, None: anywhere; progress: called with (files read, files in total), and may raise to stop.
     """
     if not sources:
         raise ConfigError("data: is empty. Name a folder of pictures, a metadata.jsonl or a tar shard.")
@@ -149,7 +150,7 @@ def _shares(config: TrainConfig) -> list[Share]:
 
 
 def seen_from(folder: Path, config: TrainConfig) -> TrainConfig:
-    """The configuration with relative paths of its inputs resolved from `folder`."""
+    """Configuration with relative paths of its inputs resolved from `folder`."""
 
     def absolute(sources: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(source if is_drawn(source) else str(folder / source) for source in sources)
@@ -164,7 +165,7 @@ def seen_from(folder: Path, config: TrainConfig) -> TrainConfig:
 
 
 def run_of(config: TrainConfig, base: BaseWithEncoders, folder: Path | None = None) -> RunFiles:
-    """The paths of a run. folder: where relative paths start."""
+    """Paths of a run. folder: where relative paths start."""
     start = folder or Path()
     runs = start / config.runs_folder if config.runs_folder else runs_folder()
     target = start / config.output_folder if config.output_folder else control_folder()
@@ -178,10 +179,10 @@ def run_of(config: TrainConfig, base: BaseWithEncoders, folder: Path | None = No
 
 
 def run_config(config: TrainConfig, folder: Path, make_readers: MakeReaders = ThreadReaders) -> Path:
-    """Train as configured; the path of the trained file. folder: where relative paths of the configuration start;
-    make_readers: makes what reads files ahead.
+    """Train as configured; returns the path of the trained file.
 
-    Raises what `train` raises; Stopped after a Ctrl-C, when the state is saved.
+    folder: where relative paths of the configuration start; make_readers: factory of the readers that prefetch files.
+    Raises the errors of `train`; Stopped after a Ctrl-C, when the state is saved.
     """
     with join_group() as group:
         console = Console(quiet=not group.is_main)

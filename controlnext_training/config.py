@@ -1,7 +1,7 @@
-"""Everything that a training run depends on, in one dataclass.
+"""Configuration of a training run: all settings in one dataclass.
 
 The keys of a recipe (TOML), the flags of the command line, the node's widgets and the metadata of the saved file are
-all read from `TrainConfig`. A recipe may group keys under table headings; the headings mean nothing.
+all read from `TrainConfig`. A recipe may group keys under table headings; the headings have no meaning.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MANY = 10_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """One training run. Raises ConfigError for a value that cannot be used."""
+    """Configuration of one training run. Raises ConfigError for a value that cannot be used."""
 
     # what is trained
     variant: str = setting(
@@ -337,20 +337,20 @@ class TrainConfig:
 
     @property
     def effective_batch(self) -> int:
-        """Pictures of one step in one process."""
+        """Number of pictures of one step in one process."""
         return self.batch_size * self.accumulation
 
     @property
     def learning_rate_schedule(self) -> Schedule:
-        """The factor of the learning rates over the steps."""
+        """Schedule of the learning rates over the steps."""
         return Schedule(self.schedule, self.steps, self.warmup_steps, self.schedule_cycles, self.schedule_power)
 
     def to_json(self) -> str:
-        """The whole configuration as JSON."""
+        """Configuration as JSON, with all settings."""
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
 
     def to_shared_json(self) -> str:
-        """The whole configuration for files that are passed on: paths are reduced to their last names."""
+        """Configuration as JSON for files that are shared: paths are reduced to their last names."""
         values = dataclasses.asdict(self)
         values |= {key: last_names(values[key]) for key, facts in SETTINGS.items() if facts.is_path}
         return json.dumps(values, ensure_ascii=False)

@@ -16,11 +16,11 @@ from .config import OF_SOURCES, SETTINGS, ConfigError, TrainConfig
 from .data.samples import Share
 
 MAX_RECIPE = 64 * 1024
-"""Letters of a recipe; those of the pack have two thousand."""
+"""Largest length of a recipe in characters; those of the pack have two thousand."""
 MAX_DOTS = 64
-"""Dots in one key: Python's reader takes time by the square of their number."""
+"""Largest number of dots in one key: Python's reader takes time by the square of their number."""
 MAX_KEY, MAX_TEXT = 100, 8192
-"""Letters of a key that are compared with the known ones, and of a value."""
+"""Largest lengths, in characters, of a key that is compared with the known ones, and of a value."""
 
 FOREIGN: dict[str, str] = {
     "lr": "learning_rate (the base's weights) and control_learning_rate (the control)",
@@ -64,19 +64,19 @@ FOREIGN: dict[str, str] = {
     "num_workers": "workers",
     "dataloader_num_workers": "workers",
 }
-"""Settings of other trainers -> what to write in their place."""
+"""Settings of other trainers -> the settings to write in their place."""
 
 OF_SOURCE = dict(zip(Share._fields, OF_SOURCES, strict=True))
-"""Key of a source's table -> the setting that holds its values for all sources."""
+"""Key of a source's table -> setting that holds its values for all sources."""
 KINDS: dict[str, type] = get_type_hints(TrainConfig)
 """Key -> its type."""
 LISTS: dict[Any, type] = {tuple[str, ...]: str, tuple[int, ...]: int, tuple[float, ...]: float, tuple[bool, ...]: bool}
-"""Type of a list -> that of its parts."""
+"""Type of a list -> type of its elements."""
 NAMES_OF_LISTS = dict(zip(LISTS, ("texts", "whole numbers", "numbers", "true or false"), strict=True))
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The keys of a recipe file. Raises ConfigError naming the file."""
+    """Settings in a recipe file. Raises ConfigError naming the file."""
     try:
         if path.stat().st_size > 4 * MAX_RECIPE:
             raise ConfigError(f"is {path.stat().st_size:,} bytes long, and no recipe.")
@@ -88,7 +88,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def parse_recipe(text: str) -> dict[str, Any]:
-    """The keys of a recipe (TOML), whatever headings they stand under. Raises ConfigError naming the key."""
+    """Settings in a recipe (TOML), under any headings. Raises ConfigError naming the key."""
     if len(text) > MAX_RECIPE:
         raise ConfigError(f"is {len(text):,} letters long. A recipe has no more than {MAX_RECIPE:,}.")
     if any(len(re.findall(r"[^.\s]\s*\.", part)) > MAX_DOTS for part in re.split(r"[,=\n\[\]{}]", text)):
@@ -104,7 +104,7 @@ def parse_recipe(text: str) -> dict[str, Any]:
 
 
 def _settings_of(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a recipe, whatever headings they stand under."""
+    """Settings of a parsed recipe, under any headings."""
     found: dict[str, Any] = {}
 
     def take(values: Mapping[str, Any]) -> None:
@@ -123,7 +123,7 @@ def _settings_of(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tables_of(data: Any) -> list[dict[str, Any]]:
-    """The sources of a recipe as tables; [] where none of them is one. A text among tables is a path."""
+    """Sources of a recipe as tables; [] where none is a table. A text among tables is a path."""
     parts = [data] if isinstance(data, dict) and "path" in data else data
     if not isinstance(parts, list) or not any(isinstance(part, dict) for part in parts):
         return []
@@ -131,7 +131,7 @@ def tables_of(data: Any) -> list[dict[str, Any]]:
 
 
 def settings_of_sources(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`data` and the settings of sources that tables speak of, a value for each. Raises ConfigError."""
+    """Setting `data` and the settings of sources that the tables contain, with a value for each. Raises ConfigError."""
     found: dict[str, Any] = {"data": []}
     for number, table in enumerate(tables, 1):
         if unknown := [key for key in table if key not in ("path", *OF_SOURCE)]:
@@ -147,7 +147,7 @@ def settings_of_sources(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _toml() -> ModuleType:
-    """tomllib, or its forerunner before Python 3.11."""
+    """Module tomllib, or tomli before Python 3.11."""
     try:
         import tomllib
     except ImportError:
@@ -156,7 +156,7 @@ def _toml() -> ModuleType:
 
 
 def checked(key: str, value: Any) -> Any:
-    """The value in the type of its key. Raises ConfigError for an unknown key and for another type."""
+    """Convert a value to the type of its key. Raises ConfigError for an unknown key and for another type."""
     if key not in KINDS:
         if key in FOREIGN:
             raise ConfigError(f"{key}: is no setting here. Write {FOREIGN[key]}.")
@@ -178,7 +178,7 @@ def checked(key: str, value: Any) -> Any:
 
 
 def _refuse_extremes(key: str, value: Any) -> None:
-    """Raise ConfigError for numbers and texts that no setting has, and that others choke on."""
+    """Raise ConfigError for numbers and texts beyond the limits of this file."""
     for part in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(part, int) and abs(part) >= 2**64:
             raise ConfigError(f"{key}: is a number of more than 64 bits.")
@@ -189,7 +189,7 @@ def _refuse_extremes(key: str, value: Any) -> None:
 
 
 def make_config(*sources: Mapping[str, Any]) -> TrainConfig:
-    """The configuration of several sources, of which the earlier wins; the rest are the defaults."""
+    """Configuration from several sources, of which earlier ones take precedence; the rest are the defaults."""
     merged: dict[str, Any] = {}
     for source in reversed(sources):
         merged |= source
@@ -212,24 +212,24 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def true_or_false(text: str) -> bool:
-    """The value of a flag. Raises ValueError."""
+    """Parse the value of a flag. Raises ValueError."""
     if text not in ("true", "false"):
         raise ValueError(text)
     return text == "true"
 
 
 NAMES_OF_FLAGS: dict[type, tuple[str, Any]] = {str: ("PATH", str), bool: ("true|false", true_or_false)}
-"""Type of a list's parts -> what help calls them, and what reads one; others are numbers."""
+"""Type of a list's elements -> (name in help, function that parses one); others are numbers."""
 
 
 def flags_given(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings among parsed options that were given."""
+    """Settings whose flags were given, from the parsed options."""
     values = {key: getattr(options, key, None) for key in KINDS}
     return {key: checked(key, value) for key, value in values.items() if value is not None}
 
 
 def as_toml(config: TrainConfig) -> str:
-    """The whole configuration as a recipe, each key under its description."""
+    """Configuration as a recipe, each key under its description."""
     lines: list[str] = []
     for key, value in dataclasses.asdict(config).items():
         lines += [f"# {SETTINGS[key].doc}", f"{key} = {_toml_value(value)}", ""]

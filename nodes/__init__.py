@@ -1,4 +1,4 @@
-"""The node table: ids are public API, shared workflows depend on them."""
+"""Node table of the pack: ids are public API, shared workflows depend on them."""
 
 from .apply import ControlNeXtApply, ControlNeXtOptions
 from .hint_images import (

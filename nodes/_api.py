@@ -1,4 +1,4 @@
-"""The host's node API, imported here alone, so that pinning a version is one line."""
+"""Import of the host's node API, in this file only, so that pinning a version is one line."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["ControlNode", "blame", "io", "refuse_wrong_choice", "ui", "wrong_cho
 
 
 def wrong_choice(**chosen: tuple[str | None, Collection[str]]) -> str:
-    """Fault of the values of combos, {input: (value, options)}; empty for none.
+    """Fault of combo values, {input: (value, options)}, as a sentence; empty for none.
 
-    For `validate_inputs`: earlier hosts check the combos of older kinds of nodes only. Inputs that are connected have
-    no value yet and come as None.
+    For `validate_inputs`: earlier hosts check the combos of older kinds of nodes only. Connected inputs have no value
+    yet and are None.
     """
     return " ".join(
         f"{name}: {value!r} is not one of {', '.join(options)}."
@@ -26,19 +26,19 @@ def wrong_choice(**chosen: tuple[str | None, Collection[str]]) -> str:
 
 
 def refuse_wrong_choice(**chosen: tuple[str, Collection[str]]) -> None:
-    """Raise ValueError for a wrong value of a combo; called by `execute`. choices: {input: (value, options)}.
+    """Raise ValueError for a wrong value of a combo; called by `execute`. chosen: {input: (value, options)}.
 
-    The host shows an error of `validate_inputs` on every input that this method takes. A node that checks a text there
-    therefore takes the text alone, and checks its combos here. Later hosts check combos by themselves.
+    The host shows an error of `validate_inputs` on every input that this method accepts. A node that checks a text
+    there therefore accepts only the text, and checks its combos here. Later hosts check combos by themselves.
     """
     if wrong := wrong_choice(**chosen):
         raise ValueError(wrong)
 
 
 def blame(parse: Callable[[str], Any], text: str | None) -> bool | str:
-    """Answer of `validate_inputs` about its one text: True, or the words of the ValueError that `parse` raises.
+    """Result of `validate_inputs` for its one text: True, or the message of the ValueError that `parse` raises.
 
-    text: None for an input that is connected and has no value yet.
+    text: None for a connected input, which has no value yet.
     """
     try:
         parse(text or "")

@@ -1,4 +1,4 @@
-"""Apply a control to a model, and set its options."""
+"""Nodes that apply a control to a model and set its options."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ MASK_TOOLTIP = "Where the control acts: 1 fully, 0 not at all. Masks of Options 
 
 
 FOLLOW_STRENGTH = -1.0
-"""The time_mix that leaves the mix to the strength."""
+"""Value of time_mix with which the mix follows the strength."""
 
 
 def our_control(control_net: Any) -> HostControl:
-    """A CONTROL_NET of this pack, or an error that says which node to use."""
+    """Return a CONTROL_NET of this pack. Raises ValueError, which names the node to use, for a stock one."""
     if not isinstance(control_net, HostControl):
         raise ValueError(
             "control_net: is a stock ControlNet. Use the stock Apply ControlNet node for it; both can be in one "
@@ -35,7 +35,7 @@ def our_control(control_net: Any) -> HostControl:
 
 
 class ControlNeXtApply(ControlNode):
-    """The door for workflows without a positive and a negative to route."""
+    """Node that applies a control to a model, for workflows without a positive and a negative conditioning to route."""
 
     SEARCH = ("controlnext", "controlnet", "apply control", "sdxl", "sd3", "flux", "qwen", "z-image", "wan", "video")
 
@@ -109,7 +109,7 @@ class ControlNeXtApply(ControlNode):
 
 
 def xs_inputs(**others: Any) -> list[io.Input]:
-    """Inputs of what ControlNet-XS alone has. others: further arguments of each."""
+    """Inputs for the options that only ControlNet-XS has. others: further arguments of each."""
     return [
         *(_part_input(part, **others) for part in ("encoder", "middle", "decoder")),
         io.Float.Input(
@@ -138,7 +138,10 @@ def _part_input(part: str, **others: Any) -> io.Float.Input:
 
 
 def hidden(inputs: list[io.Input]) -> list[io.Input]:
-    """The inputs, marked so that pages show them only when asked. Earlier hosts' inputs take no argument for it."""
+    """Mark the inputs as advanced, so that pages hide them by default.
+
+    Earlier hosts' inputs have no argument for it.
+    """
     for made in inputs:
         made.extra_dict = {**made.extra_dict, "advanced": True}
     return inputs
@@ -151,7 +154,7 @@ def xs_options(encoder: float, middle: float, decoder: float, time_mix: float) -
 
 
 class ControlNeXtOptions(ControlNode):
-    """Options of a control: its half of the guidance, its mask, its strength over the run."""
+    """Node that sets options of a control: its half of the guidance, its mask, its strength schedule."""
 
     SEARCH = ("controlnet", "schedule", "mask", "strength")
 

@@ -1,4 +1,4 @@
-"""Hints from pictures: thin over `controlnext_core.hints`."""
+"""Nodes that draw hints from pictures, on top of `controlnext_core.hints`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ._api import ControlNode, io, wrong_choice
 
 
 def draw_batch(images: torch.Tensor, draw: Callable[[int, Any], Any]) -> io.NodeOutput:
-    """One hint per image. images: (B, H, W, C); draw: (number, image as an array) -> (H, W, 3).
+    """Draw one hint per image. images: (B, H, W, C); draw: (number, image as an array) -> (H, W, 3).
 
-    Between images it stops where the user cancels the run.
+    Stops between images where the user cancels the run.
     """
     hints = torch.empty((*images.shape[:3], 3))
     for number, image in enumerate(images):
@@ -25,7 +25,7 @@ def draw_batch(images: torch.Tensor, draw: Callable[[int, Any], Any]) -> io.Node
 
 
 def hint_schema(kind: str, name: str, description: str, inputs: list[Any], output: str) -> io.Schema:
-    """Schema that the nodes share: an image in, a hint out."""
+    """Schema shared by the hint nodes: an image in, a hint out."""
     return io.Schema(
         node_id=f"ControlNeXtHint{kind}",
         display_name=f"ControlNeXt {name} Hint",
@@ -37,7 +37,7 @@ def hint_schema(kind: str, name: str, description: str, inputs: list[Any], outpu
 
 
 class ControlNeXtHintCanny(ControlNode):
-    """Thin edges."""
+    """Hint node for thin edges (Canny)."""
 
     SEARCH = ("canny", "edges", "preprocessor", "controlnet")
 
@@ -72,7 +72,7 @@ class ControlNeXtHintCanny(ControlNode):
 
 
 class ControlNeXtHintSoftEdge(ControlNode):
-    """Soft outlines without a network."""
+    """Hint node for soft outlines, without a network."""
 
     SEARCH = ("hed", "soft edge", "edges", "preprocessor", "controlnet")
 
@@ -146,7 +146,7 @@ class ControlNeXtHintLines(ControlNode):
 
 
 class ControlNeXtHintBlur(ControlNode):
-    """Without detail."""
+    """Hint node that removes detail (blur or tile)."""
 
     SEARCH = ("tile", "upscale", "preprocessor", "controlnet")
 
@@ -180,7 +180,7 @@ class ControlNeXtHintBlur(ControlNode):
 
 
 class ControlNeXtHintMask(ControlNode):
-    """Foreground and background."""
+    """Hint node for foreground and background."""
 
     SEARCH = ("segmentation", "silhouette", "preprocessor", "controlnet")
 
@@ -216,7 +216,7 @@ class ControlNeXtHintMask(ControlNode):
 
 
 class ControlNeXtHintGray(ControlNode):
-    """Light and shade."""
+    """Hint node for luminance."""
 
     SEARCH = ("grayscale", "recolor", "preprocessor", "controlnet")
 

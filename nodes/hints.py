@@ -1,4 +1,4 @@
-"""Hints from keypoints, and sample inputs that come with the pack."""
+"""Nodes for hints from keypoints, and for sample inputs that come with the pack."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PoseKeypoint = io.Custom("POSE_KEYPOINT")
 
 
 class ControlNeXtPoseAlign(ControlNode):
-    """Pose frames for ControlNeXt on SVD: a clip's poses fitted to the person in the reference image."""
+    """Node that fits the poses of a clip to the person in the reference image, for ControlNeXt on SVD."""
 
     SEARCH = ("pose", "openpose", "dwpose", "svd", "video", "preprocessor")
 
@@ -56,7 +56,7 @@ class ControlNeXtPoseAlign(ControlNode):
 
 
 class ControlNeXtSampleInputs(ControlNode):
-    """Hints, a photograph and clips to try a graph with."""
+    """Node with hints, a photograph and clips to try a graph with."""
 
     SEARCH = ("example", "demo", "canny", "edges", "depth", "pose", "controlnet")
 

@@ -1,4 +1,4 @@
-"""Load, inspect and save ControlNeXt files."""
+"""Nodes that load, inspect and save ControlNeXt files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ._api import ControlNode, io, ui, wrong_choice
 
 
 class ControlNeXtLoader(ControlNode):
-    """Encoder and UNet weights from files."""
+    """Node that loads an encoder and its base weights from files."""
 
     SEARCH = (
         "controlnext",

@@ -1,4 +1,4 @@
-"""Tiles: a picture that one pass cannot take, cut and merged."""
+"""Nodes that cut a picture into tiles and merge them, for pictures too large for one pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Layout = io.Custom("TILE_LAYOUT")
 
 
 class ControlNeXtSplitTiles(ControlNode):
-    """Overlapping tiles of a picture of any size."""
+    """Node that cuts a picture of any size into overlapping tiles."""
 
     SEARCH = ("tile", "upscale", "super-resolution", "ultimate sd upscale", "controlnet")
 
@@ -54,7 +54,7 @@ class ControlNeXtSplitTiles(ControlNode):
 
 
 class ControlNeXtMergeTiles(ControlNode):
-    """The picture that tiles make together."""
+    """Node that merges tiles into one picture."""
 
     SEARCH = ("tile", "upscale", "untile", "stitch", "super-resolution")
 

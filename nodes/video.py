@@ -1,4 +1,4 @@
-"""Video: whole UNets as models, and sampling in windows."""
+"""Nodes for video: whole UNets as models, and sampling in windows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._api import ControlNode, io, wrong_choice
 
 
 class ControlNeXtUNetLoader(ControlNode):
-    """The full UNets that some ControlNeXt releases come with."""
+    """Node that loads the whole UNets of some ControlNeXt releases."""
 
     SEARCH = ("controlnet", "svd", "video", "diffusion model")
 
@@ -59,7 +59,7 @@ class ControlNeXtUNetLoader(ControlNode):
 
 
 class ControlNeXtVideoWindows(ControlNode):
-    """Any number of frames, a window at a time."""
+    """Node that samples any number of frames in windows."""
 
     SEARCH = ("svd", "video", "context", "long video")
 

@@ -1,4 +1,4 @@
-"""Load ControlNet-XS, and set what it alone has."""
+"""Nodes that load a ControlNet-XS and set the options that only it has."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .apply import our_control, xs_inputs, xs_options
 
 
 class ControlNetXSLoader(ControlNode):
-    """A ControlNet-XS from a file."""
+    """Node that loads a ControlNet-XS from a file."""
 
     SEARCH = ("controlnet", "canny", "edges", "depth")
 
@@ -65,7 +65,7 @@ class ControlNetXSLoader(ControlNode):
 
 
 class ControlNetXSOptions(ControlNode):
-    """Strengths of the three parts of a ControlNet-XS, and of its time embedding."""
+    """Node that sets the strengths of the three parts of a ControlNet-XS and of its time embedding."""
 
     SEARCH = ("controlnet", "strength", "encoder", "decoder")
 

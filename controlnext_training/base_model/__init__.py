@@ -1,1 +1,1 @@
-"""The host's base models as something to train. Only these files and the nodes know of the host."""
+"""Base models of the host for training. Only this folder and the nodes import the host."""

@@ -1,4 +1,4 @@
-"""Loading of a base model from files, for runs without a graph."""
+"""Loader of a base model from files, for runs without a graph."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PARTS = ("model", "clip", "vae", "vision")
 """Parts of a checkpoint, in the order in which the host's loader returns them."""
 UNET_PREFIX = "model.diffusion_model."
 UNREADABLE = (RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError)
-"""Errors of the host's loader, and of torch's below it, for bytes that are no model."""
+"""Errors of the host's loader, and of torch, for bytes that are not a model."""
 HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
 BYTES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
@@ -42,19 +42,19 @@ def load_base(config: TrainConfig, folder: Path) -> BaseWithEncoders:
 
 @dataclass
 class _Files:
-    """The files of a base and its encoders."""
+    """Files of a base and its encoders."""
 
     base: Path
     header: checkpoint.Header | None
-    """Header of the base, a safetensors file; None: a file of another kind."""
+    """Header of the base, if it is a safetensors file; None: a file of another kind."""
     clip: tuple[Path, ...]
-    """Text encoders in files of their own; () = in the base's file."""
+    """Text encoders in separate files; (): they are in the base's file."""
     vae: Path | None
-    """The autoencoder in a file of its own; None = in the base's file."""
+    """Autoencoder in a separate file; None: it is in the base's file."""
     options: dict[str, Any]
     """The host's options for loading the network."""
     clip_type: str = ""
-    """The host's name of the kind of text encoders that the base's family has; "" = SD1.5's, and what the host sees."""
+    """Host's name of the family's kind of text encoders; "": that of SD1.5, and all that the host detects."""
 
     @classmethod
     def of(cls, config: TrainConfig, folder: Path) -> _Files:
@@ -69,12 +69,12 @@ class _Files:
 
     @property
     def apart(self) -> tuple[str, ...]:
-        """Encoders that have files of their own."""
+        """Names of the encoders in separate files."""
         return (*(["clip"] if self.clip else []), *(["vae"] if self.vae else []))
 
     @torch.inference_mode()
     def read(self, *wanted: str) -> tuple[Any, ...]:
-        """(model, clip, vae, vision) of the base's file; None for a part that is not wanted, or not there."""
+        """(model, clip, vae, vision) of the base's file; None for a part that is not requested, or missing."""
         try:
             if self.header is not None and not any(name.startswith(UNET_PREFIX) for name in self.header.shapes):
                 model = comfy.sd.load_diffusion_model(str(self.base), model_options=self.options)
@@ -93,7 +93,7 @@ class _Files:
 
     @torch.inference_mode()
     def encoder(self, name: str) -> Any:
-        """An encoder, read from its file: one of PARTS."""
+        """Read an encoder, one of PARTS, from its file."""
         if name == "vae" and self.vae is not None:
             state, metadata = comfy.utils.load_torch_file(str(self.vae), safe_load=True, return_metadata=True)
             return comfy.sd.VAE(sd=state, metadata=metadata)
@@ -112,7 +112,7 @@ STARTS: dict[bytes, str] = {
     b"<html": "is a page of the web (HTML), as a failed download leaves it",
     b"version https://git-lfs": "is a pointer of git-lfs and not the file itself; `git lfs pull` fetches that",
 }
-"""First bytes of a file, in small letters where they are text -> kind of file that is taken for weights by mistake."""
+"""First bytes of a file, in lower case where they are text -> kind of file that is sometimes mistaken for weights."""
 
 
 def refuse_other_content(key: str, path: Path) -> None:
@@ -125,9 +125,9 @@ def refuse_other_content(key: str, path: Path) -> None:
 
 
 def own_dtype(header: checkpoint.Header, on_cpu: bool) -> torch.dtype | None:
-    """Dtype of all weights of a file's network, where the host might widen them: fp8, and on a CPU fp16 or bf16.
+    """Dtype shared by all weights of a file's network, where the host might widen it: fp8, and on a CPU fp16 or bf16.
 
-    None elsewhere. The numbers are the same; with checkpointing the trainer widens each where it is used.
+    None elsewhere. The values are the same; with checkpointing the trainer widens each weight when it is used.
     """
     inside = [name for name in header.dtypes if name.startswith(UNET_PREFIX)] or list(header.dtypes)
     found = {header.dtypes[name] for name in inside}
@@ -135,7 +135,7 @@ def own_dtype(header: checkpoint.Header, on_cpu: bool) -> torch.dtype | None:
 
 
 def _find(key: str, name: str, kinds: tuple[str, ...], folder: Path) -> Path:
-    """kinds: the host's folders that are searched, in this order."""
+    """kinds: the host's folders to search, in this order."""
     where = " or ".join(kinds)
     if not name:
         raise ConfigError(f"{key}: is empty. Set it to a file's path, or its name in ComfyUI's {where} folder.")
@@ -150,10 +150,10 @@ def _find(key: str, name: str, kinds: tuple[str, ...], folder: Path) -> Path:
 
 
 def control_folder() -> Path:
-    """The first folder that the loader nodes search."""
+    """First of the folders that the loader nodes search."""
     return Path(folder_paths.get_folder_paths("controlnext")[0])
 
 
 def runs_folder() -> Path:
-    """The default folder of states and logs."""
+    """Default folder of states and logs."""
     return Path(folder_paths.get_output_directory()) / "controlnext_training"

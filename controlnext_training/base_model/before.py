@@ -1,4 +1,4 @@
-"""Checks of a run before anything is encoded: what is asked for is there and fits the base."""
+"""Checks of a run before samples are encoded: all that the configuration names exists and fits the base."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from .encode import BaseWithEncoders, device_of_host
 
 
 def check_before(base: BaseWithEncoders, config: TrainConfig) -> None:
-    """Raise ConfigError, CheckpointError or ValueError for what a run would otherwise find after hours of encoding.
+    """Raise ConfigError, CheckpointError or ValueError for faults that a run would otherwise meet after hours of
+    encoding.
 
-    These are: the control's family, the encoders, `trainable` with `blocks`, `init_control`, the optimizer, `compile`.
+    Checked are the control's family, the encoders, `trainable` with `blocks`, `init_control`, the optimizer and
+    `compile`.
     """
     check_fits(base.model, config)
     base.check()
@@ -39,7 +41,7 @@ def _check_selection(model: ModelPatcher, config: TrainConfig) -> None:
 
 
 def _check_start(model: ModelPatcher, config: TrainConfig) -> None:
-    """Read the control file to start from into a control, which is dropped."""
+    """Read the control file of `init_control` into a control, which is dropped."""
     if not config.init_control:
         return
     if not Path(config.init_control).is_file():
@@ -51,10 +53,10 @@ def _check_start(model: ModelPatcher, config: TrainConfig) -> None:
 
 
 def _check_compile(device: torch.device) -> None:
-    """Compile one line. Raises ConfigError where that does not work."""
+    """Compile one line. Raises ConfigError where that fails."""
     try:
         torch.compile(lambda x: 2 * x + 1, dynamic=False)(torch.ones(8, device=device))
-    except Exception as error:  # of torch, of its backend or of the compiler: each has its own
+    except Exception as error:  # torch, its backend and the compiler raise errors of many types
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(
             f"compile: torch.compile does not work here ({cut(reason)}). Install a C++ compiler, and triton for an "

@@ -1,7 +1,7 @@
-"""Blocks of the host's networks as autograd needs them: nothing written in place, recomputed, without fused operators.
+"""Blocks of the host's networks prepared for autograd: no in-place writes, no fused operators, checkpointing.
 
-All of it is put around each block's own forward, and not around a step: checkpointing calls that forward a second time
-in the backward pass, where nothing else of the step is in force any more.
+Each block's forward is wrapped, not the step: checkpointing calls that forward a second time in the backward pass, when
+contexts around the step have ended.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ Forward = Callable[..., Any]
 LIMITS = ("recompile_limit", "accumulated_recompile_limit", "cache_size_limit", "accumulated_cache_size_limit")
 """Limits of torch._dynamo.config; the last two are their names before torch 2.6."""
 SIZES_OF_A_BLOCK = 16
-"""Sizes of pictures, lengths of texts and the like for which a block may be compiled."""
+"""Number of sizes of pictures, lengths of texts and the like for which a block may be compiled."""
 
 
 class OutOfPlace(TorchFunctionMode):
-    """Inside, `x += y` makes a new tensor and binds x to it: what autograd, or the caller, keeps of x stays as it was.
+    """Mode in which `x += y` makes a new tensor and binds x to it: values of x saved by autograd, or the caller, do not
+    change.
 
-    A statement `x.add_(y)` would do nothing here. The host's blocks of the families that need this have none; the
-    tests compare each family's output with the host's own.
+    A statement `x.add_(y)` would have no effect here. The blocks of the families that need this mode have none; the
+    tests compare each family's output with the host's.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -41,7 +42,7 @@ class OutOfPlace(TorchFunctionMode):
 
 @contextlib.contextmanager
 def host_in_training() -> Iterator[None]:
-    """Inside, a host that has operators without a gradient takes its others; earlier hosts have no such operators."""
+    """Context in which hosts use operators with a gradient instead of fused ones; earlier hosts have no fused ones."""
     host: Any = comfy.model_management
     before = getattr(host, "in_training", None)
     if before is None:
@@ -62,12 +63,12 @@ def prepare_blocks(
     fetched_on: torch.device | None = None,
     compiles: bool = False,
 ) -> int:
-    """Make blocks of these kinds ready for a backward pass; returns their number.
+    """Prepare blocks of these kinds for a backward pass; returns their number.
 
-    recompute: True computes their activations again in the backward pass in place of keeping them; writes_in_place:
-    True means that they add to what they are given, which is answered by `OutOfPlace`. fetched_on: device on which
-    their weights, which wait in host memory, are while a block computes; None: they stay where they are.
-    compiles: True compiles their forward and backward passes with torch.compile, each block for itself.
+    recompute: True recomputes their activations in the backward pass; False stores them. writes_in_place: True means
+    that they add in place to their input, which `OutOfPlace` prevents; False: they do not. fetched_on: device to which
+    their weights, stored in host memory, are copied while a block computes; None: they stay where they are. compiles:
+    True compiles the forward and backward pass of each block with torch.compile; False does not.
     """
     found = [module for module in _outermost(network, kinds)]
     if compiles:
@@ -82,7 +83,7 @@ def prepare_blocks(
 
 
 def _outermost(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[nn.Module]:
-    """Modules of these kinds that lie in no other of them."""
+    """Modules of these kinds that are not inside another of them."""
     if isinstance(module, kinds):
         yield module
         return
@@ -91,14 +92,15 @@ def _outermost(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterato
 
 
 def _compiled(forward: Forward) -> Forward:
-    """torch.compile compiles it at its first call, and again for other sizes and dtypes."""
+    """Forward that torch.compile compiles at its first call, and again for other sizes and dtypes."""
     return torch.compile(forward, dynamic=False)
 
 
 def _allow_compiling(blocks: int) -> None:
     """Raise torch's limits of compiled versions of one forward, which all blocks of a kind share, for this process.
 
-    Beyond its limit (8 as torch comes) torch runs what is left uncompiled. Some sizes for each block are allowed.
+    Beyond its limit (8 by default) torch runs further versions uncompiled. The new limit allows several sizes for each
+    block.
     """
     settings: Any = torch._dynamo.config
     for name in LIMITS:

@@ -1,4 +1,4 @@
-"""An encoder in training on hints of clips: inference's passes and averages, with a gradient."""
+"""Encoding of the hints of clips in training: the same passes and averages as in inference, with a gradient."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ...models.controlnext import ControlNeXt
 
 
 def laid_out(hint: Tensor) -> Tensor:
-    """Hint in the memory layout of inference: the layout decides the kernels, and with them speed and rounding."""
+    """Hint in the memory layout of inference: the layout decides the kernels, and so speed and rounding."""
     return hint.contiguous(memory_format=torch.channels_last) if hint.device.type == "cpu" else hint
 
 
 def projected(net: ControlNeXt, narrow: Tensor, size: tuple[int, int], fusion: Fusion) -> Tensor:
-    """Narrow maps (rows, C, H, W), which have this size, at the base's width and normalised."""
+    """Project maps (rows, C, H, W) of the encoder, already at this size, to the base's channels, and normalise them."""
     wide = prepare(net.project(narrow), size, fusion)
     return wide.to(narrow.dtype, memory_format=torch.channels_last)
 
@@ -35,15 +35,15 @@ def latent_frames_at_once(spec: Spec, pixels: int, itemsize: int, clip: Clip) ->
 
 @dataclass(frozen=True, slots=True)
 class ClipEncoding:
-    """The way from the frames of hints to the features of clips."""
+    """Encoder of the frames of hints to the features of clips."""
 
     net: ControlNeXt
     spec: Spec
     checkpointing: bool
-    """True: the backward pass computes a pass of the encoder again, in place of keeping all frames of all clips."""
+    """True: the backward pass recomputes each pass of the encoder. False: all frames of all clips are stored."""
 
     def encode(self, hint: Tensor, timesteps: Tensor, size: tuple[int, int], clip: Clip, rows: int) -> Tensor:
-        """The features (rows, C, T * H, W) of clips, normalised.
+        """Features (rows, C, T * H, W) of clips, normalised.
 
         hint: (rows * frames, 3, 8H, 8W), clip after clip; timesteps: (rows,), or (1,) for all; size: (T * H, W).
         """
@@ -62,7 +62,7 @@ class ClipEncoding:
         return projected(self.net, narrow, size, self.spec.fusion)
 
     def _latent_frames(self, hint: Tensor, time: Tensor, size: tuple[int, int], groups: Sequence[Frames]) -> Tensor:
-        """Narrow maps (len(groups), C, H, W) of some latent frames of one clip; hint: all its frames."""
+        """Maps (len(groups), C, H, W), before projection, of some latent frames of one clip; hint: all its frames."""
         frames = distinct_frames(groups)
         narrow = self.net.narrow(self.net.begin(laid_out(hint[list(frames)])), time)
         return averaged(pool_to(narrow.float(), size), frames, groups).to(hint.dtype).contiguous()

@@ -1,4 +1,4 @@
-"""Conditions of a sample: how an encoder makes them from its caption or its reference frame, and how they drop out.
+"""Conditions of a sample: encoding of its caption or its reference frame, and drop-out.
 
 Encoded conditions are tensors by name, on the CPU: `context` (1, T, D), the tokens that cross attention reads;
 `pooled` (1, P), one vector for the whole caption; `mask` (1, T), 0 where the context is padding, and absent where it is
@@ -21,7 +21,8 @@ from ..seeding import generator
 
 Tensors = dict[str, Tensor]
 Cached = Callable[[str, Callable[[], Tensors]], Tensors]
-"""(key, encode) -> the tensors cached under the key; `encode` is called and its result cached where there are none."""
+"""(key, encode) -> the tensors cached under the key; `encode` is called and its result cached where they are
+missing."""
 
 HOST_NAMES = {
     "context": "cross_attn",
@@ -39,50 +40,58 @@ AUGMENTATION = 0.02
 
 
 class Encoders(Protocol):
-    """The part of a base model that conditions need."""
+    """Interface of a base model as far as conditions need it."""
 
     def encoder(self, name: str) -> Any:
-        """The host's encoder: `vae`, `clip` or `vision`."""
+        """Encoder of the host: `vae`, `clip` or `vision`."""
 
     def identity(self, part: str) -> str:
         """Identity of the weights of `vae`, `text` or `vision`."""
 
 
 class Sample(Protocol):
-    """The part of a sample that conditions need."""
+    """Interface of a sample as far as conditions need it."""
 
     @property
     def caption(self) -> str: ...
     @property
     def frames(self) -> Tensor:
-        """(F, H, W, 3); looking at it may read them from their files."""
+        """Frames (F, H, W, 3); they may be read from their files at this point."""
 
     @property
     def frame_keys(self) -> tuple[str, ...]: ...
 
 
 class Conditioning(Protocol):
-    """One kind of conditions. `cached` keeps encoded tensors; `rate` is the drop-out probability of the recipe."""
+    """Kind of conditions. `cached` caches encoded tensors; `rate` is the drop-out probability of the recipe."""
 
     @property
     def encoded_while_training(self) -> bool:
-        """True: some conditions are first met at a step, so the encoders stay. False: `prepare` encodes all of them."""
+        """True: some conditions are first known at a step, so the encoders stay loaded.
+
+        False: `prepare` encodes all of them.
+        """
 
     def frame_key(self, base: Encoders, frames: Sequence[str]) -> str | None:
         """Key under which what is encoded of a sample's frames is cached; None: no frame is looked at."""
 
     def prepare(self, base: Encoders, cached: Cached, caption: str) -> None:
-        """Encode everything that is known of a sample before the first step; '' prepares for dropped captions."""
+        """Encode all conditions of a sample that are known before the first step; '' is for dropped captions."""
 
     def encode(self, base: Encoders, cached: Cached, sample: Sample, drop: float, rate: float) -> Tensors:
-        """Conditions of a sample; drop: uniform in [0, 1), decides with `rate` which of them drop out."""
+        """Conditions of a sample. drop: uniform in [0, 1), decides together with `rate` which
+        conditions are dropped.
+        """
 
     def empty(self, base: Encoders, cached: Cached, like: Tensors) -> Tensors:
-        """The unconditional side of classifier-free guidance; like: the sample's own conditions."""
+        """Conditions for the unconditional side of classifier-free guidance; like: the conditions of the sample."""
 
 
 class Caption:
-    """Text conditions: `context` and, where the text encoder has one, `pooled`. A dropped caption is the empty one."""
+    """Conditions from text:
+
+    `context` and, where the text encoder has one, `pooled`. A dropped caption is the empty one.
+    """
 
     encoded_while_training = False
 
@@ -95,15 +104,15 @@ class Caption:
         self.text(base, cached, caption)
 
     def encode(self, base: Encoders, cached: Cached, sample: Sample, drop: float, rate: float) -> Tensors:
-        """The caption's tensors, or those of the empty caption where `drop` is below `rate`."""
+        """Tensors of the caption, or those of the empty caption where `drop` is below `rate`."""
         return self.text(base, cached, "" if drop < rate else sample.caption)
 
     def empty(self, base: Encoders, cached: Cached, like: Tensors) -> Tensors:
-        """The tensors of the empty caption."""
+        """Tensors of the empty caption."""
         return self.text(base, cached, "")
 
     def text(self, base: Encoders, cached: Cached, caption: str) -> Tensors:
-        """The tensors of any caption."""
+        """Tensors of a caption."""
         key = f"text-{base.identity('text')}-{digest(caption)}"
         return cached(key, lambda: encode_text(base.encoder("clip"), caption))
 
@@ -140,7 +149,7 @@ class StartImage(Caption):
 
 
 class ReferenceFrame:
-    """SVD's conditions: the first frame of a clip as CLIP sees it (`context`) and as a latent (`concat`).
+    """Conditions of SVD: the first frame of a clip, encoded by CLIP vision (`context`) and as a latent (`concat`).
 
     A clip draws another reference frame at each position of the run, so frames are encoded while training.
     """
@@ -152,10 +161,10 @@ class ReferenceFrame:
         return f"reference-{base.identity('vision')}-{base.identity('vae')}-{frames[0]}"
 
     def prepare(self, base: Encoders, cached: Cached, caption: str) -> None:
-        """Nothing is known before the frame is drawn."""
+        """No operation: the frame is not known before it is drawn."""
 
     def encode(self, base: Encoders, cached: Cached, sample: Sample, drop: float, rate: float) -> Tensors:
-        """Conditions of a frame. Dropout: drop < 2 rate zeroes `context`, rate <= drop < 3 rate zeroes `concat`.
+        """Conditions of a frame. Drop-out: drop < 2 rate zeroes `context`, rate <= drop < 3 rate zeroes `concat`.
 
         Source of these intervals: the released SVD trainer.
         """
@@ -167,11 +176,11 @@ class ReferenceFrame:
         return found
 
     def empty(self, base: Encoders, cached: Cached, like: Tensors) -> Tensors:
-        """Zeros in place of the frame."""
+        """Zeros in place of the frame's tensors."""
         return {name: torch.zeros_like(tensor) for name, tensor in like.items()}
 
     def reference(self, base: Encoders, cached: Cached, sample: Sample) -> Tensors:
-        """The tensors of a clip's first frame. Its noise depends on the frame's key alone."""
+        """Tensors of a clip's first frame. Its noise depends only on the frame's key."""
 
         def encode() -> Tensors:
             frame = sample.frames[:1]
@@ -182,9 +191,9 @@ class ReferenceFrame:
 
 
 def encode_text(clip: Any, caption: str) -> Tensors:
-    """`context`, and `pooled` and `mask` where there are some, of a caption by the host's text encoder.
+    """Encode a caption with the host's text encoder: `context`, and `pooled` and `mask` where it has them.
 
-    Fp32, but for the mask: the host tells a mask of zeros and ones from one to add by its being of integers.
+    All are fp32 except the mask: the host recognises a mask of zeros and ones by its integer dtype.
     """
     with torch.inference_mode():
         given = clip.encode_from_tokens(clip.tokenize(caption), return_dict=True)
@@ -197,7 +206,8 @@ def encode_text(clip: Any, caption: str) -> Tensors:
 
 
 def encode_reference(vision: Any, vae: Any, frame: Tensor, noise: Tensor) -> Tensors:
-    """`context` and unscaled `concat` of a frame (1, H, W, 3) in [0, 1], fp32; noise is added before `vae` encodes.
+    """Encode a frame (1, H, W, 3) in [0, 1]: `context` and unscaled `concat`, fp32; noise is added before `vae`
+    encodes.
 
     Source: the host's SVD_img2vid_Conditioning.
     """

@@ -1,5 +1,4 @@
-"""The base with its control as one module: noisy latents and conditions in, the network's own output out, from which
-the objective makes a loss."""
+"""Base model and control as one module: noisy latents and conditions in, the raw network output for the loss out."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ Conditions = dict[str, Any]
 
 
 class _RawOutput:
-    """The base's model sampling, except that `calculate_denoised` returns the network's output."""
+    """Model sampling of the base, except that `calculate_denoised` returns the network's output."""
 
     def __init__(self, model_sampling: Any) -> None:
         self._inner = model_sampling
@@ -51,26 +50,26 @@ class _RawOutput:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes in a picture's conditions, in pixels."""
+    """Sizes in pixels that condition a picture."""
 
     original: tuple[int, int]
     """Size (height, width) of the picture before it was resized."""
     crop: tuple[int, int]
-    """(top, left)"""
+    """Offset (top, left) of the crop."""
     target: tuple[int, int]
-    """(height, width) of the picture that trains."""
+    """Size (height, width) of the training picture."""
 
 
 def check_fits(model: ModelPatcher, config: TrainConfig) -> None:
-    """Raise ConfigError or ValueError where the control is for another base; called before anything is encoded."""
+    """Raise ConfigError or ValueError where the control is for another base; called before samples are encoded."""
     check_base(config, loaded_base(model.model))
 
 
 class Controlled(nn.Module):
-    """The trainable copy of a base model, its control, and the host's own way from latents to an output."""
+    """Trainable copy of a base model with its control, called through the host's own path from latents to an output."""
 
     def __init__(self, model: ModelPatcher, config: TrainConfig, dtype: torch.dtype, device: torch.device) -> None:
-        """Raises ConfigError or ValueError where the configuration does not fit the base; `model` is only read."""
+        """Raise ConfigError or ValueError where the configuration does not fit the base; `model` is not modified."""
         super().__init__()
         self.facts: LoadedBase = loaded_base(model.model)
         self.family: TrainedFamily = family_of(model)
@@ -91,7 +90,7 @@ class Controlled(nn.Module):
             self.unet, family.blocks, config.checkpointing, family.writes_in_place, fetched_on, config.compile
         )
         self.net = self.control.net
-        # not sub-modules: they are the host's, and hold the network again
+        # not sub-modules: they belong to the host, and contain the network again
         sampling = _sampling_of(model)
         self._shells = (
             _shell(model.model, self.unet, _RawOutput(sampling), dtype, device),
@@ -100,25 +99,28 @@ class Controlled(nn.Module):
 
     @property
     def key_map(self) -> KeyMap:
-        """Published name of each weight -> its name in this base. Raises ValueError where there are none."""
+        """Published name of each weight -> its name in this base.
+
+        Raises ValueError for a family without published names.
+        """
         return self.facts.key_map()
 
     @property
     def base(self) -> Any:
-        """The host's BaseModel with the training network inside."""
+        """Host's BaseModel around the training network."""
         return self._shells[1]
 
     @property
     def predicts(self) -> str:
-        """Key of OBJECTIVES: the parameterisation of this base's UNet."""
+        """Key of OBJECTIVES: the parameterisation of this base's output."""
         return PREDICTS[self.base.model_type]
 
     def forward(
         self, noisy: Tensor, sigma: Tensor, conditions: Sequence[Conditions], hint: Tensor, strength: float = 1.0
     ) -> Tensor:
-        """The network's output for noisy (rows, C, H, W), or (rows, C, T, H, W) of clips, at sigma (rows,), in fp32.
+        """Output of the network for noisy (rows, C, H, W), or (rows, C, T, H, W) of clips, at sigma (rows,), in fp32.
 
-        conditions: one per sample, whose rows follow each other; hint: (rows, 3, 8H, 8W) in [0, 1], of clips one for
+        conditions: one per sample, whose rows follow each other; hint: (rows, 3, 8H, 8W) in [0, 1], for clips one for
         each frame of each row. At strength 0 the control does not run.
         """
         return self._call(self._shells[0], noisy, sigma, conditions, hint, strength)
@@ -126,13 +128,15 @@ class Controlled(nn.Module):
     def denoised(
         self, noisy: Tensor, sigma: Tensor, conditions: Sequence[Conditions], hint: Tensor, strength: float = 1.0
     ) -> Tensor:
-        """Estimate of the clean latents, as the host's samplers take it; arguments as for `forward`."""
+        """Estimate of the clean latents, as for the host's samplers; arguments as for `forward`."""
         return self._call(self._shells[1], noisy, sigma, conditions, hint, strength)
 
     def _call(
         self, shell: Any, noisy: Tensor, sigma: Tensor, conditions: Sequence[Conditions], hint: Tensor, strength: float
     ) -> Tensor:
-        """One forward of the host for all samples, or one for each run of samples whose conditions join."""
+        """Run one forward of the host for all samples, or one for each group of samples whose conditions can be
+        batched.
+        """
         ready = _ready(conditions, noisy.shape[0] // len(conditions), noisy.device)
         parts = []
         with host_in_training():
@@ -146,7 +150,7 @@ class Controlled(nn.Module):
     ) -> Tensor:
         options: TransformerOptions = {"optimized_attention_override": plain_attention}
         if strength:
-            alone = len(ready) == 1  # all rows are of one time, and it is embedded once, as in inference
+            alone = len(ready) == 1  # all rows have one timestep, which is embedded once, as in inference
             timesteps = self.facts.row.encoder_time(shell.model_sampling, sigma[:1] if alone else sigma).float()
             self.control.join(options, tuple(noisy.shape), hint, timesteps, strength)
         return shell.apply_model(noisy, sigma, transformer_options=options, **cond_cat(ready))
@@ -154,10 +158,10 @@ class Controlled(nn.Module):
     def conditions(
         self, latent: Tensor, encoded: Mapping[str, Tensor], sizes: Sizes, guidance: float | None = None
     ) -> Conditions:
-        """The host's conditions of one sample.
+        """Conditions of one sample in the host's form.
 
-        latent: (rows, C, H, W) or (rows, C, T, H, W), for its shape; encoded: the tensors of the family's
-        conditioning; guidance: what a guidance-distilled base is told, None = the configuration's.
+        latent: (rows, C, H, W) or (rows, C, T, H, W), only its shape is used; encoded: the tensors of the family's
+        conditioning; guidance: scale for a guidance-distilled base, None: the configuration's.
         """
         given: dict[str, Any] = {
             "noise": latent,
@@ -169,14 +173,14 @@ class Controlled(nn.Module):
             "target_height": sizes.target[0],
             "target_width": sizes.target[1],
             "latent_image": torch.zeros_like(latent),
-            "pooled_output": None,  # of a text encoder that gives none; some families look for it all the same
+            "pooled_output": None,  # for text encoders without one; some families read it all the same
         }
         if self.family.guided:
             given["guidance"] = self.guidance if guidance is None else guidance
         return self.base.extra_conds(**(given | host_arguments(encoded)), **self.family.constants)
 
     def published_differences(self) -> dict[str, Tensor]:
-        """Learned differences of the base's weights under published names, in fp32 on the CPU."""
+        """Trained differences of the base's weights under published names, in fp32 on the CPU."""
         host = {name_of(key): whole(difference) for key, difference in self.differences.by_weight().items()}
         return published_names(host, self.key_map) if host else {}
 
@@ -198,7 +202,7 @@ def shapes_of(network: nn.Module) -> dict[str, torch.Size]:
 
 
 def _ready(conditions: Sequence[Conditions], rows: int, device: torch.device) -> list[Conditions]:
-    """The conditions of each sample, for its rows."""
+    """Conditions of each sample, repeated for its rows."""
     return [
         {name: cond.process_cond(batch_size=rows, device=device, area=None) for name, cond in one.items()}
         for one in conditions
@@ -206,15 +210,15 @@ def _ready(conditions: Sequence[Conditions], rows: int, device: torch.device) ->
 
 
 def _of(samples: slice, tensor: Tensor, count: int) -> Tensor:
-    """The part of some of `count` samples, which have as much of the first dimension each."""
+    """Slice of a tensor for some of `count` samples, which have equal parts of its first dimension."""
     each = len(tensor) // count
     return tensor[samples.start * each : samples.stop * each]
 
 
 def joined(conditions: Sequence[Conditions]) -> list[slice]:
-    """Runs of samples whose conditions the host can put into one batch: texts of one length, and equal constants.
+    """Groups of neighbouring samples whose conditions the host can batch: texts of one length, and equal constants.
 
-    Texts that cross attention reads are repeated to one length, by the host.
+    Texts for cross attention are repeated to one length by the host.
     """
     starts = [0]
     for place in range(1, len(conditions)):
@@ -230,13 +234,13 @@ def _join(one: Conditions, other: Conditions) -> bool:
 
 
 def _sampling_of(model: ModelPatcher) -> Any:
-    """The model sampling: of a flow model with the shift that a node has put on the MODEL."""
+    """Model sampling of the MODEL; for a flow model with the shift set by a node."""
     patched = model.get_model_object("model_sampling")
     return patched if isinstance(patched, CONST) else model.model.model_sampling
 
 
 def _shell(base: Any, unet: nn.Module, sampling: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """The host's BaseModel around another network and model sampling. Everything shared with `base` is only read.
+    """Host's BaseModel around another network and model sampling. Parts shared with `base` are not modified.
 
     Relies on these attributes of the host: the sub-modules `diffusion_model` and `model_sampling` by their names, and
     `manual_cast_dtype`, `device` and `current_patcher`, which `apply_model` and `extra_conds` read.

@@ -63,11 +63,14 @@ class TrainedControl(Protocol):
 
     @property
     def net(self) -> nn.Module:
-        """The network that trains."""
+        """Trained network."""
 
     @property
     def trains_base(self) -> bool:
-        """True: weights of the base train as well, those that the recipe selects. False: the network alone trains."""
+        """True: the weights of the base that the recipe selects train as well.
+
+        False: only the control's network trains.
+        """
 
     def join(
         self, options: TransformerOptions, latent: tuple[int, ...], hint: Tensor, timesteps: Tensor, strength: float
@@ -75,7 +78,7 @@ class TrainedControl(Protocol):
         """Add the control to the coming forward pass.
 
         latent: shape of the base's input; hint: (rows, 3, 8H, 8W) in [0, 1], one per row of the batch, or one per frame
-        where a row is a clip; timesteps: (rows,), as the UNet is given them, or (1,) for all rows.
+        where a row is a clip; timesteps: (rows,), as for the UNet, or (1,) for all rows.
         """
 
     def save(
@@ -84,13 +87,13 @@ class TrainedControl(Protocol):
         """Write the trained file; differences: of the base's weights; facts: metadata of the run."""
 
     def check(self, header: checkpoint.Header) -> None:
-        """Raise CheckpointError where a loader would not take the trained file."""
+        """Raise CheckpointError where a loader would refuse the trained file."""
 
 
 def new_control(config: TrainConfig, facts: LoadedBase, device: torch.device) -> TrainedControl:
-    """The control of this configuration for this base, its weights in fp32 on `device`, ready to train.
+    """Control of this configuration for this base, its weights in fp32 on `device`, ready to train.
 
-    Fresh weights depend on the seed alone. Raises ConfigError, or ValueError where the base is of another family.
+    Fresh weights depend only on the seed. Raises ConfigError, or ValueError where the base is of another family.
     """
     return _kind(config)(config, facts, device)
 
@@ -101,7 +104,7 @@ def check_base(config: TrainConfig, facts: LoadedBase) -> None:
 
 
 def load_trained(model: ModelPatcher, path: Path, config: TrainConfig) -> tuple[ModelPatcher, Any]:
-    """(MODEL, CONTROL_NET) of a trained file. Raises CheckpointError."""
+    """Load (MODEL, CONTROL_NET) from a trained file. Raises CheckpointError."""
     return _kind(config).load(model, path, config.variant)
 
 
@@ -112,7 +115,7 @@ def _initialised(net: nn.Module, fresh: nn.Module, device: torch.device) -> None
 
 
 class _NeXt:
-    """A ControlNeXt encoder."""
+    """ControlNeXt encoder in training."""
 
     trains_base = True
 
@@ -164,10 +167,10 @@ class _NeXt:
         collect(options, self.place, latent, Job((), term))
 
     def _encode(self, hint: Tensor, timesteps: Tensor, size: tuple[int, int]) -> Tensor:
-        """The features (rows, C, H, W), normalised and pooled, laid out in memory as in inference."""
+        """Features (rows, C, H, W), normalised and pooled, in the memory layout of inference."""
         if not self.checkpointing:
             return self._finish(self.net.begin(hint), timesteps, size)
-        # in two parts, of which the backward pass holds one at a time: at full size 0.4 GiB and 0.2
+        # in two parts, of which the backward pass stores one at a time: at full size 0.4 GiB and 0.2
         begun = checkpointed(self.net.begin, hint, use_reentrant=False, preserve_rng_state=False)
         return checkpointed(self._finish, begun, timesteps, size, use_reentrant=False, preserve_rng_state=False)
 
@@ -180,7 +183,7 @@ class _NeXt:
         )
 
     def _gains(self, strength: float) -> tuple[float] | Tensor:
-        """The gain of all rows, as a tensor with a gradient where the variant learns its scale."""
+        """Gain of all rows, as a tensor with a gradient where the variant learns its scale."""
         gain = self.spec.fusion.gain
         if gain.formula is GainFormula.CONSTANT:
             return (gain.factor * strength,)
@@ -205,7 +208,7 @@ class _NeXt:
 
 
 class _XS:
-    """A ControlNet-XS: the released size rules, `xs_ratio` of the base's widths."""
+    """ControlNet-XS in training: the released size rules, `xs_ratio` of the base's widths."""
 
     rule = NORM_RULES["official"]
     trains_base = False
@@ -263,7 +266,7 @@ class _XS:
 
 
 def _kind(config: TrainConfig) -> type[_NeXt] | type[_XS]:
-    """The class of the variant's control."""
+    """Class of the variant's control."""
     return _XS if config.variant == XS else _NeXt
 
 
@@ -304,9 +307,9 @@ def _encoder_of(path: Path, spec: Spec) -> dict[str, Tensor]:
 
 
 def start_from(differences: Differences, path: Path, facts: LoadedBase, model: ModelPatcher) -> None:
-    """Start from the differences of a control file, as the loader reads them.
+    """Initialise the differences from a control file, read as the loader reads it.
 
-    Raises ConfigError where the file changes weights that do not train here, or has another rank.
+    Raises ConfigError where the file changes weights that are not trained here, or has another rank.
     """
     file = read_control_file(checkpoint.peek(path))
     chosen = choose_weights(file, "auto")

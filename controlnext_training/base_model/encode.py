@@ -1,4 +1,4 @@
-"""A base model with the host's encoders: pictures to latents and back, and which weights these are."""
+"""Base model with the host's encoders: pictures to latents and back, and the identity of the weights."""
 
 from __future__ import annotations
 
@@ -22,39 +22,39 @@ from ..config import ConfigError
 from .trained_families import TrainedFamily, family_of
 
 SAMPLED = 64
-"""Numbers of each tensor that enter an identity."""
+"""Number of values of each tensor that enter an identity."""
 
 ENCODERS = {"vae": "vae", "clip": "text", "vision": "vision"}
-"""Field of a BaseWithEncoders -> the name of its weights in `identity`."""
+"""Field of a BaseWithEncoders -> name of its weights in `identity`."""
 MISSING = {
     "vae": "vae: the checkpoint holds none. Connect a VAE, or set vae to a file that holds one.",
     "clip": "clip: this base needs its text encoder. Connect CLIP of the same checkpoint, or set clip to its files.",
     "vision": "clip_vision: this base needs its image encoder. Connect CLIP_VISION: of the same checkpoint for SVD, of "
     "Load CLIP Vision for Wan 2.1 (image to video trains in a graph; Wan 2.2 and text to video need none).",
 }
-"""Field -> the error where a family needs that encoder and a run has none."""
+"""Field -> error message where a family needs that encoder and it is missing."""
 
 
 @dataclass
 class BaseWithEncoders:
-    """A base model of the host, with its encoders."""
+    """Base model of the host with its encoders."""
 
     model: ModelPatcher
     vae: Any
     clip: Any = None
-    """Text encoder; SVD has none."""
+    """Text encoder; None for SVD."""
     vision: Any = None
     """Image encoder of SVD and of Wan 2.1's image to video."""
     read_again: Callable[[str], Any] | None = None
-    """Reloads a released encoder (`vae`, `clip`, `vision`) from its file. None: the graph owns the encoders, which then
-    stay."""
+    """Function that reloads a released encoder (`vae`, `clip`, `vision`) from its file. None: the graph owns the
+    encoders, which are never released."""
     _identities: dict[str, str] = field(default_factory=dict)
     _released: set[str] = field(default_factory=set)
     _lock: Any = field(default_factory=threading.RLock, repr=False)
 
     @property
     def family(self) -> TrainedFamily:
-        """The row of this base's family. Raises ValueError for a family that cannot be trained."""
+        """Row of this base's family. Raises ValueError for a family that cannot be trained."""
         return family_of(self.model)
 
     def check(self) -> None:
@@ -71,7 +71,7 @@ class BaseWithEncoders:
         with self._lock:
             for name, what in ENCODERS.items():
                 if self.read_again is not None and getattr(self, name) is not None:
-                    self.identity(what)  # computed and kept while the weights are here
+                    self.identity(what)  # computed and cached while the weights are here
                     setattr(self, name, None)
                     self._released.add(name)
 
@@ -81,17 +81,17 @@ class BaseWithEncoders:
             self.release()
 
     def encoder(self, name: str) -> Any:
-        """The encoder of that field, reloaded if it was released."""
-        with self._lock:  # samples are read ahead in a thread
+        """Encoder in that field, reloaded if it was released."""
+        with self._lock:  # samples are also prefetched in a thread
             if self.read_again is not None and name in self._released:
                 setattr(self, name, self.read_again(name))
                 self._released.remove(name)
             return getattr(self, name)
 
     def latent(self, frames: Tensor) -> Tensor:
-        """frames (F, H, W, 3) in [0, 1] -> latents (F, C, H/8, W/8) as the network takes them, fp32, on the CPU.
+        """Encode frames (F, H, W, 3) in [0, 1] to latents (F, C, H/8, W/8), scaled for the network, fp32, on the CPU.
 
-        Of a base whose clips are one latent, (1, C, T, H/8, W/8); T = 1 for one frame.
+        For a base whose clips are one latent: (1, C, T, H/8, W/8); T = 1 for one frame.
         """
         with torch.inference_mode():
             latent = self.encoder("vae").encode(frames)
@@ -99,13 +99,15 @@ class BaseWithEncoders:
         return latent.cpu().clone()
 
     def picture(self, latent: Tensor) -> Tensor:
-        """Latents as the UNet takes them -> pictures (F, H, W, 3) in [0, 1], on the CPU."""
+        """Decode latents, scaled for the network, to pictures (F, H, W, 3) in [0, 1], on the CPU."""
         with torch.inference_mode():
             pixels = self.encoder("vae").decode(self.model.model.process_latent_out(latent))
         return pixels.float().cpu().clone().flatten(0, -4)  # a latent with frames decodes to (F, 1, H, W, 3)
 
     def identity(self, what: str) -> str:
-        """Identity of the `model`, `vae`, `text` or `vision` weights: names, shapes and a sample of the numbers."""
+        """Identity of the `model`, `vae`, `text` or `vision` weights: a hash of names, shapes and
+        some of the values.
+        """
         if what not in self._identities:
             self._identities[what] = _identity(self._weights(what))
         return self._identities[what]
@@ -123,7 +125,7 @@ class BaseWithEncoders:
 
 
 def _network_weights(model: ModelPatcher) -> Iterator[tuple[str, Tensor]]:
-    """Tensors as they are stored; of a format that is a tensor of the host's own, the numbers it stands for."""
+    """Tensors as they are stored; those in a tensor type of the host are dequantised."""
     numbers = base_weights(model)
     for name in stored_names(model, HOST_PREFIX):
         weight, _ = stored_weight(model, name) or (None, None)
@@ -145,12 +147,12 @@ def _identity(weights: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def device_of_host() -> torch.device:
-    """The device on which the host computes."""
+    """Device on which the host computes."""
     return comfy.model_management.get_torch_device()
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of a run: as configured, or for `auto` bf16 on a device that is fast at it, else fp32."""
+    """Dtype of a run: as configured, or for `auto` bf16 on a device that is fast at it, else fp32."""
     named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if precision in named:
         return named[precision]
@@ -165,16 +167,19 @@ def make_room(device: torch.device) -> None:
     gc.collect()
     if sys.platform == "linux" and (
         trim := getattr(ctypes.CDLL(None), "malloc_trim", None)
-    ):  # glibc keeps freed memory otherwise
+    ):  # glibc does not return freed memory otherwise
         trim(0)
 
 
 def is_interruption(error: BaseException) -> bool:
-    """True: the host raised this because the user pressed Cancel, possibly inside a forward pass."""
+    """True: the host raised this because the user pressed Cancel, possibly inside a forward pass.
+
+    False: another error.
+    """
     return isinstance(error, comfy.model_management.InterruptProcessingException)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True: the device had no memory left. Later hosts have their own test, as some drivers raise another error."""
+    """True: the device had no memory left. False: another error. Later hosts have their own test for it."""
     hosts = getattr(comfy.model_management, "is_oom", None)
     return bool(hosts(error)) if hosts else isinstance(error, comfy.model_management.OOM_EXCEPTION)

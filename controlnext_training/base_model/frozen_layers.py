@@ -1,7 +1,7 @@
-"""Layers whose frozen weight is stored in another dtype, or on another device, than they compute in.
+"""Layers whose frozen weight is stored in another dtype, or on another device, than it is used in.
 
-They copy the weight for the forward pass and again for the backward pass; kept in between, the copies together would be
-a second UNet. The same numbers go into the same kernels, so results are equal in every bit.
+They cast the weight for the forward pass and again for the backward pass; stored in between, the casts together would
+take the memory of a second UNet. The same values go into the same kernels, so results are equal in every bit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..widened import SCALE, widened
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """The view of a weight's copy that autograd saved."""
+    """View of a cast weight that autograd has saved."""
 
     size: torch.Size
     stride: tuple[int, ...]
@@ -33,7 +33,7 @@ class _Copy:
 
 @contextmanager
 def copies_not_kept(layer: nn.Module, x: Tensor) -> Iterator[None]:
-    """Inside, the layer's one product with x does not keep its copy of the weight for the backward pass.
+    """Context in which the layer's product with x does not store its cast weight for the backward pass.
 
     A trained weight is base + difference: the sum is formed once inside, and freed afterwards.
     """
@@ -64,7 +64,7 @@ def copies_not_kept(layer: nn.Module, x: Tensor) -> Iterator[None]:
 
 
 class operations(WholeLayers):  # noqa: N801  # as the host names its own
-    """The host's layers that cast their weights; the large ones with `copies_not_kept`."""
+    """Host's layers that cast their weights; the large ones with `copies_not_kept`."""
 
     class Linear(WholeLayers.Linear):
         def forward(self, x: Tensor) -> Any:

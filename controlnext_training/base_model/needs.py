@@ -1,5 +1,4 @@
-"""Memory estimate for a step of a run on a transformer: `memory_estimate`, with the sizes of the run's own networks
-and samples."""
+"""Memory estimate for a step of a run on a transformer, from the sizes of the run's networks and samples."""
 
 from __future__ import annotations
 
@@ -63,13 +62,15 @@ def widest(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> int:
 
 
 def _frozen_bytes(network: nn.Module, device: torch.device, everywhere: bool) -> int:
-    """Bytes of the frozen tensors on the device, or, everywhere, also of those that wait in host memory."""
+    """Bytes of the frozen tensors on the device; everywhere=True also counts those in host memory, False does not."""
     tensors = [*network.parameters(), *network.buffers()]
     return sum(t.nbytes for t in tensors if not t.requires_grad and (everywhere or t.device == device))
 
 
 def told(step: StepShape, config: TrainConfig, device: torch.device) -> tuple[Need, str]:
-    """(memory estimate of a step; a line for the log, which names the setting to change where the device has less)."""
+    """(memory estimate of a step; a line for the log, which names the setting to change where the device has less
+    memory).
+    """
     need = needed(step)
     available = int(comfy.model_management.get_total_memory(device))
     change = advice(step, config.offload, available)

@@ -1,10 +1,10 @@
-"""Frozen weights of blocks that wait in host memory: a block's are on the device while it computes, and the next one's
-are on their way.
+"""Offloading of frozen weights of blocks to host memory: they are on the device only while their block computes, and
+the next block's weights are copied meanwhile.
 
-The order is watched and not planned: upwards in a forward pass, downwards where checkpointing computes the blocks again
-in the backward pass. At most two blocks lie on the device, and what a backward pass still reads of a third.
+The order is observed, not planned: upwards in a forward pass, downwards where checkpointing recomputes the blocks in
+the backward pass. At most two blocks are on the device, beside the tensors of a third that a backward pass still reads.
 
-Pinned memory and the stream of its own are for CUDA alone, and were never run on a device.
+Pinned memory and the separate stream are for CUDA only, and were never run on a device.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """A place in a module that holds a frozen weight or a buffer."""
+    """Attribute of a module that holds a frozen weight or a buffer."""
 
     owner: nn.Module
     name: str
     waiting: Tensor
-    """In host memory."""
+    """Tensor in host memory."""
 
     def put(self, tensor: Tensor) -> None:
         if self.name in self.owner._parameters:
@@ -35,10 +35,10 @@ class _Slot:
 
 
 class Fetched:
-    """Blocks in the order in which a forward pass takes them."""
+    """Offloaded blocks, in the order in which a forward pass uses them."""
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device, copier: Copier | None = None) -> None:
-        """blocks: their frozen tensors in host memory are pinned where the device can be told to read them there."""
+        """blocks: their frozen tensors in host memory are pinned where the device can read pinned memory."""
         self.copier: Copier = copier or Copier(device)
         self._slots = [[self._slot(*found) for found in _frozen(block)] for block in blocks]
         self._ready: dict[int, list[Tensor]] = {}
@@ -51,7 +51,9 @@ class Fetched:
 
     @contextmanager
     def on_device(self, number: int) -> Iterator[None]:
-        """Inside, the weights of that block are on the device; the next block's begin to come."""
+        """Context in which the weights of that block are on the device; the copy of the next block's weights is
+        started.
+        """
         ahead = number + (1 if number > self._last else -1)
         self._last = number
         self._ready = {place: copies for place, copies in self._ready.items() if place in (number, ahead)}
@@ -68,21 +70,23 @@ class Fetched:
                 slot.put(slot.waiting)
 
     def _begun(self, number: int) -> list[Tensor]:
-        """Copies of a block's weights, started unless they are there or on their way."""
+        """Copies of a block's weights on the device, started unless they exist or are in progress."""
         if number not in self._ready:
             self._ready[number] = self.copier.copies([slot.waiting for slot in self._slots[number]])
         return self._ready[number]
 
 
 class Copier:
-    """Copies from host memory to a device: on CUDA in a stream of its own, beside the computation."""
+    """Copier from host memory to a device: on CUDA in a separate stream, beside the computation."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def pinned(self, tensor: Tensor) -> Tensor:
-        """The tensor in pinned memory on CUDA; unchanged elsewhere, where the user forbids it or none is left."""
+        """Pin the tensor on CUDA; returns it unchanged elsewhere, where the user forbids pinning or
+        no memory is left.
+        """
         if self.stream is None or args.disable_pinned_memory:
             return tensor
         try:
@@ -91,7 +95,7 @@ class Copier:
             return tensor
 
     def copies(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Copies on the device; on CUDA they may be on their way until `wait`."""
+        """Copies on the device; on CUDA they may be in progress until `wait`."""
         if self.stream is None:
             return [tensor.to(self.device) for tensor in tensors]
         with torch.cuda.stream(self.stream):
@@ -101,13 +105,13 @@ class Copier:
         return found
 
     def wait(self) -> None:
-        """Let what computes next wait for all copies that have begun."""
+        """Make later computation wait for all copies that were started."""
         if self.stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
 
 def _frozen(block: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """(module, name, tensor) of all that does not train in a block and lies in host memory."""
+    """(module, name, tensor) of all frozen tensors of a block that are in host memory."""
     for owner in block.modules():
         for name, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
             if tensor is not None and not tensor.requires_grad and tensor.device.type == "cpu":

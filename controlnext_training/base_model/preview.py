@@ -1,4 +1,4 @@
-"""Sampling of validation pictures with the weights in training, without loading a model."""
+"""Sampler of validation pictures with the weights in training, without loading a model."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def sample(
     cfg: float,
     strength: float,
 ) -> Tensor:
-    """Latents (rows, C, H, W), or (rows, C, T, H, W) of clips, as the network takes them, from noise of that shape:
-    the host's Euler, with guidance.
+    """Sample latents (rows, C, H, W), or (rows, C, T, H, W) of clips, from noise of that shape, with the host's Euler
+    and guidance.
 
     positive, negative: conditions per sample; hint: as for `Controlled.forward`; both halves get the control.
     """

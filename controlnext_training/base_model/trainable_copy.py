@@ -1,6 +1,6 @@
-"""A trainable copy of the host's network in the dtype of the run, with the MODEL's patches applied.
+"""Trainable copy of the host's network in the dtype of the run, with the MODEL's patches applied.
 
-The MODEL itself, which other workflows share, is only read; where dtype and device are right and there is no patch,
+The MODEL itself, which other workflows share, is not modified; where dtype and device are right and there is no patch,
 both share memory.
 """
 
@@ -27,11 +27,11 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def training_unet(model: ModelPatcher, dtype: torch.dtype, device: torch.device, narrow: bool = False) -> nn.Module:
-    """The network of `model` as the host would sample with it, computing in `dtype`, frozen, on `device`.
+    """Copy of the network of `model`, as the host would sample with it, computing in `dtype`, frozen, on `device`.
 
-    narrow: weights stored in fewer bits than `dtype` stay so and are widened, which is exact, at each use: less memory,
-    more time, the same numbers. Weights are copied one at a time and must not be written to.
-    Raises ValueError for a model that lacks a weight, or is of no family that can be trained.
+    narrow: True leaves weights with fewer bits than `dtype` in their format and widens them, which is exact, at each
+    use: less memory, more time, the same values; False widens them here. Weights are copied one at a time and must not
+    be written to. Raises ValueError for a model that lacks a weight, or is of a family that cannot be trained.
     """
     family_of(model)
     source = model.model.diffusion_model
@@ -56,23 +56,24 @@ def training_unet(model: ModelPatcher, dtype: torch.dtype, device: torch.device,
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A stored weight, or one in a format to compute in."""
+    """Weight in its stored format, or in one that layers compute in."""
 
     tensor: Tensor
     scale: Tensor | None = None
-    """Factor of the stored numbers; None: they stand for themselves."""
+    """Factor of the stored values; None: no factor."""
 
     def numbers(self) -> Tensor:
-        """The numbers, in fp32 where there is a scale."""
+        """Values of the weight, in fp32 where there is a scale."""
         if self.scale is None:
             return self.tensor
         return widened(self.tensor, self.scale, self.tensor.device, torch.float32)
 
 
 def _weights_of(model: ModelPatcher) -> Callable[[str], Found | None]:
-    """Look up a weight or buffer by its host name, before any patch; None for a name that the model lacks.
+    """Lookup of a weight or buffer by its host name, before any patch; None for a name that the model lacks.
 
-    Weights of a byte stay in it where widening them gives, in every bit, the numbers that the host computes with.
+    Weights of one byte stay in their format where widening them gives, in every bit, the values that the host computes
+    with.
     """
     weights, rest = base_weights(model), dict(model.model.diffusion_model.named_buffers())
 
@@ -92,12 +93,15 @@ def _weights_of(model: ModelPatcher) -> Callable[[str], Found | None]:
 
 
 def _is_plain_fp8(weight: Tensor, convert: Any) -> bool:
-    """True: these are the numbers themselves. False: another format, or the layer has a scale for them."""
+    """True: the stored values are the weight's values in fp8.
+
+    False: another format, or the layer has a scale for them.
+    """
     return type(weight.detach()) is Tensor and weight.dtype in FP8 and convert is None
 
 
 def _in_a_byte(model: ModelPatcher, name: str, weight: Tensor) -> Found | None:
-    """The bytes and the scale of a weight in the host's scaled fp8 or int8; None for other formats.
+    """Bytes and scale of a weight in the host's scaled fp8 or int8; None for other formats.
 
     Relies on the host's layer having `scale_weight`, or on its quantised tensor having `_qdata` and, in `_params` or
     before ComfyUI 0.10 in `_layout_params`, `scale`.
@@ -114,7 +118,7 @@ def _in_a_byte(model: ModelPatcher, name: str, weight: Tensor) -> Found | None:
 
 
 def _patched(model: ModelPatcher, name: str, weight: Tensor) -> Tensor:
-    """The weight with the LoRAs and other patches on this MODEL."""
+    """Weight with the LoRAs and other patches of this MODEL."""
     patches = model.patches.get(name)
     if not patches:
         return weight
@@ -122,7 +126,7 @@ def _patched(model: ModelPatcher, name: str, weight: Tensor) -> Tensor:
 
 
 def _ordinary(tensor: Tensor) -> Tensor:
-    """A tensor of the same memory that autograd accepts; tensors made in inference mode are not accepted."""
+    """Tensor on the same memory that autograd accepts; it refuses tensors made in inference mode."""
     if not tensor.is_inference():
         return tensor.detach()
     plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
@@ -130,7 +134,7 @@ def _ordinary(tensor: Tensor) -> Tensor:
 
 
 def _is_cast(unet: nn.Module, name: str, found: Found) -> bool:
-    """True: the layer of this weight widens it to the dtype of its input."""
+    """True: the layer of this weight casts it to the dtype of its input. False: it does not."""
     layer = unet.get_submodule(name.rpartition(".")[0])
     kinds = comfy.ops.CastWeightBiasOp if found.scale is None else operations.Linear
     return isinstance(layer, kinds)

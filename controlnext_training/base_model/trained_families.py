@@ -1,7 +1,7 @@
-"""Training of each family of base models: one row per family, the only place where training tells them apart.
+"""Table of how each family of base models is trained: one row per family, the only place that distinguishes them.
 
 A new family is a row of FAMILIES, and new kinds of conditions are a class in `conditioning`. The network's places and
-names are the inference side's rows, and the maths of its objective is in `objective`.
+names are rows of the inference side, and the maths of its objective is in `objective`.
 """
 
 from __future__ import annotations
@@ -30,37 +30,37 @@ from .conditioning import Caption, Conditioning, ReferenceFrame, StartImage
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedFamily:
-    """The training of one family of base models."""
+    """Facts about the training of one family of base models."""
 
     encoders: tuple[str, ...]
     """Fields of `BaseWithEncoders` that a run needs: `vae`, and `clip` or `vision`."""
     conditioning: Conditioning
-    """Class that makes a sample's conditions with these encoders."""
+    """Conditions of this family's samples, encoded with these encoders."""
     constants: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the host's `extra_conds` that are the same for every sample."""
     clips: bool = False
     """True: a sample is a clip. False: a sample is one picture."""
     frames_in_latent: int | None = None
-    """Frames of each latent frame after the first, where a clip is one latent and one row; None: its frames follow each
-    other as rows."""
+    """Frames of each latent frame after the first, where a clip is one latent and one batch item; None: each frame is a
+    batch item."""
     timesteps: str = "uniform"
-    """Key of TIMESTEP_DISTRIBUTIONS that `timesteps = auto` stands for."""
+    """Key of TIMESTEP_DISTRIBUTIONS that `timesteps = auto` selects."""
     blocks: tuple[type[nn.Module], ...]
-    """Blocks of the network; `checkpointing` computes their insides again in the backward pass."""
+    """Types of the network's blocks; `checkpointing` recomputes them in the backward pass."""
     writes_in_place: bool = False
-    """True: these blocks add to what they are given. False: they make new tensors."""
+    """True: these blocks add in place to their input. False: they make new tensors."""
     guided: bool = False
-    """True: the network is told a guidance scale, with which it was distilled."""
+    """True: the network has a guidance scale as an input, with which it was distilled. False: it has none."""
     inside: float = 0.0
-    """Numbers that one block keeps while it is computed again, for each token and channel; 0 = not counted. See
+    """Number of values per token and channel that one block stores while it is recomputed; 0: not counted. See
     `memory_estimate`."""
     inside_mlp: float = 0.0
     """Numbers for each token and channel of the MLP's inner width, beside `inside`; for families of several ratios."""
     clip_type: str = ""
-    """The host's name (`comfy.sd.CLIPType`) of the text encoders, where they come as files of their own."""
+    """Host's name (`comfy.sd.CLIPType`) of the text encoders, where they are separate files."""
 
     def frames(self, config: TrainConfig) -> int:
-        """Frames of one sample. Raises ConfigError for a length that clips of this family do not have."""
+        """Number of frames of one sample. Raises ConfigError for a length that clips of this family cannot have."""
         if not self.clips:
             return 1
         each, count = self.frames_in_latent or 1, config.clip_frames
@@ -74,7 +74,7 @@ class TrainedFamily:
 
     @property
     def one_latent(self) -> bool:
-        """True: a clip is one latent, which its autoencoder makes of all frames together."""
+        """True: a clip is one latent, encoded from all frames together. False: each frame is a latent."""
         return self.frames_in_latent is not None
 
 
@@ -137,7 +137,7 @@ PREDICTS = {
     ModelType.FLOW: "flow",
     ModelType.FLUX: "flow",
 }
-"""The host's kind of model -> key of OBJECTIVES: the network's output. A family may have models of several kinds."""
+"""Host's type of model -> key of OBJECTIVES: the network's output. A family may have models of several types."""
 
 
 def family_of(model: ModelPatcher) -> TrainedFamily:

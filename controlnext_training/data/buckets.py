@@ -1,6 +1,6 @@
-"""Training sizes: aspect buckets of one area, and the crop that picture, hint and mask share.
+"""Training sizes: aspect buckets of one area, and the crop shared by picture, hint and mask.
 
-Sizes are (height, width) in pixels. All arithmetic is on whole numbers, so every system makes the same cut.
+Sizes are (height, width) in pixels. All arithmetic is on integers, so every system makes the same crop.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from ..seeding import uniform
 from .samples import DatasetError
 
 LATENT_STEP = 8
-"""Pixels along a side of one latent pixel."""
+"""Pixels along a side of one latent cell."""
 MAX_ASPECT = 4
-"""The longest side of a bucket is at most this many times the shortest; what is longer loses its ends."""
+"""Largest ratio of the longest to the shortest side of a bucket; longer pictures lose their ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The resize and centre crop with which a picture fills its bucket."""
+    """Resize and crop with which a picture fills its bucket."""
 
     original: tuple[int, int]
     resized: tuple[int, int]
     crop: tuple[int, int]
-    """(top, left) in the resized picture."""
+    """Offset (top, left) in the resized picture."""
     size: tuple[int, int]
-    """The bucket."""
+    """Size of the bucket."""
     flipped: bool = False
-    """True: mirrored, left to right, after the crop."""
+    """True: mirrored left to right after the crop. False: not mirrored."""
 
     @property
     def seen_crop(self) -> tuple[int, int]:
-        """(top, left) of the crop in the resized picture, mirrored where the crop is."""
+        """Offset (top, left) of the crop in the resized picture, mirrored where the crop is."""
         top, left = self.crop
         return (top, self.resized[1] - self.size[1] - left) if self.flipped else (top, left)
 
@@ -40,7 +40,8 @@ class Fit:
 def bucket_sizes(resolution: int, step: int = 64, buckets: bool = True) -> tuple[tuple[int, int], ...]:
     """Sizes in steps of `step` with an area of at most resolution^2, the widest for every height, from tall to wide.
 
-    buckets=False: the square of the resolution alone. Raises DatasetError for sizes that latents cannot have.
+    buckets: True gives these; False only the square of the resolution. Raises DatasetError for sizes that latents
+    cannot have.
     """
     if resolution < LATENT_STEP or resolution % LATENT_STEP:
         raise DatasetError(f"resolution: {resolution} is not a multiple of {LATENT_STEP}. Take 512, 768 or 1024.")
@@ -57,7 +58,7 @@ def bucket_sizes(resolution: int, step: int = 64, buckets: bool = True) -> tuple
 
 
 def choose(original: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The bucket whose aspect is nearest by ratio; of equals the largest, then the first."""
+    """Bucket whose aspect ratio is nearest; of equals the largest, then the first."""
 
     def distance(size: tuple[int, int]) -> tuple[float, int]:
         one, other = original[0] * size[1], original[1] * size[0]
@@ -67,7 +68,7 @@ def choose(original: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple
 
 
 def fit(original: tuple[int, int], size: tuple[int, int]) -> Fit:
-    """Cover `size` with a picture of `original` size, keeping its aspect to the nearest pixel."""
+    """Cover `size` with a picture of `original` size, keeping its aspect ratio to the nearest pixel."""
     (height, width), (to_height, to_width) = original, size
     if height * to_width >= width * to_height:  # relatively taller than the bucket
         resized = (max(to_height, _rounded(height * to_width, width)), to_width)
@@ -78,8 +79,9 @@ def fit(original: tuple[int, int], size: tuple[int, int]) -> Fit:
 
 
 def variant_of(where: Fit, content: str, variant: int, flip: bool) -> Fit:
-    """Variant of a cut: 0 is the centre crop, further crops are drawn by the picture's content, uniform over all
-    places; with `flip` odd variants are the even ones before them, mirrored."""
+    """Variant of a crop: 0 is the centre crop, further crops depend on a hash of the picture's content, uniform over
+    all offsets; with `flip` odd variants are the even ones before them, mirrored.
+    """
     number, flipped = divmod(variant, 2) if flip else (variant, 0)
     room = [resized - size for resized, size in zip(where.resized, where.size, strict=True)]
     top, left = (int(uniform(0, f"crop {number} of {content}", axis) * (room[axis] + 1)) for axis in (0, 1))

@@ -1,6 +1,6 @@
-"""Encoded samples on disk, so that each picture and caption goes through the encoders once.
+"""Cache of encoded samples on disk, so that each picture and caption is encoded once.
 
-One file per key, whole or absent. A file whose content has changed since it was written (a damaged disk, a power
+One file per key, complete or absent. A file whose content has changed since it was written (a damaged disk, a power
 failure, a file renamed by hand) counts as missing and is replaced.
 """
 
@@ -26,11 +26,11 @@ logger = encodable.logger(__name__)
 
 SUFFIX = ".safetensors"
 STALE_SECONDS = 3600.0
-"""Unfinished files older than this come from a process that was killed."""
+"""Age in seconds from which unfinished files belong to a process that was killed."""
 
 
 class Cache:
-    """Tensors by key in a folder; several processes may share it."""
+    """Cache of tensors by key in a folder; several processes may share it."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -42,17 +42,17 @@ class Cache:
                     left.unlink()
 
     def path(self, key: str) -> Path:
-        """Path of a key's file; keys that are no plain file names are hashed."""
+        """Path of a key's file; keys that are not plain file names are hashed."""
         name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
         plain = re.fullmatch(r"[0-9a-z_-]{1,150}", key)
         return self.folder / name[:2] / f"{key if plain else name}{SUFFIX}"
 
     def __contains__(self, key: str) -> bool:
-        """True: there is a file for the key, which may be damaged; `get` checks it."""
+        """True: there is a file for the key, which may be damaged; `get` checks it. False: there is none."""
         return self.path(key).is_file()
 
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """Tensors of the key, on the CPU; None if there are none, or their file is damaged."""
+        """Tensors of the key, on the CPU; None if they are missing, or their file is damaged."""
         path = self.path(key)
         if not path.is_file():
             return None
@@ -69,7 +69,7 @@ class Cache:
         return tensors
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> bool:
-        """Keep tensors under a key; True if that worked. A full disk costs speed, not the run: it is logged once."""
+        """Cache tensors under a key; returns True on success. False: for example a full disk, which is logged once."""
         held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         content = save(held, {"key": key, "content": fingerprint(held)})
         path = self.path(key)

@@ -1,4 +1,4 @@
-"""Sources of samples: one picture, the frames of a folder, or a video, each with its hints and masks."""
+"""Clips as sources of samples: one picture, the frames of a folder, or a video, each with its hints and masks."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from .tree import Blob
 from .video_frames import natural, read_video
 
 LENGTHS_DIFFER = 1
-"""Frames that a video's hints may have more or fewer than the video: encoders drop or repeat the last one."""
+"""Largest difference in frames between a video and its hints: encoders drop or repeat the last one."""
 
 
 class Frames(Protocol):
-    """Pictures one after the other, all of one size."""
+    """Sequence of pictures of one size."""
 
     @property
     def label(self) -> str:
-        """For messages."""
+        """Name for messages."""
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W)"""
+        """Size (H, W) in pixels."""
 
     @property
     def count(self) -> int:
         """Number of frames."""
 
     def content(self, number: int) -> str:
-        """Content identity of a frame."""
+        """Content hash of a frame."""
 
     def read(self, numbers: Sequence[int]) -> list[Picture]:
-        """Read the frames of these numbers. Raises BrokenSample."""
+        """Read the frames with these numbers. Raises BrokenSample."""
 
 
 @dataclass(frozen=True, slots=True)
 class PictureFrames:
-    """A file for each frame."""
+    """Frames in a file each."""
 
     blobs: tuple[Blob, ...]
     facts: tuple[Facts, ...]
@@ -79,7 +79,7 @@ class PictureFrames:
 
 @dataclass(frozen=True, slots=True)
 class VideoFrames:
-    """A video file."""
+    """Frames of a video file."""
 
     blob: Blob
     facts: Facts
@@ -108,7 +108,7 @@ class VideoFrames:
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One source of samples; a picture is a clip of one frame."""
+    """Source of samples; a picture is a clip of one frame."""
 
     name: str
     caption: str
@@ -116,7 +116,7 @@ class Clip:
     hints: Frames | None
     masks: Frames | None
     count: int
-    """Frames that all of them have."""
+    """Number of frames that images, hints and masks have in common."""
 
 
 def clips(
@@ -124,8 +124,8 @@ def clips(
 ) -> Iterator[Clip]:
     """Combine pictures with their hints and masks; unreadable files go to `broken`, each once.
 
-    moving: the pictures of one folder are the frames of a clip; else each is a sample, and videos are left out.
-    paired: what has no hint is left out.
+    moving: True means that the pictures of one folder are the frames of a clip; False: each is a sample, and videos are
+    left out. paired: True leaves out entries without a hint; False does not.
     """
     said: set[Broken] = set()
     for group in _groups(entries, moving):
@@ -139,7 +139,7 @@ def clips(
 
 
 def _groups(entries: Iterable[Entry], moving: bool) -> list[list[Entry]]:
-    """Entries of one sample or clip, in the order in which their first ones come; frames in theirs."""
+    """Entries of one sample or clip, in the order of their first ones; frames in natural order."""
     groups: dict[int | str, list[Entry]] = {}
     for number, entry in enumerate(entries):
         alone = not moving or entry.image.suffix in VIDEO_SUFFIXES
@@ -148,7 +148,7 @@ def _groups(entries: Iterable[Entry], moving: bool) -> list[list[Entry]]:
 
 
 def _clip(group: list[Entry], facts: Mapping[Blob, Facts | str], moving: bool, paired: bool) -> Clip:
-    """Raises BrokenSample for the first thing wrong."""
+    """Clip of a group. Raises BrokenSample for its first fault."""
     images = [entry.image for entry in group]
     if not moving and images[0].suffix in VIDEO_SUFFIXES:
         raise BrokenSample(images[0].label, "is a video. Set clip_frames above 1 to train on clips")
@@ -173,7 +173,7 @@ def _clip(group: list[Entry], facts: Mapping[Blob, Facts | str], moving: bool, p
 
 
 def _all_or_none(blobs: Sequence[Blob | None], images: Sequence[Blob], role: str) -> list[Blob] | None:
-    """Hints of every frame, or of none."""
+    """Hints of every frame, or None."""
     there = [blob for blob in blobs if blob is not None]
     if there and len(there) < len(images):
         image = images[list(blobs).index(None)]

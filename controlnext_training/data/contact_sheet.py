@@ -1,4 +1,4 @@
-"""Contact sheet of a dataset: pictures with their hints beside them, their names and captions underneath."""
+"""Contact sheet of a dataset: pictures with their hints beside them, names and captions underneath."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 GAP = 12
 TEXT = 14
-"""Pixels: between pairs, and height of letters."""
+"""Height of letters and gap between pairs, in pixels."""
 LINES = 2
-"""Lines of a caption; longer ones are cut."""
+"""Largest number of lines of a caption; longer ones are cut."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture, its hint, and the words under them."""
+    """Picture with its hint, its name and its caption."""
 
     picture: Image
     hint: Image
@@ -35,15 +35,15 @@ class Pair:
 
     @property
     def aspect(self) -> float:
-        """Width / height of the picture and its hint side by side."""
+        """Aspect ratio, width / height, of the picture and its hint side by side."""
         return 2 * self.picture.width / self.picture.height
 
 
 def contact_sheet(dataset: ControlDataset, count: int = 12, width: int = 1200, height: int = 220) -> Image:
-    """The first `count` samples, evenly spread over the set, in rows that are filled from edge to edge.
+    """Draw `count` samples, evenly spread over the set, in rows that are filled from edge to edge.
 
-    width: of the sheet in pixels; height: of a picture, about: each row is as high as makes it full. A sample that
-    cannot be read any more is left out.
+    width: of the sheet in pixels; height: approximate height of a picture, adjusted so that each row is full. A sample
+    that can no longer be read is left out.
     """
     from PIL import Image, ImageDraw
 
@@ -83,7 +83,7 @@ def _rows(pairs: Sequence[Pair], width: int, height: int) -> list[tuple[list[Pai
 
 
 def _height(row: Sequence[Pair], width: int) -> int:
-    """Height at which the pairs of a row and the gaps between them are as wide as the sheet."""
+    """Height at which the pairs of a row and the gaps between them have the width of the sheet."""
     return max(1, int((width - GAP * (len(row) - 1)) / sum(pair.aspect for pair in row)))
 
 
@@ -97,14 +97,14 @@ def _pair(dataset: ControlDataset, index: int) -> Pair | None:
 
 
 def _name(dataset: ControlDataset, index: int) -> str:
-    """Name of the sample's file with its folder, or its number."""
+    """Name of the sample's file with its folder, or its index."""
     if isinstance(dataset, FileDataset):
         return "/".join(PurePath(dataset.items[index].clip.images.label).parts[-2:])
     return f"sample {index}"
 
 
 def _as_picture(frame: torch.Tensor) -> Any:
-    """(H, W, 3) in [0, 1] as a picture of PIL."""
+    """Picture of PIL from (H, W, 3) in [0, 1]."""
     from PIL import Image
 
     return Image.fromarray(np.rint(frame.numpy() * 255).astype(np.uint8))

@@ -19,7 +19,7 @@ from .video_frames import windows
 logger = encodable.logger(__name__)
 
 FIRST = 3
-"""Broken files that an error names."""
+"""Number of broken files that an error names."""
 
 
 class FileDataset:
@@ -78,7 +78,7 @@ class FileDataset:
 
 
 class Subset:
-    """Some items of a dataset, as a dataset."""
+    """Dataset of some items of another one."""
 
     def __init__(self, dataset: ControlDataset, indices: Iterable[int]) -> None:
         self.dataset, self.indices = dataset, tuple(indices)
@@ -129,13 +129,12 @@ def open_dataset(
     index: Path | None = None,
     progress: Progress | None = None,
 ) -> FileDataset:
-    """Find and examine what can train in folders, shards and tables; `sources.py` says what belongs together.
+    """Find and examine all samples in folders, shards and tables; `sources.py` says how files are matched.
 
     clip_frames: 1 for pictures; more for clips of every clip_stride-th frame, from folders of frames and from videos.
-    shares: of each source, with the cuts of its pictures.
-    roots: folders that files must lie in, links followed; None = anywhere. index: file that remembers what was read;
-    beside it lies what Parquet files are turned into.
-    Files that cannot be used are listed in `.broken`. Raises DatasetError if nothing is left, or for a bad setting.
+    shares: of each source, with the crops of its pictures. roots: folders that files must be in, links followed; None:
+    anywhere. index: file that caches facts about files; Arrow files converted from Parquet are stored beside it. Files
+    that cannot be used are listed in `.broken`. Raises DatasetError if no sample is left, or for a wrong setting.
     """
     reading = Reading(hint, mask, clip_frames, clip_stride, reference)
     sizes = bucket_sizes(resolution, bucket_step, buckets)
