@@ -1,4 +1,4 @@
-"""Processes of a distributed run: `torchrun` starts them, torch.distributed joins them, rank 0 writes files."""
+"""Distributed runs: `torchrun` starts the processes, torch.distributed joins them, rank 0 writes files."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from torch.nn.parallel import DistributedDataParallel
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=12)
-"""Longest wait of processes for each other: rank 0 validates, and some encode larger pictures than others."""
+"""Longest time that processes wait for each other: rank 0 validates, and some encode larger pictures than others."""
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes of a run, seen from one of them."""
+    """Processes of a run, seen from one of them."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def is_main(self) -> bool:
-        """True: this is rank 0, the process that writes files."""
+        """True: this is rank 0, the process that writes files. False: another rank."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Wait until every process has called this."""
+        """Wait until every process has called this method."""
         if self.size > 1:
             dist.barrier()
 
     def gather(self, mine: T) -> list[T]:
-        """Values of all processes, by rank."""
+        """Values of all processes, in the order of ranks."""
         if self.size == 1:
             return [mine]
         found: list[Any] = [None] * self.size
@@ -47,11 +47,11 @@ class ProcessGroup:
         return found
 
     def any(self, mine: bool) -> bool:
-        """True: at least one process says True."""
+        """True: at least one process passes True. False: all pass False."""
         return any(self.gather(mine)) if self.size > 1 else mine
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over the processes of a tensor of one shape."""
+        """Mean over the processes of a tensor of one shape."""
         if self.size == 1:
             return value
         total = value.clone()
@@ -59,7 +59,7 @@ class ProcessGroup:
         return total / self.size
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """A module whose backward pass averages gradients over the processes.
+        """Wrap a module so that its backward pass averages gradients over the processes.
 
         Frozen tensors are equal in every process and are ignored, whatever their device.
         """
@@ -79,23 +79,25 @@ class ProcessGroup:
         return ZeroRedundancyOptimizer(optimizer.param_groups, type(optimizer))
 
     def whole_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The optimizer's whole `state_dict` on rank 0, {} elsewhere. Every process must call this."""
+        """Full `state_dict` of the optimizer on rank 0, {} elsewhere. Every process must call this method."""
         if hasattr(optimizer, "consolidate_state_dict"):  # `split`
             optimizer.consolidate_state_dict(to=0)
         return optimizer.state_dict() if self.is_main else {}
 
     def without_exchange(self, module: nn.Module, off: bool) -> AbstractContextManager[None]:
-        """Inside, gradients are not averaged over the processes if `off`: for all but the last pass of a step."""
+        """Context in which gradients are not averaged over the processes if `off`: for all but the
+        last pass of a step.
+        """
         if off and isinstance(module, DistributedDataParallel):
             return module.no_sync()
         return contextlib.nullcontext()
 
 
 def together(group: ProcessGroup, open_data: Callable[[], T]) -> T:
-    """Result of `open_data` in every process: first in rank 0, then in one of each other machine, then in the rest.
+    """Run `open_data` in every process: first in rank 0, then in one process of each other machine, then in the rest.
 
-    Those that come later find in the index on the disk what the first have read. Raises what `open_data` raises; where
-    another process fails, ValueError with that process's words.
+    Later ones find the facts of the earlier ones in the index on disk. Raises the errors of `open_data`; where another
+    process fails, ValueError with its message.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     turn = 0 if group.is_main else 1 if local == 0 else 2
@@ -117,7 +119,7 @@ def together(group: ProcessGroup, open_data: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def join_group() -> Iterator[ProcessGroup]:
-    """The group that `torchrun` describes in the environment; a group of one without it."""
+    """Group that `torchrun` describes in the environment; a group of one without it."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield ProcessGroup()

@@ -1,4 +1,4 @@
-"""Pictures that the project draws itself, as a dataset without files: `data = ["synthetic:edges:200"]`.
+"""Dataset of pictures that the project draws itself, without files: `data = ["synthetic:edges:200"]`.
 
 `synthetic` draws circles, squares and triangles, `picturebook` the illustrations of controlnext_core.picturebook,
 `children` those with children in them, whose pose is a hint as well.
@@ -26,7 +26,7 @@ SCHEMES: dict[str, Callable[[int, int, int], Picture]] = {
     "children": picturebook.draw_children,
     "picturebook": picturebook.draw,
 }
-"""Name of a source -> (seed, index, side) -> the picture."""
+"""Name of a source -> function (seed, index, side) that draws a picture."""
 HINTS_OF = {scheme: HINTS if scheme == "children" else PLANES for scheme in SCHEMES}
 """Name of a source -> names of its drawn hints."""
 
@@ -35,8 +35,10 @@ class DrawnDataset:
     """Pictures 0 to count - 1 of one scheme and seed, all of one size."""
 
     def __init__(self, scheme: str, name: str, count: int, side: int, hint: str = PAIRED, seed: int = 0) -> None:
-        """scheme: a key of SCHEMES; name: the drawn hint that `paired` means, of HINTS_OF; side: pixels;
-        hint: `paired`, or a kind that is computed."""
+        """scheme: a key of SCHEMES; name: the drawn hint that `paired` uses, of HINTS_OF; side: pixels; hint:
+
+        `paired`, or a kind that is computed.
+        """
         self.scheme, self.name, self.side, self.hint, self.seed = scheme, name, side, hint, seed
         self.sizes: Sequence[tuple[int, int]] = [(side, side)] * count
         self.fingerprint = digest(scheme, name, count, side, hint, seed)
@@ -88,7 +90,7 @@ class DrawnDataset:
 
 
 def _floats(picture: np.ndarray) -> Tensor:
-    """(H, W, 3) bytes -> floats in [0, 1]."""
+    """Convert (H, W, 3) bytes to floats in [0, 1]."""
     return torch.from_numpy(picture).float() / 255
 
 
@@ -98,7 +100,7 @@ def is_drawn(source: str) -> bool:
 
 
 def open_drawn(source: str, side: int, hint: str) -> DrawnDataset:
-    """`synthetic:edges:200`, with `:SEED` where wanted. Raises DatasetError."""
+    """Open a source such as `synthetic:edges:200`, with an optional `:SEED`. Raises DatasetError."""
     scheme, *parts = source.split(":")
     if not (
         len(parts) in (2, 3)

@@ -1,4 +1,4 @@
-"""Encoded samples: latents, conditions and hints as the base takes them, each encoded once."""
+"""Encoded samples: latents, conditions and hints as inputs of the base, each encoded once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TensorCache(Protocol):
 
 
 class MemoryCache:
-    """TensorCache in this process."""
+    """TensorCache in the memory of this process."""
 
     def __init__(self) -> None:
         self.held: dict[str, dict[str, Tensor]] = {}
@@ -49,30 +49,30 @@ class MemoryCache:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One sample, on the CPU. F frames, 1 for a picture."""
+    """Encoded sample, on the CPU. F frames, 1 for a picture."""
 
     latent: Tensor
-    """(F, C, H/8, W/8), or (1, C, T, H/8, W/8) of a clip in one latent, as the network takes latents."""
+    """Latents (F, C, H/8, W/8), or (1, C, T, H/8, W/8) of a clip in one latent, scaled for the network."""
     given: dict[str, Tensor]
     """Encoded conditions by name; see `base_model.conditioning`."""
     hint: Tensor
-    """(F, 3, H, W) in [0, 1]."""
+    """Hints (F, 3, H, W) in [0, 1]."""
     mask: Tensor | None
-    """(F, H, W) in [0, 1]."""
+    """Mask (F, H, W) in [0, 1]; None without one."""
     original_size: tuple[int, int]
     crop: tuple[int, int]
     caption: str
     weight: float = 1.0
-    """Factor on its loss."""
+    """Factor on the sample's loss."""
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
+        """Size (height, width) in pixels."""
         return int(self.hint.shape[-2]), int(self.hint.shape[-1])
 
 
 class Store:
-    """A dataset with the encoders of a base, and a cache of what they gave."""
+    """Dataset with the encoders of a base, and a cache of their results."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Store:
         cache: TensorCache,
         readers: Readers | None = None,
     ) -> None:
-        """readers: read files ahead; None: each is read where it is needed."""
+        """readers: prefetch files; None: each file is read when it is needed."""
         self.base, self.data, self.config, self.cache = base, data, config, cache
         self.readers = readers or ThreadReaders(0)
 
@@ -116,7 +116,7 @@ class Store:
         return usable, [item for part in group.gather(broken) for item in part]
 
     def _ahead(self, indices: Sequence[int]) -> Iterator[Begun]:
-        """Every cut of the samples, in order; twice as many as there are readers are begun ahead."""
+        """Every variant of the samples, in order; twice as many as there are readers are prefetched."""
         coming: deque[Begun] = deque()
         cuts = ((index, cut) for index in indices for cut in range(self.data.share(index).variants))
         for index, variant in cuts:
@@ -136,12 +136,12 @@ class Store:
             self._hint(begun)
 
     def variant(self, index: int, position: int) -> int:
-        """Number of the cut of a sample that a position of the run draws."""
+        """Number of the variant of a sample that a position of the run draws."""
         count = self.data.share(index).variants
         return int(uniform(self.config.seed, "cut", position) * count) if count > 1 else 0
 
     def begin(self, index: int, position: int, variant: int) -> Begun:
-        """One cut of the sample at one position of the run; its files are read ahead where it is not cached."""
+        """Variant of the sample at one position of the run; its files are prefetched where it is not cached."""
         begun = Begun(self.data, index, self.config.seed, position, variant)
         first = self.base.family.conditioning.frame_key(self.base, begun.frame_keys)
         whole = not self._has_latents(begun) or (first is not None and first not in self.cache)
@@ -156,12 +156,12 @@ class Store:
         return self.config.cache and all(key in self.cache for key in _hint_keys(begun))
 
     def _latent_keys(self, frame_keys: Sequence[str]) -> list[str]:
-        """A key for each latent of a sample: of each frame, or of the clip as a whole."""
+        """Keys of a sample's latents: one per frame, or one for the clip as a whole."""
         whole = self.base.family.one_latent and len(frame_keys) > 1
         return [f"latent-{self.base.identity('vae')}-{key}" for key in ([digest(*frame_keys)] if whole else frame_keys)]
 
     def _latent(self, begun: Begun) -> Tensor:
-        """Latents of a sample, see `Encoded`; those that are kept are not encoded again. Raises BrokenSample."""
+        """Latents of a sample, see `Encoded`; cached ones are not encoded again. Raises BrokenSample."""
         keys = self._latent_keys(begun.frame_keys)
         each = len(begun.frame_keys) // len(keys)
         found = {key: kept["latent"] for key in keys if (kept := self.cache.get(key)) is not None}
@@ -172,7 +172,7 @@ class Store:
         return torch.cat([found[key] for key in keys])
 
     def _hint(self, begun: Begun) -> tuple[Tensor, Tensor | None]:
-        """(hints (F, 3, H, W), masks (F, H, W) or None) in steps of 1/255, kept on disk. Raises BrokenSample."""
+        """Hints (F, 3, H, W) and masks (F, H, W) or None, in steps of 1/255, cached on disk. Raises BrokenSample."""
         size = self.data.sizes[begun.index]
         if self.config.cache and (kept := self._kept_hint(begun, size)) is not None:
             return kept
@@ -185,7 +185,7 @@ class Store:
         return floats_of(hints).contiguous(), None if masks is None else floats_of(masks)
 
     def _kept_hint(self, begun: Begun, size: tuple[int, int]) -> tuple[Tensor, Tensor | None] | None:
-        """Hints and masks of the cache; None where one is missing."""
+        """Hints and masks from the cache; None where one is missing."""
         kept = [self.cache.get(key) for key in _hint_keys(begun)]
         found = [row for row in kept if row is not None]
         if len(found) < len(kept):
@@ -195,7 +195,7 @@ class Store:
         return floats_of(hints), floats_of(torch.stack(masks)) if masks else None
 
     def cached(self, key: str, encode: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors kept under a key; `encode` makes them where there are none."""
+        """Tensors cached under a key; `encode` makes them where they are missing."""
         found = self.cache.get(key)
         if found is None:
             found = encode()
@@ -203,12 +203,14 @@ class Store:
         return found
 
     def sample(self, index: int, position: int, dropout: bool = True) -> Encoded:
-        """The sample at one position of the run; dropout: True lets caption and hint drop out,
-        draws a cut and weighs the loss. Raises BrokenSample."""
+        """Encoded sample at one position of the run. Raises BrokenSample.
+
+        dropout: True lets caption and hint drop out, draws a variant and weights the loss; False does none of these.
+        """
         return self.finish(self.begin(index, position, self.variant(index, position) if dropout else 0), dropout)
 
     def finish(self, begun: Begun, dropout: bool = True) -> Encoded:
-        """Encode the sample whose reading has begun. Raises BrokenSample."""
+        """Encode the sample that `begin` returned. Raises BrokenSample."""
         seed, position = self.config.seed, begun.position
         hint, mask = self._hint(begun)
         if dropout and uniform(seed, "hint dropout", position) < self.config.hint_dropout:
@@ -229,19 +231,21 @@ class Store:
         )
 
     def empty(self, like: Encoded) -> dict[str, Tensor]:
-        """Conditions of the unconditional side of guidance, for a sample like this one."""
+        """Conditions for the unconditional side of guidance, for a sample such as this one."""
         return self.base.family.conditioning.empty(self.base, self.cached, like.given)
 
 
 SampleRequests = tuple[tuple[int, int], ...]
-"""(index, position) of each sample."""
+"""Pairs (index, position), one per sample."""
 
 
 class Prefetcher:
     """Prefetcher of the samples of coming steps. Of samples that are not encoded yet it reads the files only."""
 
     def __init__(self, store: Store, usable: Sequence[int], say: Callable[[str], None]) -> None:
-        """usable: rising indices that train, from which an unreadable sample is replaced; say: is told of each."""
+        """usable: ascending indices of training samples, which replace unreadable ones; say: called with a line for
+        each.
+        """
         self.store, self.usable, self.say = store, usable, say
         self.pool = ThreadPoolExecutor(1, "samples")
         self.begun: dict[SampleRequests, Future[list[Begun]]] = {}
@@ -249,11 +253,11 @@ class Prefetcher:
         self.gone: set[int] = set()
 
     def steps_ahead(self, batch: int) -> int:
-        """Number of coming steps to read for; batch: samples of one step."""
+        """Number of coming steps to prefetch; batch: samples of one step."""
         return 1 + self.store.readers.count // batch
 
     def get(self, wanted: SampleRequests, coming: Sequence[SampleRequests]) -> list[Encoded]:
-        """The samples of this step; starts on those of the coming ones."""
+        """Samples of this step; prefetching of the coming ones is started."""
         begun, ready = self.begun.pop(wanted, None), self.finished.pop(wanted, None)
         found = ready.result() if ready else self._finish(begun.result() if begun else self._begin(wanted))
         self.begun = {step: self.begun.get(step) or self.pool.submit(self._begin, step) for step in coming}
@@ -272,7 +276,7 @@ class Prefetcher:
         return [self._sample(begun) for begun in step]
 
     def _sample(self, begun: Begun) -> Encoded:
-        """The sample, or the next one of its size that can be read. Raises DatasetError where there is none."""
+        """Encoded sample, or the next one of its size that can be read. Raises DatasetError where there is none."""
         sizes = self.store.data.sizes
         start = bisect_left(self.usable, begun.index)
         for offset in range(len(self.usable)):
@@ -294,7 +298,7 @@ class Prefetcher:
 
 
 def _hint_keys(begun: Begun) -> list[str]:
-    """Keys of the cached hints, one a frame. A clip's first frame has no mask, and so a key of its own."""
+    """Keys of the cached hints, one per frame. A clip's first frame has no mask, and so another key."""
     kinds = ["hint"] * len(begun.frame_keys)
     if len(kinds) > 1:
         kinds[0] = "first-hint"

@@ -1,4 +1,4 @@
-"""The loss curve as a figure of matplotlib, where it is installed. No global state of it is used or changed."""
+"""Loss curve as a figure of matplotlib, where that is installed; its global state is neither used nor changed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     from .plots import Line, Names, Point
 
 DPI = 100
-"""Pixels of an inch: sizes of text are in points of 1/72 inch."""
+"""Pixels per inch: sizes of text are in points of 1/72 inch."""
 
 
 def curve_figure(
     lines: Sequence[Line], ends: Point, size: tuple[int, int], thick: Sequence[str], dotted: Sequence[str], names: Names
 ) -> Any:
-    """A matplotlib Figure of size (width, height) in pixels. Raises ImportError where matplotlib is not installed.
+    """Draw a matplotlib Figure of size (width, height) in pixels. Raises ImportError where matplotlib is not installed.
 
-    ends: lowest and highest value of the frame; thick, dotted: names of lines that are so.
+    ends: lowest and highest value of the frame; thick, dotted: names of the lines to draw so.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -54,7 +54,7 @@ def curve_figure(
 
 
 def as_picture(figure: Any) -> Image:
-    """A figure as a picture of PIL, RGB."""
+    """Convert a figure to an RGB picture of PIL."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image

@@ -21,26 +21,26 @@ logger = encodable.logger(__name__)
 
 
 class Observer(Protocol):
-    """Receives the progress of a run and decides when it stops."""
+    """Observer of a run: receives its progress and decides when it stops."""
 
     def say(self, text: str) -> None:
-        """Show a line to a person."""
+        """Show a line to the user."""
 
     def progress(self, step: int, steps: int, text: str) -> None:
-        """Progress of a phase: step of steps, and a line for a person."""
+        """Show progress of a phase: step of steps, and a line of text."""
 
     def picture(self, image: Image) -> None:
-        """Show a validation's grid of pictures."""
+        """Show the grid of a validation's pictures."""
 
     def curve(self, draw: Callable[[], Image]) -> None:
-        """Offer the loss curve, which has grown; `draw` takes a fraction of a second."""
+        """Offer the updated loss curve; `draw` takes a fraction of a second."""
 
     def stopping(self) -> bool:
-        """True: the run has to save and end."""
+        """True: the run has to save and end. False: it continues."""
 
 
 class Journal:
-    """The run's log file, written by rank 0 alone."""
+    """Log file of a run, written only by rank 0."""
 
     def __init__(self, folder: Path, writes: bool, tensorboard: bool) -> None:
         self.path = folder / LOG
@@ -52,7 +52,7 @@ class Journal:
                 _end_cut_line(self.path)
 
     def write(self, event: str, step: int, **values: Any) -> None:
-        """Append one line: what happened, after how many steps, and numbers or words about it."""
+        """Append one line: the event, the number of steps before it, and further values."""
         if not self.writes:
             return
         line = {"event": event, "step": step, "seconds": round(time.time() - self.started, 3), **values}
@@ -71,7 +71,7 @@ class Journal:
 
 @contextlib.contextmanager
 def lenient(path: Path) -> Iterator[None]:
-    """Inside, an OSError (a full disk) is logged and does not end the run."""
+    """Context in which an OSError (a full disk) is logged and does not end the run."""
     try:
         yield
     except OSError as error:
@@ -79,13 +79,13 @@ def lenient(path: Path) -> Iterator[None]:
 
 
 def read(folder: Path, event: str, key: str) -> dict[int, float]:
-    """step -> value, from the lines of one event; of a step that was run twice, the later."""
+    """Values by step, from the lines of one event; of a step that was run twice, the later value."""
     path = folder / LOG
     found = {}
     for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
         try:
             values = json.loads(line)
-        except ValueError:  # cut off by a crash
+        except ValueError:  # truncated by a crash
             continue
         if values.get("event") == event and isinstance(values.get(key), (int, float)):
             found[int(values["step"])] = float(values[key])
@@ -93,7 +93,7 @@ def read(folder: Path, event: str, key: str) -> dict[int, float]:
 
 
 def _end_cut_line(path: Path) -> None:
-    """Take away the line that a crash cut off, so that every line of the log is JSON."""
+    """Remove a line that a crash has truncated, so that every line of the log is JSON."""
     content = path.read_bytes() if path.is_file() else b""
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
@@ -101,7 +101,7 @@ def _end_cut_line(path: Path) -> None:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN."""
+    """Values with NaN and infinity as None, since JSON has none."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 

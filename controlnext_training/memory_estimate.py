@@ -25,7 +25,7 @@ CLIP_ENCODER = 477
 CLIP_WIDENED = 15
 """Numbers for each token and channel while the maps of clips get the base's width, gradients included."""
 TRAINED = 16
-"""Bytes a trained number: itself, its gradient and AdamW's two moments, in fp32."""
+"""Bytes per trained value: itself, its gradient and AdamW's two moments, in fp32."""
 GIB = 2**30
 
 
@@ -39,15 +39,15 @@ class StepShape:
     width: int
     blocks: int
     inside: float
-    """Numbers for each token and channel that one block keeps while it is computed again; a constant of the family."""
+    """Number of values per token and channel that one block stores while it is recomputed; a constant of the family."""
     pixels: int
     """Number of pixels of one hint."""
     itemsize: int
-    """Bytes of a number to compute with."""
+    """Bytes per value in the compute dtype."""
     frozen: int
     """Bytes of the frozen weights on the device."""
     largest: int
-    """Numbers in the largest weight, of which widening makes copies."""
+    """Number of values in the largest weight, of which widening makes copies."""
     trained: int
     """Numbers that train."""
     frames_in_pass: int = 0
@@ -56,7 +56,7 @@ class StepShape:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes by term."""
+    """Memory need of a step in bytes, by term."""
 
     weights: int
     trained: int
@@ -66,7 +66,7 @@ class Need:
 
     @property
     def total(self) -> int:
-        """Most bytes at one time: the encoder computes before the blocks and after them."""
+        """Peak memory in bytes: the encoder computes before the blocks and after them."""
         return self.weights + self.trained + max(self.blocks, self.encoder) + self.copies
 
     def __str__(self) -> str:
@@ -107,7 +107,7 @@ def offloaded(frozen: int, blocks: int) -> int:
 
 
 def advice(step: StepShape, offload: bool, available: int) -> str:
-    """First setting that makes a step fit into `available` bytes, in words; "" where it already fits."""
+    """First setting, as text, that makes a step fit into `available` bytes; "" where it already fits."""
     if needed(step).total <= available:
         return ""
     settings: list[tuple[str, StepShape]] = []

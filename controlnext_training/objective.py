@@ -1,8 +1,8 @@
-"""Objectives: the noising of latents, the target of the network's output, the weight of its error.
+"""Objectives: noising of latents, target of the network's output, weight of its error.
 
-Shapes: B samples, R rows as the host lays samples out (pictures: R = B; clips of SVD: R = B x frames), C H W of the
-latent; latents may also be (R, C, T, H, W), with T frames in one row. `sigma` is (B,); every row of a sample has the
-sample's noise level. All results are fp32 (fp64 for fp64 arguments).
+Shapes: B samples, R rows of the host's batch (pictures: R = B; clips of SVD: R = B x frames), C H W of the latent;
+latents may also be (R, C, T, H, W), with T frames in one row. `sigma` is (B,); every row of a sample has the sample's
+noise level. All results are fp32 (fp64 for fp64 arguments).
 
 Noising is the host's: z + sigma n, and (1 - sigma) z + sigma n for flow. The loss is the mean squared error of the
 network's output. In terms of the denoised latents that is `clean_weight(sigma)` times their squared error.
@@ -22,7 +22,7 @@ from ..controlnext_core.injection import pool_to
 
 @dataclass(frozen=True, slots=True)
 class Parameterisation:
-    """One parameterisation. The functions take (R, C, H, W) tensors and sigma as (R, 1, 1, 1)."""
+    """Parameterisation of the network's output. The functions take (R, C, H, W) tensors and sigma as (R, 1, 1, 1)."""
 
     noisy: Callable[[Tensor, Tensor, Tensor], Tensor]
     """(z, n, sigma) -> x, the noisy latents of the sampler at sigma."""
@@ -41,7 +41,7 @@ def _add(z: Tensor, n: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _velocity(z: Tensor, n: Tensor, sigma: Tensor) -> Tensor:
-    """alpha n - sqrt(1 - alpha^2) z with alpha = 1 / sqrt(1 + sigma^2). Source: Salimans and Ho 2022."""
+    """Velocity alpha n - sqrt(1 - alpha^2) z with alpha = 1 / sqrt(1 + sigma^2). Source: Salimans and Ho 2022."""
     return (n - sigma * z) / (1 + sigma.square()).sqrt()
 
 
@@ -82,8 +82,10 @@ OBJECTIVES: dict[str, Parameterisation] = {
 
 
 def per_row(sigma: Tensor, x: Tensor) -> Tensor:
-    """sigma (B,) as (R, 1, 1, 1) in fp32 or fp64 on x's device, for x (R, C, H, W). Raises ValueError if B does not
-    divide R."""
+    """Expand sigma (B,) to (R, 1, 1, 1) in fp32 or fp64 on x's device, for x (R, C, H, W).
+
+    Raises ValueError if B does not divide R.
+    """
     rows, samples = x.shape[0], sigma.shape[0]
     if rows % samples:
         raise ValueError(f"sigma: {samples} noise levels are not for {rows} rows. Give one per sample.")
@@ -92,13 +94,13 @@ def per_row(sigma: Tensor, x: Tensor) -> Tensor:
 
 
 def noisy(z: Tensor, n: Tensor, sigma: Tensor, objective: Parameterisation) -> Tensor:
-    """The noised latents x (R, C, H, W), in the host's convention, before its scaling of the network's input."""
+    """Noised latents x (R, C, H, W), in the host's convention, before its scaling of the network's input."""
     level = per_row(sigma, z)
     return objective.noisy(z.to(level.dtype), n.to(level.dtype), level)
 
 
 def denoised(out: Tensor, x: Tensor, sigma: Tensor, objective: Parameterisation) -> Tensor:
-    """The clean latents (R, C, H, W) that the network's output means."""
+    """Clean latents (R, C, H, W) that the network's output predicts."""
     level = per_row(sigma, x)
     return objective.denoised(out.to(level.dtype), x.to(level.dtype), level)
 
@@ -115,7 +117,7 @@ def weight(sigma: Tensor, objective: Parameterisation, min_snr_gamma: float) -> 
 
 
 def region_weight(mask: Tensor, size: tuple[int, int], extra: float) -> Tensor:
-    """1 + extra * mask, averaged over the area of each latent cell.
+    """Weight 1 + extra * mask, averaged over the area of each latent cell.
 
     mask: (R, H, W) in [0, 1], pixels; size: the latent's (h, w). Returns (R, 1, h, w) in fp32.
     """
@@ -132,11 +134,11 @@ def loss(
     min_snr_gamma: float = 0.0,
     region: Tensor | None = None,
 ) -> Tensor:
-    """Each sample's loss (B,): the mean over frames, channels and places of the weighted squared error.
+    """Loss of each sample (B,): the mean over frames, channels and cells of the weighted squared error.
 
-    out: the network's output (R, C, H, W) or (R, C, T, H, W); z, n: latents and noise, alike; region: of
-    `region_weight`, (R, 1, H, W), or (R, 1, T, H, W) for T > 1; multiplied on (not
-    normalised, so that a region counts more and nothing else counts less).
+    out: the network's output (R, C, H, W) or (R, C, T, H, W); z, n: latents and noise of the same shape; region: from
+    `region_weight`, (R, 1, H, W), or (R, 1, T, H, W) for T > 1; a factor that is not normalised, so that a region
+    counts more and no other counts less.
     """
     level = per_row(sigma, out)
     error = (out.to(level.dtype) - objective.target(z.to(level.dtype), n.to(level.dtype), level)).square()
@@ -147,10 +149,10 @@ def loss(
 
 
 def offset_noise(noise: Tensor, offsets: Tensor, strength: float) -> Tensor:
-    """Noise whose channels have a common part, from which very dark and bright pictures are learned.
+    """Noise with a common offset per channel, with which very dark and bright pictures are learned.
 
-    noise: (R, C, ...); offsets: (B, C) of standard normal numbers; one offset for all frames of a sample.
-    Source: Guttenberg 2023, Diffusion with offset noise.
+    noise: (R, C, ...); offsets: (B, C) standard normal; one offset for all frames of a sample. Source: Guttenberg 2023,
+    Diffusion with offset noise.
     """
     if not strength:
         return noise
@@ -163,7 +165,10 @@ def _uniform(u: Tensor, sigmas: Tensor) -> Tensor:
 
 
 def _logit_normal(u: Tensor, sigmas: Tensor) -> Tensor:
-    """Positions in the table are the logistic function of a standard normal. Source: Esser et al. 2024 (SD3), 3.1."""
+    """Noise levels at positions in the table that are the logistic function of a standard normal.
+
+    Source: Esser et al. 2024 (SD3), 3.1.
+    """
     return _uniform(torch.special.ndtri(u).sigmoid(), sigmas)
 
 
@@ -173,10 +178,10 @@ SVD_SIGMA_DATA = 0.5
 
 
 def _svd_cosine(u: Tensor, sigmas: Tensor) -> Tensor:
-    """The shifted cosine schedule at two noise resolutions, interpolated in log sigma; falls over the table.
+    """Noise levels of the shifted cosine schedule at two resolutions, interpolated in log sigma; descending in u.
 
-    tan(a + u (b - a)) of the angles whose tangents are the range's ends, shifted by the ratio of the sides.
-    Source: the SVD trainer's numbers; the schedule is Hoogeboom et al. 2023 (simple diffusion), section 3.
+    tan(a + u (b - a)) of the angles whose tangents are the range's ends, shifted by the ratio of the sides. Source: the
+    SVD trainer's numbers; the schedule is Hoogeboom et al. 2023 (simple diffusion), section 3.
     """
     low, high = sigmas[0].double().cpu(), sigmas[-1].double().cpu()
     log_sigma = torch.zeros_like(u)
@@ -188,11 +193,11 @@ def _svd_cosine(u: Tensor, sigmas: Tensor) -> Tensor:
 
 
 LOG_NORMAL = "log_normal"
-"""Name of EDM's distribution of timesteps, which takes two numbers of the configuration."""
+"""Name of EDM's distribution of timesteps, whose mean and standard deviation are settings."""
 
 
 def log_normal(u: Tensor, sigmas: Tensor, mean: float, std: float) -> Tensor:
-    """log sigma is normal, cut to the table's range by drawing from the part of the distribution inside.
+    """Noise levels whose logarithm is normal, truncated to the table's range.
 
     u: (B,) float64 in (0, 1); sigmas: the table (T,), ascending. Source: Karras et al. 2022 (EDM), table 1.
     """
@@ -203,12 +208,12 @@ def log_normal(u: Tensor, sigmas: Tensor, mean: float, std: float) -> Tensor:
 
 
 def within(sigmas: Tensor, low: float, high: float) -> Tensor:
-    """The part of an ascending table from `low` to `high`; 0 = its own end. Empty where there is none."""
+    """Part of an ascending table from `low` to `high`; 0: the table's end. May be empty."""
     return sigmas[(sigmas >= low) & (sigmas <= (high or math.inf))]
 
 
 def stratified(u: float, place: int, count: int) -> float:
-    """A number of the place-th of `count` equal parts of (0, 1), for u in (0, 1)."""
+    """Number in the place-th of `count` equal parts of (0, 1), for u in (0, 1)."""
     return (place + u) / count
 
 

@@ -1,4 +1,4 @@
-"""Optimizers by their names in a recipe."""
+"""Optimizers by their names in recipes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .settings import ConfigError
 
 
 class MissingOptimizerError(ConfigError):
-    """The optimizer's package is not installed or does not work here. The message says what to install."""
+    """Error for an optimizer whose package is missing or does not work here. The message says what to install."""
 
 
 DECAYED = "matrices"
-"""Rule of weight decay, as a saved state names it: norms and biases have none. States without it: all weights have it,
-and the optimizer's own choice of kernels."""
+"""Rule of weight decay, as named in saved states: matrices and kernels decay, norms and biases do not. States without
+it: all weights decay, and the optimizer chooses its kernels."""
 
 ROOT_FLOOR = 1e-15
-"""Adafactor: least root of the second moment. Source: Shazeer and Stern 2018, section 9: 1e-30 beside the square."""
+"""Adafactor: smallest root of the second moment. Source: Shazeer and Stern 2018, section 9: 1e-30 beside the square."""
 
 
 def _as_adam(betas: tuple[float, float], eps: float, weight_decay: float) -> dict[str, Any]:
@@ -31,27 +31,28 @@ def _as_adam(betas: tuple[float, float], eps: float, weight_decay: float) -> dic
 
 
 def _as_adafactor(betas: tuple[float, float], eps: float, weight_decay: float) -> dict[str, Any]:
-    """torch multiplies the rate by the larger of eps[1] and the weights' root mean square.
+    """Arguments of Adafactor. torch multiplies the rate by the larger of eps[1] and the weights' root mean square.
 
-    With 1 a difference, which starts at zero, gets the configured rate, as from other optimizers.
+    With 1 a difference, which starts at zero, gets the configured rate, as with other optimizers.
     """
     return {"eps": (ROOT_FLOOR, 1.0), "weight_decay": weight_decay}
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSource:
-    """One optimizer: where it is and what it takes from the configuration."""
+    """Source of one optimizer: its package, and its arguments from the configuration."""
 
     package: str
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Given to it besides what the configuration names."""
+    """Further arguments, beside those of the configuration."""
     own_rate: bool = False
-    """It finds the learning rate itself, and what is configured multiplies it: the same for all groups."""
+    """True: it adapts the learning rate itself, and the configured factor must be the same for all groups. False: it
+    uses the configured rates."""
     arguments: Callable[[tuple[float, float], float, float], dict[str, Any]] = _as_adam
-    """(betas, eps, weight_decay) as configured -> its arguments."""
+    """(betas, eps, weight_decay) from the configuration -> its arguments."""
     fuses: bool = False
-    """True: it has one kernel for the whole step, on devices that torch knows."""
+    """True: it has a fused kernel for the whole step, on devices that torch supports. False: it has none."""
 
 
 OPTIMIZERS: dict[str, OptimizerSource] = {
@@ -61,13 +62,13 @@ OPTIMIZERS: dict[str, OptimizerSource] = {
     "prodigy": OptimizerSource("prodigyopt", "Prodigy", options={"safeguard_warmup": True}, own_rate=True),
     "schedulefree": OptimizerSource("schedulefree", "AdamWScheduleFree"),
 }
-"""Name in a recipe -> where it comes from."""
+"""Name in recipes -> source of the optimizer."""
 
 
 def check_optimizer(name: str, rates: Sequence[float]) -> Any:
-    """The optimizer's class; rates: learning rates of all groups.
+    """Class of the optimizer; rates: learning rates of all groups.
 
-    Raises MissingOptimizerError, and ValueError for rates that the optimizer does not take.
+    Raises MissingOptimizerError, and ValueError for rates that the optimizer does not support.
     """
     row = OPTIMIZERS[name]
     found = sorted(set(rates))
@@ -96,7 +97,7 @@ def grouped(
 ) -> list[dict[str, Any]]:
     """Parameter groups of one learning rate: matrices and kernels, then norms and biases, which do not decay.
 
-    decay_all: True makes one group, in which everything decays, as it was before states named `DECAYED`.
+    decay_all: True makes one group, in which everything decays, as before states named `DECAYED`; False makes two.
     """
     if decay_all:
         return [{"params": list(tensors), "lr": rate}]
@@ -117,10 +118,10 @@ def build(
     weight_decay: float,
     fused: bool = True,
 ) -> torch.optim.Optimizer:
-    """Build the optimizer of `groups`, each with `params` and `lr`. fused: True means one kernel a step, where the
-    device has it.
+    """Build the optimizer of `groups`, each with `params` and `lr`.
 
-    Raises MissingOptimizerError, and ValueError for rates that the optimizer does not take.
+    fused: True uses one kernel per step, where the device has it; False leaves the choice to the optimizer. Raises
+    MissingOptimizerError, and ValueError for rates that the optimizer does not support.
     """
     row = OPTIMIZERS[name]
     made = check_optimizer(name, [float(group["lr"]) for group in groups])
@@ -138,10 +139,11 @@ def build(
 
 @contextmanager
 def weights_to_read(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Inside, the weights are those to validate and save; afterwards those that train, bit for bit.
+    """Context in which the parameters hold the weights to validate and save; afterwards the training weights, bit for
+    bit.
 
-    Only schedule-free optimizers tell the two apart. Their own way back rounds, so a run that looked would differ
-    from one that did not.
+    Only schedule-free optimizers distinguish the two. Their own conversion back rounds, so that a run with a validation
+    would differ from one without.
     """
     if not hasattr(optimizer, "eval"):
         yield

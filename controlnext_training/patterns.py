@@ -1,8 +1,8 @@
-"""Regular expressions that take time in proportion to what they are searched in, whatever they say.
+"""Regular expressions that take linear time in the searched text, whatever the expression.
 
 Python's `re` tries alternatives one after the other, and some expressions of twenty letters keep it busy for ever, with
-the interpreter's lock held. Here all alternatives go on side by side (K. Thompson, "Regular Expression Search
-Algorithm", CACM 11(6), 1968), and what is found is what `re.search` finds.
+the interpreter's lock held. Here all alternatives are tried simultaneously (K. Thompson, "Regular Expression Search
+Algorithm", CACM 11(6), 1968). Matches are those of `re.search`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 MAX_LETTERS = 200
 MAX_STATES = 2000
 MAX_REMEMBERED = 20_000
-"""Steps that are kept, so that names with a common start are quick."""
+"""Largest number of cached steps; the cache makes names with a common start fast."""
 
 Test = Callable[[str], bool]
 Node = (
@@ -32,7 +32,7 @@ COUNTS = {"*": (0, None), "+": (1, None), "?": (0, 1)}
 
 
 class PatternError(ValueError):
-    """An expression that cannot be used. The message says what is wrong with it."""
+    """Error for an expression that cannot be used. The message says what is wrong with it."""
 
 
 class Pattern:
@@ -44,12 +44,12 @@ class Pattern:
         self._machine = _Machine(_Parser(text).parse())
 
     def search(self, text: str) -> bool:
-        """True means that the expression matches somewhere in the text."""
+        """True: the expression matches somewhere in the text. False: it does not."""
         return self._machine.search(text)
 
 
 class _Parser:
-    """From text to a tree."""
+    """Parser from text to a tree."""
 
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0
@@ -61,7 +61,7 @@ class _Parser:
         return tree
 
     def _next(self) -> str:
-        """The next letter, empty at the end; it is not taken."""
+        """Next letter, without consuming it; empty at the end."""
         return self.text[self.at : self.at + 1]
 
     def _take(self) -> str:
@@ -168,16 +168,16 @@ class _Parser:
 
 @dataclass(slots=True)
 class _State:
-    """A place in an expression. A test leads to `after` with a letter; without one the way there is free."""
+    """State of the automaton. With a test, a matching letter leads to `after`; without one, the transition is free."""
 
     test: Test | None = None
     after: list[int] = field(default_factory=list)
     only_at: str = ""
-    """`start` or `end`: the way is free there alone."""
+    """`start` or `end`: the transition is free only there; '' everywhere."""
 
 
 class _Machine:
-    """All places that an expression can be at, side by side."""
+    """Automaton that follows all states of an expression simultaneously."""
 
     def __init__(self, tree: Node) -> None:
         self.states: list[_State] = []
@@ -192,7 +192,7 @@ class _Machine:
         return len(self.states) - 1
 
     def _add(self, node: Node, after: int) -> int:
-        """Make the states of a part that goes on at `after`; the first of them."""
+        """Add the states of a part that continues at `after`; returns the first of them."""
         kind = node[0]
         if kind == "test":
             return self._state(node[1], [after])
@@ -220,7 +220,7 @@ class _Machine:
         return first
 
     def _reach(self, found: Iterable[int], at_start: bool, at_end: bool) -> frozenset[int]:
-        """These states and all to which the way is free."""
+        """These states and all that free transitions reach from them."""
         reached, todo = set[int](), list(found)
         while todo:
             number = todo.pop()

@@ -1,4 +1,4 @@
-"""Hosts that must not train: a graph that is sent to many workers would train the same control on each of them."""
+"""Refusal of training on some hosts: a graph that is sent to many workers would train the same control on each."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import os
 from collections.abc import Mapping
 
 NO_TRAINING = "CONTROLNEXT_NO_TRAINING"
-"""Variable of the environment: 1 refuses training on this host, 0 allows it even on a worker."""
+"""Environment variable: 1 refuses training on this host, 0 allows it even on a worker."""
 WORKER = "COMFYUI_IS_WORKER"
-"""Variable that ComfyUI-Distributed sets for the workers that it starts."""
+"""Environment variable that ComfyUI-Distributed sets for the workers that it starts."""
 
 
 def refusal(environment: Mapping[str, str] | None = None) -> str | None:
-    """Reason why this host does not train, with the remedy; None where it does.
+    """Reason why this host must not train, with the remedy; None where it may.
 
-    environment: variables by name; None takes those of this process.
+    environment: variables by name; None uses those of this process.
     """
     known = os.environ if environment is None else environment
     chosen = known.get(NO_TRAINING, "").strip()

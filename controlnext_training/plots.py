@@ -1,5 +1,7 @@
-"""Pictures of a run: the curve of its loss, and grids of what the model draws. PIL draws both; the curve is a figure of
-matplotlib where that is installed."""
+"""Pictures of a run: the loss curve, and grids of validation pictures.
+
+PIL draws both; the curve uses matplotlib where that is installed.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,14 @@ if TYPE_CHECKING:
 BACKGROUND, INK, FAINT = (255, 255, 255), (40, 40, 40), (225, 225, 225)
 RAW, SMOOTH, VALIDATION = (176, 205, 236), (31, 94, 170), (214, 92, 20)
 BARE = (110, 130, 60)
-NAMED_FROM = 300  # pixels of height from which there is room for a title and names of axes
+NAMED_FROM = 300  # smallest height in pixels at which there is room for a title and names of axes
 FINER = 3  # lines are drawn this many times larger and shrunk: PIL's own are jagged
-SMOOTHING = 0.03  # the smoothed line averages over about this part of the points
+SMOOTHING = 0.03  # share of the points over which the smoothed line averages
 MAX_POINTS = 4000  # more cannot be seen, and a long run draws its curve often
 
 Point = tuple[float, float]
 Line = tuple[str, list[Point], tuple[int, int, int]]
-"""Name, points and colour."""
+"""Line of a chart: name, points and colour."""
 
 
 class Names(NamedTuple):
@@ -46,13 +48,13 @@ WITH, WITHOUT = "validation with the control", "validation without it"
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One picture of a grid."""
+    """Cell of a grid: one picture with its texts."""
 
     picture: Tensor
-    """Picture of the plot, (H, W, 3) in [0, 1]."""
+    """Picture (H, W, 3) in [0, 1]."""
     caption: str = ""
     metric: str = ""
-    """Printed under the caption."""
+    """Metric as text, printed under the caption."""
 
 
 def loss_curve(
@@ -62,11 +64,10 @@ def loss_curve(
     size: tuple[int, int] = (960, 540),
     without: Sequence[tuple[float, float]] = (),
 ) -> Image:
-    """The losses, their smoothed line and the validation losses (step, loss) over the steps; size: (width, height).
+    """Draw the losses, their smoothed line and the validation losses (step, loss) over the steps.
 
-    validation, without: losses with the control and without it, over the same samples and noise.
-
-    Losses that are no numbers are left out; outliers above the frame are cut off, so that the rest can be seen.
+    size: (width, height); validation, without: losses with the control and without it, over the same samples and noise.
+    NaN and infinite losses are left out; outliers beyond the frame are clipped, so that the rest stays visible.
     """
     every = max(1, math.ceil(len(steps) / MAX_POINTS))
     raw = _finite(list(zip(steps, losses, strict=True)))
@@ -99,7 +100,10 @@ def _chart(
     dotted: Sequence[str],
     names: Names | None = None,
 ) -> Image:
-    """ends: lowest and highest value of the frame; thick, dotted: names of lines that are so; names: None = none."""
+    """Draw a chart. ends: lowest and highest value of the frame; thick, dotted: names of such lines; names:
+
+    None without.
+    """
     from PIL import Image, ImageDraw
 
     font, (low, high) = font_of(max(10, size[1] // 30)), ends
@@ -148,7 +152,9 @@ def _chart(
 
 
 def picture_grid(rows: Sequence[Sequence[Cell]], side: int = 256) -> Image:
-    """Rows of pictures, each fitted into a square of `side` pixels, with its caption and its metric underneath."""
+    """Grid of pictures in rows, each fitted into a square of `side` pixels, with its caption and
+    its metric underneath.
+    """
     from PIL import Image, ImageDraw
 
     if not rows or not any(rows):
@@ -172,13 +178,13 @@ def picture_grid(rows: Sequence[Sequence[Cell]], side: int = 256) -> Image:
 
 
 def _texts(cell: Cell, font: FreeTypeFont, width: int) -> list[tuple[str, tuple[int, int, int]]]:
-    """The lines under a picture."""
+    """Lines of text under a picture."""
     caption = [(text, INK) for text in wrapped(cell.caption, font, width, 3)]
     return caption + [(text, SMOOTH) for text in wrapped(cell.metric, font, width, 2)]
 
 
 def _fitted(picture: Tensor, side: int) -> Image:
-    """(H, W, 3) as a picture whose longer side is `side`."""
+    """Picture of PIL from (H, W, 3), with a longer side of `side` pixels."""
     from PIL import Image
 
     values = torch.nan_to_num(picture.detach().float().cpu(), nan=0.0).clamp(0, 1)
@@ -189,7 +195,7 @@ def _fitted(picture: Tensor, side: int) -> Image:
 
 
 def wrapped(text: str, font: FreeTypeFont, width: int, most: int) -> list[str]:
-    """The text in at most `most` lines of `width` pixels, with an ellipsis where it is cut."""
+    """Wrap the text to at most `most` lines of `width` pixels, with an ellipsis where it is cut."""
     lines: list[str] = []
     words = text.split()
     while words:
@@ -217,7 +223,7 @@ def font_of(size: int) -> FreeTypeFont:
 
 
 def _line(draw: Any, points: list[Point], color: tuple[int, int, int], width: int) -> None:
-    """A line through the points; a dot where there is one only."""
+    """Draw a line through the points; a dot for a single point."""
     if len(points) == 1:
         ((x, y),) = points
         draw.ellipse((x - 2 * width, y - 2 * width, x + 2 * width, y + 2 * width), color)
@@ -228,7 +234,7 @@ def _line(draw: Any, points: list[Point], color: tuple[int, int, int], width: in
 def _legend(
     lines: Sequence[Line], font: FreeTypeFont, left: float, right: float
 ) -> list[tuple[float, int, str, tuple[int, int, int] | None]]:
-    """(left, row, text, colour) of what the lines are and their last values, in rows no wider than up to `right`."""
+    """Entries (left, row, text, colour) with the lines' names and last values, in rows that end at `right`."""
     found: list[tuple[float, int, str, tuple[int, int, int] | None]] = []
     x, row = left, 0
     for name, points, color in lines:
@@ -247,7 +253,7 @@ def _finite(points: Sequence[Point]) -> list[Point]:
 
 
 def _smoothed(points: list[Point]) -> list[Point]:
-    """The exponential average of the values so far, without a pull towards zero at the start."""
+    """Exponential average of the values so far, with bias correction at the start."""
     keep = 1 - 1 / max(1.0, SMOOTHING * len(points))
     total = weight = 0.0
     averaged = []
@@ -258,7 +264,7 @@ def _smoothed(points: list[Point]) -> list[Point]:
 
 
 def _range(wanted: list[float], raw: list[float]) -> Point:
-    """Lowest and highest value of the frame: everything wanted, and the raw values but for the outermost."""
+    """Lowest and highest value of the frame: all of `wanted`, and the raw values without outliers."""
     ordered = sorted(raw)
     cut = len(ordered) // 50
     values = wanted + ordered[cut : len(ordered) - cut]
@@ -269,20 +275,20 @@ def _range(wanted: list[float], raw: list[float]) -> Point:
 
 
 def _ends(values: list[float]) -> Point:
-    """First and last step of the frame, never the same."""
+    """First and last step of the frame, never equal."""
     first, last = (min(values), max(values)) if values else (0.0, 1.0)
     return (first, last) if last > first else (first - 0.5, first + 0.5)
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers from low to high: 1, 2 or 5 times a power of ten apart."""
+    """Ticks: about `count` round numbers from low to high, 1, 2 or 5 times a power of ten apart."""
     power = 10.0 ** math.floor(math.log10((high - low) / count))
     step = next(power * factor for factor in (1, 2, 5, 10) if (high - low) / (power * factor) <= count)
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def _number(value: float) -> str:
-    """A tick in as few characters as tell it: 0.05, 250, 12k."""
+    """Shortest text for a tick: 0.05, 250, 12k."""
     if abs(value) >= 10_000:
         return f"{value / 1000:g}k"
     return f"{value:.6g}"

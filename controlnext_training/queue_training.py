@@ -1,10 +1,10 @@
-"""Train on a running ComfyUI without a browser: queue a graph, show how it goes, end when it ends.
+"""Train on a running ComfyUI without a browser: queue a graph, show its progress, end with it.
 
     python queue_training.py GRAPH.json --set train.steps=500 --set data.folder=faces
 
 GRAPH.json is a graph in the API's format (*Workflow > Export (API)*, or example_workflows/api/train_sd15.json). Ctrl-C
-cancels: the run saves first, and the same command goes on. Exit status: 0 trained, 1 failed, 130 cancelled. This file
-can be copied to wherever it is needed; besides Python it takes aiohttp, which ComfyUI brings.
+cancels: the run saves first, and the same command continues it. Exit status: 0 trained, 1 failed, 130 cancelled. This
+file can be copied to any place; besides Python it needs aiohttp, which ComfyUI brings.
 """
 
 from __future__ import annotations
@@ -32,24 +32,27 @@ import aiohttp
 Graph = dict[str, dict[str, Any]]
 
 NODE_TEXT = 3
-"""Number of the kind of binary message in which ComfyUI sends a node's text."""
+"""Type number of the binary message in which ComfyUI sends a node's text."""
 
 
 class QueueError(RuntimeError):
-    """The server is not there, refuses the graph, or went away."""
+    """Error for a server that does not answer, refuses the graph, or disconnects."""
 
 
 class Server:
-    """A ComfyUI at `address` (HOST:PORT)."""
+    """ComfyUI server at `address` (HOST:PORT)."""
 
     def __init__(self, address: str) -> None:
         self.address = address
         self.client = uuid.uuid4().hex
-        # what the environment says of proxies is not for a server that was named
+        # proxies of the environment do not apply to a server that was named
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """The JSON answer, to `body` where there is one. Raises QueueError with the server's words."""
+        """Send a request, with `body` where given; returns the JSON answer.
+
+        Raises QueueError with the server's message.
+        """
         content = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"http://{self.address}{path}", content)
         request.add_header("Content-Type", "application/json")
@@ -66,14 +69,14 @@ class Server:
         return json.loads(content) if content.strip() else None
 
     def inputs_of(self, kind: str) -> set[str]:
-        """Names of the inputs of a class of nodes; empty for a class that the server does not have."""
+        """Names of the inputs of a class of nodes; empty for a class that the server lacks."""
         about = self.ask(f"/object_info/{urllib.parse.quote(kind)}") or {}
         groups = about.get(kind, {}).get("input", {})
         return {name for key in ("required", "optional") for name in groups.get(key, {})}
 
 
 def refusal(answer: str) -> str:
-    """Reasons why the server refuses a graph, from its answer."""
+    """Reasons in the server's answer for refusing a graph."""
     try:
         found = json.loads(answer)
         lines = [str(found["error"]["message"])]
@@ -85,10 +88,10 @@ def refusal(answer: str) -> str:
 
 
 def changed(graph: Graph, settings: list[str], inputs_of: Callable[[str], Iterable[str]] = lambda kind: ()) -> Graph:
-    """The graph with some inputs set: NODE.INPUT=VALUE, NODE an id or a class, VALUE JSON or else text.
+    """Graph with some inputs set: NODE.INPUT=VALUE, NODE an id or a class, VALUE JSON or else text.
 
-    inputs_of: names of a class's inputs, asked for one that the graph does not set; () where they are not known.
-    Raises QueueError where there is no such node or input.
+    inputs_of: names of a class's inputs, called for an input that the graph does not set; () where unknown. Raises
+    QueueError where there is no such node or input.
     """
     for setting in settings:
         where, equals, text = setting.partition("=")
@@ -112,11 +115,11 @@ def changed(graph: Graph, settings: list[str], inputs_of: Callable[[str], Iterab
 
 
 async def follow(server: Server, graph: Graph) -> int:
-    """Queue the graph and show what its nodes say; returns the exit status. Raises QueueError."""
+    """Queue the graph and show the messages of its nodes; returns the exit status. Raises QueueError."""
     url = f"ws://{server.address}/ws?clientId={server.client}"
     try:
         async with aiohttp.ClientSession() as session, session.ws_connect(url, max_msg_size=0) as messages:
-            connection = messages.get_extra_info("socket")  # a step may take long: the system finds a lost connection
+            connection = messages.get_extra_info("socket")  # a step may take long: the system detects a lost connection
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             prompt = server.ask("/prompt", {"prompt": graph, "client_id": server.client})["prompt_id"]
             say(f"queued as {prompt}")
@@ -136,14 +139,14 @@ async def follow(server: Server, graph: Graph) -> int:
 
 
 def cancel_on_ctrl_c(server: Server, prompt: str) -> None:
-    """The first Ctrl-C cancels the graph, whose end is then waited for; the second does not wait."""
+    """Cancel the graph at the first Ctrl-C and wait for its end; the second Ctrl-C does not wait."""
     asked: list[int] = []
 
     def cancel(number: int, frame: object) -> None:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
-        os.write(1, b"cancelling; the run saves first\n")  # not `say`: that may be what was interrupted
+        os.write(1, b"cancelling; the run saves first\n")  # not `say`: its print may be the interrupted code
         server.ask("/queue", {"delete": [prompt]})
         server.ask("/interrupt", {"prompt_id": prompt})
         if all(entry[1] != prompt for entry in server.ask("/queue")["queue_running"]):
@@ -155,7 +158,7 @@ def cancel_on_ctrl_c(server: Server, prompt: str) -> None:
 
 
 def tell(content: str | bytes, prompt: str, graph: Graph) -> int | None:
-    """Show one message of the server; returns the exit status if it is the last one."""
+    """Show one message of the server; returns the exit status with the last one, else None."""
     if isinstance(content, bytes):
         number, length = struct.unpack(">II", content[:8].ljust(8, b"\0"))
         if number == NODE_TEXT:
@@ -173,13 +176,13 @@ def tell(content: str | bytes, prompt: str, graph: Graph) -> int | None:
 
 
 PASSING = re.compile(r"(?:encoding|validating)\b.*?(?:(\d+) of (\d+))?$")
-"""Progress texts: each replaces the one before it on the terminal."""
+"""Progress texts, each of which replaces the previous one on the terminal."""
 _width = 0
-"""Letters of the unfinished line on the terminal."""
+"""Length of the unfinished line on the terminal, in characters."""
 
 
 def say(text: str) -> None:
-    """Print lines; one that stands unfinished is ended first."""
+    """Print lines; ends an unfinished line first."""
     global _width
     sys.stdout.write("\n" * bool(_width) + f"{text}\n")
     sys.stdout.flush()
@@ -187,7 +190,7 @@ def say(text: str) -> None:
 
 
 def show(text: str) -> None:
-    """Print what a node says. On a terminal progress stays on one line; elsewhere its last word is printed alone."""
+    """Print the text of a node. On a terminal progress stays on one line; elsewhere only its last text is printed."""
     global _width
     progress = PASSING.fullmatch(text)
     if progress is None:

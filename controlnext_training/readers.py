@@ -1,7 +1,7 @@
-"""Readers of samples ahead of their use, in threads; `run.py train` brings readers in processes of their own.
+"""Readers that prefetch samples in threads; `run.py train` uses readers in separate processes.
 
-Threads are safe wherever the trainer runs: inside of ComfyUI's server a process that is spawned would import, and so
-start, the server once more. Decoders and OpenCV let other threads run while they work.
+Threads are safe wherever the trainer runs: inside ComfyUI's server a spawned process would import, and so start, the
+server once more. Decoders and OpenCV release the interpreter's lock while they work.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from .data.samples import ControlDataset, Sample
 
 Job = Callable[[], Sample]
-"""Reads one sample; may raise BrokenSample."""
+"""Function that reads one sample; may raise BrokenSample."""
 
 
 class Readers(Protocol):
@@ -23,13 +23,13 @@ class Readers(Protocol):
 
     @property
     def count(self) -> int:
-        """Number of samples that are read at the same time; 0 = each is read where it is needed."""
+        """Number of samples that are read at the same time; 0: each is read when it is needed."""
 
     def submit(self, job: Job) -> Future[Sample]:
-        """Start on a sample, or queue it. Not for a count of 0."""
+        """Start reading a sample, or queue it. Not allowed for a count of 0."""
 
     def close(self) -> None:
-        """End all workers; what they had not finished is lost."""
+        """End all workers; unfinished jobs are dropped."""
 
 
 class ThreadReaders:
@@ -50,10 +50,10 @@ MakeReaders = Callable[[int], Readers]
 
 
 class Begun:
-    """Sample at one position of the run, whose files are being read where their content is needed."""
+    """Sample at one position of the run whose files are being prefetched."""
 
     def __init__(self, data: ControlDataset, index: int, seed: int, position: int, variant: int = 0) -> None:
-        """variant: number of the cut."""
+        """variant: number of the crop."""
         self.data, self.index, self.position, self.seed, self.variant = data, index, position, seed, variant
         self.frame_keys = data.frame_keys(index, seed, position, variant)
         self.caption = data.captions[index]
@@ -62,18 +62,18 @@ class Begun:
         self._whole = False
 
     def start(self, readers: Readers, whole: bool) -> None:
-        """Read ahead; whole: also the frames, else the hints and masks alone."""
+        """Prefetch. whole: True reads also the frames; False only the hints and masks."""
         self._whole = whole
         if readers.count:
             self._coming = readers.submit(self._job(whole))
 
     @property
     def frames(self) -> Tensor:
-        """(F, H, W, 3), read now unless they are there or coming. Raises BrokenSample."""
+        """Frames (F, H, W, 3), read now unless prefetched. Raises BrokenSample."""
         return self.sample(whole=True).frames
 
     def sample(self, whole: bool) -> Sample:
-        """The sample, read now unless it is there or coming; whole: with its frames. Raises BrokenSample."""
+        """Sample, read now unless prefetched. whole: True includes its frames; False may not. Raises BrokenSample."""
         if self._coming is not None:
             self._read, self._coming = self._coming.result(), None
         if self._read is None or (whole and not len(self._read.frames)):

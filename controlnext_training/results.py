@@ -1,4 +1,4 @@
-"""Results of a run: the trained file, pictures, and figures in words."""
+"""Results of a run: the trained file, pictures, and figures as text."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 NAME_FILE = "run.txt"
 CURVE = "loss.png"
 WORSE = 1e-3
-"""Relative difference of losses above which a control is worse than none, and not rounding or noise."""
+"""Relative difference of losses above which a control counts as worse than none, beyond rounding and noise."""
 NO_EFFECT = 1e-4
-"""Relative difference of losses with and without a control, below which the control does nothing."""
+"""Relative difference of losses with and without a control, below which it counts as without effect."""
 RUN_KEY = f"{PREFIX}run"
 """Metadata key of a trained file: identity of the run that made it."""
 
@@ -42,21 +42,21 @@ class RunFiles:
     """Paths and identity of one run."""
 
     folder: Path
-    """States, log and pictures."""
+    """Folder of states, log and pictures."""
     cache: Path
-    """Encoded samples, shared by all runs."""
+    """Folder of encoded samples, shared by all runs."""
     target: Path
-    """The trained file, without suffix."""
+    """Path of the trained file, without suffix."""
     base: str
     """Identity of the base model."""
     base_name: str = ""
-    """Name of the base model for people."""
+    """Name of the base model for messages."""
 
 
 def finished_file(
     controlled: Controlled, config: TrainConfig, files: RunFiles, losses: list[float], group: ProcessGroup
 ) -> Path:
-    """Write the trained file, read it again, and return its path. A file of another run is never replaced."""
+    """Write the trained file, read it back, and return its path. A file of another run is never replaced."""
     path = None
     if group.is_main:
         facts = _facts(config, files, losses)
@@ -77,7 +77,7 @@ def finished_file(
 
 
 def free_target(files: RunFiles, config: TrainConfig) -> Path:
-    """`target`, or target_2, ... where a file of that name is not this run's own."""
+    """Path `target`, or target_2, ... where a file of that name belongs to another run."""
     stem, number = files.target, 1
     while not _is_free(stem, files):
         number += 1
@@ -101,12 +101,12 @@ def _made_by(path: Path) -> str | None:
 
 
 def _run_name(files: RunFiles) -> str:
-    """Identity of the run, from its folder."""
+    """Identity of the run, read from its folder."""
     return (files.folder / NAME_FILE).read_text("utf-8").strip()
 
 
 def name_run(files: RunFiles) -> None:
-    """Give a new run a name that no other has."""
+    """Give a new run a unique name."""
     path = files.folder / NAME_FILE
     if not path.exists() or not path.read_text("utf-8").strip():
         path.write_text(secrets.token_hex(8), "utf-8")
@@ -125,7 +125,7 @@ def _facts(config: TrainConfig, files: RunFiles, losses: list[float]) -> dict[st
 
 
 def show_validation(found: Validation, step: int, files: RunFiles, journal: Journal, observer: Observer) -> None:
-    """Write the figures and pictures of a validation and hand them on."""
+    """Write the figures and pictures of a validation and pass them to the observer."""
     figures = {
         "loss": found.loss,
         "loss_without": found.loss_without,
@@ -161,7 +161,7 @@ def show_validation(found: Validation, step: int, files: RunFiles, journal: Jour
 
 
 def curve_of(files: RunFiles) -> Image:
-    """The loss curve of a run, from its log."""
+    """Loss curve of a run, from its log."""
     steps = journals.read(files.folder, "step", "loss")
     validated = journals.read(files.folder, "validation", "loss")
     without = journals.read(files.folder, "validation", "loss_without")
@@ -169,7 +169,7 @@ def curve_of(files: RunFiles) -> Image:
 
 
 def show_curve(files: RunFiles) -> Path:
-    """Draw loss.png from the log."""
+    """Draw loss.png from the log; returns its path."""
     path = files.folder / CURVE
     curve_of(files).save(path)
     return path
@@ -184,7 +184,7 @@ def duration(seconds: float) -> str:
 
 
 class StepClock:
-    """Seconds per step since the last reading."""
+    """Clock of the mean seconds per step since the last reading."""
 
     def __init__(self, step: int) -> None:
         self.restart(step)
@@ -205,7 +205,7 @@ STATUS = Path("/proc/self/status")
 
 
 def _highest() -> int:
-    """Peak memory of this process in bytes; 0 where the system does not say."""
+    """Peak memory of this process in bytes; 0 where the system does not report it."""
     with contextlib.suppress(OSError):
         for line in STATUS.read_text("utf-8").splitlines():
             if line.startswith("VmHWM:"):
@@ -228,10 +228,10 @@ class Meter:
         self.started = time.perf_counter()
 
     def read(self) -> tuple[float, int]:
-        """(seconds, peak bytes): memory of a CUDA device, or of this process for all other devices.
+        """Time and peak memory: (seconds, peak bytes), of a CUDA device, or of this process for all other devices.
 
-        The peak of a process is known on Linux; elsewhere the current memory is returned. Some containers cannot
-        reset the peak: there the reading counts only if it exceeds the value at the start.
+        The peak of a process is known on Linux; elsewhere the current memory is returned. Some containers cannot reset
+        the peak: there the reading counts only if it exceeds the value at the start.
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

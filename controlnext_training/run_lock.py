@@ -1,4 +1,4 @@
-"""The lock of a run's folder: two processes that train one run would replace each other's states."""
+"""Lock of a run's folder: two processes that train one run would replace each other's states."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from filelock import FileLock, Timeout
 from .config import ConfigError
 
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-"""Answers of file systems that have no locks, such as some network drives."""
+"""Error numbers of file systems without locks, such as some network drives."""
 
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Inside, the run in this folder belongs to this process; the system releases the lock if the process dies.
+    """Context in which the run in this folder belongs to this process; the system releases the lock if the process
+    dies.
 
-    Where the file system has no locks there is none. Raises ConfigError where another process has the lock, or where
-    the folder above cannot be written.
+    File systems without locks get none. Raises ConfigError where another process has the lock, or where the folder
+    above cannot be written.
     """
     path = folder.with_name(f".{folder.name}.lock")  # beside the folder, which may be renamed
     lock = FileLock(path)

@@ -1,4 +1,4 @@
-"""The samples of a run: which train, which are validated on, all of them encoded before the first step."""
+"""Samples of a run, for training and for validation, all encoded before the first step."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from .readers import Readers
 from .split import SavedData, split
 
 SIDES = re.compile(r"\b(left|right)(wards?|most)?\b", re.IGNORECASE)
-"""Words that a mirrored picture contradicts."""
+"""Words that are wrong in the caption of a mirrored picture."""
 
 
 @dataclass(frozen=True)
 class RunSamples:
-    """Indices that can be read, each with the store that encodes it."""
+    """Indices of readable samples, each with the store that encodes them."""
 
     store: Store
     training: list[int]
     validation_store: Store
     validation: list[int]
     tensors: dict[str, Tensor]
-    """Identities of all samples and of those held out, for saved states."""
+    """Identities of all samples and of the held-out ones, for saved states."""
     left_out: int
     """Number of samples that cannot be read."""
 
@@ -46,12 +46,10 @@ def encode_samples(
     saved: SavedData | None = None,
     readers: Readers | None = None,
 ) -> RunSamples:
-    """Encode every sample that the cache lacks, and say which cannot be read.
+    """Encode every sample that the cache lacks, and report unreadable ones.
 
-    held_out: for validation; None to take some of `data`; saved: samples of the state to resume; readers: read files
-    ahead, None to read each where it is needed.
-
-    Raises DatasetError where no sample can be read.
+    held_out: for validation; None to hold out some of `data`; saved: samples of the state to resume; readers: prefetch
+    files, None: each file is read when it is needed. Raises DatasetError where no sample can be read.
     """
     store = validation_store = Store(base, data, config, cache, readers)
     if line := _of_sides([caption for index, caption in enumerate(data.captions) if data.share(index).flip]):
@@ -73,6 +71,6 @@ def encode_samples(
 
 
 def _of_sides(captions: Sequence[str]) -> str:
-    """Warning on captions that mirrored pictures contradict; '' where there are none."""
+    """Warning about captions that are wrong for mirrored pictures; '' without any."""
     found = [caption for caption in captions if SIDES.search(caption)]
     return f"flip: {len(found)} captions name a side, which is wrong when mirrored: {found[0]}" if found else ""

@@ -24,7 +24,7 @@ SCHEDULES: dict[str, Callable[[float, int, float], float]] = {
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Learning rate over the steps: a warm-up from zero, then one of SCHEDULES down to the last step."""
+    """Learning rate schedule over the steps: a warm-up from zero, then one of SCHEDULES until the last step."""
 
     name: str
     steps: int
@@ -34,7 +34,7 @@ class Schedule:
     power: float = 1.0
 
     def factor(self, step: int) -> float:
-        """Factor of the learning rates at `step`, counted from 0; in [0, 1]."""
+        """Factor of the learning rates at `step`, in [0, 1]; steps are counted from 0."""
         if step < self.warmup:
             return step / self.warmup
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)

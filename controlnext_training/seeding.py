@@ -1,7 +1,7 @@
 """Random numbers as a function of (seed, purpose, position): no generator carries state from step to step.
 
 A run that is stopped and resumed, split over processes or accumulated in parts draws the same numbers, because each
-sample's numbers depend on its place in the run alone.
+sample's numbers depend only on its position in the run.
 """
 
 from __future__ import annotations
@@ -18,5 +18,5 @@ def generator(seed: int, purpose: str, position: int) -> torch.Generator:
 
 
 def uniform(seed: int, purpose: str, position: int) -> float:
-    """One number in [0, 1)."""
+    """Uniform random number in [0, 1)."""
     return float(torch.rand((), dtype=torch.float64, generator=generator(seed, purpose, position)))

@@ -1,4 +1,4 @@
-"""Settings: fields of a configuration that carry their own description, bounds and choices."""
+"""Settings: fields of a configuration that carry their description, bounds and choices."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from typing import Any
 OF_SOURCES = ("repeats", "weights", "crops", "flip")
 """Settings with a value for each source of the data, or one for all."""
 EACH = "one for each of data or one for all; empty"
-"""Words about these."""
+"""Description of the form of these settings."""
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used. The message names the key, the value and what is allowed."""
+    """Error for a setting that cannot be used. The message names the key, the value and the allowed values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """The facts of one field of a configuration."""
+    """Facts about one field of a configuration."""
 
     doc: str
     """Description for help, recipes and tooltips."""
     low: float = -math.inf
     high: float = math.inf
     choices: tuple[str, ...] = ()
-    """Allowed values of a text; () = any text."""
+    """Allowed values of a text; (): any text."""
     fixed_on_resume: bool = False
     """True: a saved state with another value belongs to another run. False: the value may change on resume."""
     is_path: bool = False
-    """True: names files or folders of this machine, of which files for others keep the last name alone."""
+    """True: names files or folders of this machine; shared files contain only its last part. False: no path."""
 
     def check(self, key: str, value: Any) -> None:
-        """Raise ConfigError for a value that is not among the choices or out of bounds."""
+        """Raise ConfigError for a value that is not among the choices or is out of bounds."""
         if self.choices and value not in self.choices:
             raise ConfigError(f"{key}: {value!r} is unknown. Choose one of {', '.join(self.choices)}.")
         for part in value if isinstance(value, tuple) else (value,):
@@ -43,15 +43,15 @@ class Setting:
 
 
 def setting(default: Any, doc: str, **facts: Any) -> Any:
-    """A dataclass field of this default; doc and facts: the fields of its Setting."""
+    """Dataclass field with this default; doc and facts: the fields of its Setting."""
     return dataclasses.field(default=default, metadata={"setting": Setting(doc=doc, **facts)})
 
 
 def settings_of(config: type) -> dict[str, Setting]:
-    """Key -> Setting of every field of a configuration, in order."""
+    """Settings by key, for every field of a configuration, in order."""
     return {field.name: field.metadata["setting"] for field in dataclasses.fields(config)}
 
 
 def last_names(value: str | tuple[str, ...]) -> Any:
-    """The last name of a path of any system, or of each of several."""
+    """Last part of a path of any system, or of each of several paths."""
     return PureWindowsPath(value).name if isinstance(value, str) else tuple(map(last_names, value))

@@ -1,4 +1,4 @@
-"""Training and validation samples of a run, told apart by content, and their comparison with a saved state's."""
+"""Split of a run's samples into training and validation by content, and comparison with that of a saved state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .config import TrainConfig
 from .data.samples import ControlDataset
 
 NAMED = 3
-"""New samples that a message names."""
+"""Number of new samples that a message names."""
 
 
 @dataclass(frozen=True)
@@ -21,24 +21,24 @@ class SavedData:
     """Samples of a saved state."""
 
     tensors: Mapping[str, Tensor]
-    """`samples` and `held`: identities of all samples and of those held out; {} in states of earlier versions."""
+    """Identities of all samples (`samples`) and of the held-out ones (`held`); {} in states of earlier versions."""
     fingerprint: str
 
 
 @dataclass(frozen=True)
 class Split:
-    """Indices that train and that are validated on."""
+    """Indices of the training and of the validation samples."""
 
     training: list[int]
     validation: list[int]
     tensors: dict[str, Tensor]
-    """Identities to save, as in SavedData."""
+    """Identities to save, in the form of SavedData."""
     said: list[str] = field(default_factory=list)
-    """Lines on what differs from the saved state."""
+    """Messages about differences from the saved state."""
 
 
 def identity(data: ControlDataset, index: int) -> int:
-    """Content identity of a sample in 64 bits: its pictures, hints, masks and their cut, without its caption."""
+    """Identity of a sample's content in 64 bits: its pictures, hints, masks and crop, without its caption."""
     keys = " ".join(data.frame_keys(index, 0, 0))
     return int.from_bytes(hashlib.blake2b(keys.encode(), digest_size=8).digest(), "little", signed=True)
 
@@ -54,15 +54,16 @@ def split(
     """Draw the samples to hold out, or find those that a saved state holds out.
 
     count: samples that the run may use, of which `readable` can be read; held_out: True means that validation has
-    data of its own. Of fewer than ten samples none is held out: validation then uses training samples. The draw orders
-    samples by a hash of seed and content. Samples that a state holds out never train.
+    separate data; False holds out some of these. With fewer than ten samples none is held out: validation then uses
+    training samples. The draw orders samples by a hash of seed and content. Samples that a state holds out are never
+    trained on.
     """
     identities = [identity(data, index) for index in range(count)]
     said = [] if saved is None else _changes(data, identities, saved)
     held: set[int] = set()
     if held_out or not config.validate_every:
         training, validation = list(readable), []
-        if saved is not None and "held" in saved.tensors:  # they stay held out when validation is switched on again
+        if saved is not None and "held" in saved.tensors:  # they stay held out when validation is enabled again
             held = set(saved.tensors["held"].tolist())
             training = [index for index in readable if identities[index] not in held]
     else:
@@ -89,7 +90,7 @@ def _rank(seed: int, identity: int) -> bytes:
 
 
 def _changes(data: ControlDataset, identities: list[int], saved: SavedData) -> list[str]:
-    """Lines on how the data differ from those of the saved state."""
+    """Messages about differences of the data from those of the saved state."""
     if not saved.tensors:
         return [
             "data: the saved state is of an earlier version and does not say which samples it trained on. Validation "

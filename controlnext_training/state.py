@@ -1,7 +1,7 @@
 """Saved states of a run: folders that are complete or absent.
 
-A state is written under another name and renamed when everything is on the disk, so a run that is killed at any
-moment leaves its last state as it was.
+A state is written under another name and renamed when everything is on the disk, so a run that is killed at any moment
+leaves its last state unchanged.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from ..controlnext_core import checkpoint
 PREFIX = "state-"
 FACTS = "state.json"
 OPTIMIZER = "optimizer.pt"
-"""The optimizer's `state_dict`, as torch.save writes it."""
+"""File of the optimizer's `state_dict`, in the format of torch.save."""
 UNFINISHED = ".unfinished-"
 LOG = "log.jsonl"
 BEGINNINGS = ("config.toml", "run.txt")
-"""Files of a run, besides its log, that are there from its start."""
+"""Names of a run's files, besides its log, that exist from its start."""
 
 
 @dataclass(frozen=True)
 class State:
-    """A saved state."""
+    """Saved state of a run."""
 
     folder: Path
     facts: dict[str, Any]
-    """Values that `save` was given, and `step`."""
+    """Values given to `save` as `facts`, and `step`."""
 
     @property
     def step(self) -> int:
         return int(self.facts["step"])
 
     def tensors(self, part: str) -> dict[str, Tensor]:
-        """Tensors of one part of the state; {} where the state has none. Raises CheckpointError."""
+        """Tensors of one part of the state; {} where the state lacks it. Raises CheckpointError."""
         path = self.folder / f"{part}.safetensors"
         return checkpoint.load(path) if part in self.facts["parts"] else {}
 
     def optimizer(self) -> dict[str, Any]:
-        """The optimizer's `state_dict`, on the CPU. Raises CheckpointError."""
+        """State of the optimizer (`state_dict`), on the CPU. Raises CheckpointError."""
         path = self.folder / OPTIMIZER
         if not path.exists():  # a state of version 0.1.0: tensors here, and the rest as JSON
             return dict(_unpacked(self.tensors("optimizer"), self.facts["optimizer"]))
@@ -63,7 +63,7 @@ class State:
 
 
 def _unpacked(tensors: Mapping[str, Tensor], packed: Any) -> Any:
-    """A value of an optimizer's state as version 0.1.0 saved it: {kind: content} where JSON has no such kind."""
+    """Value of an optimizer's state in the format of version 0.1.0: {kind: content} where JSON has no such kind."""
     if isinstance(packed, list):
         return [_unpacked(tensors, item) for item in packed]
     if not isinstance(packed, dict):
@@ -86,10 +86,10 @@ def save(
     facts: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write the state after `step` steps into the run's folder, then delete all but the newest `keep` whole ones.
+    """Write the state after `step` steps into the run's folder, then delete all but the newest `keep` complete ones.
 
     parts: name -> tensors; optimizer: its `state_dict`; facts: values for JSON. Raises CheckpointError where the disk
-    is full or the folder cannot be written; earlier states are then untouched.
+    is full or the folder cannot be written; earlier states are then unchanged.
     """
     final = run / f"{PREFIX}{step:08d}"
     if _read(final) is not None:
@@ -112,7 +112,7 @@ def save(
         os.replace(temporary, final)
         _sync_folder(run)
     except (OSError, RuntimeError, checkpoint.CheckpointError) as error:  # RuntimeError: of torch.save
-        reason = error.__cause__ or error  # of a part that could not be written: the system's own words
+        reason = error.__cause__ or error  # for a part that could not be written: the system's message
         raise checkpoint.CheckpointError(
             f"{final}: could not be saved ({reason}). {where_it_ends(run)} Free some disk space or set another "
             "runs_folder (and move the run there), then run again with resume on."
@@ -124,7 +124,7 @@ def save(
 
 
 def latest(run: Path) -> State | None:
-    """The newest whole state of a run; damaged ones are passed over."""
+    """Newest complete state of a run; damaged ones are skipped."""
     for folder in _folders(run):
         facts = _read(folder)
         if facts is not None:
@@ -133,21 +133,22 @@ def latest(run: Path) -> State | None:
 
 
 def where_it_ends(run: Path) -> str:
-    """A sentence that names the last saved state."""
+    """Sentence that names the last saved state."""
     state = latest(run)
     return f"The last saved state is {state.folder}." if state else "No state was saved yet."
 
 
 def clear_unfinished(run: Path) -> None:
-    """Remove unfinished states of an earlier process. Only for the process that has the run's lock."""
+    """Remove unfinished states of an earlier process. Only the process with the run's lock may call this."""
     for folder in run.glob(f"{UNFINISHED}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def set_aside(run: Path) -> Path | None:
-    """Rename the folder of an earlier run, so that a new one may start; its new path, None where there was none.
+    """Rename the folder of an earlier run, so that a new one may start; returns its new path, None without an earlier
+    run.
 
-    A run that ended before its first state has left nothing: its folder is used again.
+    A run that ended before its first state has left no work: its folder is used again.
     """
     if not run.exists() or _is_bare(run):
         return None
@@ -159,20 +160,23 @@ def set_aside(run: Path) -> Path | None:
 
 
 def _is_bare(run: Path) -> bool:
-    """True: a folder holds the beginnings of a run and no work: no state, no picture, no end in its log."""
+    """True: a folder has only the first files of a run and no work: no state, no picture, no end in its log.
+
+    False: it has some.
+    """
     names = {path.name for path in run.iterdir() if not path.name.startswith(UNFINISHED)}
     log = run / LOG
     return names <= {LOG, *BEGINNINGS} and not (log.is_file() and '"finished"' in log.read_text("utf-8", "replace"))
 
 
 def _folders(run: Path) -> list[Path]:
-    """Newest first."""
+    """Folders of states, newest first."""
     numbered = (path for path in run.glob(f"{PREFIX}*") if path.is_dir() and path.name[len(PREFIX) :].isdecimal())
     return sorted(numbered, key=lambda path: int(path.name[len(PREFIX) :]), reverse=True)
 
 
 def _clear(run: Path, keep: int) -> None:
-    """Delete damaged states, and whole ones but for the newest `keep`."""
+    """Delete damaged states, and complete ones but for the newest `keep`."""
     whole = [folder for folder in _folders(run) if _read(folder) is not None]
     for folder in _folders(run):
         if folder not in whole[:keep]:
@@ -180,7 +184,7 @@ def _clear(run: Path, keep: int) -> None:
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
-    """The facts of a whole state, or None. Looks at sizes and headers, not at every byte."""
+    """Facts of a complete state, or None. Checks sizes and headers, not every byte."""
     try:
         facts = json.loads((folder / FACTS).read_text("utf-8"))
         int(facts["step"])
@@ -197,9 +201,9 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 
 def _delete(folder: Path) -> None:
-    """Remove a state; half removed, it is no state any more."""
+    """Remove a state; a partly removed one no longer counts as a state."""
     gone = folder.with_name(f"{UNFINISHED}{folder.name}")
-    with contextlib.suppress(OSError):  # somebody has it open: next time
+    with contextlib.suppress(OSError):  # another program has it open: next time
         shutil.rmtree(gone, ignore_errors=True)
         os.replace(folder, gone)
         shutil.rmtree(gone, ignore_errors=True)
@@ -217,7 +221,7 @@ def _to_disk(file: IO[Any]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the rename reach the disk, where folders can be opened."""
+    """Flush the rename to the disk, where folders can be opened."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)

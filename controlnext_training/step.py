@@ -1,4 +1,4 @@
-"""Batches and losses: samples are noised, predicted and weighted. Nothing here saves or shows."""
+"""Batches and losses: samples are noised, predicted and weighted. Nothing here saves or shows results."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .seeding import generator
 
 @dataclass(frozen=True)
 class DiffusionObjective:
-    """The network's target and the distribution of its noise levels."""
+    """Target of the network and distribution of its noise levels."""
 
     parameterisation: Parameterisation
     sigmas: Tensor
-    """The base's table, ascending."""
+    """Noise levels of the base, ascending."""
     timesteps: str
     log_normal: tuple[float, float] = (-1.2, 1.2)
     """Mean and standard deviation of log sigma, for `timesteps = log_normal`."""
@@ -53,21 +53,21 @@ class DiffusionObjective:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples on the device, ready for a forward. R rows = samples x frames, or samples where a clip is one latent."""
+    """Batch of samples on the device. R rows = samples x frames, or samples where a clip is one latent."""
 
     latent: Tensor
-    """(R, C, h, w), or (R, C, T, h, w)"""
+    """Latents (R, C, h, w), or (R, C, T, h, w)."""
     hint: Tensor
-    """(samples x frames, 3, H, W)"""
+    """Hints (samples x frames, 3, H, W)."""
     conditions: list[Any]
     noise: Tensor
     """Noise, in the shape of the latent."""
     sigma: Tensor
-    """(B,)"""
+    """Noise levels (B,)."""
     region: Tensor | None
-    """(R, 1, h, w), (R, 1, T, h, w) of clips of several latent frames, or None."""
+    """Loss weights (R, 1, h, w), (R, 1, T, h, w) for clips of several latent frames, or None."""
     weight: Tensor
-    """(B,), factors on the losses."""
+    """Factors on the losses (B,)."""
 
 
 def draw(
@@ -79,9 +79,10 @@ def draw(
     levels: Sequence[float] | None = None,
     purpose: str = "",
 ) -> Batch:
-    """A batch with the noise and the noise levels of these positions of the run.
+    """Batch with the noise and the noise levels of these positions of the run.
 
-    levels: numbers in (0, 1) in place of random ones; purpose: tells validation's noise from training's.
+    levels: numbers in (0, 1) in place of random ones; purpose: separates the random numbers of validation from those of
+    training.
     """
     device = controlled.device
     noises, offsets, drawn = [], [], []
@@ -115,7 +116,9 @@ def _stratum(config: TrainConfig, position: int) -> int:
 def conditions_of(
     sample: Encoded, given: dict[str, Tensor], controlled: Controlled, guidance: float | None = None
 ) -> Any:
-    """The host's conditions of a sample, made of what its encoders gave; guidance: as for `Controlled.conditions`."""
+    """Conditions of a sample in the host's form, from its encoded conditions; guidance: as for
+    `Controlled.conditions`.
+    """
     sizes = Sizes(sample.original_size, sample.crop, sample.size)
     on_device = {name: t.to(controlled.device) for name, t in given.items()}
     return controlled.conditions(sample.latent.to(controlled.device), on_device, sizes, guidance)
@@ -133,7 +136,7 @@ def _region(samples: Sequence[Encoded], config: TrainConfig, latent: Tensor) -> 
 
 
 def _of_latent_frames(weights: Tensor, length: int) -> Tensor:
-    """(F, 1, h, w) of a clip's frames -> (1, T, h, w), means over the frames of each latent frame."""
+    """Weights (F, 1, h, w) of a clip's frames -> (1, T, h, w), means over the frames of each latent frame."""
     count = len(weights)
     groups = frame_groups(range(length), count, (count - 1) // (length - 1))
     return averaged(weights, range(count), groups).movedim(0, 1)
@@ -142,7 +145,7 @@ def _of_latent_frames(weights: Tensor, length: int) -> Tensor:
 def losses(
     model: nn.Module, batch: Batch, objective: DiffusionObjective, config: TrainConfig, strength: float = 1.0
 ) -> Tensor:
-    """Each sample's loss (B,) in fp32. model: the Controlled, or what distributes it."""
+    """Loss of each sample (B,) in fp32. model: the Controlled, or its distributed wrapper."""
     frames = len(batch.latent) // len(batch.sigma)
     x = objectives.noisy(batch.latent, batch.noise, batch.sigma, objective.parameterisation)
     rows = batch.sigma.repeat_interleave(frames)

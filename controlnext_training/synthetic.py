@@ -34,9 +34,9 @@ COLORS: dict[str, tuple[int, int, int]] = {
 KINDS = ("circle", "square", "triangle")
 RADII = (0.12, 0.3)  # of the shorter side
 LARGEST_COUNT = 3
-OVERLAP = 0.85  # centres are at least this part of the sum of two radii apart, so that every shape can be recognised
-TEXTURE = 10.0  # highest deviation of a background from its colour, in steps of 255
-SHADING = 0.18  # part of its brightness that a shape loses towards its rim
+OVERLAP = 0.85  # least distance of centres, as a share of the sum of two radii, so that every shape can be recognised
+TEXTURE = 10.0  # largest deviation of a background from its colour, in steps of 255
+SHADING = 0.18  # share of its brightness that a shape loses towards its rim
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +46,11 @@ class _Shape:
     center: tuple[float, float]
     radius: float
     turn: tuple[float, float]
-    """Cosine and sine of its rotation."""
+    """Cosine and sine of the rotation."""
 
 
 class _Numbers:
-    """Numbers in [0, 1) that depend on a text and their place alone."""
+    """Random numbers in [0, 1) that depend only on a text and their index."""
 
     def __init__(self, text: str) -> None:
         self.text, self.place = text, 0
@@ -72,7 +72,7 @@ class _Numbers:
 
 
 def draw(seed: int, index: int, size: int | tuple[int, int]) -> Picture:
-    """The scene of an index; size: the side of a square, or (H, W), in pixels."""
+    """Draw the scene of an index; size: the side of a square, or (H, W), in pixels."""
     height, width = (size, size) if isinstance(size, int) else size
     numbers = _Numbers(f"shapes/{seed}/{index}")
     colors = list(COLORS)
@@ -119,7 +119,7 @@ def write_folder(
 
 
 def _place(numbers: _Numbers, colors: list[str], height: int, width: int) -> list[_Shape]:
-    """One to LARGEST_COUNT shapes of different colours, farthest first; one that finds no room is left out."""
+    """Place one to LARGEST_COUNT shapes of different colours, farthest first; one without room is left out."""
     side = min(height, width)
     shapes: list[_Shape] = []
     for _ in range(1 + int(numbers.next() * LARGEST_COUNT)):
@@ -142,7 +142,7 @@ def _apart(a: tuple[float, float], b: tuple[float, float]) -> float:
 def _distance(shape: _Shape, x: Array, y: Array) -> tuple[Array, float]:
     """Distance of every pixel from the outline (H, W), negative inside, and the radius of the largest circle inside.
 
-    Corners lie on the circle of `radius`, and beyond them the distance is that of the nearest side's line.
+    Corners are on the circle of `radius`, and beyond them the distance is that from the nearest side's line.
     """
     u, v = x - shape.center[0], y - shape.center[1]
     c, s = shape.turn
@@ -158,7 +158,7 @@ def _distance(shape: _Shape, x: Array, y: Array) -> tuple[Array, float]:
 
 
 def _texture(numbers: _Numbers, height: int, width: int) -> Array:
-    """(H, W) in [-TEXTURE, TEXTURE]: nothing, a ramp, or soft spots."""
+    """Texture (H, W) in [-TEXTURE, TEXTURE]: none, a gradient, or soft spots."""
     kind = int(numbers.next() * 3)
     if kind == 0:
         return np.zeros((height, width))
@@ -173,7 +173,7 @@ def _texture(numbers: _Numbers, height: int, width: int) -> Array:
 
 
 def _between(length: int, cells: int) -> Array:
-    """(length, cells): how much each of `cells` evenly spaced points counts at each pixel, linearly."""
+    """Linear interpolation weights (length, cells) of `cells` evenly spaced points at each pixel."""
     place = (np.arange(length) + 0.5) / length * (cells - 1)
     return np.clip(1 - np.abs(place[:, None] - np.arange(cells)), 0.0, 1.0)
 

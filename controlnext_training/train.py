@@ -1,6 +1,6 @@
-"""The training loop, top to bottom: samples, run, steps, the trained file.
+"""Training loop, top to bottom: samples, run, steps, the trained file.
 
-Training runs inference's own code: the encoder, its place in the base and the way it is added, inside the host's model.
+Training runs inference's code: the encoder, its place in the base and the way it is added, inside the host's model.
 Source of the method: ControlNeXt (arXiv 2408.06070) and ControlNet-XS (arXiv 2312.06573).
 """
 
@@ -37,11 +37,11 @@ from .validation import VALIDATING, Validator
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on. The message names what happened, where the last state is and what to do."""
+    """Error that ends a run. The message says what happened, where the last state is and what to do."""
 
 
 class Stopped(Exception):  # noqa: N818  # not an error: somebody asked for it
-    """The run was stopped from outside and has saved its state first, if there was one."""
+    """Exception after a requested stop: the run has saved its state first, if there was one."""
 
     def __init__(self, step: int, where: Path | None) -> None:
         """where: folder of the saved state; None where there is no state yet."""
@@ -52,13 +52,13 @@ class Stopped(Exception):  # noqa: N818  # not an error: somebody asked for it
 
 @dataclass(frozen=True)
 class Outputs:
-    """Everything that a run writes to or shows itself on."""
+    """Outputs of a run: its files, observer, journal and validator."""
 
     files: RunFiles
     observer: Observer
     journal: Journal
     validator: Validator | None
-    """Validator of this process; None: another process validates, or none."""
+    """Validator of this process; None: another process validates, or none does."""
 
 
 def train(
@@ -71,11 +71,11 @@ def train(
     group: ProcessGroup | None = None,
     make_readers: MakeReaders = ThreadReaders,
 ) -> Path:
-    """Train, or continue a saved run, and return the path of the trained file, which has been read back.
+    """Train, or continue a saved run; returns the path of the trained file, which has been read back.
 
-    base: the host's models, which are only read; held_out: validation data, None to hold out some of `data`;
-    make_readers: makes what reads files ahead. Raises Stopped where `observer` asks for it, TrainingError,
-    ConfigError, DatasetError, CheckpointError.
+    base: the host's models, which are not modified; held_out: validation data, None to hold out some of `data`;
+    make_readers: factory of the readers that prefetch files. Raises Stopped where `observer` asks for it,
+    TrainingError, ConfigError, DatasetError, CheckpointError.
     """
     group = group or ProcessGroup()
     lock = run_lock(files.folder) if group.is_main else contextlib.nullcontext()
@@ -114,9 +114,9 @@ def train(
 
 @contextlib.contextmanager
 def _errors_explained(run: TrainingRun, outputs: Outputs) -> Iterator[None]:
-    """Inside, a lack of memory becomes a TrainingError, and the host's own Cancel becomes Stopped.
+    """Context in which a lack of memory becomes a TrainingError, and the host's Cancel becomes Stopped.
 
-    Ctrl-C and an exit of the process save the complete steps and go on.
+    Ctrl-C and an exit of the process save the complete steps and then propagate.
     """
     try:
         yield
@@ -135,7 +135,7 @@ def _errors_explained(run: TrainingRun, outputs: Outputs) -> Iterator[None]:
 
 
 def _stopped(run: TrainingRun, outputs: Outputs) -> Stopped:
-    """Save the complete steps, unless the next one has begun to change the weights: then the last state stands."""
+    """Save the complete steps, unless the next one has begun to change the weights: then the last state remains."""
     if run.complete:
         return Stopped(run.step, save(run, outputs.files))
     last = state.latest(outputs.files.folder)
@@ -143,7 +143,7 @@ def _stopped(run: TrainingRun, outputs: Outputs) -> Stopped:
 
 
 def _take_steps(run: TrainingRun, outputs: Outputs) -> None:
-    """The remaining steps, with logs, saved states and validations between them. Raises Stopped."""
+    """Run the remaining steps, with logs, saved states and validations between them. Raises Stopped."""
     config, start = run.config, run.step
     clock = StepClock(start)
     for step in range(start, config.steps):
@@ -169,7 +169,7 @@ def _is_due(every: int, run: TrainingRun) -> bool:
 
 
 def gradients(run: TrainingRun, step: int) -> Tensor:
-    """Forward and backward passes of one step's samples; returns the mean loss of this process."""
+    """Run the forward and backward passes of one step's samples; returns the mean loss of this process."""
     config = run.config
     samples = run.samples.get(run.requests(step), run.coming(step))
     positions = run.positions(step)
@@ -185,9 +185,9 @@ def gradients(run: TrainingRun, step: int) -> Tensor:
 
 
 def update(run: TrainingRun, step: int, loss: Tensor) -> float:
-    """One step of the optimizer on the gradients, all of it or nothing; returns their norm before it is clipped.
+    """Update the weights from the gradients, completely or not at all; returns the norm before clipping.
 
-    loss: of this process; the mean over all of them is added to the run's losses.
+    loss: of this process; the mean over all processes is added to the run's losses.
     """
     rate = run.schedule.factor(step)
     for parameter_group in run.optimizer.param_groups:
@@ -212,7 +212,7 @@ def update(run: TrainingRun, step: int, loss: Tensor) -> float:
 
 
 def _check(run: TrainingRun, norm: float, outputs: Outputs) -> None:
-    """Raise TrainingError where a step has spoilt the weights, before they are saved."""
+    """Raise TrainingError where a step has made the weights or the loss invalid, before they are saved."""
     if run.complete:
         return
     step, loss = run.step, run.losses[-1]
@@ -224,7 +224,7 @@ def _check(run: TrainingRun, norm: float, outputs: Outputs) -> None:
 
 
 def _measure_a_step(run: TrainingRun, outputs: Outputs) -> None:
-    """Compute the next step's gradients, drop them, and say how much time and memory a step takes.
+    """Compute the next step's gradients, drop them, and report the time and memory of a step.
 
     The memory estimate is logged first, since the step may not fit.
     """
@@ -284,7 +284,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _validate(run: TrainingRun, validator: Validator, outputs: Outputs) -> None:
-    """Measure and draw with the weights that would be saved."""
+    """Validate with the weights that would be saved."""
 
     def tell(text: str) -> None:
         outputs.observer.progress(run.step, run.config.steps, f"{VALIDATING} after step {run.step}: {text}")

@@ -1,7 +1,7 @@
-"""Trainable weights of the base, as differences, because a difference is saved and loaded.
+"""Trainable weights of the base, as differences, because differences are saved and loaded.
 
-The base's weight stays frozen in its own dtype; the layer computes with base + difference, formed in fp32, exactly
-as the host does when the saved file is put on a model. A difference is one tensor, or the product of two thin ones,
+The base's weight stays frozen in its dtype; the layer computes with base + difference, formed in fp32, exactly as the
+host does when the saved file is applied to a model. A difference is one tensor, or the product of two low-rank factors,
 of a whole weight or of a slice of one in which the host has fused several layers.
 """
 
@@ -27,20 +27,23 @@ from .widened import SCALE, widened
 
 
 class AddBase(nn.Module):
-    """Parametrization: base + difference in fp32."""
+    """Parametrization base + difference in fp32."""
 
     base: Tensor
     scale: Tensor | None
 
     def __init__(self, base: Tensor, scale: Tensor | None = None, part: Slice | None = None) -> None:
-        """scale: what the stored base is multiplied by, None = by nothing; part: the slice that trains, None = all."""
+        """scale: factor of the stored base, None: no factor; part: the slice that trains, None: the whole weight."""
         super().__init__()
         self.register_buffer("base", base, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
         self.part = part
 
     def forward(self, difference: Tensor) -> Tensor:
-        """difference: as the part that trains, fp32. Returns the layer's weight in fp32 on the difference's device."""
+        """difference: in the shape of the trained part, fp32.
+
+        Returns the layer's weight in fp32 on the difference's device.
+        """
         base = widened(self.base, self.scale, difference.device, torch.float32)
         if self.part is None:
             return base + difference
@@ -49,7 +52,7 @@ class AddBase(nn.Module):
 
 
 class AddProduct(AddBase):
-    """Parametrization: base + up @ down in fp32."""
+    """Parametrization base + up @ down in fp32."""
 
     def __init__(
         self, base: Tensor, up: Tensor, down: Tensor, scale: Tensor | None = None, part: Slice | None = None
@@ -62,22 +65,22 @@ class AddProduct(AddBase):
         return super().forward(up @ down)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The factors at the start; torch asks for them once, to have something to train."""
+        """Initial factors; torch calls this once, to register the parameters."""
         return self.start
 
 
 @dataclass(frozen=True)
 class Differences:
-    """The differences that train, by host name; of a low-rank one `NAME.up` and `NAME.down`."""
+    """Trained differences by host name; those of low rank have `NAME.up` and `NAME.down`."""
 
     parameters: dict[str, nn.Parameter]
     shapes: Mapping[str, torch.Size] = field(default_factory=dict)
     """Shapes of the whole weights."""
     slices: Mapping[str, Slice] = field(default_factory=dict)
-    """Slices that train, by the names of their weights; other weights train whole."""
+    """Slices that are trained, by the names of their weights; other weights are trained whole."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, without gradients."""
+        """Tensors by name, without gradients."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
     def by_weight(self) -> dict[Key, Difference]:
@@ -117,12 +120,12 @@ def selected(
     subsets: Mapping[str, str] = UNET_SUBSETS,
     sides: Mapping[str, str] = UNET_SIDES,
 ) -> list[str]:
-    """Host names of the base's tensors that train, sorted.
+    """Host names of the base's tensors to train, sorted.
 
     trainable: a key of `subsets`, over the host's names, or `re:EXPRESSION` (a `Pattern`), over the names that
-    `key_map` maps from; blocks: as `parse_blocks` reads it; sides: start of the host's names of each group of blocks.
-    Raises ConfigError where a choice other than `none` selects nothing, and for a subset or a group of blocks that the
-    base lacks.
+    `key_map` maps from; blocks: in the form of `parse_blocks`; sides: start of the host's names of each group of
+    blocks. Raises ConfigError where a choice other than `none` selects nothing, and for a subset or a group of blocks
+    that the base lacks.
     """
     names = {published: as_target(target).name for published, target in key_map.items()}
     if trainable.startswith("re:"):
@@ -146,7 +149,7 @@ def selected(
 
 
 def _inside(name: str, wanted: Mapping[str, range | None]) -> bool:
-    """wanted: start of the host's names -> numbers of blocks, None for all."""
+    """True: the name is in one of the wanted blocks. wanted: start of host names -> numbers of blocks, None for all."""
     for start, numbers in wanted.items():
         if name.startswith(start):
             return numbers is None or int(name.split(".")[1]) in numbers
@@ -161,10 +164,11 @@ def train_differences(
     seed: int = 0,
     slices: Mapping[str, Slice] | None = None,
 ) -> Differences:
-    """Make the tensors of these names base + difference; the difference, zero at the start, trains on `device`.
+    """Replace the tensors of these names by base + difference; the difference, initially zero, trains on `device`.
 
-    rank: of the differences of matrices, 0 for whole ones; a matrix that is no wider than the rank, and what is no
-    matrix, has a whole one. seed: of the factors that do not start at zero. slices: of weights of which a part trains.
+    rank: of the differences of matrices, 0 for full ones; a matrix that is not wider than the rank, and tensors other
+    than matrices, get a full one. seed: of the factors that do not start at zero. slices: parts to train of fused
+    weights.
     """
     parameters: dict[str, nn.Parameter] = {}
     shapes, slices = {}, slices or {}
@@ -187,7 +191,7 @@ def train_differences(
 
 
 def _factors(shape: torch.Size, rank: int, device: torch.device, seed: int, name: str) -> tuple[Tensor, Tensor]:
-    """(up of zeros, down uniform within 1 / sqrt(in)), so that their product is zero and has a gradient.
+    """Factors (up of zeros, down uniform within 1 / sqrt(in)), so that their product is zero and has a gradient.
 
     Source: Hu et al. 2021 (LoRA), and its released code.
     """
@@ -196,7 +200,7 @@ def _factors(shape: torch.Size, rank: int, device: torch.device, seed: int, name
 
 
 def _train_product(module: nn.Module, leaf: str, added: AddProduct) -> tuple[nn.Parameter, nn.Parameter]:
-    """The two parameters; `unsafe`, since the weight that they make is in fp32 whatever the base's is in."""
+    """Register the two parameters; `unsafe`, since their weight is in fp32 whatever the dtype of the base."""
     parametrize.register_parametrization(module, leaf, added, unsafe=True)
     made: Any = module.parametrizations[leaf]  # type: ignore[index]
     return made.original0.requires_grad_(True), made.original1.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""A training run in memory: made, opened, resumed and saved here; its steps are in `train`."""
+"""Training run in memory: made, opened, resumed and saved here; its steps are in `train`."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ RULES = {"small_buckets": JOINED, "weight_decay": optimizers.DECAYED}
 
 @dataclass
 class TrainingRun:
-    """The parts of a run that its steps need, made once and saved and resumed together."""
+    """State of a run that its steps need, made once and saved and resumed together."""
 
     config: TrainConfig
     controlled: Controlled
     model: nn.Module
-    """The Controlled, wrapped where several processes train."""
+    """Module to call: the Controlled, wrapped where several processes train."""
     parameters: dict[str, nn.Parameter]
-    """Everything that trains, by its name in saved states."""
+    """Trained parameters, by their names in saved states."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: Ema | None
@@ -50,10 +50,10 @@ class TrainingRun:
     order: Order
     samples: Prefetcher
     indices: list[int]
-    """Indices of the dataset that train; `order` counts in these."""
+    """Indices of the dataset's training samples; `order` counts in these."""
     group: ProcessGroup
     losses: list[float] = field(default_factory=list)
-    """Loss of every step so far."""
+    """Losses of all steps so far."""
     norms: list[float] = field(default_factory=list)
     """Norms of the gradients of the steps of this process."""
     data: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -61,7 +61,8 @@ class TrainingRun:
     rules: Mapping[str, Any] = field(default_factory=lambda: RULES)
     """Rules of the state's version, see `rules_of`."""
     complete: bool = True
-    """False while a step changes the weights, and after one that spoilt them: such weights are not saved."""
+    """False while a step changes the weights, and after one that made them invalid: such weights are not saved. True
+    otherwise."""
 
     @property
     def step(self) -> int:
@@ -79,20 +80,22 @@ class TrainingRun:
         ]
 
     def requests(self, step: int) -> SampleRequests:
-        """This process's samples of a step; () after the last step."""
+        """Requests for this process's samples of a step; () after the last step."""
         if step >= self.config.steps:
             return ()
         batch = self.order.batch(step)
         return tuple((self.indices[batch[position % len(batch)]], position) for position in self.positions(step))
 
     def coming(self, step: int) -> list[SampleRequests]:
-        """This process's samples of the steps after this one that are to be read ahead."""
+        """Requests for this process's samples of the coming steps to prefetch."""
         after = range(step + 1, step + 1 + self.samples.steps_ahead(self.config.effective_batch))
         return [requests for later in after if (requests := self.requests(later))]
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the parameters hold the weights to validate and to save: their moving average, where there is one."""
+        """Context in which the parameters hold the weights to validate and to save: their moving average, if there is
+        one.
+        """
         with optimizers.weights_to_read(self.optimizer):
             if self.ema is None:
                 yield
@@ -111,8 +114,7 @@ def make_run(
     observer: Observer,
     rules: Mapping[str, Any] = RULES,
 ) -> TrainingRun:
-    """A run before its first step. usable: indices of the store's dataset that train;
-    rules: see `rules_of`."""
+    """Make a run before its first step. usable: indices of the store's training samples; rules: see `rules_of`."""
     dtype = compute_dtype(config.precision, device)
     decay_all = rules["weight_decay"] != optimizers.DECAYED
     controlled = Controlled(base.model, config, dtype, device)
@@ -143,7 +145,7 @@ def make_run(
 def _make_optimizer(
     config: TrainConfig, parameters: list[tuple[list[nn.Parameter], float]], group: ProcessGroup, decay_all: bool
 ) -> torch.optim.Optimizer:
-    """parameters: what trains at each learning rate."""
+    """Optimizer of the run. parameters: (parameters, learning rate) of each group."""
     optimizer = optimizers.build(
         config.optimizer,
         [
@@ -165,7 +167,7 @@ def _make_optimizer(
 def open_run(
     files: RunFiles, config: TrainConfig, base: BaseWithEncoders, group: ProcessGroup, observer: Observer
 ) -> state.State | None:
-    """The saved state to resume, or None for a new run, whose folder then exists and is empty.
+    """Saved state to resume, or None for a new run, whose folder then exists and is empty.
 
     Raises ConfigError where the state is of another run, or is not the same for all processes.
     """
@@ -210,22 +212,22 @@ def _check_same_run(found: state.State, config: TrainConfig, base: BaseWithEncod
 
 
 def rules_of(found: state.State | None) -> dict[str, Any]:
-    """The rules that a run follows to its end: today's for a new one, those of its state for one that goes on."""
+    """Rules that a run follows to its end: the current ones for a new run, those of its state for a resumed one."""
     return dict(RULES) if found is None else {key: found.facts.get(key) for key in RULES}
 
 
 def saved_data(found: state.State | None) -> SavedData | None:
-    """Samples that a saved state trained on; None for a new run."""
+    """Samples of a saved state; None for a new run."""
     return None if found is None else SavedData(found.tensors("data"), str(found.facts.get("data", "")))
 
 
 def _config_of(found: state.State) -> dict[str, Any]:
-    """The configuration of a saved state; settings that came later have the defaults, with which it was run."""
+    """Configuration of a saved state; settings that were added later have their defaults, with which it was run."""
     return json.loads(TrainConfig().to_json()) | found.facts["config"]
 
 
 def resume(run: TrainingRun, found: state.State, observer: Observer) -> None:
-    """Continue from a saved state, and say which settings have changed since."""
+    """Continue from a saved state, and report the settings that have changed since."""
     weights = found.tensors("weights")
     with torch.no_grad():
         for name, parameter in run.parameters.items():
@@ -253,14 +255,14 @@ CONFIGURED = ("initial_lr", "betas", "eps", "weight_decay", "fused")
 
 
 def _load_optimizer(run: TrainingRun, saved: dict[str, Any]) -> None:
-    """Continue with the optimizer's saved moments at the configured rates."""
+    """Restore the optimizer's saved moments, with the configured learning rates."""
     now = [{key: group[key] for key in CONFIGURED if key in group} for group in run.optimizer.param_groups]
     groups = [group | values for group, values in zip(saved["param_groups"], now, strict=True)]
     run.optimizer.load_state_dict(saved | {"param_groups": groups})
 
 
 def save(run: TrainingRun, files: RunFiles) -> Path:
-    """The state so far, written by the main process; returns its folder."""
+    """Save the state; the main process writes it. Returns its folder."""
     folder = files.folder
     whole = run.group.whole_state(run.optimizer)
     if run.group.is_main:

@@ -1,4 +1,4 @@
-"""Ctrl-C at a moment when a run is neither before a step nor after it."""
+"""Protection of a step against Ctrl-C while a run is neither before the step nor after it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Inside, a Ctrl-C waits for the end, where it takes its effect; other threads are never sent one."""
+    """Context that delays a Ctrl-C to its end; only the main thread ever gets one."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler):  # ignored, or not Python's to handle
+    if not callable(handler):  # ignored, or not handled by Python
         yield
         return
     came: list[tuple[int, object]] = []

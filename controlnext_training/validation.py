@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 STRENGTHS = ("without control", "with control (strength 1)")
 
 VALIDATING = "validating"
-"""First word of what a validation tells of its progress."""
+"""First word of a validation's progress texts."""
 
 SHOWN = 4
-"""Rows of the grid that are shown while a run goes on; the file has all."""
+"""Number of rows of the grid that are shown during a run; the file has all."""
 
 TONES, EDGES = "tone correlation", "edge F1"
 METRIC_NAMES = {"mask": "mask overlap", "blur": TONES, "gray": TONES, "depth": TONES, "low_resolution": TONES}
@@ -48,19 +48,19 @@ class Validation:
     loss: float
     """Mean loss at strength 1, over fixed samples, noise and noise levels."""
     loss_without: float
-    """Loss at strength 0, over the same samples, noise and noise levels."""
+    """Mean loss at strength 0, over the same samples, noise and noise levels."""
     effect: float
-    """|loss - loss_without| / loss_without."""
+    """Relative difference |loss - loss_without| / loss_without."""
     fidelity: float | None
     """Mean of the metric of the hint's kind over the pictures at strength 1; None without pictures."""
     fidelity_without: float | None
     grid: Image | None
     distance: float | None = None
     """Mean over the pictures at strength 1 of the root mean square difference between their latents and the original's,
-    by the base's own autoencoder; None without pictures."""
+    from the base's autoencoder; None without pictures."""
     distance_without: float | None = None
     short: Image | None = None
-    """The grid's first SHOWN rows, where it has more."""
+    """First SHOWN rows of the grid, where it has more; else None."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Pictures:
 
 
 class Validator:
-    """Validates a run on fixed samples."""
+    """Validator of a run on fixed samples."""
 
     def __init__(
         self,
@@ -90,9 +90,9 @@ class Validator:
         """Number of pictures to make; halved after a lack of memory."""
 
     def run(self, controlled: Controlled, tell: Callable[[str], None] = lambda text: None) -> Validation:
-        """Measure and draw with the current weights; training state and random numbers are not touched.
+        """Measure losses and draw pictures with the current weights; training state and random numbers do not change.
 
-        tell: is told what comes next.
+        tell: called with a text about each coming part.
         """
         tell("loss with and without the control")
         samples = self._readable()
@@ -112,7 +112,7 @@ class Validator:
         )
 
     def _readable(self) -> list[Encoded]:
-        """The samples; one that cannot be read any more is left out from now on. Raises DatasetError for the last."""
+        """Samples that can still be read; others are left out from now on. Raises DatasetError if none is left."""
         found: dict[int, Encoded] = {}
         for index in self.indices:
             try:
@@ -136,7 +136,7 @@ class Validator:
     def _pictures_that_fit(
         self, controlled: Controlled, samples: Sequence[Encoded], tell: Callable[[str], None]
     ) -> Pictures | None:
-        """As many pictures as memory allows; None where there is room for none."""
+        """Draw as many pictures as memory allows; None where not even one fits."""
         while self.pictures:
             try:
                 return self._pictures(controlled, samples[: self.pictures], tell)
@@ -173,11 +173,13 @@ class Validator:
         )
 
     def _drawn(self, name: str, picture: Tensor, followed: float, away: float) -> Cell:
-        """A picture of the model, with its figures by name."""
+        """Cell of a picture of the model, with its figures by name."""
         return Cell(picture, name, f"{METRIC_NAMES.get(self.config.hint, EDGES)} {followed:.2f}, distance {away:.2f}")
 
     def _pictures_of(self, controlled: Controlled, sample: Encoded, number: int, strength: float) -> Tensor:
-        """(n, H, W, 3) in [0, 1]: a picture, all frames of a clip in one latent, of another clip the middle one."""
+        """Pictures (n, H, W, 3) in [0, 1]: one, or all frames of a clip in one latent, or the middle one of another
+        clip.
+        """
         noise = torch.randn(
             sample.latent.shape, generator=generator(self.config.seed, "validation picture", number)
         ).to(controlled.device)
@@ -195,12 +197,12 @@ class Validator:
 
 
 def _middle(rows: Tensor) -> Tensor:
-    """The middle one of some rows, with its dimension."""
+    """Middle row of a tensor, with its first dimension."""
     return rows[len(rows) // 2 : len(rows) // 2 + 1]
 
 
 def _shown(latents: Tensor) -> Tensor:
-    """The part of a sample's latents that is decoded: a clip in one latent whole, of others the middle frame."""
+    """Latents of a sample that are decoded: all of a clip in one latent, else the middle frame."""
     return latents if latents.ndim == 5 else _middle(latents)
 
 
@@ -210,7 +212,7 @@ def _given(hint: Tensor, target: Tensor, caption: str) -> tuple[Cell, Cell]:
 
 
 def _means(pairs: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Over the pictures, at strength 0 and at strength 1."""
+    """Means over the pictures, at strength 0 and at strength 1."""
     without, at_full = torch.tensor(pairs).mean(dim=0).tolist()
     return without, at_full
 

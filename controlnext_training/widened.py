@@ -1,4 +1,4 @@
-"""Frozen weights that are stored in fewer bits than the run computes in, and what turns them into numbers."""
+"""Widening of frozen weights that are stored in fewer bits than the run computes in."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 SCALE = "stored_scale"
-"""Name of the buffer of a layer whose stored weight is to be multiplied."""
+"""Name of a layer's buffer with the factor of its stored weight."""
 
 
 def widened(weight: Tensor, scale: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The numbers of a stored weight, on `device` in `dtype`.
+    """Values of a stored weight, on `device` in `dtype`.
 
-    scale: a number, or one for each row, (rows, 1); multiplied in fp32, as the host's own formats are. None: the weight
-    stands for itself.
+    scale: a number, or one per row of the weight, (rows, 1); multiplied in fp32, as in the host's formats. None: no
+    factor.
     """
     if scale is None:
         return weight.to(device, dtype)

@@ -166,7 +166,7 @@ def _items(
     sizes: Sequence[tuple[int, int]],
     broken: list[Broken],
 ) -> Iterator[Item]:
-    """The samples of one source; what gives none goes to `broken`."""
+    """Samples of one source; entries without any go to `broken`."""
     for clip in clips(part, facts, reading.clip_frames > 1, reading.hint == PAIRED, broken):
         where = fit(clip.images.size, choose(clip.images.size, sizes))
         starts = windows(clip.count, reading.clip_frames, reading.clip_stride)
@@ -178,7 +178,7 @@ def _items(
 
 
 def _trimmed(entry: Entry, reading: Reading) -> Entry:
-    """Without the files that will not be read."""
+    """Entry without the files that will not be read."""
     masked = reading.mask != "none" or reading.hint == "mask"
     return replace(entry, hint=entry.hint if reading.hint == PAIRED else None, mask=entry.mask if masked else None)
 

@@ -1,7 +1,7 @@
-"""Low-resolution hints for super-resolution: blur, resize, noise and JPEG, at strengths drawn for each picture.
+"""Low-resolution hints for super-resolution: blur, resize, noise and JPEG, with random strengths for each picture.
 
 The order and the kinds are the first-order model of Wang et al. 2021 (Real-ESRGAN), section 3.1: y = JPEG(shrink(x * k)
-+ n). The ranges are ours. Everything is a function of the picture's own numbers, so that a picture has one hint in
++ n). The ranges are this project's. Everything is a function of the picture's values, so that a picture has one hint in
 every run, on every process and in the cache; JPEG's last bit depends on the version of its library.
 """
 
@@ -44,7 +44,7 @@ class Degradation:
 
 
 def degradation_of(picture: np.ndarray) -> Degradation:
-    """Strengths of an (H, W, C) picture, uniform in their ranges: a function of its numbers alone."""
+    """Degradation strengths of an (H, W, C) picture, uniform in their ranges: a function of its values only."""
     content = hashlib.blake2b(as_bytes(as_rgb(picture)).tobytes(), digest_size=8).digest()
     random = np.random.default_rng(int.from_bytes(content, "little"))
     factor = float(random.uniform(*FACTOR))
@@ -58,7 +58,7 @@ def degradation_of(picture: np.ndarray) -> Degradation:
 
 
 def low_resolution(picture: np.ndarray, version: int = VERSION) -> np.ndarray:
-    """(H, W), or (H, W, 1, 3 or 4) floats in 0..1 -> (H, W, 3) float32: degraded, and enlarged to its size again.
+    """Degrade a picture (H, W), or (H, W, 1, 3 or 4), of floats in 0..1; returns (H, W, 3) float32 at the same size.
 
     version: of the pipeline; there is one. Raises ValueError for other pictures.
     """
@@ -66,7 +66,9 @@ def low_resolution(picture: np.ndarray, version: int = VERSION) -> np.ndarray:
 
 
 def degraded(picture: np.ndarray, how: Degradation) -> np.ndarray:
-    """As `low_resolution`, at given strengths; enlarged by cubic interpolation, pixel centres on pixel centres."""
+    """Degrade as `low_resolution`, at given strengths; enlarged by cubic interpolation, pixel
+    centres on pixel centres.
+    """
     cv2 = require_opencv()
 
     rgb = as_rgb(picture)
@@ -87,7 +89,7 @@ def blurred(rgb: np.ndarray, deviation: float) -> np.ndarray:
 
 
 def compressed(rgb: np.ndarray, quality: int) -> np.ndarray:
-    """(H, W, 3) floats after JPEG compression of this quality, with chroma at half the resolution."""
+    """Picture (H, W, 3) in floats after JPEG compression of this quality, with chroma at half the resolution."""
     from PIL import Image
 
     file = io.BytesIO()

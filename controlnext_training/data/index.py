@@ -1,8 +1,8 @@
-"""Index of files: content, size and readability of each, remembered from run to run.
+"""Index of files: content, size and readability of each, cached from run to run.
 
-Every file is read before a run, and a picture's size taken from its header; damage inside of a picture shows where it
-is encoded, which is before the first step too. What was read is written to an index; a file with the same place, length
-and time of change is not read again.
+Every file is read before a run, and a picture's size is read from its header; damage inside a picture is found when it
+is encoded, which is before the first step too. The facts are written to an index; a file with the same path, length and
+modification time is not read again.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ logger = encodable.logger(__name__)
 VERSION = 1
 THREADS = 8
 AT_ONCE = 1024
-"""Files between two reports of progress at most."""
+"""Largest number of files between two reports of progress."""
 
 Progress = Callable[[int, int], None]
-"""Progress callback: (files read, files in all). It may raise, which ends the search."""
+"""Progress callback: (files read, files in total). It may raise, which ends the search."""
 
 
 def examine(blob: Blob) -> Facts | str:
-    """Facts, or why the file cannot be used."""
+    """Facts about a file, or the reason why it cannot be used, as a text."""
     try:
         if blob.suffix in VIDEO_SUFFIXES:
             return Facts(_hash_of_file(blob), *examine_video(blob))
@@ -50,12 +50,12 @@ def examine(blob: Blob) -> Facts | str:
 
 
 def content_hash(content: bytes) -> str:
-    """Identity of a file's bytes: their BLAKE2b hash of 128 bits, in hex."""
+    """Hash of a file's bytes: BLAKE2b of 128 bits, in hex."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _hash_of_file(blob: Blob) -> str:
-    """`content_hash` of a file that need not fit into memory."""
+    """Hash `content_hash` of a file that need not fit into memory."""
     if blob.size >= 0:
         return content_hash(blob.read())
     digest = hashlib.blake2b(digest_size=16)
@@ -66,7 +66,7 @@ def _hash_of_file(blob: Blob) -> str:
 
 
 class Index:
-    """Results of `examine`, remembered in one JSON file; without a path in memory."""
+    """Results of `examine`, stored in one JSON file; without a path only in memory."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
@@ -78,9 +78,9 @@ class Index:
                 logger.warning("%s: cannot be read (%s); every file is read again", path, first_line(error))
 
     def facts(self, blobs: Sequence[Blob], progress: Progress | None = None) -> dict[Blob, Facts | str]:
-        """Facts or a reason for each file; files that are not known are read, several at a time.
+        """Facts or a reason for each file; unknown files are read, several at a time.
 
-        What was read is remembered also where `progress` raises.
+        Facts are stored also where `progress` raises.
         """
         places = _places(blobs)
         found: dict[Blob, Facts | str] = {b: self._known[places[b]] for b in blobs if places[b] in self._known}
@@ -90,7 +90,7 @@ class Index:
             with contextlib.closing(_examined(unread)) as examined:
                 for blob, facts in examined:
                     found[blob] = facts
-                    if isinstance(facts, Facts):  # what is broken may be mended, or be on a drive that comes back
+                    if isinstance(facts, Facts):  # a broken file may be repaired, or be on a drive that returns
                         self._known[places[blob]] = facts
                     done += 1
                     if progress is not None:
@@ -101,7 +101,7 @@ class Index:
         return found
 
     def _save(self) -> None:
-        """Replace the file; that it cannot be written costs time, not the run."""
+        """Replace the file; a failure costs time, not the run."""
         if self.path is None:
             return
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
@@ -118,7 +118,7 @@ class Index:
 
 
 def _examined(blobs: Sequence[Blob]) -> Generator[tuple[Blob, Facts | str], None, None]:
-    """Each file with what `examine` finds, in order; several are read at a time."""
+    """Each file with its result of `examine`, in order; several are read at a time."""
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         for start in range(0, len(blobs), AT_ONCE):
             part = blobs[start : start + AT_ONCE]
@@ -132,7 +132,7 @@ def _parsed(content: Any) -> dict[str, Facts]:
 
 
 def _places(blobs: Sequence[Blob]) -> dict[Blob, str]:
-    """Identity of each file's bytes as far as the file system knows it: path, length, time of change."""
+    """Identity of each file according to the file system: path, length, modification time."""
 
     @functools.cache
     def state(path: Path) -> str:

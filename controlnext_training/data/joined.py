@@ -1,4 +1,4 @@
-"""Small buckets joined with their neighbours, so that no batch consists of repetitions of a few pictures."""
+"""Joining of small buckets with their neighbours, so that no batch consists of repetitions of a few pictures."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .dataset import FileDataset
 from .samples import ControlDataset
 
 JOINED = "joined"
-"""Value of a saved state whose run joined small buckets; states of earlier versions did not."""
+"""Value in saved states of runs that join small buckets; states of earlier versions lack it."""
 
 Size = tuple[int, int]
 
 
 def join_small_buckets(data: ControlDataset, batch: int, say: Callable[[str], None]) -> ControlDataset:
-    """The dataset with every bucket of fewer samples than a batch joined to the one of nearest aspect.
+    """Dataset in which every bucket of fewer samples than a batch is joined to the one of nearest aspect ratio.
 
-    batch: samples of one step over all processes. say: is told of every bucket that was joined, and where the whole
-    set is smaller than a batch. Data that are not of files stay as they are.
+    batch: samples of one step over all processes. say: called with a line for every joined bucket, and where the whole
+    set is smaller than a batch. Data that are not files stay unchanged.
     """
     if len(data) < batch:
         say(f"batch: a step takes {batch} samples and there are {len(data)}, so some come several times in one step.")
@@ -43,7 +43,7 @@ def join_small_buckets(data: ControlDataset, batch: int, say: Callable[[str], No
 
 
 def _targets(counts: Counter[Size], batch: int) -> dict[Size, Size]:
-    """Bucket -> the bucket that its samples go to, smallest buckets first."""
+    """Bucket -> bucket to which its samples are moved, smallest buckets first."""
     targets: dict[Size, Size] = {}
     left = dict(counts)
     while len(left) > 1 and min(left.values()) < batch:

@@ -12,15 +12,16 @@ from .samples import DatasetError
 
 
 class Order:
-    """Batches of one bucket each. Every epoch has its own shuffle and holds every item once per repeat.
+    """Order of batches, each from one bucket. Every epoch has its own shuffle with every item once per repeat.
 
-    A bucket whose items do not fill its last batch completes it from the start of its own order in that epoch, so
-    such items come once more.
+    The last batch of a bucket is completed from the start of the bucket's order in that epoch, so such items occur once
+    more.
     """
 
     def __init__(self, sizes: Sequence[tuple[int, int]], batch: int, seed: int, repeats: Sequence[int] = ()) -> None:
-        """sizes: the bucket of every item; batch: items of one step over all processes; repeats: of every item, ()
-        for one of each. Raises DatasetError."""
+        """sizes: the bucket of every item; batch: items of one step over all processes; repeats: of every item, () for
+        one each. Raises DatasetError.
+        """
         if not sizes:
             raise DatasetError("The dataset has no items. Add pictures.")
         if batch < 1:
@@ -34,14 +35,14 @@ class Order:
         self.steps_per_epoch = sum(-(-len(items) // batch) for _, items in self._buckets)
 
     def batch(self, step: int) -> tuple[int, ...]:
-        """The items of a step, counted from 0 over the whole run."""
+        """Items of a step; steps are counted from 0 over the whole run."""
         epoch, row = divmod(step, self.steps_per_epoch)
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = epoch, self._shuffled(epoch)
         return tuple(self._epoch[1][row].tolist())
 
     def _shuffled(self, epoch: int) -> Tensor:
-        """(steps of an epoch, batch) indices."""
+        """Indices (steps of an epoch, batch) in the order of an epoch."""
         batches = []
         for (height, width), items in self._buckets:
             shuffled = items[self._permutation(f"order of {height}x{width}", epoch, len(items))]
@@ -54,5 +55,5 @@ class Order:
 
 
 def order(sizes: Sequence[tuple[int, int]], batch: int, seed: int, repeats: Sequence[int] = ()) -> Order:
-    """The order of a run, see Order."""
+    """Order of a run, see `Order`."""
     return Order(sizes, batch, seed, repeats)

@@ -1,4 +1,4 @@
-"""Bytes of a png, jpg, webp or bmp -> floats, and their resizing.
+"""Decoding of png, jpg, webp and bmp files to floats, and resizing.
 
 # H W height and width; arrays are float32 in [0, 1]
 """
@@ -21,40 +21,41 @@ from .samples import first_line
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PIXELS = 89_478_485
-"""Most pixels of a picture; a small file can claim any size. Source: PIL's limit (a quarter GiB of RGB)."""
+"""Largest number of pixels of a picture; a small file can claim any size. Source: PIL's limit (a quarter GiB of
+RGB)."""
 ENDS = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}
-"""Bytes that end a picture; a JPEG's compressed data never hold its own."""
+"""Bytes that end a picture; they do not occur in a JPEG's compressed data."""
 LAST_BYTES = 1024
-"""Length of the file's end in which these are looked for; a thumbnail inside of a JPEG has an end of its own."""
+"""Length of the file's end that is searched for these bytes; a thumbnail inside a JPEG has an end marker as well."""
 ORIENTATION = 0x0112
 TURNED = (5, 6, 7, 8)
-"""EXIF tag of the orientation, and its values that swap height and width."""
+"""Values of the EXIF orientation tag that swap height and width."""
 PNG_TAGS = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
-"""Marks of a PNG's chunks that can hold an orientation; they may stand behind the pixels."""
+"""Marks of a PNG's chunks that can hold an orientation; they may follow the pixels."""
 WHITE, BLACK = 1.0, 0.0
 SIXTEEN_BITS = 65535.0
 
 
 class PictureError(ValueError):
-    """Bytes that are no picture. The message is the reason without the file's name."""
+    """Error for bytes that are not a picture. The message is the reason without the file's name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One decoded picture, turned as its EXIF orientation says."""
+    """Decoded picture, rotated by its EXIF orientation."""
 
     rgb: np.ndarray
-    """(H, W, 3)"""
+    """Colours (H, W, 3)."""
     alpha: np.ndarray | None = None
-    """(H, W); None where everything is opaque."""
+    """Alpha (H, W); None where everything is opaque."""
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W)"""
+        """Size (H, W)."""
         return self.rgb.shape[0], self.rgb.shape[1]
 
     def over(self, background: float) -> np.ndarray:
-        """(H, W, 3), composited over a uniform gray of the value `background`."""
+        """Composite over a uniform gray of the value `background`: (H, W, 3)."""
         if self.alpha is None:
             return self.rgb
         alpha = self.alpha[..., None]
@@ -62,7 +63,7 @@ class Picture:
 
 
 def decode(content: bytes) -> Picture:
-    """Read a picture. Gray of 16 bits keeps its depth; palettes, CMYK and one channel become RGB.
+    """Decode a picture. Gray of 16 bits keeps its depth; palettes, CMYK and one channel become RGB.
 
     Raises PictureError.
     """
@@ -71,10 +72,10 @@ def decode(content: bytes) -> Picture:
 
 
 def size_of(content: bytes) -> tuple[int, int]:
-    """(H, W) of a picture by its header. Raises PictureError.
+    """Size (H, W) of a picture from its header. Raises PictureError.
 
-    A file without its format's last bytes is decoded, so that one that is cut off shows. Damage inside of a picture
-    shows where it is decoded.
+    A file without its format's last bytes is decoded, so that truncation is found. Damage inside a picture is found
+    when it is decoded.
     """
     with _header(content) as image:
         if not _has_its_end(content, image.format):
@@ -84,14 +85,17 @@ def size_of(content: bytes) -> tuple[int, int]:
 
 
 def _is_turned(image: Any, content: bytes) -> bool:
-    """True: shown with height and width swapped. Of a PNG without such a tag nothing is decoded to look for one."""
+    """True: shown with height and width swapped.
+
+    False: not. A PNG without an orientation tag is not decoded for this.
+    """
     if image.format == "PNG" and not any(mark in content for mark in PNG_TAGS):
         return False
     return image.getexif().get(ORIENTATION, 1) in TURNED
 
 
 def _has_its_end(content: bytes, kind: str) -> bool:
-    """True: the file ends as its format says. False: it is cut off, or other data follow the picture."""
+    """True: the file ends as its format requires. False: it is truncated, or other data follow the picture."""
     if kind == "WEBP":
         return len(content) >= int.from_bytes(content[4:8], "little") + 8
     if kind == "BMP":
@@ -100,14 +104,14 @@ def _has_its_end(content: bytes, kind: str) -> bool:
 
 
 class Budget:
-    """Limit on the pixels that are decoded at the same time; a picture above the limit is decoded alone."""
+    """Limit on the number of pixels decoded at the same time; a picture above the limit is decoded by itself."""
 
     def __init__(self, pixels: int) -> None:
         self.pixels, self._used, self._changed = pixels, 0, threading.Condition()
 
     @contextmanager
     def taking(self, pixels: int) -> Iterator[None]:
-        """Context that holds `pixels` of the budget; entering waits until they are free."""
+        """Context that reserves `pixels` of the budget; entering waits until they are free."""
         with self._changed:
             self._changed.wait_for(lambda: not self._used or self._used + pixels <= self.pixels)
             self._used += pixels
@@ -120,12 +124,12 @@ class Budget:
 
 
 DECODED = Budget(MAX_PIXELS)
-"""Pixels that all threads decode at one time: 0.25 GiB of bytes, four times that as floats."""
+"""Budget of pixels that all threads decode at one time: 0.25 GiB of bytes, four times that as floats."""
 
 
 @contextmanager
 def _opened(content: bytes) -> Iterator[Any]:
-    """The decoded picture, turned as its EXIF orientation says; whatever goes wrong inside is a PictureError."""
+    """Context with the decoded picture, rotated by its EXIF orientation; errors inside become PictureError."""
     from PIL import ImageOps
 
     with _header(content) as image, DECODED.taking(image.width * image.height):
@@ -134,7 +138,7 @@ def _opened(content: bytes) -> Iterator[Any]:
 
 @contextmanager
 def _header(content: bytes) -> Iterator[Any]:
-    """The picture, of which the header is read; whatever goes wrong inside is a PictureError."""
+    """Context with the picture after reading its header; errors inside become PictureError."""
     from PIL import Image
 
     if not content:
@@ -160,7 +164,7 @@ def _header(content: bytes) -> Iterator[Any]:
 
 
 def _to_floats(image: Any) -> Picture:
-    """PIL image -> Picture."""
+    """Picture from a PIL image."""
     if image.mode.startswith("I"):  # I;16, I;16B, and I, which older PIL makes of them
         gray = np.asarray(image).astype(np.float32).clip(0, SIXTEEN_BITS) / np.float32(SIXTEEN_BITS)
         return Picture(np.repeat(gray[..., None], 3, axis=2))
@@ -173,17 +177,17 @@ def _to_floats(image: Any) -> Picture:
 
 
 def luminance(picture: Picture) -> np.ndarray:
-    """(H, W): a mask's values; what is transparent is black."""
+    """Luminance (H, W), the values of a mask; transparent pixels are black."""
     from ...controlnext_core.hints.picture import luminance as weigh
 
     return weigh(picture.over(BLACK)).astype(np.float32)
 
 
 def resize(values: np.ndarray, size: tuple[int, int], smooth: bool) -> np.ndarray:
-    """(H, W) or (H, W, C) -> the same at `size`, both axes by the same rule, pixel centres on pixel centres.
+    """Resize (H, W) or (H, W, C) to `size`, both axes by the same rule, pixel centres on pixel centres.
 
-    Shrinking takes the mean over the area of each new pixel. Enlarging is cubic if `smooth` (pictures), else the
-    nearest pixel (hints and masks: thin lines stay lines, and no values arise between two labels).
+    Shrinking takes the mean over the area of each new pixel. Enlarging is cubic with smooth=True (pictures); with False
+    it takes the nearest pixel (hints and masks: thin lines stay lines, and no values arise between two labels).
     """
     cv2 = require_opencv()
 
@@ -198,7 +202,9 @@ def resize(values: np.ndarray, size: tuple[int, int], smooth: bool) -> np.ndarra
 
 
 def cut(values: np.ndarray, fit: Fit, smooth: bool) -> np.ndarray:
-    """Resize, crop and mirror as `fit` says; a hint or mask of another size is stretched over its picture by that."""
+    """Resize, crop and mirror according to `fit`; a hint or mask of another size is thereby
+    stretched over its picture.
+    """
     resized = resize(values, fit.resized, smooth)
     (top, left), (height, width) = fit.crop, fit.size
     part = resized[top : top + height, left : left + width]

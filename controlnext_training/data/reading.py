@@ -1,4 +1,4 @@
-"""Reading of one sample from its files: decoded, cut, its hint computed where it has none of its own."""
+"""Reading of one sample from its files: decoded, cropped, its hint computed where it has no hint file."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .video_frames import REFERENCES, chosen_frames, region
 MASKS = ("auto", "alpha", "none")
 """Sources of loss regions. auto: mask files; alpha: mask files, else the pictures' alpha; none: no regions."""
 CUT_VERSION = 1
-"""Part of every key: raise it when the same file comes to give other values."""
+"""Version of the pixels, a part of every key: raise it when the same file gives other values."""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One sample before it is read."""
+    """Sample before it is read."""
 
     clip: Clip
     start: int
@@ -36,7 +36,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Rules by which samples are made of files."""
+    """Rules for making samples from files."""
 
     hint: str = PAIRED
     mask: str = "auto"
@@ -45,7 +45,7 @@ class Reading:
     reference: str = "random"
 
     def variant(self, item: Item, number: int) -> Item:
-        """Item with the crop of that number; 0: the crop that the item has by itself."""
+        """Item with the crop of that number; 0: the item's first crop."""
         if not number:
             return item
         return replace(item, fit=variant_of(item.fit, item.clip.images.content(0), number, item.share.flip))
@@ -58,29 +58,29 @@ class Reading:
             raise DatasetError("clip_frames, clip_stride: must be 1 or more.")
 
     def hint_identity(self) -> str:
-        """The kind and, where it is computed, what it is computed with."""
+        """Kind of hint with, where it is computed, the parameters of the function."""
         return f"{self.hint}{inspect.signature(COMPUTED[self.hint])}" if self.hint in COMPUTED else self.hint
 
     def chosen(self, item: Item, seed: int, position: int, reference: str = "") -> tuple[int, ...]:
-        """Numbers of the frames of an item at a position of the run. reference: in place of the rule's own."""
+        """Frame numbers of an item at a position of the run. reference: replaces the setting of that name."""
         first = reference or self.reference
         return chosen_frames(item.start, item.clip.count, self.clip_frames, self.clip_stride, first, seed, position)
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A sample to read: calling it does so. It is small and can be sent to another process."""
+    """Request to read a sample, made by calling it. It is small and can be sent to another process."""
 
     item: Item
     reading: Reading
     numbers: tuple[int, ...]
-    """Frames of its clip."""
+    """Frames of the item's clip."""
     keys: tuple[str, ...]
     whole: bool = True
-    """False: the hint and the mask alone, and pictures only where these come from them."""
+    """True: everything. False: only the hint and the mask, and pictures only where these are made from them."""
 
     def __call__(self) -> Sample:
-        """Raises BrokenSample."""
+        """Read the sample. Raises BrokenSample."""
         item, numbers = self.item, self.numbers
         clip, where = item.clip, item.fit
         pictures = _read(clip.images, numbers, where.original) if self._opens_pictures() else []
@@ -104,7 +104,7 @@ class Request:
         return self.whole or clip.hints is None or (clip.masks is None and self.reading.mask == "alpha")
 
     def _masks(self, pictures: Sequence[Picture]) -> list[np.ndarray | None]:
-        """(H, W) per frame, or None for all: from mask files, else from alpha if the loss is to use it."""
+        """Mask (H, W) per frame, or None for all: from mask files, else from alpha if the setting uses it."""
         item, numbers = self.item, self.numbers
         if item.clip.masks is not None:
             read = item.clip.masks.read(numbers)
@@ -115,7 +115,7 @@ class Request:
         return [cut(opaque if p.alpha is None else p.alpha, item.fit, smooth=False) for p in pictures]
 
     def _computed(self, frame: np.ndarray, inside: np.ndarray | None) -> np.ndarray:
-        """The hint of one frame; a mask or alpha channel is the foreground where that is what the hint shows."""
+        """Hint of one frame; a mask or alpha channel is the foreground for hints that show one."""
         if self.reading.hint == "mask":
             return COMPUTED["mask"](frame, given=inside)
         return COMPUTED[self.reading.hint](frame)

@@ -1,4 +1,4 @@
-"""Report on a dataset in words, to look at before a run."""
+"""Report on a dataset as text, to read before a run."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from .dataset import FileDataset, Item
 from .samples import Broken, ControlDataset
 
 LISTED = 20
-"""Files of a kind that the text names; the report holds all of them."""
+"""Number of files of a kind that the text names; the report holds all of them."""
 ASPECT = 0.02
-"""Relative difference of aspects that rounding of sizes does not explain."""
+"""Relative difference of aspect ratios that rounding of sizes does not explain."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Counts and lists; `text` says them in words."""
+    """Counts and lists about a dataset; `text` formats them."""
 
     items: int
     buckets: dict[tuple[int, int], int]
-    """(H, W) -> items."""
+    """Size (H, W) of a bucket -> number of items."""
     originals: dict[tuple[int, int], int]
-    """(H, W) before resizing -> items; empty for images from the graph."""
+    """Size (H, W) before resizing -> number of items; empty for images from the graph."""
     enlarged: int
-    """Items smaller than their bucket."""
+    """Number of items smaller than their bucket."""
     without_caption: tuple[str, ...]
     with_mask: int
     duplicates: tuple[tuple[str, ...], ...]
     """Groups of files with the same bytes."""
     broken: tuple[Broken, ...]
     stretched: tuple[str, ...] = ()
-    """Pictures whose hint has another aspect."""
+    """Pictures whose hint has another aspect ratio."""
     coarse: tuple[str, ...] = ()
     """Pictures whose hint has less than half the pixels along a side of its bucket."""
     shared: tuple[tuple[str, ...], ...] = ()
-    """Groups of pictures that have one hint file, such as i.JPG and i.png."""
+    """Groups of pictures that share one hint file, such as i.JPG and i.png."""
 
     @property
     def text(self) -> str:
-        """For a log or a page: problems first, then the samples and their sizes."""
+        """Text for a log or a page: problems first, then the samples and their sizes."""
         lines = _listed("files are left out", [f"{path}: {why}" for path, why in self.broken])
         lines += _listed("have a hint of another aspect, which is stretched over the picture", self.stretched)
         lines += _listed("have a hint much smaller than what trains, which is enlarged", self.coarse)
@@ -60,7 +60,7 @@ class Report:
 
 
 def report(dataset: ControlDataset) -> Report:
-    """Take stock of a dataset; nothing is read again."""
+    """Report on an open dataset; no file is read again."""
     buckets = dict(sorted(Counter(dataset.sizes).items()))
     if not isinstance(dataset, FileDataset):
         without = tuple(f"sample {index}" for index, caption in enumerate(dataset.captions) if not caption)
@@ -89,7 +89,7 @@ def report(dataset: ControlDataset) -> Report:
 
 
 def _is_stretched(item: Item) -> bool:
-    """True: the hint's aspect differs by more than ASPECT from its picture's."""
+    """True: the hint's aspect ratio differs by more than ASPECT from its picture's. False: it does not."""
     if item.clip.hints is None:
         return False
     (height, width), (own_height, own_width) = item.fit.original, item.clip.hints.size
@@ -98,7 +98,7 @@ def _is_stretched(item: Item) -> bool:
 
 
 def _is_coarse(item: Item) -> bool:
-    """True: a side of the hint is enlarged more than twice."""
+    """True: a side of the hint is enlarged more than twice. False: none is."""
     hints = item.clip.hints
     return hints is not None and any(2 * own < side for own, side in zip(hints.size, item.fit.resized, strict=True))
 
@@ -108,7 +108,7 @@ def _area(size: tuple[int, int]) -> int:
 
 
 def _listed(what: str, names: Sequence[str]) -> list[str]:
-    """A line with the count, then the first names a line each."""
+    """Lines with the count, then the first names, one per line."""
     if not names:
         return []
     more = [f"  and {len(names) - LISTED} more"] if len(names) > LISTED else []

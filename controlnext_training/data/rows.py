@@ -1,8 +1,8 @@
-"""Rows of Parquet files and of folders that the library `datasets` saved, with the pictures in their columns.
+"""Rows of Parquet files and of folders saved by the library `datasets`, with the pictures in their columns.
 
-The library turns a Parquet file into an Arrow file once, kept beside the index of files; Arrow files are mapped into
-memory, so that any row is found without a look at the others, in every thread and process. Nothing is downloaded: the
-files lie on this machine, as `hf download`, `git clone` or `save_to_disk` left them.
+The library converts a Parquet file into an Arrow file once, stored beside the index of files; Arrow files are mapped
+into memory, so that any row is found without reading the others, in every thread and process. Nothing is downloaded:
+the files are on this machine, from `hf download`, `git clone` or `save_to_disk`.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ PACKAGE = "datasets"
 PARQUET, ARROW = ".parquet", ".arrow"
 ROW_SUFFIXES = (PARQUET, ARROW)
 AT_ONCE = 1000
-"""Rows that are looked at together; their pictures are not read by that."""
+"""Number of rows examined together, without reading their pictures."""
 RESULTS = "cache-"
-"""First letters of Arrow files that the library leaves beside the data: results of calls."""
+"""Prefix of Arrow files that the library leaves beside the data: results of calls."""
 TRAIN = frozenset(("train", "training"))
 HELD_OUT = frozenset(("test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev"))
-"""Words in names of files or folders that tell a split. Source: the library's documentation, "Repository structure"."""
+"""Words in names of files or folders that mark a held-out split. Source: the library's documentation, "Repository
+structure"."""
 POINTER = b"version https://git-lfs"
-"""First bytes of a file that git-lfs has not fetched yet."""
+"""First bytes of a git-lfs pointer, whose file has not been fetched."""
 
 
 class RowsError(ValueError):
-    """A table that cannot be read. The message is the reason without the file's name."""
+    """Error for a table that cannot be read. The message is the reason without the file's name."""
 
 
 class Rows(Protocol):
@@ -51,37 +52,37 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def values(self, column: str, start: int, stop: int) -> list[Any]:
-        """Values of some rows: True where there is a picture in the file; else a text, a list of texts or None."""
+        """Values of some rows: True where the file holds a picture; else a text, a list of texts or None."""
 
     def picture(self, column: str, row: int) -> bytes:
-        """A picture's file."""
+        """Bytes of a picture's file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell(Blob):
-    """The picture in one column of one row; `path` is the Parquet or Arrow file that the user has."""
+    """Picture in one column of one row; `path` is the user's Parquet or Arrow file."""
 
     arrow: str = ""
-    """Arrow file that is read."""
+    """Path of the Arrow file that is read."""
     row: int = 0
-    """Number of the row in it, from 0."""
+    """Index of the row in that file, from 0."""
     column: str = ""
 
     @property
     def label(self) -> str:
-        """For messages."""
+        """Name for messages."""
         return f"{self.path}: {posixpath.basename(self.name)}"
 
     @property
     def place(self) -> str:
-        """See Blob."""
+        """Position of the bytes, see `Blob.place`."""
         return posixpath.basename(self.name)
 
     def read(self) -> bytes:
-        """The picture's file. Raises OSError."""
+        """Bytes of the picture's file. Raises OSError."""
         try:
             return open_rows(self.arrow).picture(self.column, self.row)
-        except Exception as error:  # on a damaged file the library raises whatever comes
+        except Exception as error:  # on a damaged file the library raises errors of many types
             raise OSError(f"row of {self.arrow} cannot be read ({first_line(error)})") from error
 
 
@@ -97,18 +98,21 @@ class ArrowRows:
         return len(self._held)
 
     def values(self, column: str, start: int, stop: int) -> list[Any]:
-        """See Rows."""
+        """Implementation of `Rows.values`."""
         chunks = self._held[start:stop].column(column).chunks
         return [value for chunk in chunks for value in _values(chunk)]
 
     def picture(self, column: str, row: int) -> bytes:
-        """See Rows."""
+        """Implementation of `Rows.picture`."""
         value = self._held[row].column(column)[0].as_py()
         return value["bytes"] if isinstance(value, dict) else value
 
 
 def _values(chunk: Any) -> list[Any]:
-    """Values of an Arrow array as Rows has them. Pictures are binary, or {bytes, path} with bytes or the path alone."""
+    """Values of an Arrow array in the form of `Rows.values`.
+
+    Pictures are binary, or {bytes, path} with bytes or a path only.
+    """
     kind = str(chunk.type)
     if kind in ("binary", "large_binary"):
         return [there or None for there in chunk.is_valid().to_pylist()]
@@ -120,19 +124,19 @@ def _values(chunk: Any) -> list[Any]:
 
 
 def open_rows(path: str) -> Rows:
-    """Rows of an Arrow file; each process keeps the last ones open."""
+    """Rows of an Arrow file; each process keeps the most recent files open."""
     status = os.stat(path)
     return _kept(path, status.st_size, status.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=64)
 def _kept(path: str, size: int, changed: int) -> Rows:
-    """size, changed: of the file, so that one that was written again is opened again."""
+    """size, changed: of the file, so that a rewritten file is opened again."""
     return ArrowRows(path)
 
 
 def require_datasets() -> Any:
-    """The `datasets` library. Raises RowsError with the pip command where it is not installed."""
+    """Import the library `datasets`. Raises RowsError with the pip command where it is not installed."""
     try:
         return importlib.import_module(PACKAGE)
     except ModuleNotFoundError as error:
@@ -143,7 +147,7 @@ def require_datasets() -> Any:
 
 
 def row_files(tree: Tree) -> list[Blob]:
-    """Parquet and Arrow files that hold data to train on; those of other splits go to `tree.broken`."""
+    """Parquet and Arrow files that hold training data; those of other splits go to `tree.broken`."""
     found = [tree.blobs[name] for name in in_order(tree.blobs) if tree.blobs[name].suffix in ROW_SUFFIXES]
     kept = [blob for blob in found if blob.suffix == PARQUET or _is_data(tree, blob)]
     if not any(_words(blob) & TRAIN for blob in kept):
@@ -160,7 +164,10 @@ def _words(blob: Blob) -> set[str]:
 
 
 def _is_data(tree: Tree, blob: Blob) -> bool:
-    """True: an Arrow file that its folder's state.json lists, or where there is none, no result of a call."""
+    """True: an Arrow file listed in its folder's state.json or, without that file, not a cached result.
+
+    False: another.
+    """
     folder, name = posixpath.split(blob.name)
     listed = _listed(tree.blobs.get(posixpath.join(folder, "state.json")))
     return not name.startswith(RESULTS) if listed is None else name in listed
@@ -168,14 +175,14 @@ def _is_data(tree: Tree, blob: Blob) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def _listed(state: Blob | None) -> Collection[str] | None:
-    """Names of the files that a saved dataset consists of; None where that is not said."""
+    """Names of the files of a saved dataset; None where they are not listed."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return {part["filename"] for part in json.loads(state.read())["_data_files"]} if state else None
     return None
 
 
 def read_rows(tree: Tree, table: Blob, columns: Collection[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a file, with those columns alone; pictures are Cells. Raises RowsError and what `tree.check` does."""
+    """Rows of a file, reduced to those columns; pictures are Cells. Raises RowsError and the errors of `tree.check`."""
     number = 0
     for arrow in _arrow_files(tree, table):
         with _reading():
@@ -198,7 +205,7 @@ def read_rows(tree: Tree, table: Blob, columns: Collection[str]) -> Iterator[dic
 
 
 def _arrow_files(tree: Tree, table: Blob) -> list[str]:
-    """The Arrow files with the rows of a file, which a Parquet file is turned into unless that was done before."""
+    """Arrow files with the rows of a file; a Parquet file is converted unless that was done before."""
     if table.size >= 0:
         raise RowsError("lies in a tar, where its rows cannot be read. Unpack it")
     with _reading():
@@ -216,11 +223,11 @@ def _arrow_files(tree: Tree, table: Blob) -> list[str]:
 
 @contextlib.contextmanager
 def _reading() -> Iterator[None]:
-    """Inside, whatever the library raises becomes RowsError."""
+    """Context in which errors of the library become RowsError."""
     try:
         yield
     except RowsError:
         raise
-    except Exception as error:  # on damaged bytes it raises whatever comes
+    except Exception as error:  # on damaged bytes it raises errors of many types
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         raise RowsError(f"cannot be read ({first_line(cause)}). Download or save it again") from error

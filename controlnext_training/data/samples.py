@@ -1,4 +1,4 @@
-"""Samples, the protocol of every dataset, and its errors.
+"""Samples, the protocol of every dataset, and the errors of datasets.
 
 # F frames (1 for a picture), H W height and width of the bucket in pixels
 """
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from .buckets import Fit
 
 PAIRED = "paired"
-"""The kind of hint that is a picture of its own; the other kinds are computed, see controlnext_core.hints."""
+"""Kind of hint that is a separate picture; the other kinds are computed, see controlnext_core.hints."""
 
 
 class DatasetError(ValueError):
-    """A dataset that cannot be used at all. The message names the source, what is wrong and what to do."""
+    """Error for a dataset that cannot be used at all. The message names the source, what is wrong and what to do."""
 
 
 class BrokenSample(ValueError):  # noqa: N818 - it says what is broken
-    """One sample that cannot be read; the others can. path: the file, why: the reason."""
+    """Error for one sample that cannot be read, while others can. path: the file, why: the reason."""
 
     def __init__(self, path: str, why: str) -> None:
         super().__init__(f"{path}: {why}")
@@ -36,7 +36,7 @@ class BrokenSample(ValueError):  # noqa: N818 - it says what is broken
 
 
 class Broken(NamedTuple):
-    """A file that is left out, and the reason in words."""
+    """File that is left out, and the reason as a text."""
 
     path: str
     why: str
@@ -47,7 +47,7 @@ class Facts:
     """Content, size and length of one readable picture or video."""
 
     content: str
-    """Hash of its bytes."""
+    """Hash of the file's bytes."""
     height: int
     width: int
     frames: int = 1
@@ -56,45 +56,47 @@ class Facts:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W) after the rotation that the file asks for."""
+        """Size (H, W) after the rotation stored in the file."""
         return self.height, self.width
 
 
 class Share(NamedTuple):
-    """Repeats, loss weight and cuts of a source's samples."""
+    """Repeats, loss weight and crops of a source's samples."""
 
     repeats: int = 1
-    """Uses of each of its samples in an epoch."""
+    """Uses of each sample in an epoch."""
     weight: float = 1.0
-    """Factor on the loss of its samples."""
+    """Factor on the loss of the samples."""
     crops: int = 1
-    """Crops of each sample: the plain one, and drawn ones."""
+    """Number of crops of each sample: the centre crop, and random ones."""
     flip: bool = False
-    """True: each crop is mirrored in half of its uses."""
+    """True: each crop is mirrored in half of its uses. False: never."""
 
     @property
     def variants(self) -> int:
-        """Number of cuts of one sample; cut 0 is the plain one."""
+        """Number of variants (crops and their mirror images) of one sample; variant 0 is the centre crop."""
         return self.crops * (1 + self.flip)
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One picture or clip as the trainer takes it; RGB float32 in [0, 1]."""
+    """Picture or clip for training; RGB float32 in [0, 1]."""
 
     frames: Tensor
     """Frames (F, H, W, 3); (0, H, W, 3) where only hint and mask were requested."""
     hints: Tensor
-    """(F, H, W, 3), cut exactly as the frames."""
+    """Hints (F, H, W, 3), cropped exactly as the frames."""
     caption: str
     mask: Tensor | None
-    """(F, H, W) in [0, 1], where the loss weighs more; or None. Zeros in a clip's reference frame, its first."""
+    """Mask (F, H, W) in [0, 1] of the regions with extra loss weight; None without one. Zeros in a clip's reference
+    frame, the first."""
     original_size: tuple[int, int]
-    """(height, width) before resizing."""
+    """Size (height, width) before resizing."""
     crop: tuple[int, int]
-    """(top, left) of the cut in the resized picture."""
+    """Offset (top, left) of the crop in the resized picture."""
     frame_keys: tuple[str, ...]
-    """Per frame: content of picture, hint and mask, their cut and size. Equal keys give equal frames in any clip."""
+    """Keys per frame: content of picture, hint and mask, their crop and size. Equal keys give equal frames in any
+    clip."""
 
     @property
     def key(self) -> str:
@@ -103,30 +105,30 @@ class Sample:
 
 
 class ControlDataset(Protocol):
-    """A dataset that can be trained on. Reading the same index, seed and position gives the same bits."""
+    """Dataset for training. Reading the same index, seed and position gives the same bits."""
 
     @property
     def sizes(self) -> Sequence[tuple[int, int]]:
-        """(H, W) of every item: its bucket."""
+        """Size (H, W) of every item's bucket."""
 
     @property
     def captions(self) -> Sequence[str]:
-        """Captions of all items; empty where an item has none."""
+        """Captions of all items; empty for an item without one."""
 
     @property
     def fingerprint(self) -> str:
-        """Content identity of the whole set, the same wherever its files lie."""
+        """Content hash of the whole set, independent of the location of its files."""
 
     def __len__(self) -> int: ...
 
     def share(self, index: int) -> Share:
-        """Repeats, loss weight and cuts of the item's source."""
+        """Repeats, loss weight and crops of the item's source."""
 
     def frame_keys(self, index: int, seed: int = 0, position: int = 0, variant: int = 0) -> tuple[str, ...]:
-        """`load(...).frame_keys` without reading a picture, to look up encoded frames in a cache."""
+        """Frame keys as in `load(...).frame_keys`, without reading a picture, to look up encoded frames in a cache."""
 
     def load(self, index: int, seed: int = 0, position: int = 0) -> Sample:
-        """The sample at one position of the run; a clip draws its reference frame from the position.
+        """Sample at one position of the run; a clip draws its reference frame from the position.
 
         Raises BrokenSample.
         """
@@ -135,11 +137,14 @@ class ControlDataset(Protocol):
         """Original size, resize and crop of an item."""
 
     def job(self, index: int, seed: int, position: int, whole: bool, variant: int = 0) -> Callable[[], Sample]:
-        """Call that does what `load` does; whole: False leaves `frames` empty where hint and mask do without them."""
+        """Function without arguments that reads as `load`. whole:
+
+        True reads everything; False leaves `frames` empty where hint and mask do not need them.
+        """
 
 
 def digest(*parts: object) -> str:
-    """Identity of a list of numbers and texts."""
+    """Hash of a list of numbers and texts."""
     return hashlib.blake2b(json.dumps(parts, ensure_ascii=False).encode(), digest_size=16).hexdigest()
 
 

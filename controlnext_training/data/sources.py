@@ -1,11 +1,11 @@
-"""Matching of pictures with hints, masks and captions. One rule for folders and tar shards alike:
+"""Matching of pictures with hints, masks and captions, by one rule for folders and tar shards.
 
 - `images/a/1.png` pairs with `hints/a/1.jpg`, `masks/a/1.png` and `captions/a/1.txt`: the first folder whose name is
-  in ROLES tells the role and drops out, the rest without its suffix must be equal. Folders of other names stay.
+  in ROLES gives the role and is removed, the rest without its suffix must be equal. Folders of other names stay.
 - In one folder, `1.png` pairs with `1_hint.png` or `1.hint.png`, `1_mask.png` or `1.mask.png`, and `1.txt`.
-- `metadata.jsonl`, `metadata.csv` (as in Hugging Face's imagefolder) and `prompt.json` (as in fill50k) list what they
-  name, relative to where they lie, and speak for their folder and all below it; what a row leaves out is found by the
-  rules above. Other .jsonl, .json or .csv files count when they are given as a source themselves.
+- `metadata.jsonl`, `metadata.csv` (as in Hugging Face's imagefolder) and `prompt.json` (as in fill50k) list files
+  relative to their own folder, and apply to this folder and all below it; files that a row leaves out are found by the
+  rules above. Other .jsonl, .json or .csv files are used only when they are given as a source themselves.
 - Parquet files, and Arrow files of the library `datasets`, hold rows of the same columns, with the pictures or their
   names. Where some files are of a split to train on, those of test and validation are left out.
 """
@@ -30,7 +30,7 @@ from .tree import TAR_SUFFIX, Blob, Check, Tree, fold, in_order
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 MEDIA_SUFFIXES = (*PICTURE_SUFFIXES, *VIDEO_SUFFIXES)
 UNREAD_SUFFIXES = (".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".psd", ".exr")
-"""Pictures of kinds that are left out."""
+"""Suffixes of pictures that are left out, since their formats are not read."""
 TABLE_SUFFIXES = (".jsonl", ".json", ".csv")
 TABLE_NAMES = ("metadata.jsonl", "metadata.csv", "prompt.json")
 
@@ -48,7 +48,7 @@ ROLES: dict[str, str] = {
     "mask": MASK,
     "captions": CAPTION,
 }
-"""Name of a folder -> what its files are."""
+"""Name of a folder -> role of its files."""
 ENDINGS: dict[str, str] = {
     "_hint": HINT,
     ".hint": HINT,
@@ -57,22 +57,22 @@ ENDINGS: dict[str, str] = {
     "_mask": MASK,
     ".mask": MASK,
 }
-"""End of a name before its suffix -> what the file is, where the name without it is a picture."""
+"""End of a name before its suffix -> role of the file, where the name without it is a picture."""
 COLUMNS: dict[str, tuple[str, ...]] = {
     IMAGE: ("file_name", "image", "target", "video_path", "video", "image_path"),
     HINT: ("conditioning_image", "hint", "pose", "source", "control", "guide_path", "depth_map", "hint_path"),
     MASK: ("mask", "mask_path"),
     CAPTION: ("text", "caption", "prompt"),
 }
-"""Columns of a table, the first that is there counts; `<name>_file_name` is read as `<name>`. pose: the authors'
-SD1.5 files; target, source, prompt: fill50k; video_path, guide_path: the authors' SVD files."""
+"""Columns of a table by role; the first that exists is used, and `<name>_file_name` is read as `<name>`. pose: the
+authors' SD1.5 files; target, source, prompt: fill50k; video_path, guide_path: the authors' SVD files."""
 KNOWN = frozenset(name for names in COLUMNS.values() for column in names for name in (column, f"{column}_file_name"))
-"""Every name of a column."""
+"""Names of all known columns."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One picture or video and what belongs to it; nothing of it has been opened."""
+    """Picture or video with its hint, mask and caption; none of the files has been opened."""
 
     name: str
     """Name in the tree without role and suffix."""
@@ -80,12 +80,12 @@ class Entry:
     hint: Blob | None = None
     mask: Blob | None = None
     caption: str | Blob | None = None
-    """The text, or the file that holds it."""
+    """Caption as text, or the file that holds it."""
 
 
 @dataclass(slots=True)
 class _Files:
-    """A tree's files by role: name without role and suffix, folded -> files, in order."""
+    """Files of a tree by role: name without role and suffix, folded -> files, in order."""
 
     images: list[tuple[str, Blob]] = field(default_factory=list)
     found: dict[tuple[str, str], list[Blob]] = field(default_factory=dict)
@@ -93,7 +93,7 @@ class _Files:
     tables: list[Blob] = field(default_factory=list)
 
     def find(self, role: str, key: str, like: Blob) -> Blob | None:
-        """The file of a role; of several the one with the picture's own suffix, else the first."""
+        """File of a role; of several the one with the picture's suffix, else the first."""
         blobs = self.found.get((role, fold(key)), [])
         return next((blob for blob in blobs if blob.suffix == like.suffix), blobs[0] if blobs else None)
 
@@ -101,7 +101,7 @@ class _Files:
 def open_tree(
     source: Path, roots: Sequence[Path] | None = None, check: Check = lambda: None, arrow: Path | None = None
 ) -> tuple[Tree, Blob | None]:
-    """(files of a source, the table if the source is one). Raises DatasetError if there is no such source."""
+    """Open a source: (its files, the table if the source is one). Raises DatasetError if there is no such source."""
     allowed = None if roots is None else tuple(roots)
     if source.is_dir():
         tree = Tree(source, allowed, check=check, arrow=arrow)
@@ -122,9 +122,9 @@ def open_tree(
 
 
 def entries(tree: Tree, table: Blob | None, caption_extension: str, paired: bool) -> Iterator[Entry]:
-    """Everything in a tree that could train, in order; what is wrong goes to `tree.broken`.
+    """Entries of a tree that could be used for training, in order; faults go to `tree.broken`.
 
-    paired=False: hints that tables name are not looked for, since hints are computed.
+    paired: True looks for hints that tables name; False ignores them, since hints are computed.
     """
     files = _sort_out(tree, caption_extension)
     tables = files.tables if table is None else [table]
@@ -148,7 +148,7 @@ def _below(name: str, folder: str) -> bool:
 
 
 def _sort_out(tree: Tree, caption_extension: str) -> _Files:
-    """Give every file of a tree its role."""
+    """Assign every file of a tree its role."""
     files = _Files(tables=row_files(tree))
     media: list[tuple[str, str, Blob]] = []
     unread: dict[str, list[Blob]] = {}
@@ -187,7 +187,7 @@ def _sort_out(tree: Tree, caption_extension: str) -> _Files:
 
 
 def _role(blob: Blob) -> tuple[str, str]:
-    """(role by folder, name without that folder and the suffix)."""
+    """Role by folder, and the name without that folder and the suffix."""
     *folders, stem = blob.stem.split("/")
     for place, folder in enumerate(folders):
         if folder.lower() in ROLES:
@@ -196,7 +196,7 @@ def _role(blob: Blob) -> tuple[str, str]:
 
 
 def _completed(entry: Entry, files: _Files) -> Entry:
-    """An entry with what its own row, if any, leaves out."""
+    """Entry completed with the files that its row, if any, leaves out."""
     key, image = files.keys.get(entry.image), entry.image
     if key is None:
         return entry
@@ -211,7 +211,7 @@ def _completed(entry: Entry, files: _Files) -> Entry:
 
 
 def _list_unused(tree: Tree, files: _Files, used: set[Blob], tables: Sequence[Blob]) -> None:
-    """Say which hints and masks belong to nothing, and what tables do not name, a line for each table."""
+    """Report hints and masks without a picture, and pictures that tables do not name, a line for each table."""
     folders = [posixpath.dirname(table.name) for table in tables]
     for (role, _), blobs in files.found.items():
         for blob in blobs if role in (HINT, MASK) else ():
@@ -225,7 +225,7 @@ def _list_unused(tree: Tree, files: _Files, used: set[Blob], tables: Sequence[Bl
 
 
 def _from_table(tree: Tree, table: Blob, files: _Files, paired: bool) -> Iterator[Entry]:
-    """The rows of a table."""
+    """Entries from the rows of a table."""
     folder = posixpath.dirname(table.name)
     for number, row in _rows_of(tree, table):
         where = f"{table.label}, row {number}"
@@ -234,12 +234,12 @@ def _from_table(tree: Tree, table: Blob, files: _Files, paired: bool) -> Iterato
             continue
         try:
             yield _completed(_entry(tree, folder, row, paired), files)
-        except (OSError, ValueError) as error:  # ValueError: also a path that no system has
+        except (OSError, ValueError) as error:  # ValueError: also a path that the system refuses
             tree.broken.append(Broken(where, first_line(error)))
 
 
 def _rows_of(tree: Tree, table: Blob) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
-    """(number from 1, the row or what is wrong with it); what cannot be read at all goes to `tree.broken`."""
+    """Pairs (number from 1, the row or its fault); unreadable tables go to `tree.broken`."""
     try:
         if table.suffix in ROW_SUFFIXES:
             yield from enumerate(read_rows(tree, table, KNOWN), 1)
@@ -258,7 +258,7 @@ def _text_rows(table: Blob) -> list[tuple[int, Mapping[str, Any] | str]]:
 
 
 def _rows(text: str, suffix: str) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
-    """(number from 1, the row or what is wrong with it): CSV, a JSON list of rows, JSON columns, or a row per line."""
+    """Pairs (number from 1, the row or its fault) of CSV, a JSON list of rows, JSON columns, or JSON lines."""
     if suffix == ".csv":
         yield from _csv_rows(text)
         return
@@ -285,7 +285,7 @@ def _rows(text: str, suffix: str) -> Iterator[tuple[int, Mapping[str, Any] | str
 
 
 def _csv_rows(text: str) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
-    """Rows of a CSV; a field that cannot be read costs its row alone."""
+    """Rows of a CSV; a field that cannot be read costs only its row."""
     reader = csv.DictReader(io.StringIO(text, newline=""))
     number = 0
     while True:
@@ -301,10 +301,11 @@ def _csv_rows(text: str) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
 
 
 def _entry(tree: Tree, folder: str, row: Mapping[str, Any], paired: bool) -> Entry:
-    """One row. Raises DatasetError if it names no picture, or a file that is not there."""
+    """Entry of one row. Raises DatasetError if it names no picture, or a file that does not exist."""
 
     def value(role: str) -> Any:
-        columns = [c for c in COLUMNS[role] if c != "source" or "target" in row]  # else it says where a picture is from
+        # without `target`, `source` says where a picture is from
+        columns = [c for c in COLUMNS[role] if c != "source" or "target" in row]
         names = [name for column in columns for name in (column, f"{column}_file_name")]
         return next((row[name] for name in names if row.get(name) not in (None, "")), None)
 
@@ -331,14 +332,14 @@ def _entry(tree: Tree, folder: str, row: Mapping[str, Any], paired: bool) -> Ent
 
 
 def _text(value: Any) -> str | None:
-    """A caption: of several the first."""
+    """Caption as text; of several the first."""
     if isinstance(value, list):
         value = value[0] if value else None
     return value.strip() if isinstance(value, str) else None
 
 
 def read_caption(caption: str | Blob | None) -> str:
-    """The caption in words, empty where there is none. Raises OSError or ValueError."""
+    """Read a caption, '' without one. Raises OSError or ValueError."""
     if caption is None or isinstance(caption, str):
         return caption or ""
     try:

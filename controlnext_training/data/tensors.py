@@ -1,4 +1,4 @@
-"""Datasets of images that come from the graph.
+"""Datasets of images from the graph.
 
 # N images, F frames, H W height and width, C channels
 """
@@ -19,7 +19,7 @@ from .video_frames import chosen_frames, region, windows
 
 
 class TensorDataset:
-    """Pairs of images and hints, cropped at the centre to sides that latents have."""
+    """Pairs of images and hints, cropped at the centre to sides that latents can have."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class TensorDataset:
 
 
 def _checked(tensor: Tensor, name: str, dims: int) -> Tensor:
-    """float32 on the CPU, in [0, 1]."""
+    """Tensor as float32 on the CPU, checked to be in [0, 1]."""
     if tensor.ndim != dims or not tensor.numel():
         raise DatasetError(f"{name}: has the shape {list(tensor.shape)}. Connect a batch of pictures.")
     values = tensor.detach().to("cpu", torch.float32)
@@ -117,7 +117,7 @@ def _checked(tensor: Tensor, name: str, dims: int) -> Tensor:
 
 
 def _rgb(tensor: Tensor, name: str) -> Tensor:
-    """(N, H, W, C) -> (N, H, W, 3)"""
+    """Convert (N, H, W, C) to (N, H, W, 3)."""
     values = _checked(tensor, name, 4)
     if values.shape[-1] not in (1, 3, 4):
         raise DatasetError(f"{name}: has {values.shape[-1]} channels. Connect an IMAGE of 1, 3 or 4 channels.")

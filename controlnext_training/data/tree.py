@@ -1,6 +1,6 @@
-"""Folders and tar shards as one kind of tree: names with slashes -> bytes somewhere on the disk.
+"""Folders and tar shards as one kind of tree: names with slashes -> bytes on the disk.
 
-Shards are never unpacked: their members are read where they lie. The order of names is the same on every system.
+Shards are never unpacked: their members are read in place. The order of names is the same on every system.
 """
 
 from __future__ import annotations
@@ -23,44 +23,44 @@ PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 IGNORED_FOLDERS = ("__macosx",)
 BLOCK = tarfile.BLOCKSIZE
 MAX_FILE = 1 << 30
-"""Bytes of a picture, a table, or a video in a shard."""
+"""Largest size in bytes of a picture, a table, or a video in a shard."""
 MAX_GAP = 64 << 20
-"""Bytes of a shard in which no member begins, before the rest is given up."""
+"""Number of bytes of a shard without the start of a member, after which the search ends."""
 CHUNK = 1 << 20
 
 Check = Callable[[], None]
-"""Raises where the user has cancelled."""
+"""Function that raises where the user has cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """The bytes of a file, or of a member of a shard."""
+    """Bytes of a file, or of a member of a shard."""
 
     path: Path
     name: str
-    """Path in its tree, with slashes."""
+    """Path in the tree, with slashes."""
     offset: int = 0
     size: int = -1
-    """Bytes from the offset on; -1 = all."""
+    """Number of bytes from the offset on; -1: all."""
 
     @property
     def label(self) -> str:
-        """For messages: the file, and the member where it is a shard."""
+        """Name for messages: the file and, for a shard, the member."""
         return str(self.path) if self.size < 0 else f"{self.path}: {self.name}"
 
     @property
     def stem(self) -> str:
-        """The name without its suffix."""
+        """Name without its suffix."""
         return posixpath.splitext(self.name)[0]
 
     @property
     def suffix(self) -> str:
-        """In small letters, with its dot."""
+        """Suffix in lower case, with its dot."""
         return posixpath.splitext(self.name)[1].lower()
 
     @property
     def place(self) -> str:
-        """Place of the bytes in their file, for an index."""
+        """Position of the bytes in their file, for an index."""
         return f"{self.offset}|{self.size}"
 
     def read(self) -> bytes:
@@ -77,7 +77,10 @@ class Blob:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """A file to read. Raises OSError, at once, for a pipe, a device or a folder, which may never end."""
+    """Open a file for reading.
+
+    Raises OSError, at once, for a pipe, a device or a folder, where reading may never end.
+    """
     number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
     try:
         if not stat.S_ISREG(os.fstat(number).st_mode):
@@ -89,34 +92,34 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def fold(name: str) -> str:
-    """Name for comparison: without case, letters with accents in one form (systems store them in two)."""
+    """Fold a name for comparison: no case, and one form of letters with accents (systems store them in two)."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Sorted the same on every system."""
+    """Sort names in the same order on every system."""
     return sorted(names, key=lambda name: (fold(name), name))
 
 
 @dataclass(slots=True)
 class Tree:
-    """Everything below one source."""
+    """Files below one source."""
 
     root: Path
-    """The folder, or the folder that the shard lies in."""
+    """Folder of the source, or the folder that contains the shard."""
     roots: tuple[Path, ...] | None = None
-    """Folders that files may lie in, links followed; None = anywhere."""
+    """Folders that files must be in, links followed; None: anywhere."""
     blobs: dict[str, Blob] = field(default_factory=dict)
     broken: list[Broken] = field(default_factory=list)
     check: Check = lambda: None
     arrow: Path | None = None
-    """Folder for what Parquet files are turned into; None = the library's own."""
+    """Folder for Arrow files converted from Parquet; None: the library's default."""
     _folded: dict[str, Blob] | None = None
 
     def find(self, folder: str, name: str) -> Blob | None:
         """File that a table in `folder` of this tree calls `name`: exactly, in another case, or elsewhere on disk.
 
-        Raises DatasetError if it lies where files may not be read.
+        Raises DatasetError if it is outside of the allowed folders.
         """
         joined = posixpath.normpath(posixpath.join(folder, name.replace("\\", "/")))
         if joined in self.blobs:
@@ -126,11 +129,11 @@ class Tree:
         if fold(joined) in self._folded:
             return self._folded[fold(joined)]
         path = Path(name) if Path(name).is_absolute() else self.root / joined
-        self._check(path)  # first: whether a file is there is nobody's affair where it may not be read
+        self._check(path)  # first, so that errors do not reveal whether a file exists outside of the allowed folders
         return Blob(path, joined) if is_regular(path) else None
 
     def walk(self) -> None:
-        """Add every file below the root, the members of shards too. Hidden files and folders are passed over."""
+        """Add every file below the root, and the members of shards. Hidden files and folders are skipped."""
         seen: set[Path] = set()
 
         def note(error: OSError) -> None:
@@ -139,7 +142,7 @@ class Tree:
         for folder, folders, files in os.walk(self.root, onerror=note, followlinks=True):
             here = Path(folder)
             self.check()
-            if here.resolve() in seen:  # a link to a folder above
+            if here.resolve() in seen:  # a link to a parent folder
                 folders.clear()
                 continue
             seen.add(here.resolve())
@@ -188,7 +191,7 @@ def _lies_in(path: Path, root: Path) -> bool:
 
 
 class _Watched:
-    """A shard being searched: gives up where no member begins for long, and ends where the user has cancelled."""
+    """Shard during the search: ends it where no member begins for long, or where the user has cancelled."""
 
     def __init__(self, file: BinaryIO, check: Check) -> None:
         self.file, self.check, self.idle = file, check, 0
@@ -204,7 +207,7 @@ class _Watched:
 
 
 def read_shard(path: Path, check: Check = lambda: None) -> tuple[list[Blob], list[Broken]]:
-    """(files, damaged parts) of an uncompressed tar, in its own order. Files are offsets into the tar."""
+    """Read an uncompressed tar: (files, damaged parts), in the tar's order. Files are offsets into the tar."""
     blobs: dict[str, Blob] = {}
     broken: list[Broken] = []
     used: list[tuple[int, int]] = []
@@ -243,7 +246,7 @@ def read_shard(path: Path, check: Check = lambda: None) -> tuple[list[Blob], lis
 
 
 def _members(tar: tarfile.TarFile, path: Path, broken: list[Broken]) -> Iterator[tarfile.TarInfo]:
-    """The members that can be reached."""
+    """Members of the tar that can be reached."""
     try:
         yield from tar
     except (tarfile.TarError, OSError, ValueError) as error:  # ValueError: numbers of a damaged extended header
@@ -251,7 +254,7 @@ def _members(tar: tarfile.TarFile, path: Path, broken: list[Broken]) -> Iterator
 
 
 def _gaps(path: Path, used: Sequence[tuple[int, int]], total: int, check: Check) -> Iterator[tuple[int, int]]:
-    """Stretches between members that are not empty and not a header that speaks for all of the shard."""
+    """Ranges between members that are not zero and are not a header for the whole shard."""
     with open(path, "rb") as file:
         end = 0
         for start, after in [*sorted(used), (total, total)]:
@@ -264,7 +267,7 @@ def _gaps(path: Path, used: Sequence[tuple[int, int]], total: int, check: Check)
 
 
 def _any_left(file: BinaryIO, count: int, check: Check) -> bool:
-    """True means that one of the next `count` bytes is not zero."""
+    """True: one of the next `count` bytes is not zero. False: all are."""
     while count > 0:
         check()
         part = file.read(min(CHUNK, count))

@@ -1,4 +1,4 @@
-"""Clips: runs of frames from a folder of pictures or from a video file, for models of video.
+"""Video clips: runs of frames from a folder of pictures or from a video file.
 
 SVD's authors replace the first frame of each clip and of its guide by a random frame of the same source and its pose,
 and condition the model on that frame. See `chosen_frames`.
@@ -20,15 +20,16 @@ from .samples import Facts, first_line
 from .tree import Blob, fold
 
 REFERENCES = ("random", "first")
-"""First frame of a clip. random: any frame of its source, as the authors train; first: its own first frame."""
+"""Choices of a clip's first frame. random: any frame of its source, as the authors train; first: the clip's first
+frame."""
 CONTAINERS = "mov,mp4,matroska,webm,avi"
-"""Formats that are opened, whatever a file is called: others are lists of further files, or of addresses."""
+"""Formats that are opened, whatever the file's suffix: others are lists of further files, or of addresses."""
 SEEK_GAP = 48
-"""Frames to decode in passing before jumping to the next keyframe is quicker."""
+"""Number of frames up to which decoding is faster than seeking to the next keyframe."""
 
 
 def windows(count: int, frames: int, stride: int) -> range:
-    """First frames of the clips that a source of `count` frames gives: one after the other, none overlapping."""
+    """Start frames of the clips in a source of `count` frames: one after the other, without overlap."""
     span = (frames - 1) * stride + 1
     return range(0, count - span + 1, span)
 
@@ -36,7 +37,7 @@ def windows(count: int, frames: int, stride: int) -> range:
 def chosen_frames(
     start: int, count: int, frames: int, stride: int, reference: str, seed: int, position: int
 ) -> tuple[int, ...]:
-    """Frames of a clip that starts at `start` in a source of `count`, the reference frame in place of the first.
+    """Frame numbers of a clip that starts at `start` in a source of `count`, the reference frame in place of the first.
 
     Source: ControlNeXt SVD-v2, training data.
     """
@@ -47,9 +48,10 @@ def chosen_frames(
 
 
 def region(masks: Tensor, reference: str) -> Tensor:
-    """Loss regions (F, H, W) of a sample: a clip's random reference frame has none, it counts as all of its frames do.
+    """Loss regions (F, H, W) of a sample, without one in a clip's random reference frame, so that it has the plain
+    weight.
 
-    Source: the same.
+    Source: ControlNeXt SVD-v2, training data.
     """
     if len(masks) > 1 and reference == "random":
         masks[0] = 0
@@ -57,13 +59,13 @@ def region(masks: Tensor, reference: str) -> Tensor:
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort key of frames: numbers by value, so that 10 comes after 9."""
+    """Sort key of frames' names: numbers by value, so that 10 comes after 9."""
     parts = re.split(r"(\d+)", fold(name))
     return [(0, int(part), "") if place % 2 else (1, 0, part) for place, part in enumerate(parts)] + [(2, 0, name)]
 
 
 def examine_video(blob: Blob) -> tuple[int, int, int, tuple[int, ...]]:
-    """(height, width, frames, times) of a video by decoding all of it. Raises PictureError."""
+    """Read (height, width, frames, times) of a video by decoding all of it. Raises PictureError."""
     size, count, times = (0, 0), 0, []
     for frame in _decoded(blob, lambda container: None):
         if not count:
@@ -77,7 +79,7 @@ def examine_video(blob: Blob) -> tuple[int, int, int, tuple[int, ...]]:
 
 
 def read_video(blob: Blob, facts: Facts, wanted: Sequence[int]) -> list[Picture]:
-    """Frames of a video by number, in the order of `wanted`. Raises PictureError."""
+    """Read frames of a video by number, in the order of `wanted`. Raises PictureError."""
     found: dict[int, np.ndarray] = {}
     if facts.times:
         for run in _runs(sorted(set(wanted))):
@@ -95,7 +97,7 @@ def read_video(blob: Blob, facts: Facts, wanted: Sequence[int]) -> list[Picture]
 
 
 def _collect(blob: Blob, start: int, wanted: dict[int, int], found: dict[int, np.ndarray]) -> None:
-    """Decode from the keyframe at or before time `start` on, until the last of `wanted` (time -> number)."""
+    """Decode from the keyframe at or before time `start`, up to the last of `wanted` (time -> number)."""
 
     def seek(container: Any) -> None:
         container.seek(start, stream=container.streams.video[0], backward=True)
@@ -108,7 +110,7 @@ def _collect(blob: Blob, start: int, wanted: dict[int, int], found: dict[int, np
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[list[int]]:
-    """Rising numbers, parted where the gap is worth a jump."""
+    """Runs of ascending numbers, split where seeking across the gap pays."""
     run: list[int] = []
     for number in numbers:
         if run and number - run[-1] > SEEK_GAP:
@@ -137,10 +139,10 @@ def _decoded(blob: Blob, prepare: Callable[[Any], None]) -> Iterator[Any]:
 
 
 def _rgb(frame: Any) -> np.ndarray:
-    """(H, W, 3) uint8"""
+    """Frame as (H, W, 3) uint8."""
     return _turned(frame.to_ndarray(format="rgb24"), frame)
 
 
 def _turned(values: np.ndarray, frame: Any) -> np.ndarray:
-    """As the player shows it: phones film lying and note by how many degrees to turn, counterclockwise."""
+    """Frame rotated for display: phones film in landscape and store the angle, in degrees counterclockwise."""
     return np.rot90(values, round(getattr(frame, "rotation", 0) / 90) % 4)

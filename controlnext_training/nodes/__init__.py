@@ -1,4 +1,4 @@
-"""The node table of the training pack: ids are public API."""
+"""Node table of the training pack: ids are public API."""
 
 from .datasets import ControlDatasetFolder, ControlDatasetImages
 from .trainer import ControlNeXtTrain

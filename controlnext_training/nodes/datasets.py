@@ -32,17 +32,18 @@ ROOTS_VARIABLE = "CONTROLNEXT_DATA_ROOTS"
 """Environment variable: further folders that datasets may be read from, separated as in PATH."""
 
 LISTED, LISTED_DEPTH, LISTED_SUFFIXES = 200, 2, (".tar", ".jsonl", ".parquet")
-"""Choices of the folder widget: how many of a root, how deep below it, and which files besides folders."""
+"""Limits of the folder widget's choices: their number per root, the depth below it, and the suffixes of files besides
+folders."""
 
 Dataset = io.Custom("CONTROL_DATASET")
 
 
 @dataclass(frozen=True)
 class Files:
-    """A CONTROL_DATASET of files: opened when the trainer knows whether it needs pictures or clips."""
+    """Dataset of files as a CONTROL_DATASET, opened when the trainer knows whether it needs pictures or clips."""
 
     settings: Mapping[str, Any]
-    """Keys of TrainConfig."""
+    """Settings by their keys in TrainConfig."""
     roots: tuple[Path, ...]
 
     def open(self, config: TrainConfig, frames: int = 1) -> ControlDataset:
@@ -52,7 +53,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Images:
-    """A CONTROL_DATASET of images from the graph."""
+    """Dataset of images from the graph as a CONTROL_DATASET."""
 
     images: Tensor
     hints: Tensor
@@ -76,13 +77,13 @@ def _stop_if_cancelled(done: int, total: int) -> None:
 
 
 def allowed_roots() -> tuple[Path, ...]:
-    """Folders that a dataset may lie in: the host's input folder and what the environment adds."""
+    """Folders that a dataset may be in: the host's input folder and those of the environment variable."""
     added = [Path(part) for part in os.environ.get(ROOTS_VARIABLE, "").split(os.pathsep) if part]
     return (Path(folder_paths.get_input_directory()), *added)
 
 
 def data_choices() -> list[str]:
-    """Choices of the folder widget: what lies in the allowed roots, by name, then pictures that the project draws."""
+    """Choices of the folder widget: contents of the allowed roots, by name, then pictures that the project draws."""
     input_folder, *others = allowed_roots()
     found = [path.relative_to(input_folder).as_posix() for path in _data_below(input_folder)]
     found += [str(path) for root in others for path in (root, *_data_below(root))]
@@ -105,12 +106,12 @@ def _data_below(root: Path, depth: int = LISTED_DEPTH) -> list[Path]:
 
 
 def source_of(folder: str) -> str:
-    """The data source behind the folder widget: a path, or scenes that the project draws. Raises ConfigError."""
+    """Data source for a value of the folder widget: a path, or a drawn source. Raises ConfigError."""
     return folder if is_drawn(folder) else str(find_folder(folder))
 
 
 def find_folder(name: str) -> Path:
-    """A dataset's path: absolute, or below one of the allowed roots. Raises ConfigError naming the roots."""
+    """Path of a dataset: absolute, or below one of the allowed roots. Raises ConfigError naming the roots."""
     roots = allowed_roots()
     candidates = [Path(name)] if Path(name).is_absolute() else [root / name for root in roots]
     for path in candidates:
@@ -124,7 +125,7 @@ def find_folder(name: str) -> Path:
 
 
 def _is_inside(path: Path, roots: Sequence[Path]) -> bool:
-    """True means that it is there, in one of the roots; False also for a name that no system takes."""
+    """True: the path exists in one of the roots. False: it does not, or the system refuses the name."""
     try:
         return any(path.resolve().is_relative_to(root.resolve()) for root in roots) and path.exists()
     except (OSError, RuntimeError, ValueError):
@@ -132,7 +133,7 @@ def _is_inside(path: Path, roots: Sequence[Path]) -> bool:
 
 
 class ControlDatasetFolder(ControlNode):
-    """Pictures with hints from a folder."""
+    """Node for a dataset of pictures with hints from a folder."""
 
     SEARCH = ("train", "dataset", "controlnet", "lora")
 
@@ -167,17 +168,17 @@ class ControlDatasetFolder(ControlNode):
 
     @classmethod
     def validate_inputs(cls, folder: str | None = None, input_types: Any = None) -> bool | str:
-        """Take folders that are not listed, and texts over a wire: `execute` says what is wrong with them."""
+        """Accept folders that are not listed, and connected texts: `execute` reports what is wrong with them."""
         return True
 
     @classmethod
     def fingerprint_inputs(cls, folder: str, **others: Any) -> Any:
-        """Changes when a file below the folder does."""
+        """Value that changes when a file below the folder does."""
         try:
             path = find_folder(folder)
             files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
             return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-        except (ConfigError, OSError, RuntimeError):  # the node itself says what is wrong, where the user sees it
+        except (ConfigError, OSError, RuntimeError):  # the node itself reports the fault, where the user sees it
             return folder
 
     @classmethod
@@ -199,7 +200,7 @@ class ControlDatasetFolder(ControlNode):
 
 
 class ControlDatasetImages(ControlNode):
-    """Pictures with hints from the graph."""
+    """Node for a dataset of pictures with hints from the graph."""
 
     SEARCH = ("train", "dataset", "controlnet", "lora")
 
@@ -226,7 +227,7 @@ class ControlDatasetImages(ControlNode):
 
     @classmethod
     def execute(cls, images: Tensor, hints: Tensor, captions: str = "") -> io.NodeOutput:
-        with torch.inference_mode(False):  # what the graph made in inference mode has no place in a gradient
+        with torch.inference_mode(False):  # tensors made in inference mode cannot be part of a gradient
             kept = images.cpu().clone(), hints.cpu().clone()
         lines = tuple(line.strip() for line in encodable(captions).splitlines() if line.strip())
         dataset = Images(*kept, lines, {"hint": PAIRED})

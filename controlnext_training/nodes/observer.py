@@ -1,4 +1,4 @@
-"""A run on its node: the progress bar, a line of words, the loss curve as it grows, and the last validation's grid."""
+"""Observer of a run on its node: progress bar, a line of text, the loss curve, and the grid of the last validation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PREVIEW_SIDE = 1024
-"""Longest side in pixels of the picture that is sent while a run goes on."""
+"""Longest side in pixels of the picture that is sent during a run."""
 SHARE, SECONDS = 0.05, 2.0
 """Limits on drawing the curve: largest share of the run's time, and fewest seconds between two drawings."""
 
@@ -58,13 +58,15 @@ class NodeObserver:
         return bool(comfy.model_management.processing_interrupted())
 
     def live(self) -> Image | None:
-        """The curve above the grid, as wide as the wider; one of them, or None, where there is no more yet."""
+        """Picture with the curve above the grid, at the width of the wider one; one of them, or None, where the rest is
+        missing.
+        """
         parts = [part for part in (self.drawn, self.shown) if part is not None]
         return stacked(parts) if parts else None
 
 
 def stacked(parts: list[Image]) -> Image:
-    """Pictures under each other, all as wide as the widest."""
+    """Pictures stacked vertically, all as wide as the widest."""
     from PIL import Image
 
     width = max(part.width for part in parts)

@@ -1,4 +1,4 @@
-"""The trainer node; `train.train` does the work."""
+"""Node of the trainer; `train.train` does the work."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ PRESETS = (
     NO_PRESET,
     *sorted(path.stem for path in RECIPES.glob("*.toml") if not path.stem.startswith(("demo_", "picture_"))),
 )
-"""Choices of the preset: the recipes of the pack by name, without those for the demo's own bases."""
+"""Choices of the preset: the recipes of the pack by name, without those for the demo's bases."""
 FOLDERS = ("output_folder", "runs_folder", "cache_folder")
 
 
 def recipe_of_node(text: str) -> dict[str, Any]:
     """Settings of a recipe that a node accepts: a graph must not write outside of the host's folders.
 
-    Folders are seen from the host's output folder and must be below it, or below models/controlnext; a file to start
-    from is one of models/controlnext. Raises ConfigError.
+    Folders are relative to the host's output folder and must be below it, or below models/controlnext; a file to start
+    from must be in models/controlnext. Raises ConfigError.
     """
     settings = {key: value for key, value in parse_recipe(text).items() if key not in FROM_INPUTS}
     output = Path(folder_paths.get_output_directory())
@@ -69,9 +69,9 @@ def recipe_of_node(text: str) -> dict[str, Any]:
 def config_of_node(
     text: str, preset: str | None, widgets: Mapping[str, Any], dataset: Mapping[str, Any]
 ) -> TrainConfig:
-    """The configuration. text: of the config box; widgets, dataset: keys of TrainConfig that the two nodes set.
+    """Configuration of the node's run. text: of the config box; widgets, dataset: settings from the two nodes.
 
-    Strongest first: the config box, the widgets (with a preset those that were changed), the dataset, the preset.
+    Precedence: the config box, the widgets (with a preset only those that were changed), the dataset, the preset.
     Raises ConfigError.
     """
     recipe = recipe_of_node(text)
@@ -84,7 +84,7 @@ def config_of_node(
 
 
 class ControlNeXtTrain(ControlNode):
-    """Train a ControlNeXt or a ControlNet-XS and load what was saved."""
+    """Node that trains a ControlNeXt or a ControlNet-XS and loads the saved file."""
 
     SEARCH = ("train", "fine-tune", "controlnet", "lora")
 
@@ -226,13 +226,13 @@ class ControlNeXtTrain(ControlNode):
 
 
 def _losses(run: RunFiles) -> dict[str, list[float]]:
-    """Losses of every step, as the host's own trainer gives them."""
+    """Losses of every step, in the form of the host's trainer."""
     found = state.latest(run.folder)
     return {"loss": [] if found is None else found.tensors("losses")["loss"].tolist()}
 
 
 def _results(run: RunFiles, observer: NodeObserver, cls: type[io.ComfyNode]) -> Any:
-    """The loss curve and the last grid, on the node."""
+    """Loss curve and last grid, shown on the node."""
     from PIL import Image as Pictures
 
     shown: Sequence[Any] = [Pictures.open(show_curve(run)), *([observer.shown] if observer.shown else [])]
