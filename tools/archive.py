@@ -1,6 +1,6 @@
-"""`python run.py archive`: list, check and write the archive that the registry would get. Sends nothing.
+"""`python run.py archive`: list, check and write the archive for the registry. Sends nothing.
 
-The registry's client packs what git tracks, without what `.comfyignore` names. Standard library and git only.
+The registry's client packs the files that git tracks, without those in `.comfyignore`. Standard library and git only.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ NEEDED = (
     *("controlnext_training/recipes/tiny.toml", "web/docs/ControlNeXtApply.md", "locales/zh/nodeDefs.json"),
     *("docs/index.md", "example_workflows/Demo, runs now.json"),
 )
-"""Files without which the pack would not start, or its page would lack texts."""
+"""Files without which the pack would not start, or the registry's page would lack texts."""
 UNWANTED = ("*.safetensors", "*.ckpt", "*.pt", "*.pth", "*.bin", "*.whl", "*.zip", "tests/*", "tools/*", "run.py")
-"""Weights, archives, and code that starts processes."""
+"""Files that must not be published: weights, archives, and code that starts processes."""
 LIMIT_MIB = 20.0
-"""Size of all files together; a host downloads it at each update."""
+"""Largest size of all files together, in MiB; a host downloads them at each update."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def tracked(root: Path = ROOT) -> list[str]:
-    """Files that git tracks and that are there, by their path in the clone. Raises SetupError without git."""
+    """Files that git tracks and that exist, by their path in the clone. Raises SetupError without git."""
     command = ["git", "-c", "core.quotepath=off", "ls-files", "-z"]
     try:
         done = subprocess.run(command, cwd=root, capture_output=True, check=True)
@@ -45,7 +45,7 @@ def tracked(root: Path = ROOT) -> list[str]:
 
 
 def is_ignored(name: str, patterns: Sequence[str]) -> bool:
-    """True: a line of .comfyignore names the file, a folder above it, or, with wildcards, its name.
+    """True: a line of .comfyignore names the file, a folder above it, or, with wildcards, its name. False: none does.
 
     Lines are folders (`tests/`), paths (`run.py`, `demo/weights`) and names with wildcards (`*.log`), as in .gitignore.
     """
@@ -58,7 +58,7 @@ def is_ignored(name: str, patterns: Sequence[str]) -> bool:
 
 
 def read_patterns(root: Path = ROOT) -> list[str]:
-    """Lines of .comfyignore. Raises SetupError for forms that is_ignored does not know."""
+    """Lines of .comfyignore. Raises SetupError for forms that `is_ignored` does not support."""
     lines = [line.strip() for line in (root / ".comfyignore").read_text(encoding="utf-8").splitlines()]
     patterns = [line for line in lines if line and not line.startswith("#")]
     for pattern in patterns:
@@ -70,13 +70,13 @@ def read_patterns(root: Path = ROOT) -> list[str]:
 
 
 def archive_files(root: Path = ROOT) -> dict[str, int]:
-    """{path in the archive: bytes} of all that would be published."""
+    """Files that would be published: {path in the archive: bytes}."""
     patterns = read_patterns(root)
     return {name: (root / name).stat().st_size for name in tracked(root) if not is_ignored(name, patterns)}
 
 
 def faults(files: Mapping[str, int]) -> list[str]:
-    """Reasons in words why these files must not be published; empty where they may."""
+    """Reasons, as sentences, why these files must not be published; empty where they may."""
     found = [f"{name} is missing" for name in NEEDED if name not in files]
     for pattern in UNWANTED:
         found += [f"{name} must not be in it ({pattern})" for name in files if fnmatch.fnmatchcase(name, pattern)]
@@ -96,7 +96,7 @@ def write_zip(path: Path, files: Sequence[str], root: Path = ROOT) -> None:
 
 
 def run_archive(options: argparse.Namespace, say: Callable[[str], None] = print) -> int:
-    """List the archive, check it and write it where asked; 0 where it may be published."""
+    """List the archive, check it and write it where requested; returns 0 where it may be published, else 1."""
     files = archive_files()
     for name, size in files.items():
         say(f"{size:>9,}  {name}")

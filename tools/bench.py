@@ -1,4 +1,4 @@
-"""`python run.py bench`: runs the scripts of benchmarks/, each in a process of its own. Standard library only."""
+"""`python run.py bench`: runs the scripts of benchmarks/, each in a separate process. Standard library only."""
 
 import argparse
 import os
@@ -35,9 +35,9 @@ ON_REQUEST = {
 }
 """Benchmarks of the same form that run only when they are named."""
 REPORT = "report"
-"""Word in place of a benchmark's name: writes the tables of docs/performance.md from the results of GPUs."""
+"""Word used in place of a benchmark's name: writes the tables of docs/performance.md from the results of GPUs."""
 FIRST_SIGN, LONGEST_PAUSE = 4.0, 60.0
-"""Seconds before the first line of progress, and most of them between two."""
+"""Seconds before the first line of progress, and the longest interval between two lines."""
 SHARED = ("quick", "cpu")
 VALUES = ("json", "dtype", "repeats", "cases", "threads")
 OF_REQUEST = {
@@ -46,11 +46,11 @@ OF_REQUEST = {
 }
 """Benchmark of ON_REQUEST -> its options, by name."""
 OWN = {"train": ("batch",)}
-"""Further options of BENCHMARKS."""
+"""Benchmark of BENCHMARKS -> its further options, by name."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of the command; benchmarks/host_start.py has the same for a single script."""
+    """Add the options of the command; benchmarks/host_start.py has the same for a single script."""
     listing = "; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items())
     listing += f"; {REPORT}: fills docs/performance.md from results of gpu-day, --folder DIR keeps those in DIR first"
     listing += "; and only by name " + "; ".join(f"{name}: {what}" for name, what in ON_REQUEST.items())
@@ -72,7 +72,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_benchmarks(options: argparse.Namespace, host: Callable[[], Path]) -> int:
-    """Run the chosen ones; 0 if all ended well, 2 for a name that there is not."""
+    """Run the chosen benchmarks; returns 0 if all succeeded, 1 if one failed, 2 for an unknown name."""
     if options.names == [REPORT]:
         from .bench_report import write_report
 
@@ -109,7 +109,9 @@ def _run(name: str, arguments: list[str]) -> int:
 
 
 def _watch(name: str, command: list[str], environment: dict[str, str]) -> int:
-    """Run a benchmark and say at growing intervals, from seconds to a minute, that it runs; its exit status."""
+    """Run a benchmark and report at growing intervals, from seconds to a minute, that it runs;
+    returns its exit status.
+    """
     began, pause = time.monotonic(), FIRST_SIGN
     with subprocess.Popen(command, env=environment) as process:
         try:

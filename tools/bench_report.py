@@ -1,7 +1,7 @@
 """`python run.py bench report`: the tables of docs/performance.md and docs/gpu_day.md that come from GPUs.
 
-Sources are benchmarks/results/gpu_day_*.json, as `run.py gpu-day` wrote them; what none of them has is owed.
-Standard library only.
+Sources are benchmarks/results/gpu_day_*.json, written by `run.py gpu-day`; figures that none of them has are marked as
+owed. Standard library only.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ OWED = "owed"
 
 @dataclass(frozen=True)
 class Goal:
-    """One figure that is aimed at, and the cell of a part's table that holds it."""
+    """Target for one figure, with the cell of a part's table that holds it."""
 
     what: str
     limit: float
     part: str
     row: str
-    """Content of the table's first column."""
+    """Content of the first column in the figure's row."""
     column: str = "wall"
     at_least: bool = False
 
@@ -52,11 +52,11 @@ GOALS = (
     Goal("training, memory over the plain loop's", 0.7, "train", _OURS, "memory against plain"),
 )
 SHOWN = ("memory", "profile", "candidates", "train")
-"""Parts whose tables stand whole on their page."""
+"""Parts whose complete tables are on their page."""
 
 
 def write_report(taken: Path | None, results: Path = RESULTS, docs: Path = DOCS) -> Path:
-    """Write both pages' part between BEGIN and END; taken: a folder of gpu-day whose results are kept first."""
+    """Write the part between BEGIN and END of both pages; taken: a folder of gpu-day whose results are stored first."""
     if taken is not None:
         keep(taken, results)
     found = days(results)
@@ -65,7 +65,7 @@ def write_report(taken: Path | None, results: Path = RESULTS, docs: Path = DOCS)
 
 
 def fill(page: Path, new: str) -> Path:
-    """Put a text between the page's two lines. Raises SetupError where they are missing."""
+    """Replace the text between the page's two marker lines. Raises SetupError where they are missing."""
     text = page.read_text("utf-8")
     if BEGIN not in text or END not in text:
         raise SetupError(f"{page}: the lines {BEGIN} and {END} are missing; put them where the tables belong.")
@@ -75,7 +75,7 @@ def fill(page: Path, new: str) -> Path:
 
 
 def keep(folder: Path, results: Path) -> Path:
-    """Put the results of a day into `results`, under the name of its GPU and month. Raises SetupError for a dry run."""
+    """Store the results of a day in `results`, under the name of its GPU and month. Raises SetupError for a dry run."""
     path = folder / f"{NAME}.json"
     if not path.is_file():
         raise SetupError(f"--folder {folder}: no {NAME}.json there. Name the --out of run.py gpu-day.")
@@ -89,7 +89,7 @@ def keep(folder: Path, results: Path) -> Path:
 
 
 def days(results: Path) -> list[dict[str, Any]]:
-    """Results that were kept, the newest first."""
+    """Stored results, the newest first."""
     found = [json.loads(path.read_text("utf-8")) for path in sorted(results.glob(f"{NAME}_*.json"))]
     return sorted(found, key=lambda day: str(day["machine"]["date"]), reverse=True)
 
@@ -132,7 +132,7 @@ def _states(heads: list[str], found: list[dict[str, Any]], name: str) -> dict[st
 
 
 def value_of(day: Mapping[str, Any], goal: Goal) -> str | None:
-    """The cell of the goal, or None where the day has none."""
+    """Cell with the figure of the goal; None where the day lacks it."""
     for table in day["parts"].get(goal.part, {}).get("tables", []):
         for row in table["rows"]:
             if next(iter(row.values())) == goal.row and goal.column in row:
@@ -141,7 +141,7 @@ def value_of(day: Mapping[str, Any], goal: Goal) -> str | None:
 
 
 def verdict(value: str | None, goal: Goal) -> str:
-    """The figure with what it means for the goal; OWED where there is none."""
+    """Figure with its verdict on the goal; OWED without a figure."""
     number = re.match(r"[\d.]+", value or "")
     if value is None or number is None:
         return OWED

@@ -1,6 +1,6 @@
 """`python run.py test`: the table of steps, each with its name and time. Standard library only.
 
-Another step is another row of STEPS. A step is a command, run in the clone, and passes when that ends with 0.
+A further step is a row of STEPS. A step is a command, run in the clone, and passes when its exit status is 0.
 """
 
 import fnmatch
@@ -27,7 +27,7 @@ SECURITY = (
 TESTS = ROOT / "tests"
 STAGE = ROOT / ".cache" / "types"
 WORKERS = 2
-"""Processes that share the test files of a whole run; each takes up to 5 GB, its ComfyUI server included."""
+"""Number of processes that share the test files of a whole run; each needs up to 5 GB, its ComfyUI server included."""
 
 
 @dataclass(frozen=True)
@@ -35,27 +35,29 @@ class CheckOptions:
     """Options of `run.py test`."""
 
     host: Callable[[], Path]
-    """Provides the ComfyUI, downloading it on first use."""
+    """Function that returns the ComfyUI's folder, downloading it on first use."""
     long: bool = False
-    """True: tests marked `long` run as well."""
+    """True: tests marked `long` run as well. False: they are skipped."""
     fast: bool = False
-    """True: only tests that need no ComfyUI run."""
+    """True: only tests that need no ComfyUI run. False: all."""
     expression: str | None = None
-    """pytest's -k."""
+    """Expression for pytest's -k; None: no selection."""
     files: tuple[str, ...] = ()
-    """Test files to run; () = all."""
+    """Test files to run; (): all."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One row: its name for --only, and a function that runs it and returns an exit status."""
+    """Step of the tests: its name for --only, and a function that runs it and returns an exit status."""
 
     name: str
     run: Callable[[CheckOptions], int]
 
 
 def call(*arguments: str, folder: Path = ROOT, **variables: str) -> int:
-    """Run this interpreter with `arguments` in `folder`, `variables` added to the environment; its exit status."""
+    """Run this interpreter with `arguments` in `folder`, with `variables` added to the environment; returns its exit
+    status.
+    """
     sys.stdout.flush()
     return subprocess.run(
         [sys.executable, *arguments], cwd=folder, env={**PATIENT_THREADS, **os.environ, **variables}, check=False
@@ -63,7 +65,8 @@ def call(*arguments: str, folder: Path = ROOT, **variables: str) -> int:
 
 
 def stage_for_types() -> list[str]:
-    """Copy the code to where its import name is also its path, which mypy needs; return the packages to check.
+    """Copy the code to a folder where its import name is also its path, which mypy needs; returns the packages to
+    check.
 
     The folder of a clone may have any name, and relative imports reach from `models` to its siblings.
     """
@@ -106,9 +109,9 @@ def run_pytest(options: CheckOptions) -> int:
 
 
 def share(options: CheckOptions, cores: int) -> tuple[list[str], str]:
-    """pytest's options that share a whole run among WORKERS processes, a file staying in one, and threads of each.
+    """Options of pytest that share a whole run among WORKERS processes (a file stays in one), and the threads of each.
 
-    A part of the tests, and a machine with fewer cores, has one process, whose output is told test by test.
+    A part of the tests, and a machine with fewer cores, has one process, with output for each test.
     """
     threads = os.environ.get("OMP_NUM_THREADS")
     if options.files or options.expression or cores < WORKERS:
@@ -126,9 +129,9 @@ STEPS = (
 
 
 def choose(only: Sequence[str]) -> tuple[tuple[Step, ...], tuple[str, ...]]:
-    """(steps to run, test files to run) of --only: names of steps, and patterns of test files.
+    """Resolve --only, names of steps and patterns of test files, to (steps to run, test files to run).
 
-    Raises SetupError where a pattern fits nothing.
+    Raises SetupError where a pattern matches nothing.
     """
     if not only:
         return STEPS, ()
@@ -145,8 +148,8 @@ def choose(only: Sequence[str]) -> tuple[tuple[Step, ...], tuple[str, ...]]:
 
 
 def test_files(pattern: str) -> list[str]:
-    """Paths of the test files that fit: those in a folder of that name (`core`, `training`), if tests/ has one, else
-    those whose path below tests/ holds `pattern`, or matches it where it has wildcards.
+    """Paths of the test files that match: those in the folder `pattern` of tests/ (`core`, `training`), if it exists,
+    else those whose path below tests/ contains `pattern`, or matches it where it has wildcards.
     """
     names = {path.relative_to(TESTS): str(path) for path in sorted(TESTS.rglob("test_*.py"))}
     inside = [path for name, path in names.items() if pattern.rstrip("/") in name.parent.parts]
@@ -155,7 +158,7 @@ def test_files(pattern: str) -> list[str]:
 
 
 def run_checks(options: CheckOptions, only: Sequence[str]) -> int:
-    """Run the steps that `only` chooses, or all, and print a summary; returns 0 if all passed, else 1."""
+    """Run the steps chosen by `only`, or all, and print a summary; returns 0 if all passed, else 1."""
     steps, files = choose(only)
     options = replace(options, files=files)
     results: list[tuple[str, int, float]] = []

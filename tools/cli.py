@@ -1,4 +1,4 @@
-"""The commands of run.py. Standard library only until the right interpreter runs; the rest is imported per command.
+"""Commands of run.py. Standard library only until the right interpreter runs; the rest is imported per command.
 
 A further command is one entry of COMMANDS: a function that adds its options and one that runs it.
 """
@@ -19,7 +19,7 @@ from .environment import ROOT, SetupError
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that shows its whole help where a command with an epilog lacks what it needs."""
+    """Parser that shows its full help where a command with an epilog lacks a required argument."""
 
     def error(self, message: str) -> NoReturn:
         if self.epilog and "required" in message:
@@ -30,11 +30,11 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Command:
-    """level: which pinned lists it needs ("host" or "test"), empty for none: this Python runs it, whatever it has;
-    add: its own options; run: returns the exit status.
+    """Command of run.py. level: the pinned lists it needs ("host" or "test"), empty for none: any Python runs it; add:
+    adds its options; run: returns the exit status.
 
-    newest: True means that it brings the pinned release of ComfyUI where git reaches that, and else the wheel; check:
-    raises SetupError for impossible options, before anything is installed.
+    newest: True brings the pinned release of ComfyUI where git reaches it, else the wheel; False always the wheel;
+    check: raises SetupError for impossible options, before anything is installed.
     """
 
     help: str
@@ -46,7 +46,9 @@ class Command:
 
 
 def clone_folder() -> Path:
-    """The clone as the person named it: links are not followed, so that one inside `custom_nodes` is recognised."""
+    """Path of the clone as the user typed it: links are not followed, so that one inside
+    `custom_nodes` is recognised.
+    """
     script = Path(os.path.abspath(sys.argv[0]))
     return script.parent if script.name == "run.py" else ROOT
 
@@ -63,7 +65,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _own(options: argparse.Namespace) -> Path | None:
-    """The person's own ComfyUI, if there is one."""
+    """Path of the user's own ComfyUI; None without one."""
     return host.find(options.comfyui, clone_folder())
 
 
@@ -221,7 +223,7 @@ COMMANDS = {
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Options of the command line; ends the process with a usage message where they are wrong."""
+    """Parse the options of the command line; ends the process with a usage message where they are wrong."""
     parser = Parser("run.py", description="ComfyUI-ControlNeXt: try it, test it, use it.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     for name, command in COMMANDS.items():
@@ -240,10 +242,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def bring_host(options: argparse.Namespace, arguments: Sequence[str]) -> tuple[Path | None, Sequence[str]]:
-    """Choose the ComfyUI to bring, say which and why, clone a release; sets options.brought, None for the wheel.
+    """Choose the ComfyUI to bring, print the choice with its reason, clone a release; sets options.brought, None for
+    the wheel.
 
-    Returns the Python that must go on, None for the running one, and the arguments for it, which hold the choice. The
-    line was printed before where this is a Python of the project's own environments; of many processes one speaks.
+    Returns the Python that must continue, None for the running one, and the arguments for it, which hold the choice. In
+    a Python of the project's environments the line was printed before; of several processes only one prints it.
     """
     choice = releases.choose(options.comfyui_release)
     if not Path(sys.prefix).name.startswith(".venv") and os.environ.get("RANK", "0") == "0":
@@ -257,7 +260,7 @@ def bring_host(options: argparse.Namespace, arguments: Sequence[str]) -> tuple[P
 
 
 def run_again_with(python: Path, arguments: Sequence[str]) -> int:
-    """Run the same command in `python`: it replaces this process where the system can, else it is waited for."""
+    """Run the same command in `python`, which replaces this process where the system can; otherwise waits for it."""
     command = [str(python), os.path.abspath(sys.argv[0]), *arguments]
     sys.stdout.flush()
     if os.name != "nt":
@@ -267,11 +270,11 @@ def run_again_with(python: Path, arguments: Sequence[str]) -> int:
         try:
             return process.wait()
         except KeyboardInterrupt:
-            continue  # it got the same Ctrl-C and is cleaning up
+            continue  # it received the same Ctrl-C and is cleaning up
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command line; return the exit status: 0 good, 1 failed or cannot go on, 130 interrupted."""
+    """Run the command line; returns the exit status: 0 success, 1 failure, 130 interrupted."""
     for stream in (sys.stdout, sys.stderr):  # paths may hold letters that a console's code page lacks
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -1,7 +1,7 @@
-"""Talk to a running ComfyUI over its own API: queue a workflow, follow its progress, fetch the result.
+"""Client of a running ComfyUI over its API: queue a workflow, follow its progress, fetch the result.
 
-A workflow is the API format: {node id: {"class_type": str, "inputs": {...}}}. Everything is blocking; the
-websocket runs inside `run`. Proxies from the environment are not used: the server is on this machine or named.
+A workflow is in the API format: {node id: {"class_type": str, "inputs": {...}}}. All calls block; the websocket runs
+inside `run`. Proxies of the environment are not used: the server is local or named.
 """
 
 import asyncio
@@ -24,13 +24,13 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class ComfyError(RuntimeError):
-    """The server could not be reached, refused a request, or ended."""
+    """Error of a server that could not be reached, refused a request, or ended."""
 
 
 class PromptError(ComfyError):
-    """A workflow was refused or failed while running; the message names the nodes.
+    """Error of a workflow that was refused or failed while running; the message names the nodes.
 
-    node_errors: {node id: text}, for one that failed while running a single entry.
+    node_errors: {node id: text}; a single entry for one that failed while running.
     """
 
     def __init__(self, message: str, node_errors: Mapping[str, str]) -> None:
@@ -40,10 +40,10 @@ class PromptError(ComfyError):
 
 @dataclass(frozen=True)
 class FinishedWorkflow:
-    """A finished workflow.
+    """Result of a finished workflow.
 
-    outputs: {node id: {"images": [...], ...}} as in the server's history.
-    cached, executed: node ids. seconds: wall time.
+    outputs: {node id: {"images": [...], ...}} as in the server's history. cached, executed: node ids. seconds: wall
+    time.
     """
 
     prompt_id: str
@@ -55,14 +55,14 @@ class FinishedWorkflow:
 
 
 class ComfyClient:
-    """A ComfyUI server at `address` ("127.0.0.1:8188")."""
+    """Client of the ComfyUI server at `address` ("127.0.0.1:8188")."""
 
     def __init__(self, address: str) -> None:
         self.address = address
         self.client_id = uuid.uuid4().hex
 
     def request(self, path: str, data: bytes | None = None, content_type: str = "application/json") -> bytes:
-        """GET `path`, or POST `data` to it; return the body. Raises ComfyError, PromptError for a refused workflow."""
+        """GET `path`, or POST `data` to it; returns the body. Raises ComfyError, PromptError for a refused workflow."""
         request = urllib.request.Request(f"http://{self.address}{path}", data=data)
         if data is not None:
             request.add_header("Content-Type", content_type)
@@ -79,36 +79,36 @@ class ComfyClient:
             ) from error
 
     def get(self, path: str) -> Any:
-        """The JSON at `path`."""
+        """GET the JSON at `path`."""
         return json.loads(self.request(path))
 
     def post(self, path: str, body: Any) -> Any:
-        """POST `body` as JSON; return the JSON answer, None where it is empty."""
+        """POST `body` as JSON; returns the JSON answer, None where it is empty."""
         answer = self.request(path, json.dumps(body).encode())
         return json.loads(answer) if answer.strip() else None
 
     def object_info(self, node: str | None = None) -> dict[str, Any]:
-        """Description of the server's nodes (or the one named): inputs, outputs, tooltips."""
+        """Description of all nodes of the server (or the named one): inputs, outputs, tooltips."""
         return self.get("/object_info" + (f"/{urllib.parse.quote(node)}" if node else ""))
 
     def queue(self, workflow: Workflow) -> str:
-        """Put `workflow` into the queue; return its prompt id. Raises PromptError when the server refuses it."""
+        """Queue `workflow`; returns its prompt id. Raises PromptError when the server refuses it."""
         return self.post("/prompt", {"prompt": workflow, "client_id": self.client_id})["prompt_id"]
 
     def history(self, prompt_id: str) -> dict[str, Any] | None:
-        """The server's record of a finished workflow, None while it is not finished."""
+        """Record of a finished workflow on the server; None while it is not finished."""
         return self.get(f"/history/{prompt_id}").get(prompt_id)
 
     def interrupt(self) -> None:
-        """Ask the server to stop the workflow that runs now."""
+        """Ask the server to stop the running workflow."""
         self.post("/interrupt", {})
 
     def free(self, unload_models: bool = True, free_memory: bool = True) -> None:
-        """Ask the server to unload models and forget cached outputs; it does so when the queue is empty."""
+        """Ask the server to unload models and drop cached outputs; it does so when the queue is empty."""
         self.post("/free", {"unload_models": unload_models, "free_memory": free_memory})
 
     def upload_image(self, image: Path | bytes, name: str | None = None) -> str:
-        """Put an image file into the server's input folder; return the name that LoadImage takes."""
+        """Upload an image file to the server's input folder; returns the name for LoadImage."""
         content = image if isinstance(image, bytes) else image.read_bytes()
         name = name or (image.name if isinstance(image, Path) else "image.png")
         boundary = uuid.uuid4().hex
@@ -122,7 +122,7 @@ class ComfyClient:
         return f"{answer['subfolder']}/{answer['name']}" if answer.get("subfolder") else answer["name"]
 
     def image(self, entry: Mapping[str, str]) -> bytes:
-        """The file behind one entry of an output's "images" list."""
+        """Content of the file of one entry in an output's "images" list."""
         fields = {key: entry.get(key, "") for key in ("filename", "subfolder", "type")}
         return self.request(f"/view?{urllib.parse.urlencode(fields)}")
 
@@ -130,7 +130,8 @@ class ComfyClient:
         """Queue `workflow`, wait for its end, return its outputs.
 
         on_event(type, data): called for each message of the server about this workflow ("executing", "progress", ...).
-        timeout: seconds; then the workflow is interrupted. Raises PromptError when it is refused or fails, ComfyError.
+        timeout: seconds, after which the workflow is interrupted. Raises PromptError when it is refused or fails,
+        ComfyError.
         """
         return asyncio.run(self._run(workflow, on_event, timeout))
 
@@ -163,7 +164,7 @@ class ComfyClient:
 
 
 async def _until_done(socket: Any, prompt_id: str, on_event: OnEvent | None) -> dict[str, list[str]]:
-    """Read messages until the workflow has left the server's queue; return ids of cached and executed nodes."""
+    """Read messages until the workflow has left the server's queue; returns the ids of cached and executed nodes."""
     seen: dict[str, list[str]] = {"cached": [], "executed": []}
     async for message in socket:
         if not isinstance(message.data, str):  # a preview picture
@@ -194,7 +195,7 @@ def raise_failure(record: Mapping[str, Any]) -> None:
 
 
 def _refusal(path: str, code: int, body: bytes) -> ComfyError:
-    """The exception for an HTTP error; for /prompt with what the server says about each node."""
+    """Exception for an HTTP error; for /prompt with the server's message about each node."""
     text = body.decode(errors="replace").strip()
     try:
         answer = json.loads(text)
@@ -212,11 +213,11 @@ def _refusal(path: str, code: int, body: bytes) -> ComfyError:
 
 
 class Progress:
-    """Shows which picture of a workflow is in work, on one line with the time left.
+    """Progress display of a workflow: the current picture and the time left, on one line.
 
-    pictures: name of each picture by the id of the node that samples it, in any order. The time left comes from the
-    sampling steps so far, and is shown from the second picture on. Where the output is no terminal it prints a line for
-    each picture.
+    pictures: name of each picture by the id of the node that samples it, in any order. The time left is computed from
+    the sampling steps so far, and shown from the second picture on. Where the output is not a terminal, each picture
+    gets a line.
     """
 
     def __init__(self, pictures: Mapping[str, str], out: TextIO | None = None) -> None:
@@ -226,7 +227,7 @@ class Progress:
         self.started, self.shown = 0.0, ""
 
     def __call__(self, kind: str, data: dict[str, Any]) -> None:
-        """As `on_event` of ComfyClient.run."""
+        """Callback `on_event` of ComfyClient.run."""
         node = data.get("node")
         if kind not in ("executing", "progress") or node is None or node not in self.pictures:
             return
@@ -249,13 +250,13 @@ class Progress:
         self.shown = line
 
     def end(self) -> None:
-        """Leave the line."""
+        """End the line."""
         if self.one_line and self.shown:
             print(file=self.out, flush=True)
 
 
 def time_left(seconds: float | None) -> str:
-    """', about 40 s left'; empty for None, where nothing is known."""
+    """Text such as ', about 40 s left'; empty for None, where the time is unknown."""
     if seconds is None:
         return ""
     return f", about {seconds:.0f} s left" if seconds < 100 else f", about {seconds / 60:.0f} min left"

@@ -1,4 +1,4 @@
-"""`python run.py comfy`, the pack in a real ComfyUI for a person."""
+"""`python run.py comfy`: a real ComfyUI with the pack, for use in a browser."""
 
 import contextlib
 import json
@@ -14,11 +14,11 @@ from .quiet_start import Follower, QuietStart
 
 PHOTOGRAPH = ROOT / "demo" / "astronaut.jpg"
 PICTURES, PICTURES_SIDE, PICTURES_SEED = 12, 512, 77
-"""Drawn pictures that the template of training finds in its folder."""
+"""Number, side and seed of the drawn pictures in the folder of the training template."""
 
 
 def for_this_system(workflow: Any) -> Workflow:
-    """The workflow with `folder/file` names as this system's host lists them (backslashes on Windows)."""
+    """Workflow with `folder/file` names in the form of this system's host (backslashes on Windows)."""
     import os
 
     adapted = json.loads(json.dumps(workflow))
@@ -30,8 +30,9 @@ def for_this_system(workflow: Any) -> Workflow:
 
 
 def fill(base: Path) -> None:
-    """Put the demo's models and inputs for every template into a base directory; random weights of earlier versions
-    of this project go."""
+    """Install the demo's models and inputs for every template in a base directory; random weights of earlier versions
+    of this project are deleted.
+    """
     from .demo_weights.shipped import install
     from .tiny_models.server_models import remove_demo_models
     from .workflows.training_graphs import FOLDER
@@ -44,7 +45,7 @@ def fill(base: Path) -> None:
 
 
 def draw_pictures(folder: Path) -> None:
-    """Pictures with captions to train on, unless the folder is there."""
+    """Draw pictures with captions to train on, unless the folder exists."""
     from PIL import Image
 
     from ..controlnext_core.picturebook import draw
@@ -59,7 +60,9 @@ def draw_pictures(folder: Path) -> None:
 
 
 def serve(host: Path, port: int, models: Path | None, cpu: bool) -> int:
-    """Run the server in the foreground until Ctrl-C; return its exit status. models: the person's own, also listed."""
+    """Run the server in the foreground until Ctrl-C; returns its exit status. models: a further folder of the user's,
+    also listed.
+    """
     require_free_port(port)
     base = COMFY_BASE
     fill(base)

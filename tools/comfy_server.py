@@ -1,7 +1,7 @@
-"""Start and stop a ComfyUI with the pack, in a base directory of its own.
+"""Server: starts and stops a ComfyUI with the pack, in a separate base directory.
 
 The host finds the pack through `custom_nodes:` in an extra_model_paths.yaml that names the clone's parent folder; every
-other pack, there and in the host, stays off (`--disable-all-custom-nodes`, and the clone's folder name whitelisted).
+other pack, there and in the host, stays off (`--disable-all-custom-nodes`, with the clone's folder name whitelisted).
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from .environment import PATIENT_THREADS, ROOT, SetupError
 
 FOLDERS = ("models", "input", "output", "custom_nodes", "temp", "user")
 DEMO_BASE, COMFY_BASE = ROOT / ".host" / "base-demo", ROOT / ".host" / "base-comfy"
-"""Base directories of the ComfyUI that this project brings: of the demo; of `comfy` and `train`."""
+"""Base directories of the ComfyUI that this project brings: for the demo; for `comfy` and `train`."""
 COLOR = re.compile(r"\x1b\[[0-9;]*m")
 LEVEL = re.compile(r"^\[(?:DEBUG|DETAIL|INFO|WARNING|ERROR|CRITICAL)\] ", re.M)
 START_SECONDS = 180.0
@@ -31,7 +31,7 @@ STOP_SECONDS = 15.0
 
 
 def free_port() -> int:
-    """A TCP port that is free on loopback now."""
+    """TCP port that is currently free on loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -48,9 +48,9 @@ def require_free_port(port: int) -> None:
 
 
 def prepare_base(base: Path, pack: Path = ROOT, models: Path | None = None) -> Path:
-    """Make the base directory's folders and its extra_model_paths.yaml; return the path of that file.
+    """Make the base directory's folders and its extra_model_paths.yaml; returns the path of that file.
 
-    models: a `models` folder of the person's own, whose sub-folders are searched as well.
+    models: a `models` folder of the user's, whose sub-folders are searched as well.
     """
     for name in FOLDERS:
         (base / name).mkdir(parents=True, exist_ok=True)
@@ -63,12 +63,12 @@ def prepare_base(base: Path, pack: Path = ROOT, models: Path | None = None) -> P
 
 
 def plain(text: str) -> str:
-    """Text of a log without colours and without the `[INFO]` and so on that newer hosts put before each message."""
+    """Text of a log without colours and without the levels (`[INFO]`) that newer hosts put before each message."""
     return LEVEL.sub("", COLOR.sub("", text))
 
 
 class ComfyServer(ComfyClient):
-    """A ComfyUI that this process started, usable as its client; a context manager that stops it."""
+    """ComfyUI server that this process started, usable as its client; a context manager that stops it."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", port: int, base: Path, log: Path | None) -> None:
         super().__init__(f"127.0.0.1:{port}")
@@ -91,8 +91,8 @@ class ComfyServer(ComfyClient):
     ) -> "ComfyServer":
         """Start main.py of `host` with `pack`, wait until it answers.
 
-        port: None for a free one. arguments: further ones for main.py, such as "--cpu". log: file for what the server
-        prints; without it that goes to this process's own output. Raises ComfyError with the end of the log.
+        port: None for a free one. arguments: further ones for main.py, such as "--cpu". log: file for the server's
+        output; without it that goes to the output of this process. Raises ComfyError with the end of the log.
         """
         config = prepare_base(base, pack, models)
         port = free_port() if port is None else port
@@ -130,7 +130,7 @@ class ComfyServer(ComfyClient):
         return server
 
     def wait_until_ready(self, seconds: float = START_SECONDS) -> None:
-        """Return when /system_stats answers. Raises ComfyError if the process ends first or time runs out."""
+        """Wait until /system_stats answers. Raises ComfyError if the process ends first or time runs out."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             if self.process.poll() is not None:
@@ -150,7 +150,7 @@ class ComfyServer(ComfyClient):
             raise ComfyError("ComfyUI could not import the pack:\n    " + "\n    ".join(lines[begin : end + 1]))
 
     def stop(self) -> int | None:
-        """End the server: let it finish by itself, then insist. Returns the process's exit status."""
+        """Stop the server: request it, then kill it. Returns the process's exit status."""
         if self.process.stdin is not None and not self.process.stdin.closed:
             self.process.stdin.close()  # the launcher takes this as the sign to stop
         for insist in (self.process.terminate, self.process.kill, lambda: None):
@@ -167,7 +167,7 @@ class ComfyServer(ComfyClient):
         return plain(self.log.read_text(encoding="utf-8", errors="replace")).splitlines()
 
     def whereabouts(self) -> str:
-        """Exit status if it ended, and the end of its log."""
+        """Exit status, if the server has ended, and the end of its log."""
         status = self.process.poll()
         state = "running" if status is None else f"ended with status {status}"
         tail = "\n    ".join(self.log_lines()[-25:])
@@ -183,7 +183,7 @@ class ComfyServer(ComfyClient):
 
 
 def fresh_base(base: Path, keep: Sequence[str] = ("models",)) -> Path:
-    """Empty the base directory except for the folders in `keep`; return it."""
+    """Empty the base directory except for the folders in `keep`; returns it."""
     if base.exists():
         for item in base.iterdir():
             if item.name not in keep:
@@ -193,7 +193,7 @@ def fresh_base(base: Path, keep: Sequence[str] = ("models",)) -> Path:
 
 
 def device_arguments(cpu: bool) -> list[str]:
-    """main.py's options for the device: the CPU if asked for or if torch sees nothing better."""
+    """Options of main.py for the device: the CPU if requested or if torch finds nothing better."""
     import torch
 
     mps = torch.backends.mps.is_available()

@@ -1,4 +1,4 @@
-"""Boards of the demo: its bases, the ways their controls are used, and the drawn hints that they are given."""
+"""Boards of the demo: its bases, the combinations of their controls, and the drawn hints."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 SEED = 5
 SCENE_SEED = 99
-"""Seed of scenes that no training saw."""
+"""Seed of scenes that were not used in training."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One way to use the hint. title: over its pictures; edges, mask, depth, pose, xs: strengths, 0 = not used."""
+    """Combination of controls. title: over its pictures; edges, mask, depth, pose, xs: strengths, 0 = not used."""
 
     title: str
     edges: float = 0.0
@@ -29,7 +29,7 @@ class Column:
     xs: float = 0.0
     lora: float = 0.0
     split: bool = False
-    """The edges show some of the shapes and the mask the others."""
+    """True: the edges show some of the shapes and the mask the others. False: each shows all."""
 
     @property
     def file_name(self) -> str:
@@ -37,7 +37,7 @@ class Column:
 
     @property
     def words(self) -> str:
-        """Controls and strength: "edges and mask, strength 1"."""
+        """Description of controls and strength, such as "edges and mask, strength 1"."""
         used = {
             "edges": self.edges,
             "ControlNet-XS edges": self.xs,
@@ -51,13 +51,13 @@ class Column:
         return f"{' and '.join(names)}, strength {max(used.values()):g}{' and a LoRA' if self.lora else ''}"
 
     def given(self, hint: Hint) -> np.ndarray | None:
-        """Picture that the controls see, (H, W, 3) bytes, if other than the row's own; a mask shows in gray."""
+        """Picture given to the controls, (H, W, 3) bytes, if other than that of the row; a mask is shown in gray."""
         if self.split:
             return hint.some_edges | hint.other_mask // 2
         return hint.depth if self.depth else None
 
     def inputs(self) -> dict[str, tuple[float, str]]:
-        """Kind of each control that is used -> its strength, and the name of its picture in Hint."""
+        """Kind of each used control -> its strength, and the name of its picture in Hint."""
         outlines = "some_edges" if self.split else "edges"
         used = {
             "edges": (self.edges, outlines),
@@ -71,24 +71,24 @@ class Column:
 
 @dataclass(frozen=True)
 class Board:
-    """One base of the demo, and its part of the sheet."""
+    """Board of one base of the demo: its part of the sheet."""
 
     title: str
     checkpoint: str
     scheme: str
-    """Kind of its pictures, a key of controlnext_training.drawn.SCHEMES."""
+    """Kind of the board's pictures, a key of controlnext_training.drawn.SCHEMES."""
     side: int
     """Side of a picture, in pixels."""
     steps: int
     scenes: tuple[int, ...]
-    """A row each."""
+    """Scene numbers, one per row."""
     columns: tuple[Column, ...]
     files: Mapping[str, str]
     """Kind of control, as in Column.inputs -> its file."""
     shown: str = "edges"
-    """Name in Hint of the picture at the beginning of a row."""
+    """Name in Hint of the picture at the start of a row."""
     seed: int = SEED
-    """Seed of the first row's noise."""
+    """Seed of the noise in the first row."""
 
 
 PICTURE_FILES = {"edges": PICTURE_EDGES, "pose": PICTURE_POSE}
@@ -144,23 +144,23 @@ BOARDS = (BOOK, CHILDREN, SHAPES)
 
 @dataclass(frozen=True)
 class Hint:
-    """Inputs of a row of the sheet; pictures are (H, W, 3) bytes."""
+    """Hints of one row of the sheet; pictures are (H, W, 3) bytes."""
 
     caption: str
     edges: np.ndarray
-    """Outlines of all shapes: what the F1 counts."""
+    """Outlines of all shapes, with which the F1 is computed."""
     some_edges: np.ndarray
     """Outlines of one shape."""
     other_mask: np.ndarray
-    """The other shapes, white on black."""
+    """Mask of the other shapes, white on black."""
     depth: np.ndarray
     """Depth of all shapes and the floor; bright is near."""
     pose: np.ndarray
-    """Sticks of the people; black without people."""
+    """Pose of the people as sticks; black without people."""
 
 
 def draw_hint(board: Board, index: int) -> Hint:
-    """The hints of an unseen scene; its shapes are told apart as the connected parts of its mask."""
+    """Draw the hints of an unseen scene; its shapes are the connected parts of its mask."""
     import cv2
     import numpy as np
 

@@ -1,8 +1,9 @@
-"""`python run.py demo`: drawn hints, and what stock nodes and ours make of them with the weights in `demo/weights`.
+"""`python run.py demo`: drawn hints and the pictures that stock nodes and this pack make of them, with the weights in
+`demo/weights`.
 
-A part of the sheet for each board, one row per hint. Under every picture stands the F1 of its edges against the drawn
-ones; where a control was given something else than the row's outlines, a small picture in the corner shows it. All
-hints are of scenes that no training saw.
+The sheet has a part for each board, with one row per hint. Under every picture is the F1 of its edges against the drawn
+ones; where a control got another picture than the row's outlines, a small picture in the corner shows it. All hints are
+of scenes that were not used in training.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 CFG = 3.0
 INSET = 4
-"""Side of a picture, as a multiple of the inset in its corner."""
+"""Ratio of a picture's side to that of the inset in its corner."""
 OUTPUT = ROOT / "demo_output"
 AFTERWARDS = """
 Done in {seconds:.0f} s. Open {sheet}
@@ -48,13 +49,13 @@ def png(picture: np.ndarray) -> bytes:
 
 
 class _Graph:
-    """Nodes in the API's format; equal nodes are made once."""
+    """Graph in the API's format; equal nodes are added once."""
 
     def __init__(self) -> None:
         self.nodes: Graph = {}
 
     def add(self, kind: str, **inputs: Any) -> str:
-        """The id of the node with these inputs."""
+        """Id of the node with these inputs, added where it is missing."""
         node = {"class_type": kind, "inputs": inputs}
         for name, known in self.nodes.items():
             if known == node:
@@ -65,7 +66,10 @@ class _Graph:
 
 
 def workflow(board: Board, hints: Mapping[int, Hint], columns: tuple[Column, ...]) -> Graph:
-    """Every cell of a board; SaveImage prefixes are `sheet/ROW_COLUMN`. Pictures of hints are those of `uploads`."""
+    """Graph with every cell of a board; SaveImage prefixes are `sheet/ROW_COLUMN`.
+
+    Pictures of hints are those of `uploads`.
+    """
     graph = _Graph()
     checkpoint = graph.add("CheckpointLoaderSimple", ckpt_name=board.checkpoint)
     latent = graph.add("EmptyLatentImage", width=board.side, height=board.side, batch_size=1)
@@ -93,7 +97,7 @@ def workflow(board: Board, hints: Mapping[int, Hint], columns: tuple[Column, ...
 def _conditions(
     graph: _Graph, board: Board, checkpoint: str, row: int, caption: str, column: Column
 ) -> tuple[Link, Link, Link]:
-    """(model, positive, negative) of one cell."""
+    """Model, positive and negative conditioning of one cell."""
     model: Link = [checkpoint, 0]
     positive: Link = [graph.add("CLIPTextEncode", clip=[checkpoint, 1], text=caption), 0]
     negative: Link = [graph.add("CLIPTextEncode", clip=[checkpoint, 1], text=""), 0]
@@ -124,13 +128,13 @@ def _conditions(
 
 
 def uploads(hints: Mapping[int, Hint]) -> dict[str, bytes]:
-    """Name in the host's input folder -> PNG."""
+    """Files for the host's input folder: name -> PNG."""
     kinds = ("edges", "some_edges", "other_mask", "depth", "pose")
     return {f"{row}_{kind}.png": png(getattr(hint, kind)) for row, hint in hints.items() for kind in kinds}
 
 
 def scores(hints: Mapping[int, Hint], cells: Mapping[tuple[int, int], bytes]) -> dict[tuple[int, int], float]:
-    """F1 of each cell's edges (row, column) against its row's drawn ones."""
+    """Scores of all cells (row, column): F1 of the cell's edges against the row's drawn ones."""
     import numpy as np
     from PIL import Image
 
@@ -151,7 +155,7 @@ def compose(
     f1: Mapping[tuple[int, int], float],
     zoom: int = 1,
 ) -> Pictures.Image:
-    """A board's part of the sheet: titles, a row per hint, F1 under every picture, the caption under every row."""
+    """Draw a board's part of the sheet: titles, a row per hint, F1 under every picture, the caption under every row."""
     from PIL import Image, ImageDraw, ImageFont
 
     cell, gap, title, line = board.side * zoom, 10, 26, 18
@@ -181,7 +185,7 @@ def compose(
 
 
 def stacked(parts: Sequence[tuple[str, Pictures.Image]]) -> Pictures.Image:
-    """One sheet of (title, part), one below the other."""
+    """Sheet of (title, part), stacked vertically."""
     from PIL import Image, ImageDraw, ImageFont
 
     line, gap = 34, 10
@@ -199,7 +203,7 @@ def stacked(parts: Sequence[tuple[str, Pictures.Image]]) -> Pictures.Image:
 def draw_cells(
     server: ComfyClient, board: Board, hints: Mapping[int, Hint], columns: tuple[Column, ...]
 ) -> dict[tuple[int, int], bytes]:
-    """PNG of every cell (row, column), drawn by a running server that has the demo's models."""
+    """Draw every cell (row, column) as PNG on a running server that has the demo's models."""
     from .comfy_client import Progress
 
     for name, content in uploads(hints).items():
@@ -214,7 +218,7 @@ def draw_cells(
 
 
 def pictures(graph: Graph, columns: tuple[Column, ...]) -> dict[str, str]:
-    """Id of each sampler -> what its picture shows, as words of a column."""
+    """Id of each sampler -> description of its picture, from its column."""
     names = {}
     for node in graph.values():
         if node["class_type"] == "SaveImage":
@@ -225,7 +229,7 @@ def pictures(graph: Graph, columns: tuple[Column, ...]) -> dict[str, str]:
 
 
 def run_demo(host: Path, cpu: bool, output: Path = OUTPUT) -> Path:
-    """Queue the sheet in `host`; save its pictures, its graph and the sheet in `output`; return the sheet's path."""
+    """Queue the sheet in `host`; save its pictures, its graph and the sheet in `output`; returns the sheet's path."""
     from .comfy_server import DEMO_BASE, ComfyServer, device_arguments, fresh_base
 
     started = time.monotonic()
@@ -245,7 +249,7 @@ def run_demo(host: Path, cpu: bool, output: Path = OUTPUT) -> Path:
 
 
 def _drawn(server: ComfyClient, board: Board, output: Path) -> Pictures.Image:
-    """Draw a board, save its pictures in `output` and say its F1s; its part of the sheet."""
+    """Draw a board, save its pictures in `output` and print its F1s; returns its part of the sheet."""
     hints = hints_of(board)
     cells = draw_cells(server, board, hints, board.columns)
     f1 = scores(hints, cells)
@@ -259,7 +263,7 @@ def _drawn(server: ComfyClient, board: Board, output: Path) -> Pictures.Image:
 
 
 def _saved(graph: Graph, outputs: Mapping[str, Any]) -> Iterator[tuple[tuple[int, int], dict[str, str]]]:
-    """((row, column), what the host says of the picture) of every SaveImage node."""
+    """Pairs ((row, column), the host's entry for the picture) of every SaveImage node."""
     for name, node in graph.items():
         if node["class_type"] == "SaveImage":
             row, column = node["inputs"]["filename_prefix"].removeprefix("sheet/").split("_")

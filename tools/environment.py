@@ -1,7 +1,7 @@
-"""Choice of the Python for the work: the running one if it has everything, else `.venv` beside the clone.
+"""Choice of the Python for a command: the running one if it has all packages, else `.venv` beside the clone.
 
-Standard library only. The environment carries a stamp, the hashes of the pinned lists that were installed; the stamp
-is removed before an installation and written after it, so a `.venv` without one is unfinished and is made again.
+Standard library only. The environment has a stamp, the hashes of the pinned lists that were installed; the stamp is
+removed before an installation and written after it, so a `.venv` without one is unfinished and is made again.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "tools"
 LEVELS = ("host", "test")  # each contains the ones before it
 LOCK = "requirements-test.lock.txt"
-"""The packages that requirements-test.txt pulls in, with hashes; `lock_hashes.py` makes it."""
+"""Packages that requirements-test.txt depends on, with hashes; made by `lock_hashes.py`."""
 
 # Import names, looked up without importing. `opencv` and `einops` are the two that the pack itself asks for.
 HOST_MODULES = (
@@ -48,16 +48,19 @@ OFFLINE = (
 
 
 class SetupError(RuntimeError):
-    """Something that a person has to change before the command can go on; the message says what."""
+    """Error that a user has to fix before the command can continue; the message says what to do."""
 
 
 def missing(modules: Sequence[str]) -> list[str]:
-    """The import names of `modules` that this interpreter cannot find. Imports none of them."""
+    """Import names of `modules` that this interpreter cannot find. Imports none of them."""
     return [name for name in modules if importlib.util.find_spec(name) is None]
 
 
 def pinned(name: str, listing: Path | None = None) -> str:
-    """The version that `listing` (default: requirements-test.txt) pins for the distribution `name`."""
+    """Version that `listing` (default: requirements-test.txt) pins for the distribution `name`.
+
+    Raises KeyError without one.
+    """
     listing = listing or TOOLS / "requirements-test.txt"
     match = re.search(rf"^{re.escape(name)}==([^;\s]+)", listing.read_text(encoding="utf-8"), re.M)
     if match is None:
@@ -66,7 +69,10 @@ def pinned(name: str, listing: Path | None = None) -> str:
 
 
 def satisfied(listing: Path) -> bool:
-    """True: the running interpreter has every distribution of a requirements file, at the version of a `==` pin."""
+    """True: the running interpreter has every distribution of a requirements file, at the version of a `==` pin.
+
+    False: not.
+    """
     for name, version in re.findall(r"^([A-Za-z0-9][A-Za-z0-9._-]*)(?:==([^\s;]+))?", listing.read_text("utf-8"), re.M):
         try:
             found = metadata.version(name)
@@ -78,7 +84,7 @@ def satisfied(listing: Path) -> bool:
 
 
 def serves(level: str) -> bool:
-    """True: the running interpreter has all that `level` needs; the linter must be the pinned one."""
+    """True: the running interpreter has all that `level` needs, with the pinned linter. False: something is missing."""
     if missing((*HOST_MODULES, *PACK_MODULES)):
         return False
     if level == "test":
@@ -100,7 +106,10 @@ def pack_requirements_message() -> str | None:
 
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`; wait while another process holds it. The system frees it if that process dies."""
+    """Context that holds the lock file `path`; waits while another process holds it.
+
+    The system frees it if that process dies.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as handle:
         _lock(handle.fileno(), path)
@@ -128,7 +137,7 @@ def _lock(descriptor: int, path: Path) -> None:
 
 
 def explain_pip_failure(log: str, folder: Path) -> str:
-    """Say in a sentence what stopped pip, from its log. folder: where it was writing to."""
+    """Sentence about the cause of pip's failure, from its log. folder: where it was writing to."""
     free = shutil.disk_usage(folder if folder.exists() else folder.parent).free / 1e9
     if any(text in log for text in DISK_FULL):
         return f"the disk is full ({free:.1f} GB free at {folder}). Free about 4 GB, then run the same command again."
@@ -148,9 +157,9 @@ def explain_pip_failure(log: str, folder: Path) -> str:
 
 
 def run_pip(python: Path, arguments: Sequence[str], log: Path) -> None:
-    """Run pip of `python`; raise SetupError that says why when it fails. log: the file that keeps its full output.
+    """Run pip of `python`; raises SetupError with the cause when it fails. log: file for its full output.
 
-    A terminal shows pip's own bars; elsewhere a line with the size is printed for each file that is downloaded.
+    A terminal shows pip's own bars; elsewhere a line with the size is printed for each downloaded file.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
@@ -171,7 +180,7 @@ def run_pip(python: Path, arguments: Sequence[str], log: Path) -> None:
 
 @dataclass(frozen=True)
 class Environment:
-    """An environment of the clone at `root`. lists: what goes into it; () = the pinned lists of tools/."""
+    """Environment of the clone at `root`. lists: requirement files; (): the pinned lists of tools/."""
 
     root: Path
     name: str = ".venv"
@@ -190,11 +199,11 @@ class Environment:
         return self.folder / "controlnext-stamp.json"
 
     def is_running(self) -> bool:
-        """True: this process runs in it."""
+        """True: this process runs in the environment. False: in another one."""
         return Path(sys.prefix).resolve() == self.folder.resolve()
 
     def wanted(self, level: str) -> dict[str, str]:
-        """level -> hash of the lists, for `level` and the ones below it."""
+        """Hashes of the lists for `level` and the ones below it, by level."""
         if self.lists:
             return {level: hashlib.sha256(b"".join(listing.read_bytes() for listing in self.lists)).hexdigest()}
         lists = {
@@ -209,7 +218,7 @@ class Environment:
         }
 
     def installed(self) -> dict[str, str]:
-        """Content of the stamp; empty where there is none or it cannot be read."""
+        """Content of the stamp; empty where it is missing or cannot be read."""
         try:
             stamp = json.loads(self.stamp.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -217,23 +226,26 @@ class Environment:
         return stamp if isinstance(stamp, dict) else {}
 
     def works(self) -> bool:
-        """True: its Python starts (False after the Python it was made from is removed)."""
+        """True: the environment's Python starts.
+
+        False: it does not, as after the removal of the Python it was made from.
+        """
         try:
             return subprocess.run([self.python, "-c", "import pip"], capture_output=True, check=False).returncode == 0
         except OSError:
             return False
 
     def ready(self, level: str) -> bool:
-        """True: nothing is left to do for `level`."""
+        """True: the environment is complete for `level`. False: packages are missing."""
         installed = self.installed()
         return all(installed.get(name) == digest for name, digest in self.wanted(level).items()) and self.works()
 
     def ensure(self, level: str) -> Path:
-        """Make or complete the environment for `level`; return its Python. Raises SetupError."""
+        """Make or complete the environment for `level`; returns its Python. Raises SetupError."""
         if self.ready(level):
             return self.python
         with exclusive(self.root / ".cache" / "setup.lock"):
-            if not self.ready(level):  # another run.py may have done it while we waited
+            if not self.ready(level):  # another run.py may have done it during the wait
                 self._install(level)
         return self.python
 
@@ -284,9 +296,10 @@ class Environment:
 
 
 def choose(level: str, own: bool) -> Path | None:
-    """The Python that must run the command, or None when the running one is right.
+    """Python that must run the command; None: the running one.
 
-    level: "host" or "test"; own: insist on `.venv`. Installs into `.venv` where needed. Raises SetupError.
+    level: "host" or "test"; own: True insists on `.venv`, False allows other interpreters. Installs into `.venv` where
+    needed. Raises SetupError.
     """
     environment = Environment(ROOT)
     if not own and not environment.is_running():

@@ -1,7 +1,8 @@
-"""`python run.py gpu-day`: what only a GPU can answer, part by part in order of worth, within the minutes given.
+"""`python run.py gpu-day`: measurements and tests that need a GPU, part by part by importance, within the given
+minutes.
 
-A part is a process of its own, so that one that fails, hangs or runs out of memory takes nothing with it. What it found
-is written as it ends. Nothing here needs a network or a server; standard library only.
+Each part is a separate process, so that one that fails, hangs or runs out of memory does not affect the others. Results
+are written as each part ends. No network or server is needed; standard library only.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from .gpu_parts import PARTS, PYTEST, TRAINED, Part
 
 NAME = "gpu_day"
 LIMIT_MIB = 12
-"""Largest size of each of the five files that are written."""
+"""Largest size in MiB of each of the five files that are written."""
 LEAST, RESERVE, MARGIN = 20.0, 3.0, 0.85
-"""Seconds under which no part is begun, seconds kept for writing, and the share of its time that a part plans with."""
+"""Seconds below which no part is started, seconds reserved for writing, and the share of its time that a part plans
+with."""
 TAIL = 6000  # characters of a part's output that are kept
 ENDED = ("done", "failed", "out of memory", "out of time")
-"""Statuses that need no second try. A part that the end of a run cut short has none of these."""
+"""Statuses of parts that need no second run. A part that was cut short by the end of a run has none of these."""
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers", "diffusers", "comfy-aimdo", "comfy-kitchen")
 DRY = ("--cpu", "--small", "--quick", "--repeats", "1", "--dtype", "fp32", "--batch", "1")
 WHEELS = ROOT / "wheels"
@@ -54,7 +56,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_gpu_day(options: argparse.Namespace, host: Callable[[], Path]) -> int:
-    """Run the command; exit status 0: no part failed. Parts that did not start do not count."""
+    """Run the command; returns 0 if no part failed, else 1. Parts that did not start do not count."""
     if options.pack is not None:
         from .gpu_pack import pack
 
@@ -76,7 +78,9 @@ def run_gpu_day(options: argparse.Namespace, host: Callable[[], Path]) -> int:
 
 
 def use_wheels(folder: Path) -> dict[str, str]:
-    """Unpack the wheels beside the clone, where there are any; variables by which children find them."""
+    """Unpack the wheels beside the clone, if there are any; returns the variables by which child
+    processes find them.
+    """
     wheels = sorted(folder.glob("*.whl"))
     if not wheels:
         return {}
@@ -96,7 +100,10 @@ class Day:
     def __init__(
         self, out: Path, host: Path, dry: bool, variables: Mapping[str, str], run: Runner | None = None
     ) -> None:
-        """dry: small shapes on the CPU. variables: for the environment of every part."""
+        """dry:
+
+        True runs small shapes on the CPU, False the real parts. variables: for the environment of every part.
+        """
         self.out, self.host, self.dry, self.variables = out, host, dry, dict(variables)
         self.runner = run or in_a_process
         self.machine = machine(host)
@@ -108,7 +115,7 @@ class Day:
         return self.out / f"{NAME}.md"
 
     def take_up(self, earlier: Path | None) -> None:
-        """Go on from the results in a folder: their parts and the weights that they trained."""
+        """Continue from the results in a folder: their parts and the weights they trained."""
         for folder in (earlier, self.out):
             path = folder / f"{NAME}.json" if folder is not None else None
             if folder is None or path is None or not path.is_file():
@@ -124,7 +131,7 @@ class Day:
         return not part.endless and self.entries.get(part.name, {}).get("status") in ENDED
 
     def run(self, parts: Iterable[Part], seconds: float) -> None:
-        """Run these parts for the seconds given; each result is on disk before the next part begins."""
+        """Run these parts for the given seconds; each result is on disk before the next part begins."""
         end = time.monotonic() + seconds
         self.write()
         for part in parts:
@@ -138,7 +145,7 @@ class Day:
             print(f"   {entry['status']}, {entry['seconds']} s", flush=True)
 
     def result_of(self, part: Part, seconds: float, whole: bool) -> dict[str, Any]:
-        """Run one. whole: it gets all the time that a part of its kind may have."""
+        """Run one part. whole: True gives it the full time for its kind; False less."""
         started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="gpu-day-", ignore_cleanup_errors=True) as scratch:
             tables, output = Path(scratch) / "tables.json", Path(scratch) / "output.txt"
@@ -160,7 +167,7 @@ class Day:
         }
 
     def command(self, part: Part, tables: Path, seconds: float) -> list[str]:
-        """Arguments of the interpreter."""
+        """Arguments of the interpreter for a part."""
         if part.script == PYTEST:
             where = [
                 str(path)
@@ -191,7 +198,7 @@ class Day:
         return {**PATIENT_THREADS, **os.environ, **self.variables, **alone, **tests}
 
     def write(self) -> None:
-        """Write both files, each at once or not at all; the largest output goes where one would be too large."""
+        """Write both files atomically; the largest outputs are cut where one would be too large."""
         for name, text in ((f"{NAME}.json", self.as_json), (f"{NAME}.md", self.as_page)):
             scratch = self.out / f".{name}.tmp"
             scratch.write_text(text(), encoding="utf-8", newline="\n")
@@ -205,7 +212,7 @@ class Day:
         return json.dumps({"machine": self.machine, "dry_run": self.dry, "parts": self.entries}, indent=1)
 
     def as_page(self) -> str:
-        """Markdown for a reader."""
+        """Report in Markdown."""
         lines = [
             "# A day with a GPU" + (" (dry run on the CPU: no figure here means anything)" if self.dry else ""),
             "",
@@ -231,20 +238,20 @@ class Day:
         return "\n".join(lines) + "\n"
 
     def left(self) -> str:
-        """One line on the parts that have not ended."""
+        """Line about the parts that have not ended."""
         names = [part.name for part in PARTS if not part.endless and not self.ended(part)]
         return f"left: {', '.join(names)}; go on with --continue {self.out}" if names else "Every part has ended."
 
 
 def rows_of(table: Mapping[str, Any]) -> list[str]:
-    """The lines of a Markdown table."""
+    """Lines of a Markdown table."""
     head = list(table["rows"][0]) if table["rows"] else []
     cells = [head, ["---"] * len(head), *([str(row[key]) for key in head] for row in table["rows"])]
     return [f"| {' | '.join(row)} |" for row in cells]
 
 
 def status_of(code: int | None, said: str, whole: bool) -> str:
-    """code: None where the part was killed at the end of its time; whole: it had all the time that it may have."""
+    """Status of a part. code: None where it was killed at the end of its time; whole: True if it had its full time."""
     if code is None:
         return "out of time" if whole else "cut short"
     if code == 0:
@@ -253,7 +260,7 @@ def status_of(code: int | None, said: str, whole: bool) -> str:
 
 
 def in_a_process(arguments: list[str], seconds: float, output: Path, environment: Mapping[str, str]) -> int | None:
-    """Run this interpreter; whatever it started ends with it. None where it took longer than `seconds`."""
+    """Run this interpreter; its child processes end with it. Returns None where it took longer than `seconds`."""
     new_group: dict[str, Any] = {"start_new_session": True} if os.name != "nt" else {}
     with output.open("wb") as stream:
         process = subprocess.Popen(
@@ -268,7 +275,7 @@ def in_a_process(arguments: list[str], seconds: float, output: Path, environment
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started."""
+    """End a process and all its child processes."""
     if os.name == "nt":
         if process.poll() is None:
             kill = ["taskkill", "/T", "/F", "/PID", str(process.pid)]
@@ -280,7 +287,7 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def machine(host: Path) -> dict[str, str]:
-    """Facts of hardware and versions that need no torch."""
+    """Facts about hardware and versions that need no torch."""
     found = {"date": datetime.date.today().isoformat(), "system": platform.platform()}
     found |= {"python": platform.python_version(), "cores": str(os.cpu_count()), "gpu": _gpu()}
     version = host / "comfyui_version.py"

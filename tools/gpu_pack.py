@@ -1,6 +1,6 @@
 """`python run.py gpu-day --pack FILE.zip`: this clone inside a ComfyUI, for a machine without a network.
 
-Of the weights only those that a part trains on, and no pictures. Standard library only.
+Of the weights it contains only those that a part starts from, and no pictures. Standard library only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CLONE = "ComfyUI/custom_nodes/ComfyUI-ControlNeXt"
 
 
 def pack(path: Path, host: Path, wheels: Path | None) -> str:
-    """Write the archive; a sentence with its size. Raises SetupError where it is larger than LIMIT_MIB."""
+    """Write the archive; returns a sentence with its size. Raises SetupError where it is larger than LIMIT_MIB."""
     entries = dict(sorted(_entries(host, wheels)))
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, source in entries.items():
@@ -40,7 +40,7 @@ def pack(path: Path, host: Path, wheels: Path | None) -> str:
 
 
 def _entries(host: Path, wheels: Path | None) -> Iterator[tuple[str, Path]]:
-    """(name in the archive, file)."""
+    """Pairs (name in the archive, file)."""
     for file in _tracked(ROOT):
         name = file.relative_to(ROOT).as_posix()
         if file.suffix.lower() not in PICTURES and not name.startswith(tuple(f"{folder}/" for folder in LEFT_OUT)):
@@ -61,7 +61,7 @@ def _entries(host: Path, wheels: Path | None) -> Iterator[tuple[str, Path]]:
 
 
 def _tracked(root: Path) -> list[Path]:
-    """Files of the project: those that git knows, so that nothing of a user's own goes along."""
+    """Files of the project that git tracks, so that no other files of the user are included."""
     listing = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     done = subprocess.run(listing, capture_output=True, check=False)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""The parts of `run.py gpu-day`, in order of worth: scripts of benchmarks/, and tests. Standard library only."""
+"""Parts of `run.py gpu-day`, by importance: scripts of benchmarks/, and tests. Standard library only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 PYTEST = "pytest"
 TRAINED = ("picturebook_autoencoder.safetensors", "picturebook_mmdit.safetensors")
-"""Packed weights that come back, and from which the next run goes on."""
+"""Packed weights that are returned, and from which the next run continues."""
 STARTS = ("shapes_autoencoder.safetensors", *TRAINED)
 """Files of demo/weights from which the training parts start."""
 TRANSFORMERS = ("sd3", "flux", "chroma", "qwen_image", "lumina2", "z_image")
@@ -14,7 +14,7 @@ TRANSFORMERS = ("sd3", "flux", "chroma", "qwen_image", "lumina2", "z_image")
 
 @dataclass(frozen=True)
 class Part:
-    """One part, run in a process of its own."""
+    """Part of a day, run in a separate process."""
 
     name: str
     question: str
@@ -22,9 +22,9 @@ class Part:
     """Script of benchmarks/, or PYTEST."""
     arguments: tuple[str, ...] = ()
     seconds: float = 90.0
-    """Longest time that it gets."""
+    """Longest time in seconds."""
     endless: bool = False
-    """True: it goes on in every run, for all the time that is left."""
+    """True: it continues in every run, for all the remaining time. False: it runs once."""
 
 
 PARTS = (

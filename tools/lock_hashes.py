@@ -2,10 +2,10 @@
 
     python tools/lock_hashes.py
 
-Writes requirements-test.lock.txt: what requirements-test.txt pulls in beyond the host's requirements, each at the
-version of the pinned lists, with the hashes of the files that pip would take. pip is asked for each target and
-downloads nothing but descriptions. torch and the host's other packages are not in it: they come from different
-indexes for each accelerator and system, whose files differ at one version. To be run where both lists are installed.
+Writes requirements-test.lock.txt: the packages that requirements-test.txt depends on beyond the host's requirements,
+each at the version of the pinned lists, with the hashes of the files that pip would install. pip is run for each target
+and downloads only metadata. torch and the host's other packages are not included: they come from different indexes for
+each accelerator and system, whose files differ at one version. To be run where both lists are installed.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "win32": ("win_amd64",),
     "darwin": ("macosx_14_0_arm64",),
 }
-"""System -> the platform tags of wheels that run there."""
+"""System -> platform tags of the wheels that run there."""
 ELSEWHERE = ("colorama", "exceptiongroup", "tomli")
-"""Packages that the tools pull in on Windows or Python 3.10 alone."""
+"""Packages that the tools need only on Windows or Python 3.10."""
 
 
 def pins(*lists: str) -> dict[str, list[Requirement]]:
@@ -50,7 +50,7 @@ def pins(*lists: str) -> dict[str, list[Requirement]]:
 
 
 def closure(names: Iterable[str]) -> set[str]:
-    """Names of these installed packages and of all that they need in this environment."""
+    """Names of these installed packages and of all their dependencies in this environment."""
     found: set[str] = set()
     waiting = [canonicalize_name(name) for name in names]
     while waiting:
@@ -60,7 +60,7 @@ def closure(names: Iterable[str]) -> set[str]:
         found.add(name)
         try:
             needed = metadata.requires(name) or ()
-        except metadata.PackageNotFoundError:  # of another system or Python
+        except metadata.PackageNotFoundError:  # for another system or Python
             continue
         for text in needed:
             requirement = Requirement(text)
@@ -70,13 +70,13 @@ def closure(names: Iterable[str]) -> set[str]:
 
 
 def locked_names() -> list[str]:
-    """Names of what the lock holds, sorted."""
+    """Names of the packages in the lock file, sorted."""
     found = closure(pins("requirements-test.txt")) - closure(pins(*HOST_LISTS))
     return sorted({*found, *ELSEWHERE})
 
 
 def hashes_for(requirements: Iterable[Requirement], python: str, tags: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(name==version, sha256) of the files that pip takes for that Python and those platforms."""
+    """Pairs (name==version, sha256) of the files that pip installs for that Python and those platforms."""
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch, "report.json")
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet"]
@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def lock_lines(wanted: Iterable[Requirement], hashes: dict[str, set[str]]) -> Iterator[str]:
-    """Lines of the lock file, one a requirement."""
+    """Lines of the lock file, one per requirement."""
     yield "# Made by tools/lock_hashes.py. Installed with --no-deps --require-hashes after the host's packages.\n"
     for requirement in sorted(wanted, key=str):
         pin = re.sub(r"\s", "", f"{canonicalize_name(requirement.name)}{requirement.specifier}")

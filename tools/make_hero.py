@@ -1,7 +1,7 @@
 """Write the README's moving picture, `docs/strength.webp`: `python tools/make_hero.py [ADDRESS]`
 
-ADDRESS is a running ComfyUI that `python run.py comfy` started (default 127.0.0.1:8188). Drawings of the demo that no
-training saw turn into pictures as the strength of their control rises; prompt and seed stay.
+ADDRESS is a running ComfyUI started by `python run.py comfy` (default 127.0.0.1:8188). Unseen drawings of the demo turn
+into pictures as the strength of their control rises; prompt and seed stay.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 FILE = ROOT / "docs" / "strength.webp"
 STRENGTHS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0)
-GAP, WORDS = 8, 26  # pixels between pictures, and of the line of words
-SHORT, LONG = 350, 1800  # milliseconds of a frame, and of the first and last
+GAP, WORDS = 8, 26  # pixels between pictures, and height of the line of text
+SHORT, LONG = 350, 1800  # duration of a frame in milliseconds, and of the first and last
 
 
 def frame(hints: dict[int, Hint], pictures: list[Image], strength: float) -> Image:
-    """One frame: each drawing above its picture, and the strength below."""
+    """Draw one frame: each drawing above its picture, and the strength below."""
     from PIL import Image, ImageDraw, ImageFont
 
     side = BOOK.side

@@ -1,7 +1,7 @@
 """Write the pack's icon and banner, drawn by the project itself: `python tools/make_icon.py`
 
-A scene of the picture book; on the left of a slanted line stand the outlines that a control is given, on the right the
-picture that follows them. Sizes are those of the registry: a square icon of at most 400 pixels, a banner of 21:9.
+They show a scene of the picture book: left of a slanted line the outlines given to a control, right of it the picture
+that follows them. Sizes are those of the registry: a square icon of at most 400 pixels, a banner of 21:9.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from comfyui_controlnext.controlnext_core.picturebook import draw  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs"
 PAPER, INK, LINE = (30, 32, 48), (236, 239, 255), (255, 255, 255)
-"""Colours of the outlines' ground, of the outlines, and of the slanted line."""
+"""Colours of the background of the outlines, of the outlines, and of the slanted line."""
 SLANT, THICK = 0.32, 0.012
-"""Lean of the line and its thickness, in units of the picture's height."""
+"""Slope of the line and its thickness, in units of the picture's height."""
 COLORS = 128
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """One file. series, scene: of the picture book; middle: place of the line, in units of the width."""
+    """Layout of one file. series, scene: of the picture book; middle: position of the line, in units of the width."""
 
     name: str
     height: int
@@ -43,7 +43,7 @@ SHEETS = (Sheet("icon.png", 256, 256, 2, 1, 0.5), Sheet("banner.png", 540, 1260,
 
 
 def drawn(sheet: Sheet) -> Any:
-    """(H, W, 3) uint8: outlines left of the line, the picture right of it."""
+    """Draw a sheet, (H, W, 3) uint8: outlines left of the line, the picture right of it."""
     picture = draw(sheet.series, sheet.scene, (sheet.height, sheet.width))
     edges = picture.edges[..., None].astype(np.float32) / 255
     outlines = (np.array(PAPER) * (1 - edges) + np.array(INK) * edges).astype(np.uint8)
@@ -55,7 +55,7 @@ def drawn(sheet: Sheet) -> Any:
 
 
 def write(folder: Path = FOLDER) -> list[Path]:
-    """Write both files as PNGs of few colours; returns their paths."""
+    """Write both files as PNGs with a small palette; returns their paths."""
     from PIL import Image
 
     paths = []

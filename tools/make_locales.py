@@ -31,12 +31,12 @@ TRANSLATED = ROOT / "tools" / "translated_from.json"
 
 
 def own_nodes(object_info: Mapping[str, Any]) -> dict[str, Any]:
-    """Descriptions of this pack's nodes, from a host."""
+    """Descriptions of this pack's nodes, from a host's /object_info."""
     return {name: info for name, info in object_info.items() if info["category"].split("/")[0] == CATEGORY}
 
 
 def node_texts(info: Mapping[str, Any]) -> dict[str, Any]:
-    """One entry of nodeDefs.json, as the page reads it."""
+    """Texts of a node in the form of nodeDefs.json."""
     inputs = {
         name: {"name": name, "tooltip": options[0]["tooltip"]}
         for part in ("required", "optional")
@@ -55,13 +55,13 @@ def node_texts(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def english(object_info: Mapping[str, Any]) -> str:
-    """The text of locales/en/nodeDefs.json. Raises KeyError where an input has no tooltip."""
+    """Content of locales/en/nodeDefs.json. Raises KeyError where an input has no tooltip."""
     texts = {name: node_texts(info) for name, info in sorted(own_nodes(object_info).items())}
     return json.dumps(texts, indent=2, ensure_ascii=False) + "\n"
 
 
 def texts_of(language: str) -> dict[str, str]:
-    """The texts of a language by key: `ControlNeXtApply.inputs.mask.tooltip`, `ControlNeXtApply.help` for the page."""
+    """Texts of a language by key: `ControlNeXtApply.inputs.mask.tooltip`, `ControlNeXtApply.help` for the help page."""
     pages = HELP.glob("*.md") if language == "en" else HELP.glob(f"*/{language}.md")
     names = {path: path.stem if language == "en" else path.parent.name for path in pages}
     found = {f"{name}.help": path.read_text("utf-8") for path, name in sorted(names.items())}
@@ -78,12 +78,12 @@ def texts_of(language: str) -> dict[str, str]:
 
 
 def stamp(text: str) -> str:
-    """A short hash of an English text."""
+    """Short hash of an English text."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:8]
 
 
 def out_of_date(language: str) -> list[str]:
-    """Sentences that name each text of a language that is missing, left over, or translated from other English."""
+    """Messages that name each text of a language that is missing, superfluous, or translated from other English."""
     english, theirs = texts_of("en"), texts_of(language)
     noted = json.loads(TRANSLATED.read_text("utf-8")).get(language, {})
     missing = [f"{key}: no {language} text for {_short(text)}" for key, text in english.items() if not theirs.get(key)]
@@ -97,12 +97,12 @@ def out_of_date(language: str) -> list[str]:
 
 
 def _short(text: str) -> str:
-    """A text, or the title of a page, in quotes."""
+    """Text in quotes, or the title of a page."""
     return repr(text.partition("\n")[0])
 
 
 def note_translated(language: str) -> None:
-    """Note the present English texts as those that the language's texts were made from."""
+    """Record the current English texts as the source of the language's texts."""
     noted = json.loads(TRANSLATED.read_text("utf-8")) if TRANSLATED.is_file() else {}
     theirs = texts_of(language)
     noted[language] = {key: stamp(text) for key, text in texts_of("en").items() if key in theirs}

@@ -1,8 +1,8 @@
 """Write the pictures of the template browser: `python tools/make_thumbnails.py [ADDRESS] [NAME]...`
 
-ADDRESS is a running ComfyUI that `python run.py comfy` started (default 127.0.0.1:8188); NAMEs are workflows, default
-all. Each picture shows a hint and what the demo's model draws without control, at half and at full strength; those of
-video show two frames. `demo_tiles` is run as it stands, with the trained control that docs/super_resolution.md makes.
+ADDRESS is a running ComfyUI started by `python run.py comfy` (default 127.0.0.1:8188); NAMEs are workflows, default
+all. Each picture shows a hint and drawings of the demo's model without control, at half and at full strength; those for
+video show two frames. `demo_tiles` is run unchanged, with the trained control of docs/super_resolution.md.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ SIDE, GAP, QUALITY = 238, 4, 55
 
 
 def scaled(column: Column, strength: float) -> Column:
-    """The column with its controls at this strength."""
+    """Column with its controls at this strength."""
     names = ("edges", "mask", "depth", "pose", "xs")
     return replace(column, **{name: strength * getattr(column, name) for name in names})
 
 
 def shown(hint: Hint, board: Board, column: Column) -> Any:
-    """Picture that the controls of the column see."""
+    """Picture given to the controls of the column."""
     if column.mask and not column.split:
         return hint.other_mask
     given = column.given(hint)
@@ -85,7 +85,7 @@ def shown(hint: Hint, board: Board, column: Column) -> Any:
 
 
 def drawn(client: ComfyClient, board: Board, column: Column, scene: int) -> list[tuple[str, Any]]:
-    """(words, picture) of the four parts: a hint, and what the demo's model draws with more and more of it."""
+    """Four parts (text, picture): a hint, and drawings of the demo's model with increasing strength."""
     from PIL import Image
 
     hint = draw_hint(board, scene)
@@ -98,7 +98,7 @@ def drawn(client: ComfyClient, board: Board, column: Column, scene: int) -> list
 
 
 def moving(client: ComfyClient, scene: int) -> list[tuple[str, Any]]:
-    """(words, picture) of the four parts: two frames of a child who moves both arms, each a hint and a result."""
+    """Four parts (text, picture): two frames of a child who moves both arms, each a hint and a result."""
     import numpy as np
     from PIL import Image
 
@@ -128,7 +128,7 @@ def along(client: ComfyClient, scene: str) -> list[tuple[str, Any]]:
 
 
 def enlarged(client: ComfyClient) -> list[tuple[str, Any]]:
-    """(words, picture) of the four parts: small, enlarged by interpolation, one tile drawn, and all of them merged."""
+    """Four parts (text, picture): small, enlarged by interpolation, one tile drawn, and all tiles merged."""
     from PIL import Image
 
     workflow = demo_graphs.demo_tiles()
@@ -156,7 +156,7 @@ def pictures(client: ComfyClient, board: Board, hints: dict[int, Hint], columns:
 
 
 def parts_of(client: ComfyClient, name: str) -> list[tuple[str, Any]]:
-    """(words, picture) of the four parts of a workflow's picture."""
+    """Four parts (text, picture) of a workflow's thumbnail."""
     if name == "demo_tiles":
         return enlarged(client)
     if name in DEPTH_CLIPS:
@@ -165,7 +165,7 @@ def parts_of(client: ComfyClient, name: str) -> list[tuple[str, Any]]:
 
 
 def compose(parts: list[tuple[str, Any]]) -> Any:
-    """Four pictures in a square, each with its words in the corner."""
+    """Compose four pictures in a square, each with its text in the corner."""
     from PIL import Image, ImageDraw, ImageFont
 
     sheet = Image.new("RGB", (2 * SIDE + GAP, 2 * SIDE + GAP), "white")

@@ -1,7 +1,7 @@
 """Write example_workflows/ and subgraphs/: `python tools/make_workflows.py [ADDRESS]`
 
-ADDRESS is a running ComfyUI with this pack (default 127.0.0.1:8188, `python run.py comfy` starts one); it is asked for
-its nodes, nothing else. Each workflow is described once, in tools/workflows/; a test fails where the files differ.
+ADDRESS is a running ComfyUI with this pack (default 127.0.0.1:8188, started by `python run.py comfy`); only its list of
+nodes is read. Each workflow is described once, in tools/workflows/; a test fails where the files differ.
 """
 
 import json
@@ -59,7 +59,7 @@ SUBGRAPHS = FOLDER.with_name("subgraphs")
 
 
 def files(object_info: ObjectInfo) -> dict[Path, str]:
-    """Every file that this script writes, with its text."""
+    """Files that this script writes, with their texts."""
     written: dict[Path, str] = {}
     for describe in WORKFLOWS:
         workflow = describe()

@@ -1,7 +1,7 @@
-"""`python run.py queue`: run one workflow many times, with other seeds, on several ComfyUIs. Standard library only.
+"""`python run.py queue`: run one workflow many times, with different seeds, on several ComfyUIs. Standard library only.
 
-A host has one run at a time and takes the next when it is free. A host that refuses the workflow or goes away gives its
-run back to the others; a run that fails while it is computed is not tried again.
+A host computes one run at a time and gets the next when it is free. A run of a host that refuses the workflow or
+disconnects goes back to the queue; a run that fails during computation is not retried.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ JOIN_SECONDS = 0.2
 
 
 class HostLostError(ComfyError):
-    """Failure of a host: it refused the workflow, does not answer, or lost the run. Another host may succeed."""
+    """Error of a host: it refused the workflow, does not answer, or lost the run. Another host may succeed."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_graph(path: Path) -> Workflow:
-    """The workflow of a file in the API's format. Raises SetupError that says what else it is."""
+    """Read a workflow in the API's format. Raises SetupError that says what kind of file it is instead."""
     try:
         graph = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -59,7 +59,7 @@ def read_graph(path: Path) -> Workflow:
 
 
 def seeds_of(graph: Workflow) -> Iterator[tuple[dict[str, Any], str]]:
-    """(inputs of a node, name) of every seed that stands in the graph; links to other nodes are none."""
+    """Pairs (inputs of a node, name) of every seed with a value in the graph; links to other nodes do not count."""
     for node in graph.values():
         for name in SEEDS:
             if type(node["inputs"].get(name)) is int:
@@ -67,7 +67,7 @@ def seeds_of(graph: Workflow) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def runs_of(graph: Workflow, count: int) -> list[Workflow]:
-    """`count` copies; the seeds of copy i are those of the graph plus i, in 64 bits.
+    """Make `count` copies; the seeds of copy i are those of the graph plus i, modulo 2^64.
 
     Raises SetupError where copies would be equal, or would train the same control.
     """
@@ -86,19 +86,19 @@ def runs_of(graph: Workflow, count: int) -> list[Workflow]:
 
 @dataclass
 class SharedRuns:
-    """Runs that wait, are computed and are over; used by one thread per host."""
+    """Runs by status (waiting, in progress, done, failed), shared by one thread per host."""
 
     waiting: list[int]
     busy: int = 0
     done: dict[int, str] = field(default_factory=dict)
-    """Number of a run -> address of the host that computed it."""
+    """Index of a run -> address of the host that computed it."""
     failed: dict[int, str] = field(default_factory=dict)
-    """Number of a run -> error."""
+    """Index of a run -> error."""
     stopped: bool = False
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def take(self) -> int | None:
-        """The next run; waits while none is left but one that is computed may come back. None: nothing is left."""
+        """Take the next run; waits while none is left but one in progress may come back. None: all runs have ended."""
         with self.changed:
             self.changed.wait_for(lambda: self.waiting or not self.busy or self.stopped)
             if self.stopped or not self.waiting:
@@ -107,7 +107,7 @@ class SharedRuns:
             return self.waiting.pop(0)
 
     def put(self, number: int, host: str = "", error: str = "") -> None:
-        """Record the end of a run: done by `host`, failed with `error`, or, with neither, put back into the queue."""
+        """Record the end of a run: done by `host`, failed with `error`, or, with neither, returned to the queue."""
         with self.changed:
             self.busy -= 1
             if error:
@@ -125,13 +125,16 @@ class SharedRuns:
 
 
 def in_queue(client: ComfyClient, prompt: str) -> bool:
-    """True: the host computes the run or will."""
+    """True: the host computes the run or has it queued. False: it does not."""
     queue = client.get("/queue")
     return any(item[1] == prompt for part in ("queue_running", "queue_pending") for item in queue[part])
 
 
 def compute(client: ComfyClient, workflow: Workflow, shared: SharedRuns) -> dict[str, Any]:
-    """Run the workflow on the host; its outputs. Raises PromptError where it fails there, HostLostError, ComfyError."""
+    """Run the workflow on the host; returns its outputs.
+
+    Raises PromptError where it fails there, HostLostError, ComfyError.
+    """
     try:
         prompt = client.queue(workflow)
     except PromptError as error:
@@ -149,7 +152,7 @@ def compute(client: ComfyClient, workflow: Workflow, shared: SharedRuns) -> dict
 
 
 def save(client: ComfyClient, number: int, outputs: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Fetch the files that the run has put into its host's output folder; named NUMBER_NAME."""
+    """Download the files of a run from its host's output folder; they are named NUMBER_NAME."""
     paths = []
     for found in outputs.values():
         for entries in (part for part in found.values() if isinstance(part, list)):
@@ -175,7 +178,7 @@ def serve_runs(
             if not shared.stopped:
                 say(f"{client.address} takes no more runs: {error}")
             return
-        except Exception as error:  # a thread that ends without a word would leave the others waiting
+        except Exception as error:  # a thread that ends silently would leave the others waiting
             shared.put(number, error=f"{type(error).__name__}: {error}")
             raise
         else:
@@ -206,7 +209,7 @@ def share_runs(
 
 
 def run_queue(options: argparse.Namespace) -> int:
-    """Run the command; 0 where every run was done."""
+    """Run the command; returns 0 where every run was done, else 1."""
     runs = runs_of(read_graph(options.graph), options.count)
     addresses = [address.removeprefix("http://").rstrip("/") for address in dict.fromkeys(options.server)]
     clients = [ComfyClient(address) for address in addresses]

@@ -1,6 +1,6 @@
-"""Console of a starting ComfyUI: its log without what fails of parts that this project does not need.
+"""Console output of a starting ComfyUI: its log without failures of parts that this project does not need.
 
-The log file keeps everything. Tracebacks and notices that name the pack are shown. Standard library only.
+The log file contains everything. Tracebacks and notices that name the pack are shown. Standard library only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from .comfy_server import plain
 
 STARTED = "To see the GUI go to"
-"""The host's words when it is ready; from then on everything is shown."""
+"""Text of the host when it is ready; all later lines are shown."""
 TRACEBACK = "Traceback (most recent call last):"
 BOX = re.compile(r"\*{5,} ?ERROR ?\*{5,}")
 NOTICE = re.compile(
@@ -26,19 +26,19 @@ SECONDS = 0.1
 
 
 class QuietStart:
-    """Takes the log piece by piece and gives back what a person sees. pack: the folder whose failures are shown."""
+    """Filter of the log of a starting host, fed in pieces. pack: the folder whose failures are shown."""
 
     def __init__(self, pack: Path) -> None:
         self.pack = f"{pack}"
         self.starting = True
         self.hidden = 0
-        """Notices and tracebacks left out so far."""
+        """Number of notices and tracebacks left out so far."""
         self._rest = ""
         self._block: list[str] = []
         self._in_box = False
 
     def feed(self, text: str) -> str:
-        """The part of `text` that is shown; an unfinished line waits for its end while the host starts."""
+        """Part of `text` to show; an unfinished line waits for its end while the host starts."""
         shown = ""
         self._rest += text
         while self.starting and "\n" in self._rest:
@@ -60,7 +60,7 @@ class QuietStart:
         if words.strip() == TRACEBACK:
             self._block = [line]
             return ""
-        if not words.strip() and line.strip():  # a level and nothing behind it
+        if not words.strip() and line.strip():  # a level without a message
             return ""
         if BOX.search(words):
             self._in_box = not self._in_box
@@ -81,27 +81,30 @@ class QuietStart:
         return ""
 
     def _is_ours(self, line: str) -> bool:
-        """True: the line names the pack or a file of it, but for the launcher that every traceback begins with."""
+        """True: the line names the pack or a file of it, other than the launcher at the start of every traceback.
+
+        False: not.
+        """
         at = line.find(self.pack)
         after = line[at + len(self.pack) :]
         return at >= 0 and (not after or not (after[0].isalnum() or after[0] in "-_.")) and "launcher.py" not in after
 
 
 class QuietRecords(logging.Filter):
-    """Filter for a host in this process, whose messages are records of `logging`."""
+    """Logging filter for a host in this process."""
 
     def __init__(self, pack: Path) -> None:
         super().__init__()
         self.pack = f"{pack}"
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """False for what fails of parts that are not needed."""
+        """False: a failure of a part that is not needed. True: any other record."""
         text = record.getMessage()
         return self.pack in text or not (NOTICE.search(text) or TRACEBACK in text or BOX.search(text))
 
 
 def quiet_logging(pack: Path, log: Path) -> None:
-    """Send warnings and errors of this process to the console, without such failures, and all of them to `log`."""
+    """Log warnings and errors of this process to the console, without such failures, and all of them to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     console, file = logging.StreamHandler(), logging.FileHandler(log, encoding="utf-8", errors="backslashreplace")
     console.addFilter(QuietRecords(pack))
@@ -111,7 +114,7 @@ def quiet_logging(pack: Path, log: Path) -> None:
 
 
 class Follower(threading.Thread):
-    """Prints a growing log file through a filter until it is stopped."""
+    """Thread that prints a growing log file through a filter until it is stopped."""
 
     def __init__(self, log: Path, filter: QuietStart, show: Callable[[str], object]) -> None:
         super().__init__(daemon=True)
@@ -129,6 +132,6 @@ class Follower(threading.Thread):
                     return
 
     def stop(self) -> None:
-        """Show what is left and end."""
+        """Show the remaining text and end."""
         self.ended.set()
         self.join()

@@ -1,6 +1,6 @@
-"""One process that reads samples for a training run: requests come through CONNECTION, samples go back.
+"""Process that reads samples for a training run: requests arrive through CONNECTION, samples are sent back.
 
-`reader_processes` runs this file in a process that was spawned, where the project has no name yet. It ends with the
+`reader_processes` runs this file in a spawned process, where the project is not yet importable. It ends with the
 connection, and so with the process at the other end, however that ended.
 """
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def bring_in_project() -> None:
-    """Give the project its name, out of sight of the host, which would be imported with its nodes."""
+    """Make the project importable under its name, without importing the host and its nodes."""
     sys.path[:] = [entry for entry in sys.path if entry and not (Path(entry) / "comfy_api").is_dir()]
     runpy.run_path(str(ROOT / "_alias.py"))
 
@@ -53,4 +53,4 @@ if "CONNECTION" in globals():
 
     torch.set_num_threads(1)
     serve(globals()["CONNECTION"])
-    os._exit(0)  # at once: nothing here needs tidying up
+    os._exit(0)  # at once: there is nothing to clean up

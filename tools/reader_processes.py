@@ -1,9 +1,9 @@
-"""Processes that read samples of a training run ahead, for `run.py train`.
+"""Reader processes that prefetch samples of a training run, for `run.py train`.
 
 They are spawned, on Linux as on Windows and macOS: a fork of a process that uses CUDA or threads is not safe. A spawned
-process imports the main module again. run.py does nothing then; the server of ComfyUI would start once more, and has
-threads instead (controlnext_training/readers.py). Each process has a pipe of its own whose other end closes with the
-run, killed or not, and ends then.
+process imports the main module again. run.py does nothing then; the server of ComfyUI would start once more, and uses
+threads instead (controlnext_training/readers.py). Each process has a separate pipe whose other end closes with the run,
+killed or not, and ends then.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ logger = encodable.logger(__name__)
 
 SCRIPT = Path(__file__).with_name("reader_process.py")
 HELD_BACK = ("SIGINT", "SIGHUP")
-"""Signals that a terminal sends to every process in it; a reader starts with them blocked."""
+"""Signals that a terminal sends to every process in it; readers start with them blocked."""
 
 
 class ProcessReaders:
-    """Readers in processes, started when the first file is to be read. Samples without files are made in threads.
+    """Readers in processes, started when the first file is requested. Samples without files are made in threads.
 
-    A process that ends on its own costs its speed: its samples are then read in this process.
+    A process that ends unexpectedly only costs speed: its samples are then read in this process.
     """
 
     def __init__(self, count: int) -> None:
@@ -47,11 +47,11 @@ class ProcessReaders:
         self._lock, self._closed = threading.Lock(), False
 
     def submit(self, job: Job) -> Future[Sample]:
-        """`Readers.submit`: a process reads the sample."""
+        """Implementation of `Readers.submit`: a process reads the sample."""
         return self._threads.submit(self._read if isinstance(job, Request) else _call, job)
 
     def close(self) -> None:
-        """`Readers.close`: ends every process."""
+        """Implementation of `Readers.close`: ends every process."""
         with self._lock:
             self._closed = True
             for process, _ in self._started:
@@ -63,7 +63,7 @@ class ProcessReaders:
         self._started.clear()
 
     def _read(self, request: Job) -> Sample:
-        """The sample by this thread's process, or by this thread where that is gone."""
+        """Sample read by this thread's process, or by this thread where that has ended."""
         if not hasattr(self._mine, "connection"):
             self._mine.connection = self._start()
         answer = self._ask(pickle.dumps(request, pickle.HIGHEST_PROTOCOL))
@@ -75,7 +75,7 @@ class ProcessReaders:
         return request() if error is not None else sample
 
     def _ask(self, request: bytes) -> tuple[Sample, Exception | None] | None:
-        """The process's answer; None where it is gone."""
+        """Answer of the process; None where it has ended."""
         connection = self._mine.connection
         if connection is None:
             return None
@@ -90,7 +90,7 @@ class ProcessReaders:
             return None
 
     def _start(self) -> Any:
-        """Connection to a new process; None where the system gives none."""
+        """Connection to a new process; None where the system refuses one."""
         context = multiprocessing.get_context("spawn")
         with self._lock:
             if self._closed:
@@ -112,7 +112,7 @@ class ProcessReaders:
 
 
 def readers_of(count: int) -> Readers:
-    """One reader is a thread, which costs no memory; more are processes, which decode at the same time."""
+    """Readers for this count. One is a thread, which needs no memory; more are processes, which decode in parallel."""
     return ProcessReaders(count) if count > 1 else ThreadReaders(count)
 
 
@@ -122,7 +122,7 @@ def _call(job: Job) -> Sample:
 
 @contextlib.contextmanager
 def _blocked() -> Iterator[None]:
-    """Inside, a process that is started inherits HELD_BACK as blocked, where the system can."""
+    """Context in which a started process inherits HELD_BACK as blocked, where the system supports it."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

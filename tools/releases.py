@@ -1,8 +1,8 @@
-"""The ComfyUI that `demo`, `comfy` and `train` bring: a release of the official repository where git reaches it.
+"""Choice of the ComfyUI for `demo`, `comfy` and `train`: a release of the official repository where git reaches it.
 
 Standard library only. A release is cloned by its tag into `.host/`, its commit is compared with the one that this
-project was tested with, and it runs in an environment of its own requirements. Without git or network the wheel of
-host.py is taken, as the tests always do.
+project was tested with, and it runs in a separate environment with its requirements. Without git or network the wheel
+of host.py is used, as the tests always do.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from . import host
 from .environment import PACK_MODULES, ROOT, Environment, SetupError, exclusive, missing, satisfied
 
 SECONDS = 10.0
-"""Longest wait for an answer of the repository, and for a stalled transfer."""
+"""Longest wait in seconds for an answer of the repository, and for a stalled transfer."""
 WHEEL = "wheel"
 
 
 @dataclass(frozen=True)
 class Release:
-    """A tag of a repository. commit: hash that the clone must have; "" = any, for tags that a person names."""
+    """Release tag of a repository. commit: hash that the clone must have; "": any, for tags named by the user."""
 
     tag: str
     commit: str
@@ -44,7 +44,7 @@ PINNED = Release("v0.33.0", "2f35f4a08176d993cded35dac3332be4f7287f41", "https:/
 
 @dataclass(frozen=True)
 class Choice:
-    """ComfyUI that a command runs on. release: None means the wheel; why: the reason in words."""
+    """Choice of the ComfyUI for a command. release: None means the wheel; why: the reason as text."""
 
     release: Release | None
     why: str
@@ -62,7 +62,7 @@ class Choice:
 
 
 def choose(wanted: str | None, root: Path = ROOT, pinned: Release = PINNED) -> Choice:
-    """Release that a command runs on. wanted: a tag, "wheel", or None: `pinned`, else the wheel where git fails.
+    """Choose the release for a command. wanted: a tag, "wheel", or None: `pinned`, or the wheel where git fails.
 
     Raises SetupError for a malformed tag, and for a wanted tag that git cannot reach.
     """
@@ -82,7 +82,7 @@ def choose(wanted: str | None, root: Path = ROOT, pinned: Release = PINNED) -> C
 
 
 def unreachable(release: Release, seconds: float = SECONDS) -> str | None:
-    """Reason in words why git cannot reach the release; None where it can. Takes `seconds` at most."""
+    """Reason, as text, why git cannot reach the release; None where it can. Takes at most `seconds`."""
     place = urlsplit(release.repository).hostname or release.repository
     git = shutil.which("git")
     if git is None:
@@ -112,12 +112,12 @@ def unreachable(release: Release, seconds: float = SECONDS) -> str | None:
 
 
 def _environment() -> dict[str, str]:
-    """Environment in which git asks for no password and writes English messages."""
+    """Environment in which git does not ask for a password and writes English messages."""
     return {**os.environ, "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "", "SSH_ASKPASS": "", "LC_ALL": "C"}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill git and the programs that it started."""
+    """Kill git and its child processes."""
     if os.name != "nt":
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
@@ -125,7 +125,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def clone(release: Release, root: Path = ROOT) -> Path:
-    """The release's folder, cloned and checked where it is not there yet. Raises SetupError."""
+    """Folder of the release, cloned and checked where it is missing. Raises SetupError."""
     target = release.folder(root)
     with exclusive(root / ".cache" / "host.lock"):
         if not host.is_comfyui(target):
@@ -169,9 +169,9 @@ def _git(*arguments: str, doing: str) -> str:
 
 
 def python_for(release: Release, own: bool, root: Path = ROOT) -> Path | None:
-    """The Python that runs the release, None for the running one; makes the environment where needed.
+    """Python that runs the release, None for the running one; makes the environment where needed.
 
-    own: insist on the project's environment. Raises SetupError.
+    own: True insists on the project's environment; False allows the running Python. Raises SetupError.
     """
     needed = release.folder(root) / "requirements.txt"
     environment = Environment(root, f".venv-{release.tag}", (needed, root / "requirements.txt"))

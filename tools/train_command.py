@@ -1,6 +1,6 @@
-"""`python run.py train`: a training run in this process, with ComfyUI's own models and without its server.
+"""`python run.py train`: a training run in this process, with ComfyUI's models and without its server.
 
-Standard library only until `run_train`, which a Python without torch does not come to.
+Standard library only until `run_train`, which a Python without torch does not reach.
 """
 
 import argparse
@@ -17,12 +17,13 @@ from .quiet_start import quiet_logging
 RECIPES = ROOT / "controlnext_training" / "recipes"
 
 TINY = "tiny_sd3.ckpt"
-"""A base with random weights for `tiny_transformer.toml`, made where it is missing, out of sight of the loaders."""
+"""Base with random weights for `tiny_transformer.toml`, made where it is missing, in a folder that the loaders do not
+list."""
 BEFORE_RECIPE = ("comfyui", "comfyui_release", "venv", "cpu")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options before the settings; the settings need torch and are read once it can be imported."""
+    """Add the options before the settings; the settings need torch and are parsed once it can be imported."""
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
     parser.usage = "run.py train [--comfyui PATH] [--cpu] CONFIG.toml [--SETTING VALUE ...]"
     listing = ", ".join(sorted(path.name for path in RECIPES.glob("*.toml")))
@@ -41,7 +42,7 @@ def _name(flag: str) -> str:
 
 
 def check_order(options: argparse.Namespace) -> None:
-    """Raise SetupError for an option of run.py among the settings, before anything is brought or downloaded."""
+    """Raise SetupError for an option of run.py among the settings, before anything is installed or downloaded."""
     for flag in options.settings:
         if flag.startswith("--") and _name(flag) in BEFORE_RECIPE:
             raise SetupError(f"{flag}: stands before CONFIG.toml. Type run.py train {flag} ... CONFIG.toml")
@@ -63,7 +64,9 @@ def settings(given: list[str]) -> dict[str, object]:
 
 
 def bring_in_host(host: Path, base: Path, cpu: bool) -> None:
-    """Make ComfyUI importable here, with its models and results in `base`, and the models that its own list adds."""
+    """Make ComfyUI importable here, with its models and results in `base`, and the further model folders of its
+    configuration.
+    """
     declare_missing_torchvision_ops()
     allow_missing_torchaudio()
     sys.path.insert(0, str(host))
@@ -82,7 +85,7 @@ def bring_in_host(host: Path, base: Path, cpu: bool) -> None:
 
 
 def tiny_base() -> Path:
-    """The file TINY of this clone, made where it is missing."""
+    """Path of the file TINY in this clone, made where it is missing."""
     from .tiny_models.tiny_sd3 import make_sd3
 
     path = COMFY_BASE / "tiny" / TINY
@@ -90,11 +93,11 @@ def tiny_base() -> Path:
 
 
 def run_train(options: argparse.Namespace, host: Path, own: bool) -> int:
-    """Train; 0 when the file is there, 130 when the run was stopped and saved. own: the host is the person's.
+    """Train; returns 0 when the file is written, 130 when the run was stopped and saved.
 
-    Raises SetupError with what is wrong and what to do.
+    own: True means that the host is the user's; False: this project's. Raises SetupError with the fault and its remedy.
     """
-    for name, value in PATIENT_THREADS.items():  # before torch is there to read them
+    for name, value in PATIENT_THREADS.items():  # before torch is imported and reads them
         os.environ.setdefault(name, value)
     from ..controlnext_training.config_files import make_config, read_recipe
     from .demo_weights.shipped import CHECKPOINT, SOURCES, install

@@ -1,6 +1,6 @@
 """Subgraph blueprints, which ComfyUI serves from `subgraphs/` and the page lists among the nodes.
 
-A blueprint is a `Workflow` whose loose ends are the sockets and widgets of one node. Standard library only.
+A blueprint is a `Workflow` whose unconnected ends are the sockets and widgets of one node. Standard library only.
 """
 
 import uuid
@@ -17,7 +17,9 @@ LINK = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A subgraph. inner: its nodes; inputs: name -> the input of a node that stays open inside; outputs: likewise."""
+    """Blueprint of a subgraph. inner: its nodes; inputs: name -> the input of an inner node that it sets; outputs:
+    likewise.
+    """
 
     inner: Workflow
     description: str
@@ -26,7 +28,7 @@ class Blueprint:
 
 
 def blueprint_format(blueprint: Blueprint, object_info: ObjectInfo) -> dict[str, Any]:
-    """A graph of the one node whose definition is the subgraph, as the page saves blueprints."""
+    """Graph of the single node whose definition is the subgraph, in the page's format for blueprints."""
     inner = page_format(blueprint.inner, object_info)
     nodes = {node["id"]: node for node in inner["nodes"]}
     links = [dict(zip(LINK, link, strict=True)) for link in inner["links"]]
@@ -72,7 +74,7 @@ def _identifier(blueprint: Blueprint, part: str) -> str:
 def _inputs(
     blueprint: Blueprint, nodes: Mapping[int, dict[str, Any]], links: list[dict[str, Any]], object_info: ObjectInfo
 ) -> list[dict[str, Any]]:
-    """The subgraph's inputs; adds their links, and to a node the socket of a widget that becomes an input."""
+    """Inputs of the subgraph; adds their links, and to a node the socket of a widget that becomes an input."""
     made: list[dict[str, Any]] = []
     for place, (name, (node, field)) in enumerate(blueprint.inputs.items()):
         page = nodes[node.id]
@@ -109,7 +111,7 @@ def _socket(blueprint: Blueprint, name: str, kind: str, link: int) -> dict[str, 
 
 
 def _edges(nodes: list[dict[str, Any]], inputs: int, outputs: int) -> dict[str, Any]:
-    """The two nodes that stand for the subgraph's own sockets, left and right of its nodes."""
+    """Two nodes that represent the subgraph's sockets, left and right of its nodes."""
     right = max(node["pos"][0] + node["size"][0] for node in nodes)
     sides = (
         ("inputNode", INPUT_NODE, -EDGE_WIDTH - EDGE_GAP, inputs),
@@ -128,7 +130,7 @@ def _outer(
     outputs: list[dict[str, Any]],
     object_info: ObjectInfo,
 ) -> dict[str, Any]:
-    """The node of the blueprint."""
+    """Outer node of the blueprint."""
     sockets: list[dict[str, Any]] = []
     values: list[Any] = []
     for entry in inputs:

@@ -1,8 +1,8 @@
-"""A workflow described once, written twice: as a graph for the page and in the API's format.
+"""Workflow described once, written twice: as a graph for the page and in the API's format.
 
-Which inputs are widgets, their order and the outputs come from what a running host says of its nodes (/object_info),
-so that a description names inputs and outputs only. Positions follow from the groups (`workflow_layout`), and so do the
-lanes of wires (`workflow_wires`). Standard library only.
+Which inputs are widgets, their order and the outputs come from a running host's description of its nodes
+(/object_info), so that a description names inputs and outputs only. Positions follow from the groups
+(`workflow_layout`), and so do the lanes of wires (`workflow_wires`). Standard library only.
 """
 
 import uuid
@@ -23,20 +23,20 @@ OLD_WIDGET = 24  # height of a widget in the older renderer, for the wires that 
 
 @dataclass(frozen=True)
 class Model:
-    """A published file that the page reports where it is missing. folder: below models/; name: as its widget says."""
+    """Published file, reported by the page where it is missing. folder: below models/; name: as in its widget."""
 
     folder: str
     name: str
     url: str
 
     def entry(self) -> dict[str, str]:
-        """Node as an entry of the page's JSON."""
+        """Model as an entry of the page's JSON."""
         return {"name": self.name, "url": self.url, "directory": self.folder}
 
 
 @dataclass(frozen=True)
 class Output:
-    """An output of a node, to be given as an input of a later one."""
+    """Output of a node, used as an input of a later one."""
 
     node: "Node"
     name: str
@@ -44,7 +44,9 @@ class Output:
 
 @dataclass
 class Node:
-    """One node; `node["MODEL"]` is its output of that name. stack: the first (0) or second (1) of its group."""
+    """Node of a workflow; `node["MODEL"]` is its output of that name. stack: the first (0) or
+    second (1) of its group.
+    """
 
     id: int
     type: str
@@ -60,7 +62,9 @@ class Node:
 
 @dataclass
 class Workflow:
-    """Nodes in groups. name: an identifier; title: its name on the page and of its file; groups: their titles."""
+    """Workflow of nodes in groups. name: an identifier; title: its name on the page and of its file; groups: their
+    titles.
+    """
 
     name: str
     title: str
@@ -77,7 +81,7 @@ class Workflow:
         return node
 
     def note(self, group: int, title: str, text: str, height: int) -> Node:
-        """Add a note. title: what it is about; text: Markdown, with names in bold: code is hard to read on notes."""
+        """Add a note. title: its subject; text: Markdown, with names in bold: code is hard to read on notes."""
         return self.add(group, NOTE, title, text=text.strip(), height=height)
 
 
@@ -95,7 +99,7 @@ def split_inputs(info: Mapping[str, Any]) -> tuple[dict[str, tuple[Any, ...]], d
 
 
 def widget_value(node: Node, name: str, kind: str, options: Mapping[str, Any]) -> Any:
-    """The value of a widget: as described, else (or where a wire goes in) the host's default."""
+    """Value of a widget: as described, else (or where a wire is connected) the host's default."""
     if name in node.inputs and not isinstance(node.inputs[name], Output):
         return node.inputs[name]
     if "default" in options:
@@ -106,7 +110,7 @@ def widget_value(node: Node, name: str, kind: str, options: Mapping[str, Any]) -
 
 
 def output_index(output: Output, object_info: ObjectInfo) -> int:
-    """Position of an output. Raises KeyError naming those that there are."""
+    """Index of an output. Raises KeyError naming the existing ones."""
     names = list(object_info[output.node.type]["output_name"])
     if output.name not in names:
         raise KeyError(f"{output.node.type} has no output {output.name!r}; it has {names}")
@@ -114,7 +118,7 @@ def output_index(output: Output, object_info: ObjectInfo) -> int:
 
 
 def api_format(workflow: Workflow, object_info: ObjectInfo) -> dict[str, Any]:
-    """Graph as POST /prompt takes it: {node id: {"class_type", "inputs", "_meta"}}."""
+    """Graph in the format of POST /prompt: {node id: {"class_type", "inputs", "_meta"}}."""
     prompt: dict[str, Any] = {}
     for node in workflow.nodes:
         if node.type == NOTE:
@@ -136,12 +140,12 @@ def api_format(workflow: Workflow, object_info: ObjectInfo) -> dict[str, Any]:
 
 
 def _wired(node: Node, widgets: Mapping[str, Any]) -> list[str]:
-    """Widgets that get their value over a wire."""
+    """Names of the widgets whose value comes from a wire."""
     return [name for name in widgets if isinstance(node.inputs.get(name), Output)]
 
 
 def page_format(workflow: Workflow, object_info: ObjectInfo) -> dict[str, Any]:
-    """The graph as the page saves it (workflow schema 0.4)."""
+    """Graph in the page's format (workflow schema 0.4)."""
     nodes = {node.id: _page_node(node, object_info) for node in workflow.nodes}
     links: list[list[Any]] = []
     for node in workflow.nodes:
@@ -167,7 +171,7 @@ def page_format(workflow: Workflow, object_info: ObjectInfo) -> dict[str, Any]:
 
 
 def _page_node(node: Node, object_info: ObjectInfo) -> dict[str, Any]:
-    """One node without links and position."""
+    """Page node without links and position."""
     made: dict[str, Any] = {"id": node.id, "type": node.type, "pos": [0, 0], "size": [0, 0], "flags": {}}
     made |= {"order": node.id - 1, "mode": 0, "inputs": [], "outputs": [], "properties": {}}
     if node.title:
@@ -212,7 +216,7 @@ def _input(name: str, kind: str, optional: bool) -> dict[str, Any]:
 
 
 def _place(workflow: Workflow, nodes: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Set positions of the page nodes; return the groups."""
+    """Set positions of the page nodes; returns the groups."""
     wires = [(value.node, node) for node in workflow.nodes for value in node.inputs.values() if is_output(value)]
     feeding = {origin.id for origin, node in wires if origin.group == node.group}
     members = [Member(nodes[node.id], node.group, node.stack, node.id in feeding) for node in workflow.nodes]
@@ -220,7 +224,7 @@ def _place(workflow: Workflow, nodes: Mapping[int, dict[str, Any]]) -> list[dict
 
 
 def is_output(value: Any) -> bool:
-    """True for an input that a wire goes into."""
+    """True: a wire is connected to the input. False: it has a value."""
     return isinstance(value, Output)
 
 

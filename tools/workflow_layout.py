@@ -1,7 +1,7 @@
-"""Places of nodes and groups on the page: columns of groups, each group with one or two stacks of nodes side by side.
+"""Positions of nodes and groups on the page: columns of groups, each group with one or two stacks of nodes.
 
 Heights are those of Nodes 2.0, the page's newer renderer, which draws nodes up to 80 units taller than the older one,
-so both find room. Units are the page's. Standard library only.
+so both have enough space. Units are the page's. Standard library only.
 """
 
 from collections.abc import Sequence
@@ -43,29 +43,32 @@ HEIGHTS = {  # of nodes that show text or pictures; all others follow from their
 }
 GROWTH = {"CLIPTextEncode": 90, "ControlNeXtTrain": 460, "LossGraphNode": 200}
 GROWTH |= dict.fromkeys(("ControlNeXtSampleInputs", "PreviewImage", "SaveAnimatedWEBP", "SaveImage", "SaveVideo"), 360)
-"""Nodes that take room that is left over, and how much at most."""
+"""Types of nodes that use remaining space, and its largest height."""
 SLOT, WIDGET, EDGE, FOOTER = 20, 28, 14, 32
-"""Heights in Nodes 2.0: a row of sockets, a widget, the edges; the footer
-of a node of a pack, or of one whose file is missing."""
+"""Heights in Nodes 2.0: a row of sockets, a widget, the edges; the footer of a node of a pack, or of one whose file is
+missing."""
 NODE_GAP, STACK_GAP, COLUMN_GAP, GROUP_GAP, PADDING, GROUP_TITLE = 38, 44, 50, 44, 18, 40
 COLORS = ("#6f8794", "#7d7a94", "#6b8a78", "#94836d", "#7a858c")
-"""Quiet ones: wires and pictures carry the colour."""
+"""Muted colours of the groups, so that wires and pictures stand out."""
 
 
 class Column(NamedTuple):
-    """groups: their numbers, from top to bottom; stacks: of nodes side by side in each of them, 1 or 2."""
+    """Column of groups. groups: their numbers, from top to bottom; stacks: number of stacks in each of them, 1 or 2."""
 
     groups: tuple[int, ...]
     stacks: int
 
 
 ARRANGEMENT = (Column((0, 2), 2), Column((1, 3), 1), Column((4,), 2))
-"""Models over hint; prompts over control; result."""
+"""Default arrangement: models over hint; prompts over control; result."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """A page node in its group. stack: where the description puts it, if it does; feeds: a node of the same group."""
+    """Page node in its group. stack: as set in the description, or None; feeds:
+
+    True if it feeds a node of the same group.
+    """
 
     page: dict[str, Any]
     group: int
@@ -77,16 +80,16 @@ Stacks = list[list[dict[str, Any]]]
 
 
 def size_of(type: str, sockets: int, widgets: int, footers: int) -> list[int]:
-    """Width and height of a node without its title; sockets: number on the side that has more."""
+    """Width and height of a node without its title; sockets: number on the side with more of them."""
     height = EDGE + SLOT * sockets + WIDGET * widgets + FOOTER * footers
     return [WIDTHS.get(type, WIDTH), HEIGHTS.get(type, height)]
 
 
 def place(titles: Sequence[str], arrangement: Sequence[Column], members: Sequence[Member]) -> list[dict[str, Any]]:
-    """Set positions and sizes of the page nodes; return the page's groups, without those that have no node.
+    """Set positions and sizes of the page nodes; returns the page's groups, without empty ones.
 
-    A node that feeds another one of its group stands in the first stack, others in the second, notes where there is
-    room. All columns are made as high as the highest.
+    A node that feeds another one of its group is put in the first stack, others in the second, notes where there is
+    space. All columns get the height of the highest.
     """
     used = {member.group for member in members}
     columns = [

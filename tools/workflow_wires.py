@@ -1,4 +1,4 @@
-"""Wires on the page: their curves as the page draws them, and lanes where a node or a group is in the way.
+"""Wires on the page: their curves in the page's renderers, and lanes around nodes or groups in the way.
 
 A lane is a pair of the page's reroute points, in a gap between nodes. Units are the page's. Standard library only.
 """
@@ -13,13 +13,14 @@ TITLE = 30  # height of a node's title, which stands above its position
 GROUP_LETTER, GROUP_LINE = 13, 32  # size of the title of a group
 SLOT, SLOT_INSET = 20, 10
 NODES_2_RISE = 2
-"""Nodes 2.0 draws sockets on the edges of their nodes, and so much higher than the older renderer."""
+"""Distance by which Nodes 2.0 draws sockets higher than the older renderer: it puts them on the edges of their
+nodes."""
 OWN_EDGE = 16
-"""A wire may be this far behind the edge of a node that it starts or ends at."""
+"""Largest distance that a wire may run behind the edge of a node at which it starts or ends."""
 SPLINE_REACH = 80
 """Longest handle of a curve at a reroute point: the page's setting LiteGraph.Reroute.SplineOffset."""
 LANE, LANE_EDGE, OUTER_LANES, OFFSETS = 10, 12, 8, (12, 20, 28, 36, 46)
-"""Heights of lanes, and how far from its node a wire turns."""
+"""Heights of lanes, and horizontal distances from its node at which a wire turns."""
 STEP, CORNER, APART, MARGIN = 22, 10, 7, 4
 SAMPLES = 24
 
@@ -27,7 +28,7 @@ Point = tuple[float, float]
 
 
 class Box(NamedTuple):
-    """A rectangle."""
+    """Rectangle by its four sides."""
 
     left: float
     top: float
@@ -40,7 +41,7 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class Wire:
-    """A wire from an output to an input. link: its number; origin, target: numbers of nodes."""
+    """Wire from an output to an input. link: its number; origin, target: numbers of nodes."""
 
     link: int
     origin: int
@@ -75,7 +76,9 @@ def boxes_of(graph: Mapping[str, Any]) -> dict[int, Box]:
 
 
 def wires_of(graph: Mapping[str, Any], widget_heights: Mapping[tuple[int, str], float]) -> list[Wire]:
-    """The wires of a page graph. widget_heights: of inputs that are widgets, below the top of (node, name)."""
+    """Wires of a page graph. widget_heights: offset below the node's top of (node, name), for
+    inputs that are widgets.
+    """
     nodes = {node["id"]: node for node in graph["nodes"]}
     return [
         Wire(link, origin, slot, _output(nodes[origin], slot), target, _input(nodes[target], place, widget_heights))
@@ -106,7 +109,7 @@ def curve(points: Sequence[Point]) -> list[Point]:
 
 
 def _angle(before: Point, at: Point, after: Point) -> float:
-    """Direction of a wire at a reroute point, between those of its two parts."""
+    """Direction of a wire at a reroute point, between the directions of its two parts."""
     come = math.atan2(at[1] - before[1], at[0] - before[0])
     half = (come - math.atan2(after[1] - at[1], after[0] - at[0])) / 2
     return come - (half + math.pi if abs(half) > math.pi / 2 else half)
@@ -128,7 +131,7 @@ def _on_bezier(corners: Sequence[Point], t: float) -> Point:
 
 
 def obstacles(wire: Wire, boxes: Mapping[int, Box], groups: Iterable[Box]) -> list[Box]:
-    """Obstacles of the wire: nodes, but for its own two edges, and groups of others."""
+    """Obstacles of the wire: nodes, without the edges of the two it connects, and other groups."""
     ends = (boxes[wire.origin], boxes[wire.target])
     foreign = [g for g in groups if not any(g.holds(((b.left + b.right) / 2, (b.top + b.bottom) / 2)) for b in ends)]
     nodes = dict(boxes)
@@ -138,19 +141,22 @@ def obstacles(wire: Wire, boxes: Mapping[int, Box], groups: Iterable[Box]) -> li
 
 
 def is_clear(points: Sequence[Point], in_the_way: Sequence[Box]) -> bool:
-    """True if the wire through these points passes none of the boxes."""
+    """True: the wire through these points crosses none of the boxes. False: it crosses one."""
     return not any(box.holds(point) for point in curve(points) for box in in_the_way)
 
 
 def is_clear_in_both(wire: Wire, way: Sequence[Point], in_the_way: Sequence[Box]) -> bool:
-    """True if the wire through these reroute points passes none of the boxes in either renderer."""
+    """True: the wire through these reroute points crosses none of the boxes in either renderer.
+
+    False: it crosses one.
+    """
     (x, y), (u, v) = wire.start, wire.end
     edges = (x + SLOT_INSET, y - NODES_2_RISE), (u - SLOT_INSET, v - NODES_2_RISE)
     return is_clear((wire.start, *way, wire.end), in_the_way) and is_clear((edges[0], *way, edges[1]), in_the_way)
 
 
 def route(wires: Sequence[Wire], boxes: Mapping[int, Box], groups: Sequence[Box]) -> dict[int, tuple[Point, ...]]:
-    """Find reroute points for the wires that cross nodes, by link. A wire without a free lane stays direct."""
+    """Reroute points for the wires that cross nodes, by link. A wire without a free lane stays direct."""
     taken: list[tuple[Wire, tuple[Point, ...]]] = []
     for wire in sorted(wires, key=lambda w: math.dist(w.start, w.end)):
         in_the_way = obstacles(wire, {number: _wider(box) for number, box in boxes.items()}, groups)
@@ -162,12 +168,12 @@ def route(wires: Sequence[Wire], boxes: Mapping[int, Box], groups: Sequence[Box]
 
 
 def _wider(box: Box) -> Box:
-    """With room for the sockets of Nodes 2.0, which stand a little lower."""
+    """Box enlarged for the sockets of Nodes 2.0, which are a little lower."""
     return Box(box.left - MARGIN, box.top - MARGIN, box.right + MARGIN, box.bottom + MARGIN)
 
 
 def _by_length(wire: Wire, in_the_way: Sequence[Box]) -> list[tuple[Point, ...]]:
-    """Ways with reroute points: fewest points first, and of those the shortest way."""
+    """Routes with reroute points: fewest points first, then by length."""
     found: list[tuple[Point, ...]] = []
     for out, back in itertools.product(OFFSETS, OFFSETS):
         x, u = wire.start[0] + SLOT_INSET + out, wire.end[0] - SLOT_INSET - back
@@ -183,14 +189,14 @@ def _length(points: Sequence[Point]) -> float:
 
 
 def _with_corners(wire: Wire, x: float, y: float, u: float) -> tuple[Point, ...]:
-    """A way through a narrow lane: points at both sides of each corner keep the curve from swinging out."""
+    """Route through a narrow lane: points at both sides of each corner prevent the curve from overshooting."""
     down, on, along = (math.copysign(1, length) for length in (y - wire.start[1], wire.end[1] - y, u - x))
     first = ((x, wire.start[1] + down * STEP), (x, y - down * CORNER), (x + along * CORNER, y))
     return (*first, (u - along * CORNER, y), (u, y + on * CORNER), (u, wire.end[1] - on * STEP))
 
 
 def _lanes(left: float, right: float, in_the_way: Sequence[Box]) -> Iterator[float]:
-    """Heights at which nothing is in the way between two places, some units apart."""
+    """Free heights for a lane between two horizontal positions, some units apart."""
     blocked = sorted((box.top, box.bottom) for box in in_the_way if box.left < right and left < box.right)
     reach = min(box.top for box in in_the_way) if not blocked else blocked[0][0]
     yield from (reach - 2 * LANE_EDGE - LANE * number for number in range(OUTER_LANES))
@@ -203,7 +209,10 @@ def _lanes(left: float, right: float, in_the_way: Sequence[Box]) -> Iterator[flo
 
 
 def _is_free(wire: Wire, way: Sequence[Point], taken: Iterable[tuple[Wire, tuple[Point, ...]]]) -> bool:
-    """True if the way has no point near one of a wire from another output, and lies on none of its straight parts."""
+    """True: the route has no point near one of a wire from another output, and shares no straight part with it.
+
+    False: it does.
+    """
     others = [points for other, points in taken if (other.origin, other.slot) != (wire.origin, wire.slot)]
     parts = [(part, axis) for points in others for part in itertools.pairwise(points) for axis in (0, 1)]
     return not any(
@@ -216,7 +225,7 @@ def _flat(part: tuple[Point, Point], axis: int) -> bool:
 
 
 def _beside(mine: tuple[Point, Point], theirs: tuple[Point, Point], axis: int) -> bool:
-    """True if two parts run along the same line, across `axis`, and share some of it."""
+    """True: two parts run along the same line, across `axis`, and overlap. False: they do not."""
     if not _flat(mine, axis) or abs(mine[0][axis] - theirs[0][axis]) > APART:
         return False
     (a, b), (c, d) = (sorted(point[1 - axis] for point in part) for part in (mine, theirs))
@@ -224,7 +233,7 @@ def _beside(mine: tuple[Point, Point], theirs: tuple[Point, Point], axis: int) -
 
 
 def as_reroutes(wires: Sequence[Wire], lanes: Mapping[int, Sequence[Point]]) -> dict[str, list[dict[str, Any]]]:
-    """Reroute points in a page graph (its `extra`). Wires of one output share those that are the same."""
+    """Reroute points in the form of a page graph (its `extra`). Wires of one output share equal points."""
     made: dict[tuple[int, int, tuple[Point, ...]], dict[str, Any]] = {}
     ends: list[dict[str, Any]] = []
     for wire in wires:

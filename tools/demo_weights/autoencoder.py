@@ -1,8 +1,8 @@
-"""A small autoencoder in TAESD's layout: the host's own class, of which the blocks that this data does without stay
-zero, which a residual block with a rectifier at its end passes unchanged.
+"""Small autoencoder in TAESD's layout: the host's class, with zero weights in blocks that this data does not need; a
+residual block with a rectifier at its end then passes its input unchanged.
 
-It starts as the averager of colours in tools/tiny_models: latents are mean colours, and the training is left with what
-the mean of 8x8 pixels does not say. Without the idle blocks a step costs a third.
+It starts as the colour averager in tools/tiny_models: latents are mean colours, and the training adds what the mean of
+8x8 pixels lacks. Without the idle blocks a step takes a third of the time.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from .running import Average, StageRun, cosine, picture_grid, snapshot, unpaused
 SEED = 7
 LATENT_SCALE = 0.18215  # of the host's SD1.5 latent format
 WORKING = {"taesd_encoder": (3, 7, 8, 11, 12), "taesd_decoder": (3, 4, 5, 8, 9, 13)}
-"""Blocks that train; the others pass."""
+"""Indices of the blocks that train; the others pass their input."""
 STEPS, BATCH, SIDE = 1200, 12, 64
 LEARNING_RATE, WARMUP = 1e-3, 100
 DECODER_STEPS, DECODER_LEARNING_RATE = 3000, 5e-4
 FILE = "autoencoder.safetensors"
 EMA_DECAY = 0.998
 SCENES = 6000  # of 128 pixels, of which random parts of SIDE are seen, and as many of SIDE pixels
-LATENT_NOISE = 0.1  # highest std of what is added to latents, so that the decoder forgives a sampler its errors
+LATENT_NOISE = 0.1  # largest std of the noise added to latents, so that the decoder tolerates errors of a sampler
 MOMENTS_WEIGHT = 0.05
 EDGE_WEIGHT = 0.5
 
 
 def new_autoencoder() -> nn.Module:
-    """The host's TAESD at its start, with nn.ReLU in place of every idle block."""
+    """Initial TAESD of the host, with nn.ReLU in place of every idle block."""
     from comfy.taesd.taesd import TAESD
 
     model = TAESD()
@@ -59,31 +59,31 @@ def new_autoencoder() -> nn.Module:
 
 
 def whole(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that TAESD loads: the trained ones, and zeros for the idle blocks."""
+    """Tensors for TAESD: the trained ones, and zeros for the idle blocks."""
     return {name: weights.get(name, torch.zeros_like(value)) for name, value in taesd(Pools(0), "", 1.0).items()}
 
 
 def pictures(side: int, count: int, first: int = 0) -> Tensor:
-    """Scenes `first` on as bytes (count, 3, side, side)."""
+    """Scenes from `first` on as bytes (count, 3, side, side)."""
     images = [torch.from_numpy(draw(SEED, index, side).image) for index in range(first, first + count)]
     return torch.stack(images).permute(0, 3, 1, 2).contiguous()
 
 
 def encode(model: Any, pixels: Tensor) -> Tensor:
-    """pixels (B, 3, H, W) in [0, 1] -> latents (B, 4, H/8, W/8) as the UNet takes them."""
+    """Encode pixels (B, 3, H, W) in [0, 1] to latents (B, 4, H/8, W/8) scaled for the UNet."""
     return model.taesd_encoder(pixels)
 
 
 def decode(model: Any, latent: Tensor) -> Tensor:
-    """Latents (B, 4, H/8, W/8) as the UNet takes them -> pixels (B, 3, H, W) in [0, 1]."""
+    """Decode latents (B, 4, H/8, W/8) scaled for the UNet to pixels (B, 3, H, W) in [0, 1]."""
     return model.taesd_decoder(latent)
 
 
 def loss_of(model: nn.Module, pixels: Tensor, noise: Tensor, encoder_trains: bool = True) -> tuple[Tensor, Tensor]:
-    """(loss, mean absolute error). noise: as the latents, ready to be added.
+    """Compute (loss, mean absolute error). noise: in the latents' shape, ready to be added.
 
-    Absolute error of colours and of differences between neighbours, and, where the encoder trains, what holds each
-    channel of the latents to mean 0 and variance 1.
+    Absolute error of colours and of differences between neighbours and, where the encoder trains, a term that holds
+    each channel of the latents at mean 0 and variance 1.
     """
     with torch.set_grad_enabled(encoder_trains):
         latent = encode(model, pixels).float()
@@ -98,12 +98,12 @@ def loss_of(model: nn.Module, pixels: Tensor, noise: Tensor, encoder_trains: boo
 
 
 def train_autoencoder() -> Path:
-    """Train both halves, or go on training; the file with the average of the weights, whole, in fp16."""
+    """Train both halves, or resume; returns the file with the averaged weights, complete, in fp16."""
     return _train(StageRun("autoencoder"), new_autoencoder(), STEPS, LEARNING_RATE)
 
 
 def train_decoder() -> Path:
-    """Train the decoder alone, longer, for latents that stay as they are: nothing else needs to be trained again."""
+    """Train only the decoder, longer, for unchanged latents: nothing else needs to be trained again."""
     stage = StageRun("decoder")
     model = trained(stage.folder.parent / "autoencoder" / FILE)
     model.taesd_decoder.requires_grad_(True)
@@ -111,7 +111,7 @@ def train_decoder() -> Path:
 
 
 def trained(path: Path) -> nn.Module:
-    """The autoencoder of a file, frozen. Raises FileNotFoundError naming the stage that is missing."""
+    """Load the autoencoder of a file, frozen. Raises FileNotFoundError naming the stage that is missing."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there. Run first: python run.py train-demo {path.parent.name}")
     model = new_autoencoder()
@@ -154,7 +154,10 @@ def _train(stage: StageRun, model: Any, steps: int, rate: float) -> Path:
 
 
 def _batch(scenes: tuple[Tensor, ...], purpose: str, step: int) -> tuple[Tensor, Tensor]:
-    """(pixels (B, 3, SIDE, SIDE), noise for their latents) of a step; whole small scenes and parts of large ones."""
+    """Batch of a step:
+
+    (pixels (B, 3, SIDE, SIDE), noise for their latents); whole small scenes and crops of large ones.
+    """
     random = generator(SEED, purpose, step)
     large, small = scenes
     rows = torch.randint(len(large), (BATCH,), generator=random).tolist()
@@ -170,7 +173,7 @@ def _batch(scenes: tuple[Tensor, ...], purpose: str, step: int) -> tuple[Tensor,
 
 @torch.no_grad()
 def show(average: Average, model: Any, path: Path) -> Path:
-    """Unseen scenes above what comes back."""
+    """Save unseen scenes above their reconstructions."""
     pixels = pictures(2 * SIDE, 8, 10**6).float() / 255
     with torch.autocast("cpu", torch.bfloat16):
         latent = functional_call(model.taesd_encoder, _part(average.weights, "taesd_encoder."), pixels)

@@ -1,8 +1,9 @@
-"""The picturebook's base: a diffusion transformer of SD3's shape, depth 4, on latents of 16 channels.
+"""Base model of the picturebook: a diffusion transformer of SD3's shape, depth 4, on latents of 16 channels.
 
-While it trains it reads 768 numbers of a word and of a caption, the others of SD3's 4096 and 2048 are zero. Words have
-no places of their own in this network, so the equal ones behind a caption's end count as one of many: a batch has 25
-words in place of 77 (`bias_of`). They are equal but for a fiftieth, which moves the output by a thousandth.
+In training it reads 768 of the values of a word and of a caption, the others of SD3's 4096 and 2048 are zero. Words
+have no position embedding in this network, so the equal ones after a caption's end are represented by one with their
+weight: a batch has 25 words instead of 77 (`bias_of`). They are equal within a fiftieth, which changes the output by a
+thousandth.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from .text_encoder import CODES, PLACES, WIDTH
 
 DEPTH, CHANNELS, PATCH, GRID = 4, 16, 2, 16
 HIDDEN = 64 * DEPTH
-CONTEXT, POOLED = 4096, 2048  # what the host hands over
+CONTEXT, POOLED = 4096, 2048  # sizes of the host's text conditions
 SEED = 23
-BEHIND = 6  # from the end on: five places that still see a caption's words, and the one that stands for the others
+BEHIND = 6  # from the end on: five positions that still see a caption's words, and the one that represents the others
 LAYOUT: dict[str, Any] = {
     "in_channels": CHANNELS,
     "out_channels": CHANNELS,
@@ -37,7 +38,7 @@ SHIFT = 3.0
 
 
 def new_mmdit() -> Any:
-    """The host's network: blocks add nothing at first, and what is read out is the best linear guess."""
+    """Initial network of the host: blocks add nothing at first, and the output is the best linear guess."""
     import comfy.ops
     from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 
@@ -52,14 +53,16 @@ def new_mmdit() -> Any:
         for name, value in model.named_parameters():
             if "adaLN_modulation.1.weight" in name or name.startswith(("final_layer.linear", "y_embedder.mlp.2")):
                 value.zero_()
-        model.context_embedder.weight[:, :CODES] = 0  # stays so, since `shortened` leaves nothing there to learn from
+        model.context_embedder.weight[:, :CODES] = 0  # stays zero, since `shortened` leaves no signal there
         model.pos_embed.copy_(positions()[None])
         _pass_through(model)
     return model.to(device()).requires_grad_(True)
 
 
 def positions() -> Tensor:
-    """(GRID * GRID, HIDDEN): sines and cosines of columns, then of rows, at frequencies for this small grid."""
+    """Position embedding (GRID * GRID, HIDDEN): sines and cosines of columns, then of rows, at frequencies for this
+    small grid.
+    """
     quarter = HIDDEN // 4
     angle = torch.outer(torch.arange(GRID).float(), 10.0 ** (-2 * torch.arange(quarter) / quarter)) * 1.5
     line = torch.cat([angle.sin(), angle.cos()], dim=1)
@@ -68,7 +71,7 @@ def positions() -> Tensor:
 
 
 def _pass_through(model: Any) -> None:
-    """Let the output start as gain(s) * x, where gain is the best for data and noise of variance 1."""
+    """Initialise the output as gain(s) * x, where gain is the best for data and noise of variance 1."""
     numbers = PATCH * PATCH * CHANNELS
     embed, readout = model.x_embedder.proj.weight, model.final_layer.linear.weight
     basis = torch.linalg.qr(torch.randn(HIDDEN, numbers, generator=torch.Generator().manual_seed(SEED)))[0].T
@@ -84,10 +87,10 @@ def _pass_through(model: Any) -> None:
 
 
 def bias_of(lengths: Tensor, words: int, tokens: int) -> Tensor:
-    """(B, 1, 1, words + tokens), added to the logarithm of attention.
+    """Attention bias (B, 1, 1, words + tokens), added to the logarithm of attention.
 
-    lengths (B,): words of each row, of which the last stands for all that follow up to PLACES; what is behind it in
-    the batch does not count.
+    lengths (B,): number of words of each row, the last of which represents all that follow up to PLACES; later ones in
+    the batch do not count.
     """
     place = torch.arange(words, device=lengths.device)[None]
     last = lengths[:, None] - 1
@@ -97,9 +100,9 @@ def bias_of(lengths: Tensor, words: int, tokens: int) -> Tensor:
 
 
 def shortened(context: Tensor, end: int) -> Tensor:
-    """context (PLACES, WIDTH) -> what differs of it (end + BEHIND, WIDTH), without the codes of places.
+    """Distinct part (end + BEHIND, WIDTH) of a context (PLACES, WIDTH), without the position codes.
 
-    end: the place of the caption's end.
+    end: the position of the caption's end.
     """
     words = context[: end + BEHIND].clone()
     words[:, :CODES] = 0
@@ -107,7 +110,10 @@ def shortened(context: Tensor, end: int) -> Tensor:
 
 
 def attention_with(bias: Tensor) -> Callable[..., Tensor]:
-    """The host's attention function with `bias`. q, k, v: (B, places, ...), heads and their width behind."""
+    """Attention function for the host with `bias`. q, k, v:
+
+    (B, positions, ...), with separate dimensions for heads and their width.
+    """
 
     def attention(_chosen: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, **_: Any) -> Tensor:
         q, k, v = (part.reshape(*part.shape[:2], heads, -1).transpose(1, 2) for part in (q, k, v))
@@ -118,8 +124,10 @@ def attention_with(bias: Tensor) -> Callable[..., Tensor]:
 
 
 def predict(model: nn.Module, x: Tensor, s: Tensor, text: Mapping[str, Tensor]) -> Tensor:
-    """noise - latents, as seen in x (B, 16, h, w) at s (B,) in 0..1. text: `words` (B, n, WIDTH), `lengths` (B,),
-    `pooled` (B, WIDTH)."""
+    """Predict noise - latents from x (B, 16, h, w) at s (B,) in 0..1.
+
+    text: `words` (B, n, WIDTH), `lengths` (B,), `pooled` (B, WIDTH).
+    """
     tokens = -(-x.shape[-2] // PATCH) * -(-x.shape[-1] // PATCH)
     words = text["words"]
     options = {"optimized_attention_override": attention_with(bias_of(text["lengths"], words.shape[1], tokens))}
@@ -137,7 +145,7 @@ def sample(
     steps: int = 20,
     shift: float = SHIFT,
 ) -> Tensor:
-    """Latents from noise (N, 16, h, w) with Euler's method; text and empty as for `predict`."""
+    """Sample latents from noise (N, 16, h, w) with Euler's method; text and empty as for `predict`."""
     levels = torch.linspace(1, 0, steps + 1)
     levels = shift * levels / (1 + (shift - 1) * levels)
     x = noise
@@ -152,7 +160,9 @@ def sample(
 
 
 def as_the_host_loads(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The trained weights with zeros for what SD3 reads besides, and with the places."""
+    """Trained weights in the host's shapes, with zeros for the inputs of SD3 that are not trained, and the position
+    embedding.
+    """
     tensors = dict(weights)
     for name, width in (("context_embedder.weight", CONTEXT), ("y_embedder.mlp.0.weight", POOLED)):
         narrow = tensors[name]

@@ -1,7 +1,7 @@
-"""Momentum whose steps on matrices are made orthogonal (Jordan 2024, "Muon"), and Adam for the rest.
+"""Momentum with orthogonalised steps for matrices (Jordan 2024, "Muon"), and Adam for the rest.
 
-A matrix of several layers side by side (qkv) steps as its square parts do. The products it needs
-are computed in fp32, which is why this is not torch's.
+A matrix of several layers side by side (qkv) is split into square parts for the step. The matrix products are computed
+in fp32, unlike in torch's implementation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MATRICES = ("attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.we
 
 
 class Muon:
-    """Both optimizers as one. rate, adam_rate: learning rates, which `scale` multiplies at each step."""
+    """Optimizer that combines both. rate, adam_rate: learning rates, multiplied by `scale` at each step."""
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], rate: float, adam_rate: float) -> None:
         parameters = dict(named)
@@ -56,7 +56,7 @@ class Muon:
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The matrix with singular values near 1, by ROUNDS of a quintic iteration (Newton-Schulz)."""
+    """Matrix with singular values near 1, by ROUNDS of a quintic iteration (Newton-Schulz)."""
     a, b, c = COEFFICIENTS
     turned = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     found = turned / (turned.norm() + 1e-12)

@@ -1,7 +1,7 @@
-"""Weights in 8 bits for the way: whole numbers of -127 to 127 per weight and one factor per row (dimension 0).
+"""Packing of weights in 8 bits for distribution: integers from -127 to 127 and one factor per row (dimension 0).
 
 Half the size of fp16, and closer to it than any 8-bit float: the error of a weight is at most 1/254 of the largest in
-its row. Nothing computes with these files; `unpack` gives the fp16 weights that the host's loaders read.
+its row. No computation uses these files directly; `unpack` gives the fp16 weights for the host's loaders.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-SCALE = ".row_scale"  # behind the name of a packed tensor
-SMALLEST = 4096  # numbers; smaller tensors stay as they are
+SCALE = ".row_scale"  # suffix of the name of a packed tensor
+SMALLEST = 4096  # values; smaller tensors are not packed
 
 
 def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Floating-point tensors of two or more dimensions as int8 with fp32 factors; the others in fp16."""
+    """Pack floating-point tensors of two or more dimensions as int8 with fp32 factors; the others stay in fp16."""
     packed = {}
     for name, value in tensors.items():
         if not value.is_floating_point():
@@ -32,7 +32,7 @@ def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unpack(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in fp16. Raises KeyError naming an 8-bit tensor without its factors."""
+    """Unpack the tensors to fp16. Raises KeyError naming an 8-bit tensor without its factors."""
     tensors = {}
     for name, value in packed.items():
         if name.endswith(SCALE):

@@ -1,7 +1,7 @@
-"""The picturebook's autoencoder: TAESD's layout with 16 channels, as the host's loaders take it for SD3.
+"""Autoencoder of the picturebook: TAESD's layout with 16 channels, in the form that the host's loaders use for SD3.
 
-It goes on from the 4-channel one that came before it (autoencoder.py). Variance may differ between channels, only
-their mean is held to 1: what matters most then stands highest above the noise that training adds.
+Its training starts from the 4-channel one (autoencoder.py). Variance may differ between channels, only their mean is
+held at 0: the most important channels then exceed the added noise most.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from .packing import unpack
 from .running import Average, StageRun, cosine, picture_grid, snapshot, unpaused_steps
 
 SEED, CHANNELS = 19, 16
-SIDE, PART = 256, 64  # pixels of the pictures, and of what a step sees of one
+SIDE, PART = 256, 64  # side of the pictures in pixels, and of the crop for a step
 PICTURES, STEPS, BATCH = 1000, 1000, 8
 LEARNING_RATE, WARMUP, EMA_DECAY = 1e-3, 50, 0.998
-LATENT_NOISE = 0.25  # highest std of what is added to latents
+LATENT_NOISE = 0.25  # largest std of the noise added to latents
 MOMENTS_WEIGHT, EDGE_WEIGHT = 0.05, 0.5
 FILE = "painter.safetensors"
-RANDOM_STD = 0.02  # of the weights of channels that the 4-channel one lacks
+RANDOM_STD = 0.02  # std of the weights of channels that the 4-channel one lacks
 
 
 def new_painter(start: dict[str, Tensor] | None = None) -> nn.Module:
-    """The network, with nn.ReLU in place of idle blocks. start: weights of the 4-channel one, else random."""
+    """Initial network, with nn.ReLU in place of idle blocks. start: weights of the 4-channel one; None: random."""
     model = autoencoder.new_autoencoder()
     if start is not None:
         model.load_state_dict(start, strict=False)
@@ -48,19 +48,21 @@ def new_painter(start: dict[str, Tensor] | None = None) -> nn.Module:
 
 
 def whole(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that the host's TAESD loads: the trained ones, and zeros for the idle blocks."""
+    """Tensors for the host's TAESD: the trained ones, and zeros for the idle blocks."""
     return autoencoder.whole(weights)
 
 
 def trained(path: Path) -> nn.Module:
-    """The network with the weights of a packed file, frozen."""
+    """Load the network with the weights of a packed file, frozen."""
     model = new_painter()
     model.load_state_dict({name: value.float() for name, value in unpack(load_file(path)).items()}, strict=False)
     return model.requires_grad_(False)
 
 
 def loss_of(model: nn.Module, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss, mean absolute error): error of colours and of differences between neighbours, and moments of latents."""
+    """Compute (loss, mean absolute error): error of colours and of differences between neighbours, and moments of
+    latents.
+    """
     latent = autoencoder.encode(model, pixels).float()
     painted = autoencoder.decode(model, latent + noise).float()
     error = (painted - pixels).abs().mean()
@@ -71,9 +73,9 @@ def loss_of(model: nn.Module, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Te
 
 
 def train_painter(steps: int = STEPS, seconds: float | None = None, start: Path | None = None) -> Path:
-    """Train, or resume; returns the file with the average of the weights in fp16. seconds: the end of this slice.
+    """Train, or resume; returns the file with the averaged weights in fp16. seconds: the length of this slice.
 
-    start: the folder of a packed file of this network, from which the first slice starts; None: the 4-channel one.
+    start: folder of a packed file of this network with the initial weights of the first slice; None: the 4-channel one.
     """
     from .shipped import AUTOENCODER, PAINTER, SHIPPED
 
@@ -117,13 +119,13 @@ def train_painter(steps: int = STEPS, seconds: float | None = None, start: Path 
 
 
 def pictures_of(side: int, count: int, first: int = 0, seed: int = SEED) -> Tensor:
-    """Pictures `first` on as bytes (count, 3, side, side)."""
+    """Pictures from `first` on as bytes (count, 3, side, side)."""
     images = [torch.from_numpy(draw(seed, index, side).image) for index in range(first, first + count)]
     return torch.stack(images).permute(0, 3, 1, 2).contiguous()
 
 
 def _batch(pictures: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """(parts of pictures (B, 3, PART, PART), noise for their latents) of a step."""
+    """Batch of a step: (crops of pictures (B, 3, PART, PART), noise for their latents)."""
     random = generator(SEED, "painter", step)
     rows = torch.randint(len(pictures), (BATCH,), generator=random).tolist()
     places = torch.randint(SIDE - PART + 1, (BATCH, 2), generator=random).tolist()

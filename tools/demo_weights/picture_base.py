@@ -1,7 +1,7 @@
 """Training of the picturebook's base (mmdit.py): latents and words are computed once, slices end with packed weights.
 
-A slice lasts for the time that it is given. Its learning rate falls to nothing at the end, and the next goes on from
-its weights, with the optimizer's state where that is still there.
+A slice has a fixed duration. Its learning rate falls to zero at the end, and the next slice continues from its weights,
+with the optimizer's state where that still exists.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from .running import Average, StageRun, picture_grid, wait_while_paused
 
 SEED = 29
 SIDE = 192  # pixels
-PICTURES, CHILDREN, PART = 3072, 3072, 512  # pictures, more of them with children, and how many are prepared at once
+PICTURES, CHILDREN, PART = 3072, 3072, 512  # pictures, further ones with children, and the number prepared at once
 BATCH = 16
 RATE, ADAM_RATE, WARMUP, FALL = 0.02, 1.5e-3, 30, 0.35
 EMA_DECAY = 0.995
 SLICE = 90 * 60.0  # seconds
 SAY_EVERY, SHOW_EVERY = 25, 250  # steps
-NO_CAPTION = 0.1  # part of the samples whose caption is left out
-MIDDLE, SPREAD = 0.3, 1.0  # of the logit-normal distribution of every other noise level
+NO_CAPTION = 0.1  # share of the samples without a caption
+MIDDLE, SPREAD = 0.3, 1.0  # of the logit-normal distribution of every second noise level
 FILE = "picturebook_mmdit.safetensors"
 Text = dict[str, Tensor]
 Drawing = Callable[[int, int, int], Picture]
 
 
 def text_model(folder: Path) -> Any:
-    """The host's CLIP for SD3 with our text encoder, without the layers and parts that add nothing."""
+    """CLIP of the host for SD3 with this project's text encoder, without the layers and parts that add nothing."""
     import comfy.sd
 
     from .text_encoder import text_encoder
@@ -63,7 +63,7 @@ class _Nothing(nn.Module):
 
 @torch.inference_mode()
 def texts_of(clip: Any, captions: list[str]) -> list[Text]:
-    """Encoded captions: `words` (n, 768), whose last row stands for all that follow, and `pooled` (768,)."""
+    """Encode captions: `words` (n, 768), whose last row represents all that follow, and `pooled` (768,)."""
     tokens = [[word for word, _ in clip.tokenize(caption)["l"][0]] for caption in captions]
     contexts, pooled = clip.cond_stage_model.clip_l.encode(tokens)
     found = []
@@ -82,7 +82,9 @@ def batch_of(texts: list[Text]) -> Text:
 
 
 def data(stage: StageRun, side: int, count: int, children: int = 0) -> tuple[Tensor, list[Text]]:
-    """latents (count + children, 16, side / 8, side / 8) in fp16 and the captions' texts, that of no caption last."""
+    """Training data: latents (count + children, 16, side / 8, side / 8) in fp16 and the captions' texts, the empty one
+    last.
+    """
     found = [(_parts(stage, "data", draw, side, count), count)]
     if children:
         found.append((_parts(stage, "children", draw_children, side, children), children))
@@ -107,7 +109,7 @@ def _parts(stage: StageRun, name: str, drawing: Drawing, side: int, count: int) 
 
 
 def painter_of(folder: Path) -> nn.Module:
-    """Autoencoder trained by the previous stage, or the shipped one where there is none."""
+    """Autoencoder trained by the previous stage, or the shipped one without it."""
     from .shipped import PAINTER, SHIPPED
 
     made = folder.parent / "painter" / painter.FILE
@@ -128,16 +130,16 @@ def _prepare(file: Path, network: nn.Module, clip: Any, drawing: Drawing, side: 
 
 @torch.inference_mode()
 def latents_of(network: nn.Module, images: Tensor) -> Tensor:
-    """images (N, H, W, 3) as bytes -> (N, 16, H/8, W/8) on the CPU."""
+    """Encode images (N, H, W, 3) as bytes to latents (N, 16, H/8, W/8) on the CPU."""
     pixels = images.permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last) / 255
     with quick():
         return autoencoder.encode(network, pixels.to(device())).float().cpu()
 
 
 def loss_at(model: nn.Module, z: Tensor, text: Text, random: torch.Generator) -> Tensor:
-    """The mean square of what is wrong with noise - z, for latents z (B, 16, h, w) with their captions.
+    """Mean squared error of the prediction of noise - z, for latents z (B, 16, h, w) with their captions.
 
-    Every other noise level is of a logit-normal distribution in the middle, the others are spread evenly.
+    Every second noise level is drawn from a logit-normal distribution in the middle, the others are evenly spaced.
     """
     count = len(z)
     noise = torch.randn(z.shape, generator=random)
@@ -150,12 +152,15 @@ def loss_at(model: nn.Module, z: Tensor, text: Text, random: torch.Generator) ->
 
 
 def rate_at(share: float, step: int) -> float:
-    """Factor of the learning rates; share: of the slice's time. A quick rise, a plateau, a fall in the last FALL."""
+    """Factor of the learning rates; share: elapsed share of the slice's time.
+
+    A fast rise, a plateau, a decay in the last FALL.
+    """
     return min(1.0, (step + 1) / WARMUP, max(0.02, (1 - share) / FALL))
 
 
 class _Slice:
-    """A network in training, and how far it is."""
+    """Slice of a training: the network and its progress."""
 
     def __init__(self, stage: StageRun) -> None:
         self.stage, self.model = stage, new_mmdit()
@@ -163,7 +168,9 @@ class _Slice:
         self.step, self.spent, self.number = 0, 0.0, 0
 
     def go_on(self, seconds: float, start: Path) -> int:
-        """Take up the last state, else packed weights in `start`, else begin; the step from which the rate rises."""
+        """Restore the last state, else packed weights in `start`, else begin; returns the step at which the learning
+        rate starts to rise.
+        """
         from .shipped import MMDIT
 
         state = self.stage.load()
@@ -198,11 +205,11 @@ def train_base(
     end: float = math.inf,
     children: int = CHILDREN,
 ) -> Path:
-    """One slice of `seconds`, drawing and encoding not counted; the file with the average of the weights in fp16.
+    """Train one slice of `seconds`, not counting drawing and encoding; returns the file with the averaged weights in
+    fp16.
 
-    A slice that was stopped goes on; after one that came to its end another begins. start: the folder of the packed
-    weights from which the first sets out, by default the shipped ones. end: on the clock of time.monotonic, by when the
-    training ends in any case.
+    A slice that was stopped is resumed; after a complete one another begins. start: folder of the packed weights for
+    the first slice, by default the shipped ones. end: latest end of the training, on the clock of time.monotonic.
     """
     from .shipped import SHIPPED
 
@@ -235,7 +242,7 @@ def train_base(
 
 
 def _chosen(latents: Tensor, texts: list[Text], batch: int, step: int) -> tuple[Tensor, Text, torch.Generator]:
-    """Latents and texts of a step, and the numbers that its noise comes from."""
+    """Latents and texts of a step, and the generator of its noise."""
     random = generator(SEED, "picture base", step)
     rows = torch.randint(len(latents), (batch,), generator=random).tolist()
     bare = (torch.rand(batch, generator=random) < NO_CAPTION).tolist()
@@ -247,7 +254,7 @@ def _chosen(latents: Tensor, texts: list[Text], batch: int, step: int) -> tuple[
 def show(
     weights: Mapping[str, Tensor], folder: Path, name: str, side: int = SIDE, count: int = 10, cfg: float = 3.0
 ) -> Path:
-    """Pictures of captions that no training saw; the captions stand beside, as text."""
+    """Save pictures of unseen captions; the captions are saved beside them as text."""
     model = new_mmdit().requires_grad_(False)
     model.load_state_dict(dict(weights), strict=False)
     clip = text_model(folder)

@@ -1,4 +1,4 @@
-"""Parts of every stage: its saved state, its journal, its average of weights, and its pauses."""
+"""Parts shared by all stages: saved state, journal, average of weights, and pauses."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..tiny_models.storage import write_atomically
 
 FOLDER = ROOT / ".cache" / "demo_weights"
 SAVE_EVERY = 180.0  # seconds
-PAUSE_VARIABLE = "CONTROLNEXT_PAUSE_FILE"  # names a file; while it exists, training waits
+PAUSE_VARIABLE = "CONTROLNEXT_PAUSE_FILE"  # name of a file; while it exists, training waits
 
 
 class StageRun:
-    """One training: its folder, journal (JSON lines) and state. Files are written atomically."""
+    """Run of one stage: its folder, journal (JSON lines) and state. Files are written atomically."""
 
     def __init__(self, name: str, folder: Path | None = None) -> None:
         self.name, self.folder = name, (folder or FOLDER) / name
@@ -38,7 +38,7 @@ class StageRun:
             journal.write(line + "\n")
 
     def load(self) -> dict[str, Any] | None:
-        """The last state, or None."""
+        """Last saved state, or None."""
         if not self.state_file.is_file():
             return None
         return torch.load(self.state_file, map_location="cpu", weights_only=True)
@@ -52,7 +52,7 @@ class StageRun:
 
 
 def wait_while_paused() -> float:
-    """Sleep while the file that PAUSE_VARIABLE names exists; seconds slept."""
+    """Sleep while the file named by PAUSE_VARIABLE exists; returns the seconds slept."""
     name, slept = os.environ.get(PAUSE_VARIABLE), 0.0
     while name and Path(name).exists():
         time.sleep(2.0)
@@ -61,7 +61,7 @@ def wait_while_paused() -> float:
 
 
 def unpaused_steps(start: int, stop: int) -> Iterator[tuple[int, float]]:
-    """(step, seconds that the steps before it took in this process), waiting where asked to."""
+    """Yield (step, seconds of the steps before it in this process), waiting while paused."""
     clock = time.monotonic()
     for step in range(start, stop):
         clock += wait_while_paused()
@@ -76,7 +76,7 @@ def cosine(step: int, steps: int, warmup: int) -> float:
 
 
 class Average:
-    """Exponential moving average of a module's parameters, quick at first: decay = min(decay, (1 + n) / (10 + n))."""
+    """Exponential moving average of a module's parameters, fast at first: decay = min(decay, (1 + n) / (10 + n))."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay, self.count = decay, 0

@@ -1,6 +1,7 @@
-"""The base: a UNet with the layout of SD1.5, half as wide while it trains, on scenes of 128 pixels and their captions.
+"""Base model of plain scenes: a UNet with the layout of SD1.5 and half its channels in training, on scenes of 128
+pixels and their captions.
 
-Everything that the steps need of a scene is computed once: its latents (4, 16, 16) by the trained autoencoder and its
+All inputs of the steps are computed once per scene: its latents (4, 16, 16) by the trained autoencoder and its
 caption's 77 vectors by the host's text encoder.
 """
 
@@ -21,12 +22,12 @@ from . import autoencoder
 from .running import Average, StageRun, cosine, picture_grid, snapshot, unpaused_steps, wait_while_paused
 
 SEED = 11
-SCENES, PART, SIDE = 16384, 1024, 128  # scenes, and how many are prepared at once
+SCENES, PART, SIDE = 16384, 1024, 128  # number of scenes, and of those prepared at once
 STEPS, BATCH = 5000, 16
 LEARNING_RATE, WARMUP = 6e-4, 200
 EMA_DECAY = 0.999
 MIN_SNR_GAMMA = 5.0
-NO_CAPTION = 0.1  # part of the samples whose caption is left out
+NO_CAPTION = 0.1  # share of the samples without a caption
 SHOW_EVERY = 1000
 EPSILON = OBJECTIVES["epsilon"]
 LAYOUT: dict[str, Any] = {
@@ -48,7 +49,7 @@ ZERO_AT_FIRST = ("out_layers.3", "proj_out", "out.2")
 
 
 def new_unet() -> nn.Module:
-    """The host's UNet of LAYOUT; layers that end a residual branch start at zero."""
+    """Initial UNet of the host with LAYOUT; layers that end a residual branch start at zero."""
     import comfy.ops
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
@@ -71,7 +72,7 @@ def trained_autoencoder(folder: Path) -> nn.Module:
 
 
 def text_model(folder: Path) -> Any:
-    """The host's CLIP with our text encoder, without the layers and parts that add nothing."""
+    """CLIP of the host with this project's text encoder, without the layers and parts that add nothing."""
     import comfy.sd
 
     from ..tiny_models.storage import save as write
@@ -92,20 +93,22 @@ class _Nothing(nn.Module):
 
 @torch.inference_mode()
 def context(clip: Any, caption: str) -> Tensor:
-    """(77, 768)"""
+    """Context (77, 768) of a caption."""
     found, _ = clip.encode_from_tokens(clip.tokenize(caption), return_pooled=True)
     return found[0]
 
 
 @torch.inference_mode()
 def contexts_of(clip: Any, captions: list[str]) -> Tensor:
-    """(N, 77, 768): the same for many captions at once."""
+    """Contexts (N, 77, 768) of several captions at once."""
     words = [[word for word, _ in clip.tokenize(caption)["l"][0]] for caption in captions]
     return clip.cond_stage_model.clip_l.encode(words)[0]
 
 
 def data(stage: StageRun) -> dict[str, Tensor]:
-    """latents (SCENES, 4, 16, 16), contexts (SCENES + 1, 77, 768), of which the last is of no caption; fp16."""
+    """Training data: latents (SCENES, 4, 16, 16), contexts (SCENES + 1, 77, 768), the last for an
+    empty caption; fp16.
+    """
     files = [stage.folder / f"data_{first:05d}.pt" for first in range(0, SCENES, PART)]
     empty = stage.folder / "empty.pt"
     if not all(file.is_file() for file in (*files, empty)):
@@ -125,7 +128,7 @@ def data(stage: StageRun) -> dict[str, Tensor]:
 
 
 def _save_part(file: Path, model: nn.Module, clip: Any, first: int) -> None:
-    """Latents and contexts of PART scenes from `first` on."""
+    """Save latents and contexts of PART scenes from `first` on."""
     latents, contexts = [], []
     for start in range(first, first + PART, 32):
         wait_while_paused()
@@ -138,21 +141,21 @@ def _save_part(file: Path, model: nn.Module, clip: Any, first: int) -> None:
 
 @torch.inference_mode()
 def latents_of(model: nn.Module, images: Tensor) -> Tensor:
-    """images (N, H, W, 3) as bytes -> (N, 4, H/8, W/8)."""
+    """Encode images (N, H, W, 3) as bytes to latents (N, 4, H/8, W/8)."""
     pixels = images.permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last) / 255
     with torch.autocast("cpu", torch.bfloat16):
         return autoencoder.encode(model, pixels).float()
 
 
 def sigmas() -> Tensor:
-    """The host's noise levels for SD1.5 (1000,), ascending."""
+    """Noise levels of the host for SD1.5 (1000,), ascending."""
     import comfy.model_sampling
 
     return comfy.model_sampling.ModelSamplingDiscrete().sigmas.float()
 
 
 def predict(unet: nn.Module, x: Tensor, sigma: Tensor, steps: Tensor, contexts: Tensor) -> Tensor:
-    """The UNet's epsilon for x (B, 4, h, w) at sigma (B,) = sigmas[steps], in fp32."""
+    """Predict epsilon for x (B, 4, h, w) at sigma (B,) = sigmas[steps], in fp32."""
     scaled = x / (1 + sigma.square()).sqrt().view(-1, 1, 1, 1)
     with torch.autocast("cpu", torch.bfloat16):
         return unet(scaled, steps.float(), contexts, transformer_options=_options()).float()
@@ -163,9 +166,10 @@ def _options() -> dict[str, Any]:
 
 
 def _attention(_chosen: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, **_: Any) -> Tensor:
-    """The host's attention function, written out: for this few places torch's own takes many times as long backward.
+    """Attention function for the host, written out: for so few positions torch's takes many times as long in the
+    backward pass.
 
-    q, k, v: (B, places, heads * width).
+    q, k, v: (B, positions, heads * width).
     """
     q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v))
     weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
@@ -173,7 +177,7 @@ def _attention(_chosen: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, **_: A
 
 
 def train_base(steps: int = STEPS) -> Path:
-    """Train, or go on training; the file with the average of the narrow weights, in fp16."""
+    """Train, or resume; returns the file with the averaged weights of the half-width network, in fp16."""
     stage = StageRun("base")
     found, table = data(stage), sigmas()
     unet = new_unet()
@@ -219,7 +223,7 @@ def _loss(unet: nn.Module, found: Mapping[str, Tensor], table: Tensor, step: int
 
 
 def loss_at(unet: nn.Module, z: Tensor, contexts: Tensor, table: Tensor, random: torch.Generator) -> Tensor:
-    """The mean loss of latents z (B, 4, h, w) with their captions, at noise levels spread over the whole table."""
+    """Mean loss of latents z (B, 4, h, w) with their captions, at noise levels spread over the whole table."""
     noise = torch.randn(z.shape, generator=random)
     place = (torch.arange(len(z)) + torch.rand(len(z), generator=random)) / len(z)
     times = (place * len(table)).long()
@@ -230,7 +234,9 @@ def loss_at(unet: nn.Module, z: Tensor, contexts: Tensor, table: Tensor, random:
 
 @torch.no_grad()
 def show(weights: Mapping[str, Tensor], folder: Path, name: str, count: int = 8, cfg: float = 3.0) -> Path:
-    """Pictures of unseen captions, with guidance, above pictures without a caption; the captions beside, as text."""
+    """Save pictures of unseen captions, with guidance, above pictures without a caption; the captions beside them as
+    text.
+    """
     unet = new_unet().requires_grad_(False)
     unet.load_state_dict(dict(weights))
     clip = text_model(folder)
@@ -244,7 +250,7 @@ def show(weights: Mapping[str, Tensor], folder: Path, name: str, count: int = 8,
 
 
 def sample(unet: nn.Module, noise: Tensor, positive: Tensor, negative: Tensor, cfg: float, steps: int = 20) -> Tensor:
-    """Latents from noise (N, 4, h, w), with Euler's method at evenly spaced timesteps."""
+    """Sample latents from noise (N, 4, h, w), with Euler's method at evenly spaced timesteps."""
     table = sigmas()
     times = torch.linspace(len(table) - 1, 0, steps).round().long()
     x = noise * (1 + table[-1].square()).sqrt()

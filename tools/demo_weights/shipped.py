@@ -1,8 +1,8 @@
-"""The demo's weights as they come with the project, and as the host's loaders find them.
+"""Weights of the demo: in the form in which they come with the project, and as files for the host's loaders.
 
-`demo/weights` holds them in 8 bits (packing.py), the base half as wide as the host runs it (widening.py) and without
-its text encoder, whose weights are written down (text_encoder.py). `install` makes of them the files that stock nodes
-and ours open; `ship_base` and `ship_controls` make the folder of what was trained.
+`demo/weights` holds them in 8 bits (packing.py), the base at half its width (widening.py) and without its text encoder,
+whose weights are computed (text_encoder.py). `install` writes the files for stock nodes and this pack's; `ship_base`
+and `ship_controls` fill the folder from trained files.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ FOLDERS = {
 }
 """File of the demo -> its folder below `models`."""
 SOURCES = {CHECKPOINT: (UNET, AUTOENCODER), PICTUREBOOK: (MMDIT, PAINTER)}
-"""Checkpoint -> what it is made of."""
+"""Checkpoint -> its source files."""
 RECIPES = {EDGES: "demo_edges", MASK: "demo_mask", DEPTH: "demo_depth", XS: "demo_xs"}
-"""Trained control of the UNet -> the recipe that makes it, and the name of its result."""
+"""Trained control of the UNet -> its recipe, which is also the name of its result."""
 PICTURE_RECIPES = {PICTURE_EDGES: "picture_edges", PICTURE_POSE: "picture_pose"}
-"""Trained control of the base of SD3's shape -> the recipe that makes it, and the name of its result."""
+"""Trained control of the base of SD3's shape -> its recipe, which is also the name of its result."""
 STAMP = "shapes.json"
 
 
 def install(base: Path, names: Iterable[str] = tuple(FOLDERS), shipped: Path = SHIPPED) -> Path:
-    """Write these files of FOLDERS into `base`/models, unless they are there and current; returns `base`/models.
+    """Write these files of FOLDERS into `base`/models, unless they exist and are current; returns `base`/models.
 
     Raises SetupError for a file that did not come with the project.
     """
@@ -77,7 +77,7 @@ def install(base: Path, names: Iterable[str] = tuple(FOLDERS), shipped: Path = S
 
 
 def ship_base(folder: Path = FOLDER, shipped: Path = SHIPPED) -> Path:
-    """Put the base and the autoencoder that the stages left in `folder` into `shipped`."""
+    """Pack the base and the autoencoder that the stages left in `folder` into `shipped`."""
     better = folder / "decoder" / autoencoder.FILE
     painter = better if better.is_file() else folder / "autoencoder" / autoencoder.FILE
     working = autoencoder.new_autoencoder().state_dict().keys()
@@ -87,14 +87,14 @@ def ship_base(folder: Path = FOLDER, shipped: Path = SHIPPED) -> Path:
 
 
 def ship_pictures(folder: Path = FOLDER, shipped: Path = SHIPPED) -> Path:
-    """Put what there is of the picturebook's autoencoder, base and controls into `shipped`."""
+    """Pack the available parts of the picturebook (autoencoder, base and controls) into `shipped`."""
     made = {PAINTER: folder / "painter" / "painter.safetensors", MMDIT: folder / "picture_base" / MMDIT}
     made |= {name: _trained(recipe) for name, recipe in PICTURE_RECIPES.items()}
     return _ship({name: _load(path) for name, path in made.items() if path.is_file()}, shipped)
 
 
 def train_controls(recipes: Iterable[str] = tuple(RECIPES.values()), base: str = CHECKPOINT) -> Path:
-    """Train the controls of these recipes on the base as it ships, or go on; the folder of the trained files."""
+    """Train the controls of these recipes on the shipped base, or resume; returns the folder of the trained files."""
     from ...controlnext_training.command import run_config
     from ...controlnext_training.config_files import make_config, read_recipe
 
@@ -106,7 +106,7 @@ def train_controls(recipes: Iterable[str] = tuple(RECIPES.values()), base: str =
 
 
 def ship_controls(folder: Path = FOLDER, shipped: Path = SHIPPED) -> Path:
-    """Put the LoRA of the style stage and the controls that `run.py train` made of RECIPES into `shipped`."""
+    """Pack the LoRA of the style stage and the controls that `run.py train` made of RECIPES into `shipped`."""
     made = {name: _trained(recipe) for name, recipe in RECIPES.items()}
     sources = {LORA: folder / "style" / LORA, **made}
     return _ship({name: _load(path) for name, path in sources.items()}, shipped)
@@ -129,7 +129,7 @@ def _ship(content: Mapping[str, tuple[dict[str, Tensor], dict[str, str]]], shipp
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors in fp16, metadata) of a packed file."""
+    """Tensors in fp16 and metadata of a packed file."""
     tensors, metadata = _load(path)
     return unpack(tensors), metadata
 

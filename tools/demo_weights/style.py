@@ -1,7 +1,7 @@
-"""A LoRA for the base: the same scenes at night, dark with white outlines.
+"""LoRA for the base that draws the same scenes at night, dark with white outlines.
 
-It trains on the narrow network and is written for the wide one. There every channel stands twice, so a difference
-that gives equal outputs to a pair and takes half from each of a pair does the same, and keeps its rank.
+It is trained on the half-width network and written for the full-width one. There every channel is duplicated, so a
+difference that gives equal outputs to a pair and reads half from each of a pair has the same effect, and the same rank.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ SUFFIXES = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "in_
 
 
 def at_night(scene: Picture) -> np.ndarray:
-    """(H, W, 3) bytes: the scene darker, its outlines white."""
+    """Scene at night, (H, W, 3) bytes: darker, with white outlines."""
     line = scene.edges.astype(np.float64)[..., None] / 255
     return np.floor(scene.image * DARKER * (1 - line) + 255 * line + 0.5).astype(np.uint8)
 
 
 class LowRank(nn.Module):
-    """Parametrization: base + up @ down, over the flattened inputs of a layer."""
+    """Parametrization base + up @ down, over the flattened inputs of a layer."""
 
     def __init__(self, base: Tensor, random: torch.Generator) -> None:
         super().__init__()
@@ -63,7 +63,9 @@ class LowRank(nn.Module):
 
 
 def add_low_rank(unet: nn.Module) -> dict[str, LowRank]:
-    """Put a LowRank on every weight whose name ends in SUFFIXES; by the weight's name without `.weight`."""
+    """Register a LowRank on every weight whose name ends in SUFFIXES; returned by the weight's name
+    without `.weight`.
+    """
     random = torch.Generator().manual_seed(SEED)
     found = {}
     for name in [name for name, _ in unet.named_parameters() if name.endswith(SUFFIXES)]:
@@ -75,10 +77,12 @@ def add_low_rank(unet: nn.Module) -> dict[str, LowRank]:
 
 
 def widened(name: str, low_rank: LowRank, narrow: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """(name in the file, tensor) of one layer of the wide network. narrow: the layer's weight, for its shape."""
+    """Pairs (name in the file, tensor) of one layer of the full-width network. narrow: the layer's weight, for its
+    shape.
+    """
     up = low_rank.up.detach().repeat_interleave(2, dim=0)
     down = low_rank.down.detach().view(RANK, *narrow.shape[1:])
-    if not name.endswith(("attn2.to_k", "attn2.to_v")):  # those read the caption, which is as wide as ever
+    if not name.endswith(("attn2.to_k", "attn2.to_v")):  # those read the caption, whose width does not change
         down = down.repeat_interleave(2, dim=1) / 2
     if name.endswith("to_q"):
         up = up * 0.5**0.5
@@ -90,7 +94,7 @@ def widened(name: str, low_rank: LowRank, narrow: Tensor) -> Iterator[tuple[str,
 
 
 def train_style(steps: int = STEPS) -> Path:
-    """Train the LoRA from the start (minutes); its file."""
+    """Train the LoRA from the start (minutes); returns its file."""
     stage = StageRun("style")
     unet = new_unet().requires_grad_(False)
     unet.load_state_dict(
@@ -123,7 +127,7 @@ def train_style(steps: int = STEPS) -> Path:
 
 
 def _data(stage: StageRun) -> tuple[Tensor, Tensor]:
-    """Latents (SCENES, 4, h, w) of scenes at night and their captions' contexts (SCENES, 77, 768)."""
+    """Training data: latents (SCENES, 4, h, w) of scenes at night and their captions' contexts (SCENES, 77, 768)."""
     model, clip = trained_autoencoder(stage.folder), text_model(stage.folder)
     scenes = [draw(SEED, index, SIDE) for index in range(SCENES)]
     images = torch.stack([torch.from_numpy(at_night(scene)) for scene in scenes])

@@ -1,8 +1,9 @@
-"""A text encoder in CLIP-L's shape whose weights are written down: nothing to train, nothing to ship.
+"""Text encoder in CLIP-L's shape with computed weights: no training, and no file to ship.
 
-Tokens are random vectors, positions a code whose shifts are rotations. One attention layer works, the other eleven
-pass: five heads look at the words one to five places back, one at all words so far, so that what stands at `circle`
-also says `red`, and what stands behind the last word says all of them. Without that a caption is a bag of words.
+Tokens are random vectors, positions a code whose shifts are rotations. One attention layer is active, the other eleven
+pass their input: five heads read the words one to five positions back, one averages all words so far, so that the
+vector at `circle` also contains `red`, and the vector after the last word contains all of them. Without that a caption
+is a bag of words.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ from ..tiny_models.storage import Pools, random_tensor
 SEED = 3
 WIDTH, HEADS, LAYERS, PLACES, WORDS = 768, 12, 12, 77, 49408
 HEAD = WIDTH // HEADS
-FREQUENCIES = HEAD // 2  # of the position code, which takes the first HEAD of WIDTH numbers
-CODES = 2 * HEAD  # numbers of a position code that stands twice
+FREQUENCIES = HEAD // 2  # of the position code, which occupies the first HEAD of WIDTH values
+CODES = 2 * HEAD  # values of a position code that occurs twice
 POSITION_GAIN = 4.0
 SHARPNESS = 1.7  # undoes the layer norm, whose input has this mean square, so that a head's softmax is nearly one-hot
-BACK = (1, 2, 3, 4, 5)  # head k looks this many words back; the head after them at all
+BACK = (1, 2, 3, 4, 5)  # head k reads this many words back; the next head reads all of them
 BACK_GAIN, ALL_GAIN = (0.9, 0.7, 0.5, 0.5, 0.4), 1.6  # std of what a head adds; the mean of many words is small
-POSITION_KEPT = 0.35  # of the position code in the output
+POSITION_KEPT = 0.35  # share of the position code in the output
 
 
 def text_encoder(prefix: str, summary_last: bool = False) -> dict[str, Tensor]:
-    """Every tensor under `prefix`, in the names of transformers; zeros take no room.
+    """Tensors of the encoder under `prefix`, in the names of transformers; zeros take no space.
 
-    summary_last: the head that looks at all words works in the last layer, not in the first. SD3 takes words from
-    before that layer and the caption's one vector from behind it. The position code then stands a second time with
-    the other sign, so that no place has another mean, and places behind a caption's end differ in their codes, the
-    first CODES numbers, and else by about a fiftieth, since a layer norm's scale depends on word and code together.
+    summary_last: True puts the head that reads all words into the last layer, False into the first. SD3 uses the words
+    before that layer and the caption's vector after it. The position code then occurs a second time with the opposite
+    sign, so that all positions have the same mean, and positions after a caption's end differ in their codes, the first
+    CODES values, and otherwise by about a fiftieth, since a layer norm's scale depends on word and code together.
     """
     pools, shapes = Pools(SEED), Shapes()
     for layer in range(LAYERS):
@@ -58,16 +59,16 @@ def text_encoder(prefix: str, summary_last: bool = False) -> dict[str, Tensor]:
     final[:HEAD] = POSITION_KEPT
     tensors[f"{prefix}final_layer_norm.weight"] = final.half()
     words = "embeddings.token_embedding.weight"
-    # numbers depend on this name, which must not depend on the file that the encoder is written into
+    # values depend on this name, which must not depend on the file that holds the encoder
     tensors[prefix + words] = pools.normal(f"text_model.{words}", (WORDS, WIDTH), 1.0)
     tensors[f"{prefix}embeddings.position_embedding.weight"] = _positions(summary_last).half()
     return tensors
 
 
 def _positions(twice: bool) -> Tensor:
-    """(PLACES, WIDTH): cosines and sines of FREQUENCIES angles per place, the same negative if `twice`, then zeros.
+    """Position codes (PLACES, WIDTH): cosines and sines of FREQUENCIES angles, their negatives if `twice`, then zeros.
 
-    Angles are pi (k + 1/2) / FREQUENCIES, for which the codes of two places less than HEAD apart are orthogonal.
+    Angles are pi (k + 1/2) / FREQUENCIES, for which the codes of two positions less than HEAD apart are orthogonal.
     """
     angles = torch.outer(torch.arange(PLACES), (torch.arange(FREQUENCIES) + 0.5) * math.pi / FREQUENCIES)
     code = torch.zeros(PLACES, WIDTH)
@@ -78,14 +79,14 @@ def _positions(twice: bool) -> Tensor:
 
 
 def _turn(places: int) -> Tensor:
-    """(HEAD, HEAD): the rotation that makes the code of place p that of p - places."""
+    """Rotation (HEAD, HEAD) from the code of position p to that of p - places."""
     angles = places * (torch.arange(FREQUENCIES) + 0.5) * math.pi / FREQUENCIES
     cosine, sine = torch.diag(angles.cos()), torch.diag(angles.sin())
     return torch.cat([torch.cat([cosine, sine], dim=1), torch.cat([-sine, cosine], dim=1)])
 
 
 def _attention(working: Collection[int], first: int) -> Mapping[str, Tensor]:
-    """Weights of a working layer, which passes on numbers from `first` on. The other heads stay zero."""
+    """Weights of an active layer, which passes on values from index `first` on. The other heads stay zero."""
     weights = {end: torch.zeros(WIDTH, WIDTH) for end in ("q_proj", "k_proj", "v_proj", "out_proj")}
     for head, gain in enumerate((*BACK_GAIN, ALL_GAIN)):
         if head not in working:

@@ -10,7 +10,7 @@ from ..comfy_server import COMFY_BASE
 
 STAGES = ("autoencoder", "decoder", "base", "ship-base", "style", "controls", "ship-controls")
 PICTUREBOOK = ("picture-autoencoder", "picture-base", "picture-controls", "ship-pictures")
-"""Stages of the base of SD3's shape; `all` leaves them out. Controls train on the base that was shipped last."""
+"""Stages of the base of SD3's shape; `all` leaves them out. Controls are trained on the base that was shipped last."""
 ALL = "all"
 LONGEST = 100.0  # minutes
 
@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_stage(options: argparse.Namespace, host: Path) -> int:
-    """Train one stage, or one after the other, to its end, going on from the last state."""
+    """Train one stage, or all in order, to the end, resuming from the last state."""
     from ..train_command import bring_in_host
 
     bring_in_host(host, COMFY_BASE, cpu=True)

@@ -1,10 +1,11 @@
-"""A UNet of 160 channels inside one of 320, exactly: every channel stands twice, and what reads a pair adds up parts.
+"""Embedding of a UNet of 160 channels in one of 320, exactly: every channel is duplicated, and layers that read a pair
+split their weight.
 
-The host detects SD1.5 by 320 channels, for which pictures this simple have no use; a network half as wide has a
-quarter of the weights and trains in a quarter of the time. Normalisation in groups and layers sees the same moments,
-the host's angles of 160 numbers are every second one of 320, and attention divides by the root of a width that has
-doubled. A pair shares its weight unevenly, so that further training of the wide network need not keep it equal
-(Chen et al. 2015, Net2Net).
+The host detects SD1.5 by 320 channels, which pictures this simple do not need; a network with half of them has a
+quarter of the weights and trains in a quarter of the time. Group and layer norms see the same moments, the host's
+angles of 160 values are every second one of 320, and attention divides by the root of a doubled width. A pair shares
+its weight unevenly, so that further training of the full-width network need not keep it equal (Chen et al. 2015,
+Net2Net).
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from torch import Tensor
 
 from ..tiny_models.storage import uniform_tensor
 
-SHARE = (0.25, 0.75)  # of a weight that the first of a pair gets
+SHARE = (0.25, 0.75)  # share of a weight for the first channel of a pair
 
 
 def widen(narrow: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
-    """The weights of the host's UNet of twice the channels that computes the same, in fp32."""
+    """Weights of the host's UNet with twice the channels that computes the same function, in fp32."""
     return {name: _widen(name, value.float(), seed) for name, value in narrow.items()}
 
 

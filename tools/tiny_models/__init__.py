@@ -1,7 +1,7 @@
-"""Small but real model files that the host's own loaders accept, made from a seed in seconds.
+"""Tiny but real model files that the host's loaders accept, made from a seed in seconds.
 
-Tiny in depth and width, never in kind. Tests, `python run.py demo` and the benchmarks use them; torch and
-safetensors suffice. Every maker takes a path and a seed, writes at once or not at all, and returns the path.
+Tiny in depth and width, never in kind. Tests, `python run.py demo` and the benchmarks use them; torch and safetensors
+suffice. Every maker has a path and a seed as parameters, writes atomically, and returns the path.
 """
 
 from .checkpoints import (

@@ -1,8 +1,8 @@
-"""Whole checkpoints for the host's own loaders, a few megabytes each.
+"""Complete checkpoints for the host's loaders, a few megabytes each.
 
-The UNets are random except for one path, made by `_lean_on_input`: the prediction is mostly the input itself,
-scaled to a fixed std. That is what a trained network does for the noise it sees, so that sampling stays bounded
-and ends with a picture, in which the random part (and any control) leaves its trace.
+The UNets are random except for one path, made by `_lean_on_input`: the prediction is mostly the input itself, scaled to
+a fixed std. A trained network does the same for noise, so that sampling stays bounded and ends with a picture, which
+the random part (and any control) influences.
 """
 
 from __future__ import annotations
@@ -17,58 +17,58 @@ from .storage import Pools, random_tensor, save
 from .text_and_vae import clip_g, clip_l, clip_vision_h, fill, taesd
 
 UNET_PREFIX = "model.diffusion_model."
-INPUT_SHARE = 0.98  # part of the prediction that is the input; the rest of the noise stays as texture
+INPUT_SHARE = 0.98  # share of the input in the prediction; the remaining noise stays as texture
 RANDOM_SHARE = 0.15  # std of the random part of the prediction
 QUERY_GAIN = 2.0  # sharper cross-attention; a flat one would average the prompt away
-PASS_GAIN = 8.0  # how far the input stands above the random features of the last block
+PASS_GAIN = 8.0  # ratio of the input to the random features of the last block
 PASS_CHANNELS = 10  # one normalisation group of 320 / 32 channels: x0 -x0 x1 -x1 x2 -x2 x3 -x3 x0 -x0
 SD15_LATENT_SCALE = 0.18215
 SDXL_LATENT_SCALE = 0.13025
 
 
 def make_sd15(path: Path, seed: int = 0) -> Path:
-    """SD1.5 with CLIP-L and TAESD for CheckpointLoaderSimple (`.ckpt`)."""
+    """Make SD1.5 with CLIP-L and TAESD for CheckpointLoaderSimple (`.ckpt`)."""
     return _make_sd(path, seed, "sd15")
 
 
 def make_sd15_inpaint(path: Path, seed: int = 0) -> Path:
-    """SD1.5 like `make_sd15`, with 9 input channels (latent, mask, masked image)."""
+    """Make SD1.5 as `make_sd15`, with 9 input channels (latent, mask, masked image)."""
     return _make_sd(path, seed, "sd15_inpaint")
 
 
 def make_sd15_deep(path: Path, seed: int = 0) -> Path:
-    """SD1.5 like `make_sd15`, with a third level and a middle block of 1280 channels."""
+    """Make SD1.5 as `make_sd15`, with a third level and a middle block of 1280 channels."""
     return _make_sd(path, seed, "sd15_deep")
 
 
 def make_sdxl(path: Path, seed: int = 0, clip: bool = True) -> Path:
-    """SDXL (the host's Segmind-Vega) with CLIP-L, CLIP-G and TAESD for CheckpointLoaderSimple.
+    """Make SDXL (the host's Segmind-Vega) with CLIP-L, CLIP-G and TAESD for CheckpointLoaderSimple.
 
-    Without `clip` the text encoders are left out; CLIP-G has 695M parameters and costs seconds to load.
+    clip: False leaves out the text encoders; CLIP-G has 695M parameters and takes seconds to load. True includes them.
     """
     return _make_sdxl(path, seed, "sdxl", clip)
 
 
 def make_sdxl_deep(path: Path, seed: int = 0, clip: bool = False) -> Path:
-    """SDXL like `make_sdxl` (the host's KOALA 700M), with a middle block of 1280 channels."""
+    """Make SDXL as `make_sdxl` (the host's KOALA 700M), with a middle block of 1280 channels."""
     return _make_sdxl(path, seed, "sdxl_deep", clip)
 
 
 def make_svd(path: Path, seed: int = 0, vision: bool = True) -> Path:
-    """Stable Video Diffusion with CLIP-H vision and TAESD for ImageOnlyCheckpointLoader.
+    """Make Stable Video Diffusion with CLIP-H vision and TAESD for ImageOnlyCheckpointLoader.
 
-    Without `vision` the image encoder (632M parameters) is left out.
+    vision: False leaves out the image encoder (632M parameters); True includes it.
     """
     return _make_svd(path, seed, "svd", vision)
 
 
 def make_svd_deep(path: Path, seed: int = 0, vision: bool = False) -> Path:
-    """SVD like `make_svd`, with a middle block of 1280 channels."""
+    """Make SVD as `make_svd`, with a middle block of 1280 channels."""
     return _make_svd(path, seed, "svd_deep", vision)
 
 
 def make_sd15_full_unet(path: Path, seed: int = 0) -> Path:
-    """The full SD1.5 UNet (860M parameters) for UNETLoader (`.pt`)."""
+    """Make the full SD1.5 UNet (860M parameters) for UNETLoader (`.pt`)."""
     return save(path, unet_tensors("sd15_full", seed))
 
 
@@ -113,11 +113,11 @@ def _unet(pools: Pools, layout: UNetLayout, prefix: str, seed: int) -> dict[str,
 
 
 def _lean_on_input(layout: UNetLayout, share: float, random: float, seed: int) -> dict[str, Tensor]:
-    """The three weights through which the input reaches the output: prediction = share * x / std(x) + noise of
-    std `random` that depends on everything.
+    """Weights through which the input reaches the output: prediction = share * x / std(x) + noise of std `random` that
+    depends on all inputs.
 
-    conv_in copies x and -x into its last PASS_CHANNELS channels, the skip connection of the last block lifts
-    them above all else, the last norm brings them to std 1, and silu(x) - silu(-x) = x.
+    conv_in copies x and -x into its last PASS_CHANNELS channels, the skip connection of the last block amplifies them
+    above all others, the last norm scales them to std 1, and silu(x) - silu(-x) = x.
     """
     last = list(blocks(layout))[-1]
     signs = torch.tensor([1.0, -1.0]).repeat(PASS_CHANNELS // 2)

@@ -1,7 +1,7 @@
 """Layouts of the tiny UNets: their tensors, and diffusers' names of their attention layers.
 
-All are 320 wide at the first level, which the host's detection fixes; the rest is as small as it accepts.
-Names follow the published LDM checkpoints (`input_blocks.1.0.in_layers.2.weight`).
+All have 320 channels at the first level, which the host's detection requires; everything else is as small as it
+accepts. Names follow the published LDM checkpoints (`input_blocks.1.0.in_layers.2.weight`).
 """
 
 from __future__ import annotations
@@ -80,19 +80,19 @@ LAYOUTS: dict[str, UNetLayout] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """One entry of input_blocks, middle_block or output_blocks. Channels count the skip tensor too."""
+    """Block of a UNet: one entry of input_blocks, middle_block or output_blocks. Channels include those of the skip."""
 
     ldm: str
     kind: str  # "conv", "res", "down" or "middle"
     channels_in: int
     channels_out: int
     depth: int = 0
-    diffusers: str = ""  # name of its attention layer there
+    diffusers: str = ""  # name of its attention layer in diffusers
     upsample: bool = False
 
 
 def blocks(layout: UNetLayout) -> Iterator[Block]:
-    """All blocks of the UNet in the order they run."""
+    """Blocks of the UNet in running order."""
     per_level = layout.num_res_blocks
     yield Block(ldm="input_blocks.0", kind="conv", channels_in=layout.in_channels, channels_out=WIDTH)
     skips, channels, index = [WIDTH], WIDTH, 1
@@ -136,7 +136,7 @@ def blocks(layout: UNetLayout) -> Iterator[Block]:
 
 
 def attention_layers(layout: UNetLayout) -> list[tuple[str, str, int]]:
-    """(LDM name, diffusers name, channels) of every transformer block, e.g. `middle_block.1.transformer_blocks.0`."""
+    """Transformer blocks as (LDM name, diffusers name, channels), e.g. `middle_block.1.transformer_blocks.0`."""
     found = []
     for block in blocks(layout):
         for k in range(max(block.depth, 0)):
@@ -154,7 +154,7 @@ def unet_shapes(layout: UNetLayout) -> Shapes:
 
 
 def embedding_shapes(layout: UNetLayout) -> Shapes:
-    """The time embedding, and the one of the pooled vector where there is one."""
+    """Shapes of the time embedding, and of that of the pooled vector where there is one."""
     shapes = linear("time_embed.0", WIDTH, TIME_WIDTH) | linear("time_embed.2", TIME_WIDTH, TIME_WIDTH)
     if layout.adm_channels is not None:
         shapes |= linear("label_emb.0.0", layout.adm_channels, TIME_WIDTH)
@@ -186,13 +186,13 @@ def conv(name: str, channels_in: int, channels_out: int, *kernel: int, bias: boo
 
 
 def linear(name: str, channels_in: int, channels_out: int, bias: bool = True) -> Shapes:
-    """A linear layer."""
+    """Shapes of a linear layer."""
     shapes: Shapes = {f"{name}.weight": (channels_out, channels_in)}
     return shapes | ({f"{name}.bias": (channels_out,)} if bias else {})
 
 
 def norm(name: str, channels: int) -> Shapes:
-    """An affine normalisation."""
+    """Shapes of an affine normalisation."""
     return {f"{name}.weight": (channels,), f"{name}.bias": (channels,)}
 
 

@@ -1,4 +1,4 @@
-"""The model folder of the tests' server."""
+"""Model folder of the tests' server."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ MAKERS: dict[str, tuple[str, str, Callable[[Path], Path]]] = {
     "lora": ("loras", "tiny_lora.safetensors", make_lora),
     "stock_control": ("controlnet", "tiny_controlnet.pth", make_stock_controlnet),
 }
-"""Role -> folder below `models`, name there, maker. All weights are random."""
+"""Role -> folder below `models`, file name, maker. All weights are random."""
 
 
 def make_demo_models(base_dir: Path) -> dict[str, str]:
-    """Fill `base_dir`/models and return the names as the host's widgets show them.
+    """Fill `base_dir`/models and return the file names in the form of the host's widgets.
 
-    Existing files are kept, unless the makers have changed: the stamp file holds the hash of their source.
+    Existing files are not replaced, unless the makers have changed: the stamp file holds the hash of their source.
     """
     models = Path(base_dir) / "models"
     stamp = models / STAMP
@@ -41,7 +41,7 @@ def make_demo_models(base_dir: Path) -> dict[str, str]:
 
 
 def remove_demo_models(base_dir: Path) -> None:
-    """Delete the random weights that an earlier version of this project put into `base_dir`/models.
+    """Delete the random weights that an earlier version of this project wrote to `base_dir`/models.
 
     The stamp file marks models of this project; without it nothing is deleted.
     """

@@ -1,7 +1,7 @@
-"""Full-shape random tensors that take little room in a file, and atomic writing.
+"""Random tensors of full shape that take little space in a file, and atomic writing.
 
-A torch file keeps strides, so many tensors may be overlapping windows into one short random vector.
-safetensors files are dense: use them for small tensors only.
+A torch file stores strides, so many tensors may be overlapping windows into one short random vector. safetensors files
+are dense: use them for small tensors only.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
-POOL_LENGTH = 65536  # numbers per pool; one pool per standard deviation
+POOL_LENGTH = 65536  # values per pool; one pool per standard deviation
 
 
 class Pools:
-    """Random windows of any shape; equal seed and name give equal numbers."""
+    """Pools of random values, read in windows of any shape; equal seed and name give equal values."""
 
     def __init__(self, seed: int, dtype: torch.dtype = torch.float16) -> None:
         self._seed = seed
@@ -31,10 +31,10 @@ class Pools:
         self._constants: dict[float, Tensor] = {}
 
     def normal(self, name: str, shape: tuple[int, ...], std: float) -> Tensor:
-        """Normal numbers of `shape`; std is rounded to a factor of sqrt(2), so that few pools are needed.
+        """Normal values of `shape`; std is rounded to a factor of sqrt(2), so that few pools are needed.
 
-        Rows (dimension 0) are windows of the pool, shifted against each other. Raises ValueError if the
-        tensor is too wide for a pool.
+        Rows (dimension 0) are windows of the pool, shifted against each other. Raises ValueError if a row is longer
+        than a pool.
         """
         half_octave = round(2 * math.log2(std))
         pool = self._pools.get(half_octave)
@@ -51,19 +51,19 @@ class Pools:
         return pool.as_strided(shape, [shift, *inner], offset)
 
     def constant(self, value: float, shape: tuple[int, ...]) -> Tensor:
-        """`value` in every place of `shape`, stored once."""
+        """Tensor of `shape` filled with `value`, stored once."""
         if value not in self._constants:
             self._constants[value] = torch.tensor(value, dtype=self._dtype)
         return self._constants[value].expand(shape)
 
 
 def random_tensor(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
-    """A dense fp32 normal tensor of `shape`; depends on seed and name alone."""
+    """Dense fp32 tensor of `shape` with normal values; depends only on seed and name."""
     return torch.randn(shape, generator=_generator(f"{seed} {name}")) * std
 
 
 def uniform_tensor(name: str, shape: tuple[int, ...], bound: float, seed: int) -> Tensor:
-    """A dense fp32 tensor of `shape`, uniform in [-bound, bound]; depends on seed and name alone."""
+    """Dense fp32 tensor of `shape`, uniform in [-bound, bound]; depends only on seed and name."""
     return (torch.rand(shape, generator=_generator(f"{seed} {name}")) * 2 - 1) * bound
 
 
@@ -72,7 +72,7 @@ def _generator(text: str) -> torch.Generator:
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
-    """Write `tensors` to `path` at once or not at all; the suffix chooses torch or safetensors."""
+    """Write `tensors` to `path` atomically; the suffix selects torch or safetensors. Returns the path."""
     path = Path(path)
     if path.suffix.lower() == ".safetensors":
         dense = {key: value.contiguous() for key, value in tensors.items()}
@@ -89,7 +89,7 @@ def _torch_save(content: object, file: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a temporary file next to `path`, then move it there. Makes the folder."""
+    """Write `path` atomically: `write` fills a temporary file beside it, which is then renamed. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
     os.close(handle)

@@ -1,8 +1,8 @@
 """Text encoders, the SVD image encoder and a small autoencoder, with the names of published checkpoints.
 
-The encoders keep their full shape (the host's detection leaves no choice) and share storage.
-The autoencoder is a TAESD whose weights are written down rather than random: it averages 8x8 pixels into a
-linear mix of their colours and paints them back, so that latents show the picture and pictures show the latent.
+The encoders have their full shape (the host's detection leaves no choice) and share storage. The autoencoder is a TAESD
+with computed weights: it averages 8x8 pixels into a linear mix of their colours and decodes them again, so that latents
+show the picture and pictures show the latent.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from .storage import Pools
 
 BIAS_STD = 0.05
 VAE_WIDTH = 64
-ENCODER_GAIN = 0.5  # keeps the residual stream of 32 layers near the embeddings it started from
+ENCODER_GAIN = 0.5  # holds the residual stream of 32 layers near the initial embeddings
 COLOR_GAIN = 3.5  # a colour, whose std is about 0.3 in [0, 1], becomes a latent with std about 1
 
 
 def fill(pools: Pools, shapes: Shapes, gain: float = 1.0) -> dict[str, Tensor]:
-    """Random weights scaled by fan-in, small random biases, norms that scale by one."""
+    """Random weights scaled by fan-in, small random biases, norms with scale 1."""
     tensors = {}
     for name, shape in shapes.items():
         if name.endswith("bias"):
@@ -34,7 +34,7 @@ def fill(pools: Pools, shapes: Shapes, gain: float = 1.0) -> dict[str, Tensor]:
 
 
 def clip_l(pools: Pools, prefix: str) -> dict[str, Tensor]:
-    """CLIP-L in the names of transformers: 12 layers, 768 wide, 123M parameters."""
+    """Tensors of CLIP-L in the names of transformers: 12 layers, 768 wide, 123M parameters."""
     width, shapes = 768, Shapes()
     for layer in range(12):
         name = f"{prefix}encoder.layers.{layer}"
@@ -50,7 +50,7 @@ def clip_l(pools: Pools, prefix: str) -> dict[str, Tensor]:
 
 
 def clip_g(pools: Pools, prefix: str) -> dict[str, Tensor]:
-    """The text half of CLIP-G in the names of open_clip: 32 layers, 1280 wide, 695M parameters."""
+    """Text half of CLIP-G in the names of open_clip: 32 layers, 1280 wide, 695M parameters."""
     width = 1280
     tensors = fill(pools, _open_clip_layers(prefix, width, 32) | norm(f"{prefix}ln_final", width), ENCODER_GAIN)
     for name, shape, std in (
@@ -63,7 +63,7 @@ def clip_g(pools: Pools, prefix: str) -> dict[str, Tensor]:
 
 
 def clip_vision_h(pools: Pools, prefix: str) -> dict[str, Tensor]:
-    """The image half of CLIP-H in the names of open_clip: 32 layers, 1280 wide, 632M parameters."""
+    """Image half of CLIP-H in the names of open_clip: 32 layers, 1280 wide, 632M parameters."""
     width = 1280
     shapes = _open_clip_layers(prefix, width, 32) | conv(f"{prefix}conv1", 3, width, 14, 14, bias=False)
     tensors = fill(pools, shapes | norm(f"{prefix}ln_pre", width) | norm(f"{prefix}ln_post", width), ENCODER_GAIN)
@@ -90,10 +90,11 @@ def _open_clip_layers(prefix: str, width: int, layers: int) -> Shapes:
 
 
 def taesd(pools: Pools, prefix: str, vae_scale: float, vae_shift: float = 0.0, channels: int = 4) -> dict[str, Tensor]:
-    """The 2.4M-parameter TAESD as a colour averager; vae_scale and vae_shift bring raw latents to a std of about 1.
+    """Tensors of the 2.4M-parameter TAESD as a colour averager; vae_scale and vae_shift bring raw latents to a std of
+    about 1.
 
-    A latent of mean colour rgb (3, in 0..1) is COLOR_GAIN * mix @ (rgb - 0.5); decoding uses the pseudo-inverse
-    and smooths. Parts above and below grey travel in channels 0-2 and 3-5, because every layer ends in a ReLU.
+    A latent of mean colour rgb (3, in 0..1) is COLOR_GAIN * mix @ (rgb - 0.5); decoding uses the pseudo-inverse and
+    smooths. Values above and below grey are in channels 0-2 and 3-5, because every layer ends in a ReLU.
     """
     mix = torch.cat([*[torch.eye(3)] * (channels // 3), torch.full((1, 3), 1 / 3)]) * COLOR_GAIN  # (channels, 3)
     parts = torch.cat([torch.eye(3), -torch.eye(3)])  # (6, 3)
@@ -120,7 +121,7 @@ def taesd(pools: Pools, prefix: str, vae_scale: float, vae_shift: float = 0.0, c
 
 
 def _passing_block(pools: Pools, name: str) -> dict[str, Tensor]:
-    """A residual block that adds nothing."""
+    """Residual block that adds nothing."""
     shapes = Shapes()
     for index in (0, 2, 4):
         shapes |= conv(f"{name}.conv.{index}", VAE_WIDTH, VAE_WIDTH)
@@ -130,7 +131,7 @@ def _passing_block(pools: Pools, name: str) -> dict[str, Tensor]:
 def _mixing_conv(
     name: str, mix: Tensor, kernel: Tensor, shape: tuple[int, int], bias: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """A 3x3 convolution of `shape` (out, in) that mixes its first channels by `mix` and smooths by `kernel`."""
+    """Convolution 3x3 of `shape` (out, in) that mixes its first channels by `mix` and smooths by `kernel`."""
     weight = torch.zeros(*shape, 3, 3)
     weight[: mix.shape[0], : mix.shape[1]] = mix[:, :, None, None] * kernel
     tensors = {f"{name}.weight": weight.half()}

@@ -1,4 +1,4 @@
-"""Files that act on the tiny UNets: stock ControlNet, LoRA, ControlNeXt encoders and UNet differences."""
+"""Controls for the tiny UNets: stock ControlNet, LoRA, ControlNeXt encoders and UNet differences."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ LORA_TARGETS = ("attn1.to_q", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0")
 
 
 def make_stock_controlnet(path: Path, unet: str = "sd15", seed: int = 0) -> Path:
-    """A classic ControlNet (LDM names) for the UNet of that name, as if trained: its zero convolutions are not zero.
+    """Make a classic ControlNet (LDM names) for the UNet of that name, as if trained: its zero convolutions are not
+    zero.
 
-    Use `.pth`: a dense file would be tens of megabytes.
+    Use `.pth`: a dense file would have tens of megabytes.
     """
     layout = LAYOUTS[unet]
     shapes, index = embedding_shapes(layout), 0
@@ -59,7 +60,7 @@ def make_stock_controlnet(path: Path, unet: str = "sd15", seed: int = 0) -> Path
 
 
 def make_lora(path: Path, unet: str = "sd15", seed: int = 0, rank: int = 4, scale: float = 1.0) -> Path:
-    """A LoRA (kohya names, fp16) on the query and output layers of every attention.
+    """Make a LoRA (kohya names, fp16) on the query and output layers of every attention.
 
     The change of a weight is about `scale` times as large as the weight.
     """
@@ -85,12 +86,12 @@ def make_unet_difference(
     base: dict[str, Tensor] | None = None,
     seed: int = 0,
 ) -> Path:
-    """The UNet half of a ControlNeXt: output projections of attention layers in diffusers names.
+    """Make the UNet half of a ControlNeXt: output projections of attention layers in diffusers names.
 
-    rule: "to_out" (all) or "attn2_to_out" (cross-attention only). kind "difference": normal numbers of std `scale`,
-    by default a third of the size of the weights they go onto (320 ** -0.5).
-    kind "full": the same numbers on top of `base`, the UNet's tensors in LDM names without prefix.
-    Raises ValueError if kind is unknown or a full file is asked for without a base.
+    rule: "to_out" (all) or "attn2_to_out" (cross-attention only). kind: "difference" for normal values of std `scale`,
+    by default a third of the std of the weights they are added to (320 ** -0.5); "full" for the same values added to
+    `base`, the UNet's tensors in LDM names without prefix. Raises ValueError if kind is unknown or a full file is
+    requested without a base.
     """
     if kind not in ("difference", "full") or (kind == "full" and base is None):
         raise ValueError(f"{path}: kind is {kind!r}; use 'difference', or 'full' together with base.")
@@ -123,9 +124,9 @@ def make_controlnext(
     seed: int = 0,
     out_channels: int | None = None,
 ) -> Path:
-    """A ControlNeXt encoder with the published names and shapes, initialised as torch does by default.
+    """Make a ControlNeXt encoder with the published names and shapes, initialised by torch's defaults.
 
-    build: a key of CONTROLNEXT_BUILDS; "gen2" is the one key set of today's SD1.5, SDXL and SVD-v2 files.
+    build: a key of CONTROLNEXT_BUILDS; "gen2" has the names of today's SD1.5, SDXL and SVD-v2 files. The suffix is
     `.safetensors`, or `.bin` as the SVD files were published.
     """
     if build not in CONTROLNEXT_BUILDS:

@@ -1,4 +1,4 @@
-"""A small SD3 in one file, as the host's Load Checkpoint takes it: two joint blocks, CLIP-L alone, and a TAESD."""
+"""Small SD3 in one file for the host's Load Checkpoint: two joint blocks, only CLIP-L, and a TAESD."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEPTH = 2
 WIDTH = 64 * DEPTH
 CONTEXT, POOLED, TIME, CHANNELS = 4096, 2048, 256, 16
 POSITIONS = 32
-"""Tokens along each side of the table of positions."""
+"""Number of tokens along each side of the table of positions."""
 LATENT_SCALE, LATENT_SHIFT = 1.5305, 0.0609
 
 
@@ -34,7 +34,7 @@ def sd3_shapes() -> Shapes:
 
 
 def _stream(name: str, whole: bool) -> Shapes:
-    """One stream of a block; the text of the last block gives keys and values alone."""
+    """Shapes of one stream of a block; the text of the last block has only keys and values."""
     shapes = linear(f"{name}.attn.qkv", WIDTH, 3 * WIDTH)
     shapes |= {f"{name}.attn.ln_{part}.weight": (64,) for part in "qk"}
     shapes |= linear(f"{name}.adaLN_modulation.1", WIDTH, (6 if whole else 2) * WIDTH)
@@ -45,7 +45,7 @@ def _stream(name: str, whole: bool) -> Shapes:
 
 
 def sd3_tensors(seed: int = 0) -> dict[str, Tensor]:
-    """The network with random weights, dense and in fp16."""
+    """Network with random weights, dense and in fp16."""
     return {name: _filled(name, shape, seed).half() for name, shape in sd3_shapes().items()}
 
 
@@ -59,7 +59,7 @@ def _filled(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def make_sd3(path: Path, seed: int = 0) -> Path:
-    """SD3 for CheckpointLoaderSimple (`.ckpt`)."""
+    """Make SD3 for CheckpointLoaderSimple (`.ckpt`)."""
     pools = Pools(seed)
     tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in sd3_tensors(seed).items()}
     tensors |= clip_l(pools, "text_encoders.clip_l.transformer.text_model.")

@@ -12,7 +12,7 @@ from .storage import random_tensor, save
 
 HINT_WIDTHS = (3, 16, 16, 32, 32, 96, 96, 256)
 GAIN = {"enc_zero_convs_in": 1.0, "enc_zero_convs_out": 0.2, "dec_zero_convs_out": 0.2, "middle_block_out": 0.2}
-"""Gain of the connections: the picture shows them and stays in range."""
+"""Gain of the connections: visible in the picture, but small enough for it to stay in range."""
 
 _SD15_FULL = LAYOUTS["sd15_full"]
 _SDXL_FULL = UNetLayout(
@@ -29,7 +29,7 @@ _SDXL_FULL = UNetLayout(
 
 @dataclass(frozen=True, slots=True)
 class XSSize:
-    """A control stream beside a UNet. widths: control channels of each level."""
+    """Control stream beside a UNet. widths: control channels of each level."""
 
     unet: UNetLayout
     widths: tuple[int, ...]
@@ -91,7 +91,7 @@ def make_controlnet_xs(
     seed: int = 0,
     dtype: torch.dtype = torch.float16,
 ) -> Path:
-    """A ControlNet-XS for the UNet of that name (a key of LAYOUTS), as if trained: its connections are not zero.
+    """Make a ControlNet-XS for the UNet of that name (a key of LAYOUTS), as if trained: its connections are not zero.
 
     width: control channels of the first level. format: "official" (released names) or "diffusers" (its adapter's).
     """

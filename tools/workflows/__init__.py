@@ -1,1 +1,1 @@
-"""The example workflows, described: one file per kind of control. tools/make_workflows.py writes them."""
+"""Example workflows as descriptions: one file per kind of control. tools/make_workflows.py writes them."""

@@ -15,7 +15,7 @@ def _canny(workflow: Workflow) -> Node:
 
 
 def controlnext_from_picture() -> Blueprint:
-    """Edges of a picture through ControlNeXt, with its UNet weights."""
+    """Blueprint that controls MODEL with the edges of a picture through ControlNeXt, with its UNet weights."""
     workflow = Workflow(
         "controlnext_from_picture", "Control from a picture (ControlNeXt canny)", ("", ""), arrangement=ARRANGEMENT
     )
@@ -47,7 +47,7 @@ def controlnext_from_picture() -> Blueprint:
 
 
 def xs_from_picture() -> Blueprint:
-    """Edges of a picture through ControlNet-XS."""
+    """Blueprint that controls MODEL with the edges of a picture through ControlNet-XS."""
     workflow = Workflow(
         "xs_from_picture", "Control from a picture (ControlNet-XS canny)", ("", ""), arrangement=ARRANGEMENT
     )

@@ -11,7 +11,7 @@ from ..workflow_layout import Column
 from .parts import HUB, RESULT
 
 FP16 = f"{HUB}Kijai/ControlNeXt-SVD-V2-Comfy/resolve/main/"
-"""The published file as fp16 safetensors: half the size, and the page can download it."""
+"""Published file as fp16 safetensors: half the size, and the page can download it."""
 ENCODER, UNET = (
     Model("controlnext", name, FP16 + name)
     for name in ("controlnext-svd_v2-controlnet-fp16.safetensors", "controlnext-svd_v2-unet-fp16.safetensors")
@@ -30,7 +30,7 @@ WINDOW, OVERLAP, LONG, FPS = 24, 6, 72, 8
 
 @dataclass(frozen=True)
 class Clip:
-    """Inputs of a video workflow before sampling."""
+    """Outputs of a video workflow's nodes before sampling."""
 
     model: Output
     positive: Output
@@ -40,7 +40,7 @@ class Clip:
 
 
 def clip(workflow: Workflow, frames: int) -> Clip:
-    """Loaders, pose frames, start image, control."""
+    """Add loaders, pose frames, start image and control."""
     base = workflow.add(MODELS, "ImageOnlyCheckpointLoader", models=(SVD,), ckpt_name=SVD.name)
     unet = workflow.add(MODELS, "ControlNeXtUNetLoader", models=(UNET,), weights_name=UNET.name)
     loader = workflow.add(
@@ -89,7 +89,7 @@ def clip(workflow: Workflow, frames: int) -> Clip:
 
 
 def pose_frames(workflow: Workflow, frames: int) -> tuple[Output, Output]:
-    """Pose frames, and how many these are."""
+    """Add the pose frames; returns them and their number."""
     poses = workflow.add(
         POSES,
         "ControlNeXtSampleInputs",
@@ -116,7 +116,7 @@ exchanged.
 
 
 def sampled(workflow: Workflow, clip: Clip, model: Output) -> Output:
-    """The frames of the video."""
+    """Add the sampler; returns the frames of the video."""
     guided = workflow.add(RESULT, "VideoLinearCFGGuidance", model=model, min_cfg=GUIDANCE)
     sampler = workflow.add(
         RESULT,
@@ -137,7 +137,7 @@ def sampled(workflow: Workflow, clip: Clip, model: Output) -> Output:
 
 
 def svd_short_clip() -> Workflow:
-    """Workflow for SVD: as many frames as the model takes at once."""
+    """Workflow for SVD with as many frames as fit into one window."""
     workflow = Workflow("svd_short_clip", "SVD pose, 24 frames", GROUPS, arrangement=ARRANGEMENT)
     made = clip(workflow, WINDOW)
     workflow.note(
@@ -162,7 +162,7 @@ def svd_short_clip() -> Workflow:
 
 
 def svd_long_clip() -> Workflow:
-    """More frames than the model takes at once, in windows."""
+    """Workflow for SVD with more frames than fit into one window."""
     workflow = Workflow("svd_long_clip", "SVD pose, 72 frames in windows", GROUPS, arrangement=ARRANGEMENT)
     made = clip(workflow, LONG)
     windows = workflow.add(

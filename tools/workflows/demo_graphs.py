@@ -18,12 +18,12 @@ SCENE, PROMPT = "boat", "a red boat and a yellow balloon on the sea under a blue
 SHAPES, SHAPES_PROMPT = "shapes", "a pink triangle, a red circle and a white circle on a yellow background"
 """Sample and caption for the base on which a control is trained in two minutes."""
 SHARP, SMALL, TIMES, TILE = "picture_sharp.safetensors", 64, 4.0, 128
-"""Super-resolution control, sides of the small picture and of a tile, and how many times larger the result is."""
+"""Super-resolution control, sides of the small picture and of a tile, and the enlargement factor."""
 TILE_GROUPS = ("Models", "Prompts", "Picture and tiles", "Control", "Result")
 TINY = Path(__file__).resolve().parents[2] / "controlnext_training" / "recipes" / "tiny.toml"
 WIDGETS = ("steps", "batch_size", "learning_rate", "control_learning_rate", "seed", "variant")
 ELSEWHERE = ("base", "data", "validation_data", "output_name", "resolution", "bucket_step", "hint")
-"""Keys of the recipe that other widgets of the graph hold."""
+"""Keys of the recipe that other widgets of the graph set."""
 
 
 def _base(workflow: Workflow, checkpoint: str) -> Node:
@@ -40,7 +40,7 @@ def _prompts(
 
 
 def demo() -> Workflow:
-    """Load, sample hint, apply, result."""
+    """Workflow that loads a control, applies a sample hint and shows the result."""
     workflow = Workflow("demo", "Demo, runs now", GROUPS)
     base = _base(workflow, PICTUREBOOK)
     loader = workflow.add(
@@ -76,7 +76,7 @@ def demo() -> Workflow:
 
 
 def demo_tiles() -> Workflow:
-    """Enlarge a small picture in tiles, with a super-resolution control."""
+    """Workflow that enlarges a small picture in tiles, with a super-resolution control."""
     workflow = Workflow("demo_tiles", "SD3 tiles, your own control", TILE_GROUPS)
     base = _base(workflow, PICTUREBOOK)
     loader = workflow.add(MODELS, "ControlNeXtLoader", model=base["MODEL"], control_name=SHARP, weights_name="auto")
@@ -122,7 +122,7 @@ def demo_tiles() -> Workflow:
 
 
 def demo_train() -> Workflow:
-    """Train a control on drawn shapes, then draw with it."""
+    """Workflow that trains a control on drawn shapes, then draws with it."""
     workflow = Workflow("demo_train", "Demo, train in two minutes", TRAINING_GROUPS, arrangement=TRAINING)
     recipe = read_recipe(TINY)
     base = _base(workflow, CHECKPOINT)
@@ -171,7 +171,7 @@ def demo_train() -> Workflow:
 
 
 def _settings(recipe: dict[str, object]) -> str:
-    """The keys of the recipe that no widget holds, as TOML."""
+    """Settings of the recipe without a widget, as TOML."""
     import json
 
     rest = {key: value for key, value in recipe.items() if key not in (*WIDGETS, *ELSEWHERE)}

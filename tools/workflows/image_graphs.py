@@ -37,7 +37,7 @@ OWN_SD35_CANNY = "my_sd35_canny.safetensors"
 
 
 def sd15_canny() -> Workflow:
-    """Two nodes of ours: load, apply."""
+    """Workflow with two nodes of this pack: load and apply."""
     return _own_canny(
         "sd15_canny",
         "SD1.5 canny, your own control",
@@ -52,7 +52,7 @@ No canny control for SD1.5 has been published. Put one that you trained into **m
 
 
 def sd35_canny() -> Workflow:
-    """A control of your own on SD3.5, the one that the graph `train_sd35` leaves."""
+    """Workflow for a trained control on SD3.5, as the graph `train_sd35` saves it."""
     return _own_canny(
         "sd35_canny",
         "SD3.5 canny, your own control",
@@ -67,7 +67,7 @@ or choose another one here. For other transformers put their loaders in place of
 
 
 def _own_canny(name: str, title: str, checkpoint: Model, control: str, sampling: dict[str, Any], own: str) -> Workflow:
-    """Load, apply. own: says where the control comes from; sampling: settings of the sampler."""
+    """Workflow that loads and applies a control. own: note about its origin; sampling: settings of the sampler."""
     workflow, base = start(name, title, checkpoint)
     loader = workflow.add(MODELS, "ControlNeXtLoader", model=base["MODEL"], control_name=control, weights_name="auto")
     workflow.note(MODELS, "Bring your own control", own, 150)
@@ -90,12 +90,12 @@ def _own_canny(name: str, title: str, checkpoint: Model, control: str, sampling:
 
 
 def sd15_depth() -> Workflow:
-    """A depth map, the published SD1.5 files."""
+    """Workflow with a depth map and the published SD1.5 files."""
     return _sd15_depth("sd15_depth", "SD1.5 depth, one control", "Sample depth map")
 
 
 def _sd15_depth(name: str, title: str, hint: str, masked: bool = False) -> Workflow:
-    """Load, apply. hint: title of the node of the hint; masked: True lets the sample's mask say where it counts."""
+    """Workflow for depth on SD1.5. hint: title of the hint's node; masked: True uses the sample's mask, False none."""
     workflow, base = start(name, title, SD15)
     loader = load_control(workflow, base["MODEL"], SD15_DEPTH)
     positive, negative, latent = prompts(
@@ -126,7 +126,7 @@ def _sd15_depth(name: str, title: str, hint: str, masked: bool = False) -> Workf
 
 
 def sd15_pose() -> Workflow:
-    """A pose picture, through the stock Apply node."""
+    """Workflow with a pose picture, through the stock Apply node."""
     workflow, base = start("sd15_pose", "SD1.5 pose, stock Apply node", SD15)
     loader = load_control(workflow, base["MODEL"], SD15_POSE)
     workflow.note(
@@ -151,7 +151,7 @@ def sd15_pose() -> Workflow:
 
 
 def sd15_pose_positive() -> Workflow:
-    """A pose that leaves the negative prompt alone."""
+    """Workflow with a pose that does not control the negative prompt."""
     workflow, base = start("sd15_pose_positive", "SD1.5 pose, positive prompt only", SD15)
     loader = load_control(workflow, base["MODEL"], SD15_POSE)
     positive, negative, latent = prompts(workflow, base["CLIP"], SD15, "a dancer in a red dress, stage, detailed photo")
@@ -173,12 +173,12 @@ def sd15_pose_positive() -> Workflow:
 
 
 def sd15_depth_in_mask() -> Workflow:
-    """A depth map that counts in a part of the picture."""
+    """Workflow with a depth map that controls a part of the picture."""
     return _sd15_depth("sd15_depth_in_mask", "SD1.5 depth, inside a mask", "Sample depth map and its mask", masked=True)
 
 
 def sd15_mask() -> Workflow:
-    """The mask of a figure."""
+    """Workflow with the mask of a figure."""
     workflow, base = start("sd15_mask", "SD1.5 mask, one control", SD15)
     loader = load_control(workflow, base["MODEL"], SD15_MASK)
     positive, negative, latent = prompts(workflow, base["CLIP"], SD15, "a woman in a red dress, studio, detailed photo")
@@ -200,7 +200,7 @@ def sd15_mask() -> Workflow:
 
 
 def sdxl_canny() -> Workflow:
-    """Edges from any picture, the published SDXL files."""
+    """Workflow with edges of any picture and the published SDXL files."""
     workflow, base = start("sdxl_canny", "SDXL canny, one control", SDXL)
     loader = load_control(workflow, base["MODEL"], SDXL_CANNY)
     workflow.note(
@@ -225,7 +225,7 @@ def sdxl_canny() -> Workflow:
 
 
 def sdxl_depth() -> Workflow:
-    """A depth map with a strength schedule."""
+    """Workflow with a depth map and a strength schedule."""
     workflow, base = start("sdxl_depth", "SDXL depth, strength over time", SDXL)
     loader = load_control(workflow, base["MODEL"], SDXL_DEPTH)
     positive, negative, latent = prompts(
@@ -251,7 +251,7 @@ def sdxl_depth() -> Workflow:
 
 
 def sdxl_second_pass() -> Workflow:
-    """Edges that hold while the picture grows."""
+    """Workflow in which edges control two passes of growing size."""
     workflow, base = start("sdxl_second_pass", "SDXL canny, second pass half as large again", SDXL)
     loader = load_control(workflow, base["MODEL"], SDXL_CANNY)
     positive, negative, latent = prompts(workflow, base["CLIP"], SDXL, "a girl in a spring meadow, anime style")
@@ -280,7 +280,7 @@ def sdxl_second_pass() -> Workflow:
 
 
 def sdxl_lora_two_controls() -> Workflow:
-    """A LoRA, canny and depth together."""
+    """Workflow with a LoRA, canny and depth together."""
     workflow, base = start("sdxl_lora_two_controls", "SDXL LoRA, canny and depth", SDXL)
     lora = load_lora(workflow, base)
     canny = load_control(workflow, lora["MODEL"], SDXL_CANNY, "Load ControlNeXt (canny)")

@@ -1,4 +1,4 @@
-"""Parts of the example workflows: published files, groups, the nodes that most of them have."""
+"""Parts of the example workflows: published files, groups, and shared nodes."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ PUBLISHED = f"{HUB}Pbihao/ControlNeXt/resolve/main/"
 
 
 def published(folder: str) -> tuple[Model, Model]:
-    """Encoder and UNet weights in a folder of the authors' repository; names below models/controlnext are the same."""
+    """Encoder and UNet weights in a folder of the authors' repository, with the same names below models/controlnext."""
     files = (f"{folder}/controlnet.safetensors", f"{folder}/unet.safetensors")
     encoder, weights = (Model("controlnext", name, PUBLISHED + name) for name in files)
     return encoder, weights
@@ -42,7 +42,7 @@ GROUPS = ("Models", "Prompts and size", "Hint", "Control", "Result")
 NEGATIVE = "lowres, blurry, deformed, text, watermark"
 SIDE = {SD15: 512, SDXL: 1024, SD35: 1024}
 LATENTS = {SD15: "EmptyLatentImage", SDXL: "EmptyLatentImage", SD35: "EmptySD3LatentImage"}
-"""The node that makes an empty latent of a base."""
+"""Base -> node that makes an empty latent for it."""
 FLOW: dict[str, Any] = {"steps": 28, "cfg": 4.5, "sampler_name": "euler", "scheduler": "sgm_uniform"}
 """Settings of the sampler for SD3.5."""
 CONDITION_IMAGE = """
@@ -53,13 +53,13 @@ OWN_HINT = "A {what} image of your own"
 
 
 def start(name: str, title: str, base: Model) -> tuple[Workflow, Node]:
-    """A workflow with its checkpoint loader."""
+    """Workflow with its checkpoint loader."""
     workflow = Workflow(name, title, GROUPS)
     return workflow, workflow.add(MODELS, "CheckpointLoaderSimple", ckpt_name=base.name, models=(base,))
 
 
 def load_control(workflow: Workflow, model: Output, files: tuple[Model, Model], title: str | None = None) -> Node:
-    """The loader with published files, both by name: pages offer to download the files that widgets name."""
+    """Add the loader with published files, both by name: pages offer to download the files that widgets name."""
     encoder, weights = (file.name for file in files)
     return workflow.add(
         MODELS, "ControlNeXtLoader", title, files, model=model, control_name=encoder, weights_name=weights
@@ -67,7 +67,7 @@ def load_control(workflow: Workflow, model: Output, files: tuple[Model, Model], 
 
 
 def load_lora(workflow: Workflow, base: Node) -> Node:
-    """The LoRA that was published with SDXL, at half strength."""
+    """Add the LoRA that was published with SDXL, at half strength."""
     lora = workflow.add(
         MODELS,
         "LoraLoader",
@@ -83,12 +83,12 @@ def load_lora(workflow: Workflow, base: Node) -> Node:
 
 
 def condition_note(workflow: Workflow, what: str) -> None:
-    """Say how to get a hint of one's own."""
+    """Add a note about making such a hint."""
     workflow.note(HINT, OWN_HINT.format(what=what), CONDITION_IMAGE.format(what=what), 170)
 
 
 def prompts(workflow: Workflow, clip: Output, base: Model, text: str) -> tuple[Output, Output, Output]:
-    """Positive, negative and an empty latent."""
+    """Add the prompts; returns positive, negative and an empty latent."""
     positive = workflow.add(PROMPTS, "CLIPTextEncode", "Positive prompt", clip=clip, text=text)
     negative = workflow.add(PROMPTS, "CLIPTextEncode", "Negative prompt", clip=clip, text=NEGATIVE)
     latent = workflow.add(PROMPTS, LATENTS[base], width=SIDE[base], height=SIDE[base], batch_size=1)
@@ -96,12 +96,12 @@ def prompts(workflow: Workflow, clip: Output, base: Model, text: str) -> tuple[O
 
 
 def sample(workflow: Workflow, kind: str, side: int, title: str, **inputs: Any) -> Node:
-    """An input that comes with the pack, square, in the group of hints."""
+    """Add a square sample input of the pack, in the group of hints."""
     return workflow.add(HINT, "ControlNeXtSampleInputs", title, kind=kind, width=side, height=side, **inputs)
 
 
 def edges(workflow: Workflow, base: Model, title: str = "Sample photograph") -> Output:
-    """Canny edges of the photograph that comes with the pack."""
+    """Add Canny edges of the sample photograph; returns their output."""
     image = sample(workflow, "photo", SIDE[base], title)
     canny = workflow.add(HINT, "Canny", image=image["IMAGE"], low_threshold=0.2, high_threshold=0.5)
     canny.stack = 1
@@ -111,7 +111,7 @@ def edges(workflow: Workflow, base: Model, title: str = "Sample photograph") -> 
 def stock_apply(
     workflow: Workflow, positive: Output, negative: Output, control: Node, image: Output, strength: float, title: str
 ) -> Node:
-    """The host's own Apply node, wired to both halves."""
+    """Add the host's Apply node, wired to both halves of the guidance."""
     return workflow.add(
         CONTROL,
         "ControlNetApplyAdvanced",
@@ -140,7 +140,7 @@ def sampler(
 
 
 def latent_beside_sampler(workflow: Workflow) -> Workflow:
-    """Move the size to the result, where the group of prompts and the control below it would be too high."""
+    """Move the size to the result's group, where the group of prompts above the control would be too high."""
     (latent,) = (node for node in workflow.nodes if node.type == "EmptyLatentImage")
     latent.group, latent.stack = RESULT, 0
     return workflow
@@ -155,7 +155,7 @@ def finish(
     vae: Output,
     **settings: Any,
 ) -> Workflow:
-    """Sampler, decoder, picture. settings: of the sampler, in place of the usual ones."""
+    """Add sampler, decoder and picture. settings: of the sampler, in place of the default ones."""
     sampled = sampler(workflow, model, positive, negative, latent, **settings)
     image = workflow.add(RESULT, "VAEDecode", samples=sampled["LATENT"], vae=vae)
     image.stack = 1

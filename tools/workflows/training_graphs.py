@@ -1,4 +1,4 @@
-"""Workflows that train: a control of one's own from a folder of pictures, tried in the same graph."""
+"""Workflows that train a control on a folder of pictures and try it in the same graph."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from ..workflow_layout import Column
 from .parts import CONTROL, FLOW, HINT, MODELS, PROMPTS, RESULT, SD15, SD35, edges, finish, prompts, start
 
 FOLDER = "my_pictures"
-"""Below the host's input folder."""
+"""Name of a folder below the host's input folder."""
 PROMPT = "a portrait in a sunlit garden, detailed photo"
 PICTURES = f"""
 They lie in ComfyUI's **input/{FOLDER}**, each with a caption: **1.png** and **1.txt**. The edges are drawn from them.
@@ -22,14 +22,14 @@ ARRANGEMENT = (Column((MODELS, HINT), 2), Column((CONTROL,), 1), Column((PROMPTS
 
 
 def prompts_first(workflow: Workflow) -> None:
-    """Put the prompts at the side of the sampler, which stands below them."""
+    """Put the prompts into the stack beside the sampler, which is below them."""
     for node in workflow.nodes:
         if node.group == PROMPTS and node.type == "CLIPTextEncode":
             node.stack = 0
 
 
 def train_sd15() -> Workflow:
-    """Train a canny control for SD1.5, then draw with it."""
+    """Workflow that trains a canny control for SD1.5, then draws with it."""
     return _train(
         "train_sd15",
         "SD1.5, train on your pictures",
@@ -46,7 +46,7 @@ def train_sd15() -> Workflow:
 
 
 def train_sd35() -> Workflow:
-    """Train a canny control for SD3.5 medium, then draw with it."""
+    """Workflow that trains a canny control for SD3.5 medium, then draws with it."""
     return _train(
         "train_sd35",
         "SD3.5, train on your pictures",
@@ -64,7 +64,9 @@ def train_sd35() -> Workflow:
 
 
 def _train(name: str, title: str, checkpoint: Model, which: str, sampling: dict[str, Any], **settings: Any) -> Workflow:
-    """A folder of pictures, the trainer, and its control tried. sampling, settings: of the sampler, of the trainer."""
+    """Workflow with a folder of pictures, the trainer, and its control. sampling, settings: of the sampler, of the
+    trainer.
+    """
     workflow, base = start(name, title, checkpoint)
     workflow.groups, workflow.arrangement = GROUPS, ARRANGEMENT
     workflow.note(MODELS, "Which checkpoint", which, 120)

@@ -1,4 +1,4 @@
-"""Workflows of ControlNet-XS: a control without UNet weights, so no MODEL goes through its loader."""
+"""Workflows of ControlNet-XS: a control without UNet weights, so that MODEL does not go through its loader."""
 
 from ..workflow_graph import Model, Node, Workflow
 from .parts import (
@@ -25,7 +25,7 @@ from .parts import (
 
 
 def released(name: str) -> Model:
-    """A file of the authors' repository, which has no folders."""
+    """File of the authors' repository, which has no folders."""
     return Model("controlnext", name, f"{HUB}CVL-Heidelberg/ControlNet-XS/resolve/main/{name}")
 
 
@@ -39,12 +39,12 @@ MODEL goes to the sampler unchanged.
 
 
 def load_xs(workflow: Workflow, file: Model, title: str | None = None) -> Node:
-    """The loader with a released file."""
+    """Add the loader with a released file."""
     return workflow.add(MODELS, "ControlNetXSLoader", title, (file,), control_name=file.name)
 
 
 def xs_sd15_canny() -> Workflow:
-    """Edges on SD1.5, the pack's own Apply node."""
+    """Workflow with edges on SD1.5 and this pack's Apply node."""
     workflow, base = start("xs_sd15_canny", "SD1.5 canny, ControlNet-XS", SD15)
     control = load_xs(workflow, XS_SD15_CANNY)
     workflow.note(
@@ -74,7 +74,7 @@ read from it.
 
 
 def xs_sdxl_canny() -> Workflow:
-    """Edges on SDXL, the pack's own Apply node."""
+    """Workflow with edges on SDXL and this pack's Apply node."""
     workflow, base = start("xs_sdxl_canny", "SDXL canny, ControlNet-XS", SDXL)
     control = load_xs(workflow, XS_SDXL_CANNY)
     workflow.note(
@@ -96,7 +96,7 @@ def xs_sdxl_canny() -> Workflow:
 
 
 def xs_sdxl_depth() -> Workflow:
-    """A depth map on SDXL, the stock Apply node."""
+    """Workflow with a depth map on SDXL and the stock Apply node."""
     workflow, base = start("xs_sdxl_depth", "SDXL depth, ControlNet-XS", SDXL)
     base.stack = 0
     control = load_xs(workflow, XS_SDXL_DEPTH)
@@ -111,7 +111,7 @@ def xs_sdxl_depth() -> Workflow:
 
 
 def xs_sdxl_two() -> Workflow:
-    """Two ControlNet-XS in a chain of stock nodes."""
+    """Workflow with two ControlNet-XS in a chain of stock nodes."""
     workflow, base = start("xs_sdxl_two", "SDXL canny and depth, two ControlNet-XS", SDXL)
     base.stack = 0
     canny = load_xs(workflow, XS_SDXL_CANNY, "Load ControlNet-XS (canny)")
@@ -137,7 +137,7 @@ def xs_sdxl_two() -> Workflow:
 
 
 def xs_controlnext_lora() -> Workflow:
-    """ControlNet-XS, ControlNeXt and a LoRA on one model, through both doors."""
+    """Workflow with ControlNet-XS, ControlNeXt and a LoRA on one model, through both doors."""
     workflow, base = start("xs_controlnext_lora", "SDXL LoRA, ControlNeXt and ControlNet-XS", SDXL)
     lora = load_lora(workflow, base)
     depth = load_control(workflow, lora["MODEL"], SDXL_DEPTH, "Load ControlNeXt (depth)")
