@@ -1,4 +1,4 @@
-"""Candidates (benchmarks/candidates) against the product: time of a step, and how far the latents are apart.
+"""Candidates (benchmarks/candidates) against the product: time of a step, and difference of the latents.
 
 python run.py bench candidates
 """
@@ -30,21 +30,24 @@ from comfyui_controlnext.benchmarks.sampling import Setup, forget, queue  # noqa
 HEAD = ("candidate", "control", "a step against the product", "difference of latents", "pays")
 SIZES = {"sd15": 512, "sdxl": 1024}
 PAYS = 0.995
-"""A candidate pays where its slowest repeat is below this part of the product."""
+"""Largest ratio of a candidate's slowest repeat to the product at which it pays."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One change. around: (MODEL, the control's network, device) -> the context in which the product has it."""
+    """Candidate for one change. around:
+
+    (MODEL, the control's network, device) -> context in which the product has the change.
+    """
 
     name: str
     controls: tuple[str, ...]
-    """Rows of SPECS or RELEASED_XS."""
+    """Names of rows of SPECS or RELEASED_XS."""
     around: Callable[[Any, Any, Any], AbstractContextManager[None]]
     first: bool = False
-    """True: it changes what a first run costs."""
+    """True: it changes the cost of a first run. False: only of later ones."""
     from_host: bool = False
-    """True: the cache keeps features in host memory, not on the device."""
+    """True: the cache keeps features in host memory. False: on the device."""
 
 
 XS = ("sdxl_20m", "sdxl_48m", "sd15_53m")
@@ -61,7 +64,9 @@ CANDIDATES = (
 
 
 def compare(candidate: Candidate, setup: Setup, options: Options) -> tuple[list[float], float]:
-    """(a step's time over the product's, by repeat; largest relative difference of the latents, NaN where one is)."""
+    """Ratios of a step's time to the product's, one per repeat; and the largest relative difference of the latents, or
+    NaN.
+    """
     net, steps = setup.controls[0].network.model, 2 if options.cpu else RUN_STEPS
     ratios: list[float] = []
     differences: list[float] = []
@@ -88,7 +93,7 @@ def compare(candidate: Candidate, setup: Setup, options: Options) -> tuple[list[
 
 
 def rows_of(family: str, options: Options) -> list[tuple[str, ...]]:
-    """Rows of one base's table; a candidate that fails says so in its row."""
+    """Rows of one base's table; the error of a candidate is shown in its row."""
     from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.features import CACHE
 
     side = 64 if options.small else 128 if options.cpu else SIZES[family]
@@ -102,7 +107,7 @@ def rows_of(family: str, options: Options) -> list[tuple[str, ...]]:
                 ratios, difference = compare(candidate, setup, options)
                 pays = "yes" if ratios and max(ratios) < PAYS else "no"
                 rows.append((candidate.name, name, spread(ratios), f"{difference:.1e}", pays))
-            except Exception as error:  # the GPU's refusal is the result
+            except Exception as error:  # an error on the GPU is the result
                 rows.append((candidate.name, name, "failed", "", f"{type(error).__name__}: {error}".split("\n")[0]))
             finally:
                 CACHE.budgets = dict(budgets)

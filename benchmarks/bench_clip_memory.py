@@ -1,11 +1,11 @@
-"""Memory and multiply-adds of a control of clips in one latent: 81 frames of 480 x 832, from shapes alone.
+"""Memory and multiply-adds of a control of clips in one latent: 81 frames of 480 x 832, computed from shapes.
 
     python run.py bench clip_memory
 
-The steps are those of `bench_transformer_counts`. Kept: what the cache holds of the clip for one step. Wide: most bytes
-alive while the narrow map gets the base's width and is standardised, with the map itself and what comes of it; by the
-formula, `memory.WIDE_TENSORS` and `WIDE_FP32_TENSORS` tensors of that width. Pass: the encoder's, by the formula of
-docs/video.md, over the frames of one latent frame at least.
+The steps are those of `bench_transformer_counts`. Kept: bytes in the cache for one step of the clip. Wide: peak bytes
+while `project` and the standardisation bring the map to the base's channels, with the map itself and the result; by the
+formula, `memory.WIDE_TENSORS` and `WIDE_FP32_TENSORS` tensors of that width. Pass: peak bytes of the encoder, by the
+formula of docs/video.md, over at least the frames of one latent frame.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one control for a clip."""
+    """Memory of one control for a clip, in bytes."""
 
     kept: int
     wide: int
@@ -58,7 +58,7 @@ class Memory:
 
 
 def memory_of(name: str, clip: tuple[int, int, int] = CLIP, dtype: torch.dtype = torch.bfloat16) -> Memory:
-    """Memory by the formulas, and by counting the tensors that are created, without numbers."""
+    """Memory by the formulas, and by counting the tensors that are created on the meta device."""
     row, (frames, height, width) = PUBLISHED[name], clip
     spec = SPECS[row.variant]
     together = FAMILIES[spec.family].frames or 1

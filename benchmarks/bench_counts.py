@@ -2,9 +2,9 @@
 
     python run.py bench counts
 
-Worked out from shapes alone, so that it takes seconds and is the same everywhere. A launch is an operation that would
-start work on a GPU; attention counts as its parts. First: hint and timestep are new; `run of 20` spreads what is
-done once per hint over a queue run; second: everything of the hint is kept.
+Computed only from shapes, so that it takes seconds and is the same everywhere. A launch is an operation that would
+start work on a GPU; attention counts as its parts. First: hint and timestep are new; `run of 20`: the work done once
+per hint is spread over a queue run; second: all features of the hint are cached.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ HEAD = ("case", "G multiply-adds", "first", "run of 20", "second", "launches", "
 
 
 def make(name: str, folder: Path) -> Any:
-    """A control by its row in SPECS or RELEASED_XS."""
+    """Make a control by its row in SPECS or RELEASED_XS."""
     return make_xs(name, folder) if name[-1] == "m" and name[-2].isdigit() else make_control(name, folder)
 
 

@@ -2,9 +2,9 @@
 
     python run.py bench import
 
-Each run imports torch and those modules of the host that every ComfyUI has loaded before it comes to its custom
-nodes, then times the import of the pack's `__init__.py` alone. The garbage collector rests meanwhile: a round over all
-that torch and the host have made takes 0.2 s, and whose import it falls into is chance.
+Each run imports torch and the modules of the host that every ComfyUI loads before its custom nodes, then times only the
+import of the pack's `__init__.py`. The garbage collector is off meanwhile: a round over all objects of torch and the
+host takes 0.2 s, and would fall into one import or another by chance.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ print(seconds, cpu, len(module.NODE_CLASS_MAPPINGS), ",".join(foreign) or "-")
 
 
 def measure(host: Path, bytecode: str | None = None) -> tuple[float, float, str, str]:
-    """Wall seconds, processor seconds, number of nodes and foreign top-level modules of one import of the pack.
+    """Measure one import of the pack: wall seconds, processor seconds, number of nodes and foreign top-level modules.
 
-    bytecode: a folder of this benchmark's own for what Python compiles, so that a second run finds it.
+    bytecode: folder for this benchmark's compiled files, so that a second run finds them.
     """
     command = [sys.executable, *(["-P"] if sys.version_info >= (3, 11) else []), "-c", CHILD, str(host), str(ROOT)]
     cached = {} if bytecode is None else {"PYTHONPYCACHEPREFIX": bytecode, "PYTHONDONTWRITEBYTECODE": ""}
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def milliseconds(values: Sequence[float]) -> str:
-    """Median and range."""
+    """Median and range, in milliseconds, as text."""
     return f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f})"
 
 

@@ -1,12 +1,12 @@
-"""The loader node against the stock LoRA loader: SDXL, a difference of 205 MB, as many keys and bytes on both sides.
+"""Loader node against the stock LoRA loader: SDXL, a difference of 205 MB, equal keys and bytes on both sides.
 
     python run.py bench load
 
-The stock side is a LoRA file that holds the same tensors as `.diff` and `.diff_b`. Loading is timed, and loading with
-the host's putting of the weights into the model, which is the same for both: what a user waits for until sampling may
-begin. The control's weights are read into memory of their own, as the host reads files with --disable-mmap; the same
-LoRA so is a row of its own. Then one of rank 32. What the process has freed is given back to the system before each
-load, so that every load pays for fresh memory, as the first one of a session does.
+The stock side is a LoRA file that holds the same tensors as `.diff` and `.diff_b`. Two times are measured: loading, and
+loading plus the host's patching of the model, which is the same for both: the time until sampling may begin. The
+control's weights are read into memory of their own, as the host reads files with --disable-mmap; the same LoRA read in
+that way has a separate row. The last row is a control of rank 32. Freed memory is returned to the system before each
+load, so that every load allocates fresh memory, as the first one of a session does.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Load = Callable[[Any], Any]
 
 
 def make_files(folder: Path) -> dict[str, Path]:
-    """The control with its difference, and the LoRAs."""
+    """Make the files: the control with its difference, and the LoRAs."""
     difference, stock, low = {}, {}, {}
     for ldm, diffusers, channels in attention_layers(UNETS["sdxl"]):
         name = f"lora_unet_{ldm}.attn2.to_out.0".replace(".", "_")
@@ -57,7 +57,7 @@ def make_files(folder: Path) -> dict[str, Path]:
 
 
 def loaders(folder: Path, files: dict[str, Path]) -> dict[str, Load]:
-    """Loading functions by name, each from a path to a MODEL, as a node's `execute`."""
+    """Loading functions by name, each from a MODEL to a MODEL, as a node's `execute`."""
     import comfy.sd
     import comfy.utils
     from comfyui_controlnext.controlnext_core.comfy_adapter.files.loading import load_controlnext
@@ -79,7 +79,7 @@ def loaders(folder: Path, files: dict[str, Path]) -> dict[str, Load]:
 
 
 def timed(model: Any, load: Load) -> tuple[float, float, float, float, Any]:
-    """Wall and processor seconds of the load, wall seconds with the weights put in, memory kept, the MODEL."""
+    """Time one load: wall and processor seconds, wall seconds with the model patched, memory it keeps, the MODEL."""
     import comfy.model_management
     import psutil
 
@@ -98,7 +98,7 @@ def timed(model: Any, load: Load) -> tuple[float, float, float, float, Any]:
 
 
 def give_back() -> None:
-    """Give what the process has freed back to the system, where the C library can."""
+    """Return the process's freed memory to the system, where the C library can."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
 
@@ -115,7 +115,7 @@ def main() -> None:
                 *numbers, loaded = timed(model, load)
                 keys = len(loaded.patches)
                 del loaded
-                if repeat:  # the first reads the files from the disk
+                if repeat:  # the first repeat reads the files from the disk
                     found[name].append(tuple(numbers))
                 assert keys in (140, 70), f"{name}: {keys} keys"
     rows = [row(name, runs, found["stock LoRA, the same tensors"]) for name, runs in found.items()]

@@ -1,10 +1,11 @@
-"""Loading of every kind of control on bases in every dtype: that it works, acts, and comes back after it was unloaded.
+"""Loading of every kind of control on bases in every dtype: that it works, has an effect, and works again after
+unloading.
 
     python benchmarks/bench_loads.py --comfyui PATH [--dynamic]
 
 Small files through the loaders of host and pack. `effect` is the relative change of the latent against the bare model;
-a second run and one after everything was unloaded must give the first one's latent again, bit for bit.
---dynamic: with the host's dynamic VRAM, where the host and the machine have it.
+a second run, and one after everything was unloaded, must give the first one's latent again, bit for bit. --dynamic:
+with the host's dynamic VRAM, where the host and the machine support it.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ BASES: dict[str, Callable[[Path], Path]] = {
 BUILDS = {"sd15": ("gen2", "sd15_legacy"), "sdxl": ("gen2", "sdxl_june", "sdxl_july"), "svd": ("gen2", "svd_v1")}
 SIDE = 64
 Load = Callable[[Any], tuple[Any, Any]]
-"""A MODEL -> (the MODEL with what the control changes in it, the control)."""
+"""(MODEL) -> (MODEL with the control's changes, control)."""
 
 
 def loads_of(family: str, folder: Path) -> dict[str, Load]:
-    """Every kind of control for that base, from a file."""
+    """Loading functions by name, for every kind of control for that base."""
     from comfyui_controlnext.controlnext_core.comfy_adapter.files.loading import load_controlnext
     from comfyui_controlnext.controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
 
@@ -70,7 +71,7 @@ def loads_of(family: str, folder: Path) -> dict[str, Load]:
 
 
 def base_of(path: Path, dtype: torch.dtype) -> Any:
-    """The MODEL of a checkpoint file, its weights kept in that dtype."""
+    """Load the MODEL of a checkpoint file, with its weights in that dtype."""
     import comfy.sd
 
     given = {"dtype": dtype}
@@ -104,7 +105,7 @@ def _off(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def rows_of(options: Options) -> list[tuple[str, ...]]:
-    """Rows of the table; what fails is a row that says so."""
+    """Rows of the table; a failure is a row with its error."""
     rows = []
     for family, make in BASES.items():
         if not options.wants(family) or (options.small and family != "sd15"):

@@ -1,4 +1,4 @@
-"""Rates of this machine that bound what a control can cost: arithmetic, memory, copies and launches.
+"""Rates of this machine that limit the cost of a control: arithmetic, memory, copies and launches.
 
 python run.py bench machine
 """
@@ -26,7 +26,7 @@ LAUNCHES = 1000
 
 
 def seconds(work: Callable[[], object], device: torch.device, times: int = TIMES) -> float:
-    """Median of several calls after two that warm up."""
+    """Median seconds of several calls, after two warm-up calls."""
 
     def once() -> float:
         if device.type == "cuda":

@@ -2,9 +2,9 @@
 
     python run.py bench memory
 
-Counted from shapes for every released base: bytes alive in a forward beside weights, with attention that forms no
-table of all pairs. On a GPU also measured, by the allocator, over a queue run, beside what the host was told to expect;
---measured: that alone.
+Counted from shapes for every released base: bytes alive in a forward beside weights, with attention that needs no table
+of all pairs. On a GPU also measured, by the allocator, over a queue run, beside the requirement reported to the host.
+--measured: only the latter.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ MEASURED = ("case", "peak MiB", "over bare without weights", "told to the host",
 
 
 def weights_of(*networks: torch.nn.Module) -> str:
-    """Weights in MiB, as many as the real networks have."""
+    """Size in MiB of the networks' weights at full size, as text."""
     every = (p for network in networks for _, p in network.named_parameters(remove_duplicate=False))
     return f"{sum(p.nbytes for p in every) / MIB:.0f}"
 
 
 def counted(family: str, height: int, width: int, latents: int, names: tuple[str, ...], options: Options) -> None:
-    """A table of shapes alone, for fp16."""
+    """Write a table computed from shapes, for fp16."""
     from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.features import CACHE
 
     scene = Scene(family, torch.float16, height, width, latents)
@@ -83,13 +83,13 @@ def networks(setup: Setup) -> list[torch.nn.Module]:
 
 
 def told_for(setup: Setup, dtype: torch.dtype) -> int:
-    """Bytes that the host's memory manager is told the case's controls may need beside their weights."""
+    """Bytes beside their weights that the case's controls report to the host's memory manager."""
     conds = setup.prepare()[0][0][1]
     return int(conds["control"].inference_memory_requirements(dtype)) if setup.controls else 0
 
 
 def measured(family: str, height: int, width: int, latents: int, names: tuple[str, ...], options: Options) -> None:
-    """A table of the allocator's peaks over queue runs, on a GPU."""
+    """Write a table of the allocator's peaks over queue runs, on a GPU."""
     import comfy.model_management
 
     if options.small:

@@ -1,9 +1,9 @@
-"""Parameters of each control, trained and in all, beside the paper's table 5: counted from shapes in seconds.
+"""Parameters of each control, trained and in total, beside the paper's table 5: counted from shapes in seconds.
 
     python run.py bench parameters
 
-ControlNeXt trains its encoder and a subset of the base's own weights, which is no addition; a ControlNet adds a copy of
-the base's encoder.
+ControlNeXt trains its encoder and a subset of the base's weights, which adds no parameters for the latter; a ControlNet
+adds a copy of the base's encoder.
 """
 
 from __future__ import annotations
@@ -33,13 +33,15 @@ PAPER = {"sd15": (361, 1220), "sdxl": (1251, 3818), "svd": (682, 2206)}
 
 @dataclass(frozen=True)
 class ParameterRow:
-    """A ControlNeXt: base, row of SPECS, subset of the base that trains, and what the paper says, in millions."""
+    """Row of a ControlNeXt: base, row of SPECS, subset of the base that trains, and the paper's
+    figures, in millions.
+    """
 
     base: str
     variant: str
     trainable: str
     paper: tuple[int, int] | None = None
-    """(learnable, total)"""
+    """Parameters (learnable, total) in the paper, in millions."""
 
 
 ROWS = (
@@ -50,19 +52,19 @@ ROWS = (
     ParameterRow("svd", "svd_v1", "to_out", (55, 1530)),
     ParameterRow("svd", "svd_v2", "all"),
 )
-"""The variants that have the paper's numbers, each with what the authors train and publish today."""
+"""Variants with the paper's figures, and those that the authors train and publish today."""
 XS = {"sd15": ("sd15_53m",), "sdxl": ("sdxl_48m", "sdxl_20m"), "svd": ()}
 
 
 def sizes_of(base: str) -> tuple[dict[str, int], dict[str, str]]:
-    """(numbers of each tensor of the base's UNet by host name, published name -> host name)."""
+    """Pair (number of values of each tensor of the base's UNet by host name, published name -> host name)."""
     model = make_unet(base, torch.float16, "meta").model
     sizes = {name: value.numel() for name, value in model.diffusion_model.state_dict().items()}
     return sizes, unet_key_map(model.model_config.unet_config)
 
 
 def controlnext(row: ParameterRow, sizes: dict[str, int], key_map: dict[str, str]) -> tuple[int, int]:
-    """(learnable, total)"""
+    """Parameters (learnable, total) of a ControlNeXt."""
     encoder = ControlNeXt(config_of(SPECS[row.variant]), device="meta")
     own = numbers(encoder)
     subset = sum(sizes[name] for name in selected(key_map, row.trainable, ""))
@@ -70,7 +72,7 @@ def controlnext(row: ParameterRow, sizes: dict[str, int], key_map: dict[str, str
 
 
 def stock(base: str) -> int:
-    """Numbers of a stock ControlNet's network."""
+    """Number of parameters of a stock ControlNet."""
     return numbers(make_stock(make_unet(base, torch.float16, "meta"), torch.float16, "meta").control_model)
 
 
@@ -80,7 +82,7 @@ def numbers(network: nn.Module) -> int:
 
 
 def table(folder: Path) -> list[tuple[str, ...]]:
-    """folder: for the files that a control is made through."""
+    """Rows of the table. folder: for the files through which controls are made."""
     rows: list[tuple[str, ...]] = []
     for base, (learnable_paper, total_paper) in PAPER.items():
         sizes, key_map = sizes_of(base)

@@ -1,8 +1,8 @@
-"""The picturebook's networks trained on for the time given; --folder gets them packed, and is where they set out from.
+"""Training of the picturebook's networks for a given time; --folder has their packed weights, before and after.
 
     python benchmarks/bench_pictures.py --comfyui PATH --seconds 300 --folder DIR --cases painter,base
 
-Where the folder has none yet, the shipped weights are the start. States for going on lie in .cache/demo_weights.
+Without weights in the folder, the shipped ones are the start. States for resuming are in .cache/demo_weights.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from comfyui_controlnext.benchmarks.recording import append_table  # noqa: E402
 HEAD = ("network", "s in all", "steps", "loss or error at first", "at the end", "MiB")
 LONGEST = 3600.0
 AFTER = 20.0
-"""Seconds kept for pictures and for packing."""
+"""Seconds reserved for pictures and for packing."""
 SMALL = {"side": 32, "pictures": 4, "batch": 2}
 """Arguments of the base's training in a dry run."""
 
 
 @contextmanager
 def small(options: Options) -> Iterator[None]:
-    """Inside, a dry run has few pictures, and no states but its own."""
+    """Context in which a dry run uses few pictures, and a separate folder of states."""
     from comfyui_controlnext.tools.demo_weights import painter, picture_base, running
 
     with ExitStack() as stack:
@@ -45,7 +45,7 @@ def small(options: Options) -> Iterator[None]:
 
 
 def train_painter(options: Options, start: Path) -> tuple[Path, str]:
-    """(the trained file, its name when packed)."""
+    """Train the autoencoder; returns (the trained file, its name when packed)."""
     from comfyui_controlnext.tools.demo_weights import painter
     from comfyui_controlnext.tools.demo_weights.shipped import PAINTER
 
@@ -54,7 +54,10 @@ def train_painter(options: Options, start: Path) -> tuple[Path, str]:
 
 
 def train_base(options: Options, start: Path) -> tuple[Path, str]:
-    """(the trained file, its name when packed). The autoencoder is the last one trained here, else that of `start`."""
+    """Train the base; returns (the trained file, its name when packed).
+
+    The autoencoder is the last one trained here, else that of `start`.
+    """
     from comfyui_controlnext.tools.demo_weights import painter, picture_base, running
     from comfyui_controlnext.tools.demo_weights.packing import unpack
     from comfyui_controlnext.tools.demo_weights.shipped import MMDIT, PAINTER
@@ -69,7 +72,7 @@ def train_base(options: Options, start: Path) -> tuple[Path, str]:
 
 
 def row(name: str, options: Options) -> tuple[str, ...]:
-    """Train one network and put it into the folder."""
+    """Train one network and pack it into the folder; returns its row."""
     from comfyui_controlnext.tools.demo_weights.shipped import SHIPPED, ship_one
 
     folder = options.folder or options.scratch
@@ -82,7 +85,7 @@ def row(name: str, options: Options) -> tuple[str, ...]:
 
 
 def journal_of(path: Path) -> tuple[str, str, str]:
-    """(last step, first figure, last figure) of a stage's journal."""
+    """Last step, first figure and last figure in a stage's journal."""
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     steps = [line for line in lines if "step" in line and "event" not in line]
     if not steps:

@@ -2,8 +2,8 @@
 
     python run.py bench profile
 
-First: a step that encodes its hint for two timesteps; second: one that finds everything kept. On a GPU the times are
-those of the kernels, and the places where the host waits for the device are counted.
+First: a step that encodes its hint for two timesteps; second: one with all features cached. On a GPU the times are
+those of the kernels, and the synchronisations of the host with the device are counted.
 """
 
 from __future__ import annotations
@@ -32,18 +32,20 @@ from comfyui_controlnext.benchmarks.recording import append_table  # noqa: E402
 from comfyui_controlnext.benchmarks.sampling import OWN_RANGE, Setup, forget, queue, watching  # noqa: E402
 
 SIZES = {"sd15": (512, 256), "sdxl": (1024, 512)}
-"""Pictures' sides on a GPU and on a CPU."""
+"""Sides of the pictures on a GPU and on a CPU, in pixels."""
 CONTROLS = {"sd15": ("sd15", "sd15_legacy", "sd15_53m"), "sdxl": ("sdxl", "sdxl_20m", "sdxl_48m")}
 HEAD = ("control", "run", "ms of a run", "ms of ours", "share", "of it the addition", "the largest parts, ms")
 ON_GPU = ("launches over bare", "waits over bare")
 SHOWN = 7
 FUSE_RANGE = "controlnext: fuse"
-"""Name under which the profiler sees the addition."""
+"""Name of the addition in the profile."""
 
 
 @dataclass
 class Spent:
-    """Profile of one queue run: milliseconds in all, by operation of this pack, of the addition; kernel launches."""
+    """Profile of one queue run: milliseconds in total, by operation of this pack, and of the
+    addition; kernel launches.
+    """
 
     total: float = 0.0
     own: Counter[str] = field(default_factory=Counter)
@@ -53,7 +55,7 @@ class Spent:
 
 @contextmanager
 def named_fuse() -> Iterator[None]:
-    """Inside, the profiler knows the addition by FUSE_RANGE."""
+    """Context in which the addition has the name FUSE_RANGE in profiles."""
     from comfyui_controlnext.controlnext_core.comfy_adapter.sampling import next_forward
 
     plain = next_forward.fuse
@@ -67,7 +69,7 @@ def named_fuse() -> Iterator[None]:
 
 
 def spent(setup: Setup, steps: int, options: Options) -> Spent:
-    """Profile of a queue run."""
+    """Profile a queue run."""
     activities = [ProfilerActivity.CPU] + ([] if options.cpu else [ProfilerActivity.CUDA])
     with profile(activities=activities) as profiled:
         queue(setup, steps)
@@ -95,7 +97,7 @@ def _inside(event: Any, name: str) -> bool:
 
 
 def waits(setup: Setup, steps: int, options: Options) -> int:
-    """Number of times that a queue run waits for the GPU."""
+    """Count the synchronisations of a queue run with the GPU."""
     if options.cpu:
         return 0
     with warnings.catch_warnings(record=True) as seen:
@@ -109,7 +111,7 @@ def waits(setup: Setup, steps: int, options: Options) -> int:
 
 
 def cells(found: Spent) -> tuple[str, ...]:
-    """Columns of the table from `ms of a run` on."""
+    """Cells of the table's columns from `ms of a run` on."""
     ours = sum(found.own.values())
     parts = ", ".join(f"{key.removeprefix('aten::')} {ms:.1f}" for key, ms in found.own.most_common(SHOWN))
     total = found.total or 1.0

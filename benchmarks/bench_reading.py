@@ -1,12 +1,11 @@
-"""Samples a second that reach a training step, from photographs of 12 megapixels with a hint each.
+"""Samples per second that reach a training step, from photographs of 12 megapixels with a hint each.
 
     python run.py bench reading
 
 Beside the old path, which decoded picture and hint of every sample of every step in one thread: latents and hints in
 the cache, the encoding before the first step, and training with the cache off on hints that are computed from the
-picture; with 0, 1 and 2 worker processes each.
-A mean over 8x8 pixels stands for the VAE. Each case has a process of its own; memory is what it takes over that process
-with everything imported, and what its workers have resident.
+picture; with 0, 1 and 2 worker processes each. A mean over 8x8 pixels replaces the VAE. Each case has a separate
+process; memory is the increase over that process with everything imported, plus the resident memory of its workers.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ OLD, CACHED, ENCODING, UNCACHED = "old path", "from the cache", "encoding", "cac
 
 @dataclass(frozen=True)
 class Case:
-    """Kind of reading, and the number of worker processes."""
+    """Case: a way of reading, and the number of worker processes."""
 
     kind: str
     workers: int = 0
@@ -62,7 +61,7 @@ CASES = (Case(OLD), *(Case(kind, workers) for kind in (CACHED, ENCODING, UNCACHE
 
 
 class Encoders:
-    """A mean in place of the VAE, and no captions."""
+    """Encoders of a base in which a mean replaces the VAE, without captions."""
 
     def __init__(self) -> None:
         empty: dict[str, Tensor] = {}
@@ -82,7 +81,7 @@ class Encoders:
 
 
 def write_photos(folder: Path, size: tuple[int, int]) -> None:
-    """Write pictures that have the detail of photographs, each with a hint."""
+    """Write pictures with the detail of photographs, each with a hint."""
     from PIL import Image
 
     random = np.random.default_rng(0)
@@ -96,7 +95,7 @@ def write_photos(folder: Path, size: tuple[int, int]) -> None:
 
 
 class Memory:
-    """Resident memory of this process over what it has now, and of its children, at their highest."""
+    """Peak resident memory of this process, above its present one, and of its children."""
 
     def __init__(self) -> None:
         import psutil
@@ -116,7 +115,7 @@ class Memory:
         return [child for child in self.process.children() if "resource_tracker" not in " ".join(child.cmdline())]
 
     def processor(self) -> float:
-        """Seconds of this process and of the children that run."""
+        """Processor seconds of this process and of its running children."""
         every = [self.process.cpu_times(), *(child.cpu_times() for child in self.children())]
         return sum(times.user + times.system for times in every)
 
@@ -137,7 +136,7 @@ def steps_of(store: Store, count: int) -> Callable[[], int]:
 
 
 def old_path(store: Store, count: int) -> Callable[[], int]:
-    """Decode picture and hint of each sample, and take its latent from the cache."""
+    """Function that decodes picture and hint of each sample, and reads its latent from the cache."""
 
     def run() -> int:
         for step in range(count):
@@ -165,7 +164,7 @@ def measure(host: Path, folder: Path, case: Case) -> dict[str, float]:
 
     hint = "canny" if case.kind == UNCACHED else "paired"
     data = open_dataset(folder / "data", hint=hint, index=folder / "index.json")
-    data.load(0)  # imports what reads pictures
+    data.load(0)  # imports the libraries that read pictures
     readers, on_disk = ProcessReaders(case.workers), case.kind in (OLD, CACHED)
     cache = Cache(folder / "cache") if on_disk else MemoryCache()
     store = Store(Encoders(), data, TrainConfig(cache=on_disk), cache, readers)  # type: ignore[arg-type]
@@ -174,7 +173,7 @@ def measure(host: Path, folder: Path, case: Case) -> dict[str, float]:
     long = 20 * PICTURES if case.kind == CACHED else PICTURES
     run = {ENCODING: lambda: encode(store), OLD: old_path(store, long)}.get(case.kind, steps_of(store, long))
     memory = Memory()
-    if case.workers and case.kind != CACHED:  # they start with the first file, once a run
+    if case.workers and case.kind != CACHED:  # they start with the first file, once per run
         for future in [readers.submit(data.job(number, 0, 0, True)) for number in range(2 * case.workers)]:
             future.result()
     began, processor = time.perf_counter(), memory.processor()
@@ -187,7 +186,7 @@ def measure(host: Path, folder: Path, case: Case) -> dict[str, float]:
 
 
 def in_own_process(host: Path, folder: Path, case: Case) -> dict[str, float]:
-    """Measure in a process that has done nothing else."""
+    """Measure one case in a fresh process."""
     command = [sys.executable, str(Path(__file__).resolve()), ALONE, str(host), str(folder), case.kind]
     done = subprocess.run([*command, str(case.workers)], capture_output=True, encoding="utf-8", check=False)
     found = [line for line in done.stdout.splitlines() if line.startswith("MEASURED")]
@@ -197,7 +196,7 @@ def in_own_process(host: Path, folder: Path, case: Case) -> dict[str, float]:
 
 
 def row(case: Case, runs: list[dict[str, float]], old: float) -> tuple[str, ...]:
-    """A row of the table, of medians; old: samples a second of the old path."""
+    """Row of the table, from medians; old: samples per second of the old path."""
     rate, work, own, workers = (statistics.median(run[key] for run in runs) for key in runs[0])
     cells = f"{rate:.2f}", f"{rate / old:.2f}x", f"{work:.3f}", f"{own / 2**20:.0f}", f"{workers / 2**20:.0f}"
     return (case.title, *cells)

@@ -1,4 +1,4 @@
-"""Several controls at once: 1, 2, 3 and 5 ControlNeXts, first and second queue run, beside as many stock ControlNets.
+"""Stacking of controls: 1, 2, 3 and 5 ControlNeXts, first and second queue run, beside as many stock ControlNets.
 
 python run.py bench stacking
 """
@@ -17,7 +17,7 @@ from comfyui_controlnext.benchmarks.real_size import make_control, make_stock, m
 from comfyui_controlnext.benchmarks.sampling import Setup, watching  # noqa: E402
 
 SIZES = {"sd15": (512, 256, 128), "sdxl": (1024, 512, 256)}
-"""Pictures' sides on a GPU, on a CPU and in a quick run."""
+"""Sides of the pictures on a GPU, on a CPU and in a quick run, in pixels."""
 NUMBERS = (1, 2, 3, 5)
 
 

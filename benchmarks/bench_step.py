@@ -2,8 +2,8 @@
 
     python run.py bench step [--quick] [--cases sd15,..]
 
-Cases are interleaved; a ratio is a case's step over the bare step of the same repeat. `own` is bare + own over bare
-inside the very same step, from the processor time spent in this pack's code; noise of other programs cancels in it.
+Cases are interleaved; a ratio is a case's step over the bare step of the same repeat. `own` is (bare + own) / bare
+within the same step, from the processor time spent in this pack's code; noise of other programs cancels in it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from comfyui_controlnext.benchmarks.sampling import Setup, watching  # noqa: E40
 
 @dataclass(frozen=True)
 class Family:
-    """A base model and the rows beside it. size: height, width, batch; quick: the same, small."""
+    """Base model with its controls. size: height, width, batch; quick: a smaller size."""
 
     name: str
     size: tuple[int, int, int]
@@ -36,7 +36,7 @@ class Family:
     controls: Callable[[Any, Options], list[tuple[str, tuple[Any, ...], str, str]]]
     """(MODEL, options) -> (name, controls, goal of the first run, goal of the second) of each case."""
     minutes: bool = False
-    """A step takes minutes on a CPU: there only `own` is measured."""
+    """True: a step takes minutes on a CPU, where only `own` is measured. False: all is measured."""
 
 
 def sd15(model: Any, options: Options) -> list[tuple[str, tuple[Any, ...], str, str]]:
@@ -89,7 +89,7 @@ FAMILIES = (
 
 
 WIDE = ("ControlNeXt legacy", "ControlNeXt v1")
-"""Controls for channels that small networks do not have."""
+"""Controls that need more channels than small networks have."""
 
 
 def size_of(family: Family, options: Options) -> tuple[int, int, int]:
@@ -100,9 +100,9 @@ def size_of(family: Family, options: Options) -> tuple[int, int, int]:
 
 
 def cases_of(family: Family, options: Options) -> list[Case]:
-    """The bare model first, then each control's first and second run."""
+    """Cases of a base: the bare model first, then each control's first and second run."""
     if family.name in TRANSFORMERS:
-        half = options.dtype is torch.float16  # whose range is too small for some of them
+        half = options.dtype is torch.float16  # its range is too small for some of them
         model = make_model(family.name, torch.bfloat16 if half else options.dtype, options.small)
     else:
         model = make_unet(family.name, options.dtype)

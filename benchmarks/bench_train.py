@@ -2,10 +2,10 @@
 
 Both loops train the same weights on SD1.5 of real size: the ControlNeXt encoder and every `to_out` of the UNet, with
 AdamW. The plain loop is diffusers' UNet, autoencoder and transformers' CLIP, with the encoder added by a forward hook;
-it encodes picture and caption in every step and holds all weights in the dtype it computes in, as those scripts do.
-Our loop is `run.py train` with a checkpoint file: pictures and captions encoded before, the file's own dtype kept
-where checkpointing is on. Each run is a process of its own, without ComfyUI for the plain loop and without diffusers
-for ours. Memory is the peak of the whole process during the steps, on a GPU the peak of the device.
+it encodes picture and caption in every step and holds all weights in the compute dtype, as those scripts do. This
+pack's loop is `run.py train` with a checkpoint file: pictures and captions are encoded before, and the file's dtype is
+retained with checkpointing. Each run is a separate process, without ComfyUI for the plain loop and without diffusers
+for this pack's. Memory is the peak of the whole process during the steps, on a GPU the peak of the device.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Case:
-    """One training loop to measure, in a process of its own."""
+    """Case: one training loop to measure, in a separate process."""
 
     kind: str
-    """plain, ours, or file: writes the checkpoint that ours reads."""
+    """Kind of process: plain, ours, or file, which writes the checkpoint for ours."""
     file: str = ""
-    """The checkpoint's dtype, fp16, fp32 or fp8 (of its UNet's matrices); none for plain."""
+    """Dtype of the checkpoint: fp16, fp32 or fp8 (of its UNet's matrices); '' for plain."""
     checkpointing: bool = False
     offload: bool = False
 
@@ -72,7 +72,7 @@ class Setting:
     side: int
     batch: int
     small: bool = False
-    """True: small networks, in this process."""
+    """True: small networks, in this process. False: networks of real size, in separate processes."""
 
     @property
     def device(self) -> torch.device:
@@ -80,7 +80,7 @@ class Setting:
 
 
 def plain(setting: Setting) -> dict[str, Any]:
-    """The plain loop: seconds of each step, peak memory."""
+    """Run the plain loop: seconds of each step, peak memory."""
     from comfyui_controlnext.tools.launcher import declare_missing_torchvision_ops
 
     declare_missing_torchvision_ops()
@@ -93,7 +93,7 @@ def plain(setting: Setting) -> dict[str, Any]:
     device, dtype, batch, side = setting.device, DTYPES[setting.dtype], setting.batch, setting.side
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    part, layers = (4, 1) if setting.small else (1, 12)  # what of the widths is left, and layers of the text encoder
+    part, layers = (4, 1) if setting.small else (1, 12)  # divisor of the widths, and layers of the text encoder
     widths = tuple(width // part for width in (128, 256, 512, 512))
     vae: Any = AutoencoderKL(block_out_channels=widths, layers_per_block=2, latent_channels=4, **blocks)
     clip = CLIPTextConfig(
@@ -151,7 +151,7 @@ def checkpoint_file(setting: Setting, dtype: str) -> Path:
 
 
 def write_checkpoint(setting: Setting, dtype: str) -> dict[str, Any]:
-    """Write the file that ours reads."""
+    """Write the checkpoint file for this pack's loop."""
     bring_in(Path(setting.comfyui), setting.cpu, Path(setting.folder))
     from comfyui_controlnext.benchmarks.real_size import save_sd15
     from comfyui_controlnext.tools.tiny_models import make_sd15
@@ -162,7 +162,7 @@ def write_checkpoint(setting: Setting, dtype: str) -> dict[str, Any]:
 
 
 def ours(setting: Setting, case: Case) -> dict[str, Any]:
-    """`train.train` on the same sizes, from a checkpoint file: seconds of each step, peak memory."""
+    """Run `train.train` on the same sizes, from a checkpoint file: seconds of each step, peak memory."""
     bring_in(Path(setting.comfyui), setting.cpu, Path(setting.folder))
     from comfyui_controlnext.controlnext_training.base_model.base_files import load_base
     from comfyui_controlnext.controlnext_training.config import TrainConfig
@@ -232,11 +232,11 @@ def measure(setting: Setting, case: Case) -> dict[str, Any]:
 
 
 ALONE = "--one"
-"""First argument of a process that measures one loop; the second and third are its Setting and Case, as JSON."""
+"""First argument of a process that measures one loop; its Setting and Case follow, as JSON."""
 
 
 def in_own_process(setting: Setting, case: Case) -> dict[str, Any]:
-    """Measure in a process that has done nothing else; small networks in this one."""
+    """Measure one loop in a fresh process; small networks in this one."""
     if setting.small:
         return measure(setting, case)
     given = [json.dumps(dataclasses.asdict(part)) for part in (setting, case)]
@@ -249,9 +249,10 @@ def in_own_process(setting: Setting, case: Case) -> dict[str, Any]:
 
 
 def cases_of(dtype: str, everything: bool = False) -> list[Case]:
-    """plain first. A file in fp16, the most common, and where the loops compute in fp32 also one in fp32.
+    """Cases of a table, plain first. A file in fp16, the most common, and where the loops compute in fp32 also one in
+    fp32.
 
-    everything: True adds weights that stay in host memory, and a base in fp8.
+    everything: True adds weights offloaded to host memory, and a base in fp8; False does not.
     """
     files = ("fp16", "fp32") if dtype == "fp32" else ("fp16",)
     cases = [Case("plain"), *(Case("ours", file, on) for on in (False, True) for file in files)]
@@ -298,7 +299,7 @@ def main() -> None:
     cases = [case for case in every if case.kind == "plain" or options.wants(case.title)]
     runs: dict[Case, list[dict[str, Any]]] = {}
     failed: list[str] = []
-    for _ in range(max(1, options.repeats // 5)):  # each has several steps
+    for _ in range(max(1, options.repeats // 5)):  # each repeat has several steps
         for case in cases:
             if runs and options.left < 0:
                 break
@@ -306,7 +307,7 @@ def main() -> None:
                 in_own_process(setting, Case("file", case.file))
             try:
                 runs.setdefault(case, []).append(in_own_process(setting, case))
-            except SystemExit as error:  # without the plain loop nothing can be said, the others may go on
+            except SystemExit as error:  # without the plain loop no ratio can be computed; the others may continue
                 if case.kind == "plain":
                     raise
                 runs.pop(case)

@@ -2,9 +2,9 @@
 
     python run.py bench transformer_counts [--cases Flux,..]
 
-One picture of 1024 x 1024, one row (CFG 1), published sizes, from shapes alone. First step: the hint is new and encoded
-for one timestep. Run of 20: what no timestep changes is spread over 20 steps. Second run: all of the hint is kept.
-Controls of others run at every step of every run.
+One picture of 1024 x 1024, batch 1 (CFG 1), published sizes, computed only from shapes. First step: the hint is new and
+encoded for one timestep. Run of 20: the part that no timestep changes is spread over 20 steps. Second run: all features
+of the hint are cached. Other controls run at every step of every run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Counts:
     first: Count
     second: Count
     once: float
-    """Multiply-adds of the first that further timesteps of the hint do not need again."""
+    """Multiply-adds of the first forward that further timesteps of the hint do not repeat."""
 
     def ratios(self) -> tuple[float, float, float]:
         """Ratios of multiply-adds to the bare ones: first step, a step of a run of 20, a step of a second run."""
@@ -48,7 +48,7 @@ class Counts:
 
 
 def counts_of(scene: TransformerScene, folder: Path) -> Counts:
-    """Counts of a forward with a ControlNeXt."""
+    """Count a forward with a ControlNeXt."""
     control = make_control(scene.row, folder, scene.dtype)
     scene.start(control)
     forward = scene.forward(control)

@@ -1,9 +1,9 @@
-"""Processor time of this pack's code in a forward of a transformer, as a share of that very forward, on a CPU.
+"""Processor time of this pack's code in a forward of a transformer, as a share of the same forward, on a CPU.
 
     python run.py bench transformer_own [--quick] [--cases Flux,..]
 
-Narrow models of the published kinds, one row, a second run: all of the hint is kept. `own` is a forward over what it
-would have cost without this pack: an upper bound, as a published model is many times wider and deeper.
+Narrow models of the published kinds, batch 1, a second run: all features of the hint are cached. `own` is the time of a
+forward over its time without this pack: an upper bound, as a published model is many times wider and deeper.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ NARROW: dict[str, dict[str, Any]] = {
         ("Wan 2.1 1.3B", "Wan 2.1 14B", "Wan 2.2 5B"), {"dim": WIDTH, "ffn_dim": 4 * WIDTH, "num_heads": 3}
     ),
 }
-"""Published size -> what is less in its configuration."""
+"""Published size -> smaller values in its configuration."""
 
 
 def narrow(name: str) -> Published:
-    """A model of that kind; SD3's width and depth are one number."""
+    """Narrow model of that kind; SD3's width and depth are one number."""
     if name == "SD3-medium":
         return sd3(WIDTH // 64)
     row = PUBLISHED[name]
@@ -57,7 +57,7 @@ def narrow(name: str) -> Published:
 
 
 def own_of(scene: TransformerScene, control: Any) -> tuple[float, float]:
-    """(the first forward of a run over what it would have cost without this pack, its processor time)"""
+    """Pair: ratio of a run's first forward to its time without this pack, and its processor time."""
     scene.begin_run(control)
     started, before = time.process_time(), WATCH.own
     scene.forward(control)()

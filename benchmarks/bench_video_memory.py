@@ -2,9 +2,9 @@
 
     python benchmarks/bench_video_memory.py [frames height width]
 
-Every tensor that comes to life is counted, operation by operation, on torch's `meta` device: shapes without numbers,
-so that it takes a moment at any size. What a convolution keeps for itself while it runs is not in it. The formula of a
-video (controlnext_core/memory.py, docs/video.md) is then worked out for the frames and the size given.
+Every created tensor is counted, operation by operation, on torch's `meta` device: shapes without values, so that it
+takes a moment at any size. Scratch space of convolutions is not included. The formula for a video
+(controlnext_core/memory.py, docs/video.md) is then evaluated for the given frames and size.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ DTYPES = (torch.float32, torch.float16)
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of all tensors that operations inside this block made and that are still alive; `peak` is the most.
+    """Mode that counts the bytes of all living tensors made by operations inside its block; `peak` is the maximum.
 
-    old: tensors that were there before and are not counted, nor are views of them.
+    old: tensors from before, which are not counted, nor are views of them.
     """
 
     def __init__(self, old: Iterable[torch.Tensor]) -> None:
@@ -69,7 +69,7 @@ class Allocations(TorchDispatchMode):
 
 
 def encoder_peak(spec: Spec, height: int, width: int, dtype: torch.dtype, rows: int = 1, device: str = "meta") -> int:
-    """Peak bytes while `rows` hints of height x width become features at the site; weights are not counted."""
+    """Peak bytes while `rows` hints of height x width are encoded to features at the site; weights are not counted."""
     net = ControlNeXt(config_of(spec), dtype=dtype, device=device).eval().requires_grad_(False)
     cell = FAMILIES[spec.family].cells[spec.fusion.site]
     timestep = torch.zeros(1, device=device)
@@ -80,7 +80,7 @@ def encoder_peak(spec: Spec, height: int, width: int, dtype: torch.dtype, rows: 
 
 
 def numbers_per_pixel(spec: Spec, dtype: torch.dtype, height: int = 576, width: int = 1024, rows: int = 1) -> float:
-    """`encoder_peak` in numbers of `dtype` per pixel of the hints."""
+    """Peak of `encoder_peak` in values of `dtype` per pixel of the hints."""
     return encoder_peak(spec, height, width, dtype, rows) / (rows * height * width * dtype.itemsize)
 
 
@@ -97,7 +97,7 @@ def plan(spec: Spec, frames: int, height: int, width: int) -> str:
 
 
 def spec_of(build: str) -> Spec:
-    """A row with that build; for a build that none has yet, a row that might have it."""
+    """Row of SPECS with that build; for a build without one, a row that could have it."""
     return next((spec for spec in SPECS.values() if spec.build == build), replace(SPECS["sd3"], build=build))
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/bench_xs_memory.py
 
-Counted as in bench_video_memory.py, on torch's `meta` device, for the released sizes. What attention and convolutions
-keep for themselves while they run is not in it. The constants of the formula are in controlnext_core/memory.py.
+Counted as in bench_video_memory.py, on torch's `meta` device, for the released sizes. Scratch space of attention and
+convolutions is not included. The constants of the formula are in controlnext_core/memory.py.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ SIZES = ((512, 512), (1024, 1024))
 
 
 class Fp32Norm(nn.GroupNorm):
-    """Norm in fp32, as the loader makes it for narrow streams."""
+    """Group norm in fp32, as the loader makes it for streams with few channels."""
 
     def forward(self, h: Tensor) -> Tensor:
-        """h: (B, C, H, W). Returns the same in h's dtype."""
+        """h: (B, C, H, W). Returns the same shape in h's dtype."""
         return super().forward(h.float()).to(h.dtype)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """A tensor of the result's size: kernels that form no table of all pairs."""
+    """Attention that allocates only its result, as kernels do that need no table of all pairs."""
     return torch.empty_like(q)
 
 
 def released_shape(name: str) -> XSShape:
-    """A released size, as detection finds it."""
+    """Shape of a released size, as detected from its file."""
     return read_xs_file(Header(Path(name), xs_shapes(RELEASED_XS[name]), {})).shape
 
 
 def network(shape: XSShape, dtype: torch.dtype, heads: tuple[int, ...] = (), device: str = "meta") -> ControlNetXS:
-    """The control stream of a shape, with the norms that the loader gives it."""
+    """Control stream of a shape, with the loader's norms."""
     norm = Fp32Norm if shape.fp32_norms else nn.GroupNorm
     layers = SimpleNamespace(Conv2d=nn.Conv2d, Linear=nn.Linear, LayerNorm=nn.LayerNorm, GroupNorm=norm)
     config = build_config(shape, heads_of(shape, heads, "benchmark"), NORM_RULES["official"])

@@ -1,12 +1,12 @@
-"""Convergence of edges controls on the demo's base of SD3's shape: ways of joining, ranks and places, step by step.
+"""Convergence of edges controls on the demo's base of SD3's shape: fusions, ranks and places, step by step.
 
-    python run.py bench convergence                         # half an hour; runs that are done are kept
-    python run.py bench convergence --cases released,add    # cases whose names hold one of these words
+    python run.py bench convergence                         # half an hour; finished runs are not repeated
+    python run.py bench convergence --cases released,add    # cases whose names contain one of these words
 
 Every run has the recipe `picture_edges` at 128 pixels with a constant rate and no average of weights, and differs from
-the first case in what its name says alone. F1 (1 pixel) is that of the edges of pictures with the control against the
-drawn ones, over scenes that no training saw. Two places that the product does not offer are put into it here, for the
-run alone: at the patch embedding (before block 0), and one map after each of the first four blocks.
+the first case only as its name says. F1 (1 pixel) is that of the edges of pictures with the control against the drawn
+ones, over unseen scenes. Two places that the product does not offer are added here, for the run: at the patch embedding
+(before block 0), and one map after each of the first four blocks.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ COMMON = {
 
 
 class Case(NamedTuple):
-    """One control. place: (door, number of blocks) of `joined`, None for the product's."""
+    """Case: one control. place: (door, number of blocks) of `joined`, None for the product's."""
 
     title: str
     color: tuple[int, int, int]
@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
 
 def before_block(options: Any, block: tuple[str, int], add: Any) -> None:
-    """Door before a block that the host lets be replaced."""
+    """Door before a block that the host lets packs replace."""
 
     def run(args: dict[str, Any], extra: dict[str, Any]) -> Any:
         return extra["original_block"]({**args, "img": add(args["img"], args["transformer_options"])})
@@ -61,7 +61,9 @@ def before_block(options: Any, block: tuple[str, int], add: Any) -> None:
 
 
 def joined(own: Any, door: Any, blocks: int) -> Any:
-    """Join of a control in training at the first blocks, one map of the encoder; own: the product's, at block 0."""
+    """Join function of a control in training at the first blocks, with one map of the encoder; own: the product's, at
+    block 0.
+    """
 
     def join(self: Any, *given: Any) -> None:
         kept: list[Any] = []
@@ -91,7 +93,7 @@ CASES = {
 
 
 def run_case(name: str, folder: Path, base: Path, steps: int) -> dict[str, Any]:
-    """Train one control; its figures."""
+    """Train one control; returns its figures."""
     from comfyui_controlnext.controlnext_training import journal
     from comfyui_controlnext.controlnext_training.base_model.controls import _NeXt
     from comfyui_controlnext.controlnext_training.command import run_config
@@ -113,7 +115,7 @@ def run_case(name: str, folder: Path, base: Path, steps: int) -> dict[str, Any]:
 
 
 def write(found: Mapping[str, dict[str, Any]], folder: Path) -> None:
-    """Print the table of what was found, and draw its plot."""
+    """Print the table of the results, and draw their plot."""
     from comfyui_controlnext.controlnext_training.figure import as_picture, curve_figure
     from comfyui_controlnext.controlnext_training.plots import Names
 

@@ -1,7 +1,7 @@
-"""One forward of a controlled UNet on torch's `meta` device: multiply-adds, operations and bytes, without numbers.
+"""Counting of one forward of a controlled UNet on torch's `meta` device: multiply-adds, operations and bytes.
 
-Shapes go through the host's UNet and this pack's patches as they do in a run; nothing is computed, so that any size
-takes seconds.
+Shapes go through the host's UNet and this pack's patches as in a run; no values are computed, so that any size takes
+seconds.
 """
 
 from __future__ import annotations
@@ -51,22 +51,22 @@ class Count:
     """Counts of one forward."""
 
     macs: int
-    """Multiply-adds."""
+    """Number of multiply-adds."""
     launches: Counter[str]
 
 
 class Scene:
-    """A UNet of real size on `meta`, and its forwards with any controls."""
+    """UNet of real size on `meta`, and its forwards with any controls."""
 
     def __init__(self, family: str, dtype: torch.dtype, height: int, width: int, latents: int = 1) -> None:
-        """latents: images or frames; each stands in both halves of the guidance."""
+        """latents: number of images or frames; each is in both halves of the guidance."""
         from .real_size import make_unet
 
         self.family, self.dtype, self.size, self.latents = family, dtype, (height, width), latents
         self.model = make_unet(family, dtype, META)
 
     def forward(self, controls: Sequence[Any] = (), stock: Any = None) -> Callable[[], None]:
-        """Make a function that runs one forward with these controls, or with a stock ControlNet."""
+        """Function that runs one forward with these controls, or with a stock ControlNet."""
         rows, layout = 2 * self.latents, UNETS[self.family]
         cells = (self.size[0] // 8, self.size[1] // 8)
 
@@ -98,7 +98,7 @@ class Scene:
         return run
 
     def start(self, controls: Sequence[Any]) -> None:
-        """Give controls their hints and begin a run."""
+        """Set the controls' hints and begin a run."""
         from ..controlnext_core.comfy_adapter.sampling.features import CACHE
 
         model = self.model.model
@@ -112,7 +112,7 @@ class Scene:
 
 
 def count(run: Callable[[], None]) -> Count:
-    """Operations of one call of a forward. On `meta`, attention is counted as products of matrices."""
+    """Count the operations of one call of a forward. On `meta`, attention is counted as matrix products."""
     import comfy.ldm.modules.attention as host_attention
 
     with torch.no_grad(), attention(host_attention.attention_pytorch):
@@ -123,9 +123,9 @@ def count(run: Callable[[], None]) -> Count:
 
 
 def once_per_hint(control: Any, scene: Scene, encoding: int) -> float:
-    """Multiply-adds of `encoding` a hint for one timestep that further timesteps of the run do not need again."""
+    """Multiply-adds of `encoding` a hint for one timestep that further timesteps of the run do not repeat."""
     if not hasattr(control, "net"):
-        return float(encoding)  # a ControlNet-XS's hint knows no time
+        return float(encoding)  # a ControlNet-XS's hint does not depend on the timestep
     network, frames = control.net.patcher.model, scene.latents if scene.family == "svd" else 1
     with torch.no_grad(), FlopCounterMode(display=False) as flops:
         network.begin(torch.zeros(frames, 3, *scene.size, dtype=scene.dtype, device=META))
@@ -134,7 +134,9 @@ def once_per_hint(control: Any, scene: Scene, encoding: int) -> float:
 
 @contextmanager
 def attention(function: Callable[..., Tensor]) -> Iterator[None]:
-    """Give the host's networks this attention: each module of theirs has the function under its own name."""
+    """Context in which the host's networks use this attention: each of their modules has the function under a separate
+    name.
+    """
     names = ("optimized_attention", "optimized_attention_masked")
     modules = [module for name, module in list(sys.modules.items()) if name.startswith("comfy.ldm.")]
     before = [(module, name, vars(module)[name]) for module in modules for name in names if name in vars(module)]
@@ -148,9 +150,9 @@ def attention(function: Callable[..., Tensor]) -> Iterator[None]:
 
 
 def peak(run: Callable[[], None], old: Sequence[Tensor]) -> int:
-    """Most bytes alive in one call of a forward, with attention that forms no table of all pairs.
+    """Peak bytes in one call of a forward, with attention that needs no table of all pairs.
 
-    old: tensors that are there before and are not counted.
+    old: tensors from before, which are not counted.
     """
 
     def fused(q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Start of every benchmark on the real host: its options, and the host in this process."""
+"""Start of every benchmark on the real host: parses its options, and makes the host importable."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HOST_MODULES = ("comfy.sd", "comfy.samplers", "comfy.sample", "comfy.controlnet"
 
 @dataclass(frozen=True)
 class Options:
-    """Options of the command line."""
+    """Options of a benchmark's command line."""
 
     comfyui: Path
     quick: bool
@@ -37,21 +37,21 @@ class Options:
     dtype: torch.dtype
     repeats: int
     cases: tuple[str, ...]
-    """Only the cases whose name holds one of these words; empty for all."""
+    """Words: only cases whose name contains one of them; empty for all."""
     scratch: Path
-    """A folder of this run, removed at its end."""
+    """Folder for this run's temporary files, removed at its end."""
     threads: int = 0
-    """Threads of the CPU; 0: torch's default."""
+    """Number of CPU threads; 0: torch's default."""
     batch: int = 1
-    """Pictures of a training step."""
+    """Number of pictures of a training step."""
     small: bool = False
-    """True: small networks in place of the real ones."""
+    """True: small networks replace the real ones. False: networks of real size."""
     deadline: float = math.inf
-    """On the clock of time.monotonic: no repeat begins after it."""
+    """Deadline on the clock of time.monotonic: no repeat begins after it."""
     folder: Path | None = None
-    """Folder for results that are files."""
+    """Folder for result files."""
     switches: frozenset[str] = frozenset()
-    """Options of the benchmark's own that were given."""
+    """Further options of the benchmark that were given."""
 
     @property
     def device(self) -> torch.device:
@@ -59,7 +59,7 @@ class Options:
 
     @property
     def left(self) -> float:
-        """Seconds to the deadline."""
+        """Seconds left to the deadline."""
         return self.deadline - time.monotonic()
 
     def wants(self, case: str) -> bool:
@@ -67,7 +67,7 @@ class Options:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that every benchmark has."""
+    """Add the options that every benchmark has."""
     parser.add_argument("--quick", action="store_true", help="small sizes and few repeats: a look, not a result")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also append every table to this file, as JSON lines")
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
@@ -82,7 +82,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def begin(description: str, *switches: str) -> Options:
-    """Read the command line and bring in the host. switches: options of the benchmark's own, with their dashes."""
+    """Parse the command line and make the host importable. switches: further options of the benchmark, with their
+    dashes.
+    """
     started = time.monotonic()
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--comfyui", type=Path, required=True, metavar="PATH", help="the ComfyUI to measure in")
@@ -120,7 +122,7 @@ def begin(description: str, *switches: str) -> Options:
 
 
 def bring_in(comfyui: Path, cpu: bool, base: Path, dynamic: bool = False) -> None:
-    """Make the host importable here. base: where it looks for models and writes; dynamic: with its dynamic VRAM."""
+    """Make the host importable here. base: folder for its models and output; dynamic: True enables its dynamic VRAM."""
     if not (comfyui / "main.py").is_file():
         raise SystemExit(f"--comfyui {comfyui}: no main.py there. Name the folder that holds it.")
     here = os.path.realpath(os.path.dirname(__file__))
@@ -143,5 +145,5 @@ def bring_in(comfyui: Path, cpu: bool, base: Path, dynamic: bool = False) -> Non
 
 
 def has_dynamic_vram() -> bool:
-    """True: the host's dynamic VRAM is on in this process."""
+    """True: the host's dynamic VRAM is on in this process. False: it is off."""
     return getattr(sys.modules.get("comfy.memory_management"), "aimdo_enabled", False)

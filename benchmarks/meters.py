@@ -1,4 +1,4 @@
-"""Time of training steps and peak of memory."""
+"""Meters of training steps: time and peak memory."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 import torch
 
 WARM_UP = 1
-"""Steps that are not counted."""
+"""Number of steps that are not counted."""
 
 
 @dataclass
 class Times:
-    """When steps ended, by the clock and by the processor's."""
+    """Times at which steps ended, by the wall clock and by the processor's."""
 
     wall: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
@@ -34,7 +34,7 @@ class Times:
 
 
 class Peak:
-    """Highest memory within a `with` block: of the GPU, or of this process."""
+    """Peak memory within a `with` block: of the GPU, or of this process."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.highest, self.on = device, 0, True

@@ -1,6 +1,6 @@
-"""Controls of others for the same transformers, of published size on `meta`: what each runs at every step.
+"""Other controls for the same transformers, of published size on `meta`: their work at every step.
 
-The host's own classes. The pass of the autoencoder that their hints need is not in it: it runs once a hint.
+The classes are the host's. The autoencoder's pass over their hints is not counted: it runs once per hint.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RunOnce = Callable[[], Any]
 
 
 class _Network:
-    """Stands for the host's patcher of a network, and for the autoencoder that is not asked."""
+    """Stand-in for the host's patcher of a network, and for the autoencoder, which is not called."""
 
     def __init__(self, model: Any = None) -> None:
         self.model = model
@@ -28,7 +28,7 @@ class _Network:
 
 
 def _of_host(module: str, name: str) -> Any:
-    """A class that newer hosts have; raises ImportError or AttributeError elsewhere."""
+    """Class that newer hosts have; raises ImportError or AttributeError elsewhere."""
     return getattr(importlib.import_module(module), name)
 
 
@@ -44,7 +44,7 @@ def _config(scene: TransformerScene, **changes: Any) -> dict[str, Any]:
 
 
 def _controlnet(scene: TransformerScene, network: Any) -> RunOnce:
-    """The base, and beside it a ControlNet that the host runs before it."""
+    """Forward of the base, preceded by a ControlNet as the host runs it."""
     time, text, hint = torch.zeros(1, device=META), scene.tensor(*scene.row.text), scene.latent
     base = scene.forward()
 
@@ -84,7 +84,7 @@ def qwen_fun(scene: TransformerScene) -> RunOnce:
 def qwen_diffsynth(scene: TransformerScene) -> RunOnce:
     from comfy_extras.nodes_model_patch import DiffSynthCnetPatch, QwenImageBlockWiseControlNet
 
-    with META:  # its norms are told no device
+    with META:  # its norms get no device argument
         network = QwenImageBlockWiseControlNet(**_settings(scene)).to(scene.dtype)
     patch = DiffSynthCnetPatch.__new__(DiffSynthCnetPatch)
     tokens = (scene.side // 16) ** 2
@@ -132,4 +132,4 @@ OTHERS: dict[str, dict[str, Callable[[TransformerScene], RunOnce]]] = {
         ),
     },
 }
-"""Size -> name of a control -> one forward with it; ImportError or AttributeError where the host does not have it."""
+"""Size -> name of a control -> one forward with it; ImportError or AttributeError where the host lacks it."""

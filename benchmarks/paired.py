@@ -1,7 +1,7 @@
-"""Cases beside a bare model, interleaved: a ratio is a case's step over the bare step of the same repeat.
+"""Paired cases and a bare model, interleaved: a ratio is a case's step over the bare step of the same repeat.
 
-`own` is the ratio of a step's processor time to the same time without that spent in this pack's code. Both are of one
-step, so that the noise of other programs cancels. It is measured on the CPU alone: on a GPU the code only launches.
+`own` is the ratio of a step's processor time to the same time without the part in this pack's code. Both are of one
+step, so that the noise of other programs cancels. It is measured only on the CPU: on a GPU the code only launches.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ HEAD = ("case", "goal GPU / CPU", "wall", "processor time", "own", "s/step")
 RUN_STEPS = 20
 """Steps of a queue run on a GPU, over which one-time work is spread."""
 CPU_STEPS = 2
-"""Steps of a first run on a CPU: one-time work counts ten times as much as in a real run. Other runs have one step."""
+"""Steps of a first run on a CPU: one-time work weighs ten times as much as in a real run. Other runs have one step."""
 
 
 @dataclass
 class Case:
-    """One row. first: no feature of its hints is cached; second: it runs after another run with its hints."""
+    """Case of the table. first: no feature of its hints is cached; second: it runs after another run with its hints."""
 
     name: str
     setup: Setup
@@ -40,7 +40,7 @@ def measure(what: str, title: str, cases: Sequence[Case], options: Options) -> N
         return
     steps = _first_steps(options)
     length = {case.name: steps if case.first or not options.cpu else 1 for case in cases}
-    for case in cases:  # kernels are chosen and memory is taken in a process's first runs
+    for case in cases:  # kernels are chosen and memory is allocated in a process's first runs
         if case is cases[0] or case.second or not options.cpu:
             queue(case.setup, length[case.name] if case.second else min(2, length[case.name]), seed=99)
     found: dict[str, list[tuple[QueueRun, QueueRun]]] = {case.name: [] for case in cases}
@@ -60,12 +60,12 @@ def measure(what: str, title: str, cases: Sequence[Case], options: Options) -> N
 
 
 def measure_own(what: str, title: str, cases: Sequence[Case], options: Options) -> None:
-    """Measurement without the bare model beside it, each case once, for steps that take minutes."""
+    """Measure without the bare model, each case once, for steps that take minutes."""
     rows, ran = [], set()
     for case in cases[1:]:
         if case.first:
             forget(case.setup)
-        elif id(case.setup) not in ran:  # its first run is not among the cases that were asked for
+        elif id(case.setup) not in ran:  # its first run is not among the requested cases
             queue(case.setup, 1)
         ran.add(id(case.setup))
         steps = _first_steps(options) if case.first else 1
@@ -89,7 +89,7 @@ def _write(
 
 
 def _own(cost: Cost) -> float:
-    """A step over what it would have cost without this pack's code."""
+    """Ratio of a step to its time without this pack's code."""
     return cost.cpu / (cost.cpu - cost.own)
 
 

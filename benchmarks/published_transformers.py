@@ -1,4 +1,4 @@
-"""Transformers of published size as MODELs managed by the host, with random weights, for runs on its sampler."""
+"""Transformers of published size as MODELs managed by the host, with random weights, for runs with its sampler."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SMALL_LUMINA = {"n_layers": 2, "axes_dims": [32, 16, 16]}
 
 @dataclass(frozen=True)
 class Timed:
-    """One published transformer, as the runs use it."""
+    """Published transformer with the settings of its runs."""
 
     published: Published
     small: dict[str, Any]
@@ -36,7 +36,7 @@ TRANSFORMERS: dict[str, Timed] = {
 
 
 def make_model(name: str, dtype: torch.dtype, small: bool = False) -> Any:
-    """A MODEL of that transformer (a key of TRANSFORMERS), as the host's loaders give it."""
+    """MODEL of that transformer (a key of TRANSFORMERS), in the form of the host's loaders."""
     import comfy.model_management
     import comfy.model_patcher
 
@@ -54,6 +54,6 @@ def make_model(name: str, dtype: torch.dtype, small: bool = False) -> Any:
 
 
 def width_of(name: str, small: bool) -> int:
-    """Channels at the site where a control is added."""
+    """Number of channels at the control's site."""
     timed = TRANSFORMERS[name]
     return timed.small_width if small else timed.published.width

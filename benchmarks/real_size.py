@@ -1,6 +1,6 @@
 """Networks of real size, managed by the host, with random weights: parameters of one shape share one tensor.
 
-Times and multiply-adds are those of the real networks; SDXL takes 0.8 GB in place of 10.
+Times and multiply-adds are those of the real networks; SDXL takes 0.8 GB instead of 10.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ UNETS: dict[str, UNetLayout] = {
 XS = dict(RELEASED_XS)
 """Name of a released ControlNet-XS -> its size."""
 FILES = {"gen1a": "sd15_legacy", "gen1a_norm": "sdxl_june", "gen1b": "sdxl_july", "gen1b_scale": "svd_v1"}
-"""Build -> the name of its published file in tools/tiny_models; the second generation has one for all."""
+"""Build -> name of its published file in tools/tiny_models; the second generation has one for all."""
 NOT_STOCK = ("out_channels", "use_temporal_resblock", "use_temporal_attention")
 
 
 def shrink() -> None:
-    """Replace the real networks by small ones of the same kinds, to try whether a benchmark runs."""
+    """Replace the real networks by small ones of the same kinds, to check that a benchmark runs."""
     UNETS.update({name: LAYOUTS[name] for name in UNETS})
     for name, size in XS.items():
         unet = UNETS.get(name.partition("_")[0], size.unet)
@@ -44,12 +44,15 @@ def shrink() -> None:
 
 
 def fits(name: str, small: bool) -> bool:
-    """False: the small networks have no place for that control, a row of SPECS of the first generation."""
+    """True: the networks have a site for that control.
+
+    False: small networks lack that of a first-generation row of SPECS.
+    """
     return not small or name not in SPECS or SPECS[name].build.startswith("gen2")
 
 
 def share_weights(network: nn.Module, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
-    """Give every parameter numbers; those of one shape are one tensor. Norms do nothing but normalise."""
+    """Fill every parameter; those of one shape share one tensor. Norms only normalise."""
     shared: dict[tuple[Any, ...], nn.Parameter] = {}
     for module in network.modules():
         for name, parameter in list(module._parameters.items()):
@@ -74,7 +77,7 @@ def _numbers(shape: tuple[int, ...], weight: bool, device: torch.device | str) -
 
 
 def make_unet(name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
-    """A MODEL of that real UNet (a key of UNETS), as the host's loaders give it. device: where the weights are."""
+    """MODEL of that real UNet (a key of UNETS), in the form of the host's loaders. device: of the weights."""
     import comfy.model_detection
     import comfy.model_management
     import comfy.model_patcher
@@ -94,9 +97,9 @@ def make_unet(name: str, dtype: torch.dtype, device: torch.device | str = "cpu")
 
 
 def save_sd15(path: Path, dtype: torch.dtype) -> Path:
-    """A whole SD1.5 checkpoint of real size, random: UNet, autoencoder and text encoder.
+    """Save a random SD1.5 checkpoint of real size: UNet, autoencoder and text encoder.
 
-    dtype: one of a byte is for the UNet's matrices alone, the rest is in fp16 then.
+    dtype: one of a single byte applies only to the UNet's matrices, the rest is then in fp16.
     """
     import comfy.sd1_clip
     from comfy.ldm.models.autoencoder import AutoencoderKL
@@ -121,7 +124,9 @@ def save_sd15(path: Path, dtype: torch.dtype) -> Path:
 
 
 def make_control(variant: str, folder: Path, seed: int = 0, width: int | None = None) -> Any:
-    """A ControlNeXt of that row of SPECS, through a file and the loader's own code. width: of a wide base."""
+    """ControlNeXt of that row of SPECS, made through a file and the loader. width: output channels,
+    None for the row's.
+    """
     from ..controlnext_core.comfy_adapter.files.loading import load_control
 
     spec = SPECS[variant]
@@ -131,7 +136,7 @@ def make_control(variant: str, folder: Path, seed: int = 0, width: int | None = 
 
 
 def make_xs(release: str, folder: Path) -> Any:
-    """A ControlNet-XS of a released size (a key of XS), through a file and the loader."""
+    """ControlNet-XS of a released size (a key of XS), made through a file and the loader."""
     from ..controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
 
     path = folder / f"{release}.safetensors"
@@ -145,7 +150,7 @@ def make_xs(release: str, folder: Path) -> Any:
 
 
 def make_stock(unet: Any, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
-    """The stock ControlNet beside that MODEL: its encoder once more, in the host's own object."""
+    """Stock ControlNet for that MODEL: a copy of its encoder, in the host's class."""
     import comfy.cldm.cldm
     import comfy.controlnet
     import comfy.model_management

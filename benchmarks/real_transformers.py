@@ -1,7 +1,7 @@
 """Diffusion transformers of published width, on torch's `meta` device or on a CPU, and their forwards with a control.
 
-On `meta` nothing is computed, so that a model of 20 billion numbers takes seconds. The classes are the host's, the
-configurations those that it finds in the published files.
+On `meta` no values are computed, so that a model of 20 billion parameters takes seconds. The classes are the host's,
+the configurations those that it detects in the published files.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ PATCH, LATENT_CHANNELS = 2, 16
 
 @dataclass(frozen=True)
 class Published:
-    """One published transformer and what its forward is given."""
+    """Published transformer and the inputs of its forward."""
 
     variant: str
-    """The row of SPECS for it."""
+    """Row of SPECS for it."""
     supported: str
     """Class in the host's `supported_models`."""
     config: dict[str, Any]
     width: int
     text: tuple[int, int]
-    """Text of a usual prompt: (tokens, width)."""
+    """Size of a typical prompt: (tokens, width)."""
     pooled: int | None = None
     frames: bool = False
     channels: int = LATENT_CHANNELS
     later: dict[str, Any] = field(default_factory=dict)
-    """Keys that hosts after the pinned one want in the configuration as well."""
+    """Further keys of the configuration on hosts after the pinned one."""
 
 
 def sd3(depth: int, second_attention: int = 0) -> Published:
@@ -155,7 +155,7 @@ PUBLISHED: dict[str, Published] = {
 
 
 def is_pinned() -> bool:
-    """True on the host version that `run.py` fetches."""
+    """True: the host has the version that `run.py` downloads. False: another version."""
     import comfyui_version
 
     from ..tools.host import VERSION
@@ -164,7 +164,7 @@ def is_pinned() -> bool:
 
 
 def make_transformer(row: Published, dtype: torch.dtype, device: torch.device = META) -> Any:
-    """BaseModel of the host at that size: on `meta` without numbers, on a CPU with one shared tensor for each shape."""
+    """BaseModel of the host at that size: on `meta` without values, on a CPU with one shared tensor for each shape."""
     import comfy.supported_models
 
     from .real_size import share_weights
@@ -179,7 +179,7 @@ def make_transformer(row: Published, dtype: torch.dtype, device: torch.device = 
 
 
 def make_control(row: Published, folder: Path, dtype: torch.dtype, device: torch.device = META) -> Any:
-    """The ControlNeXt of that size, through a file of a narrow one and the loader's own code."""
+    """ControlNeXt of that size, made through a file of a narrow one and the loader."""
     from ..controlnext_core.comfy_adapter.files.loading import load_control
 
     spec = SPECS[row.variant]
@@ -196,7 +196,7 @@ def make_control(row: Published, folder: Path, dtype: torch.dtype, device: torch
 
 
 class TransformerScene:
-    """A transformer, one row at CFG 1, and its forwards: of a picture, or of a clip for a base that makes some."""
+    """Transformer with batch 1 at CFG 1, and its forwards: of a picture, or of a clip for a base of clips."""
 
     def __init__(
         self,
@@ -206,7 +206,7 @@ class TransformerScene:
         device: torch.device = META,
         clip: tuple[int, int, int] | None = None,
     ) -> None:
-        """side: of the picture, in pixels; clip: (frames, height, width) in place of it."""
+        """side: of the picture, in pixels; clip: (frames, height, width) instead."""
         self.row, self.side, self.dtype, self.device = row, side, dtype, device
         self.frames, height, width = clip or (1, side, side)
         self.size = (height, width)
@@ -234,7 +234,7 @@ class TransformerScene:
         return given
 
     def forward(self, control: Any = None, options: dict[str, Any] | None = None) -> Callable[[], Any]:
-        """A function that runs one forward, with a control of ours or with options of others."""
+        """Function that runs one forward, with a control of this pack or with other options."""
 
         def run() -> Any:
             given: dict[str, Any] = {"cond_or_uncond": [0], **(options or {})}
@@ -249,7 +249,7 @@ class TransformerScene:
         return run
 
     def start(self, control: Any) -> None:
-        """Give a control its hint and begin a first run."""
+        """Set the control's hint and begin a first run."""
         from ..controlnext_core.comfy_adapter.sampling.features import CACHE
         from .sampling import hint
 

@@ -1,4 +1,4 @@
-"""Output of benchmarks: lines on the screen, and with hardware, versions and date in benchmarks/results."""
+"""Output of benchmarks: on the screen and, with hardware, versions and date, in benchmarks/results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOLDER = Path(__file__).with_name("results")
 
 
 class Report:
-    """Lines of one run of a benchmark."""
+    """Report of one run of a benchmark, line by line."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -26,12 +26,12 @@ class Report:
         print(self.lines[0] + "\n")
 
     def line(self, text: str = "") -> None:
-        """Print a line and keep it."""
+        """Print a line and record it."""
         print(text)
         self.lines.append(text)
 
     def save(self) -> Path:
-        """Write results/<what>_<hardware>_<yyyymm>.md, in place of an earlier run of that month."""
+        """Write results/<what>_<hardware>_<yyyymm>.md, replacing an earlier run of that month."""
         path = result_path(self.what)
         text = "\n".join(line.rstrip() for line in self.lines[2:])
         path.write_text(f"# {self.what}\n\n{self.lines[0]}\n\n```\n{text}\n```\n", encoding="utf-8", newline="\n")
@@ -47,9 +47,9 @@ def append_table(
     json_file: Path | None = None,
     keep: bool = True,
 ) -> None:
-    """Print a Markdown table, and append it to results/<what>_<hardware>_<yyyymm>.md unless `keep` is off.
+    """Print a Markdown table, and append it to results/<what>_<hardware>_<yyyymm>.md unless `keep` is False.
 
-    settings: what was measured with, beside hardware and versions (dtype, threads, repeats).
+    settings: settings of the measurement beside hardware and versions (dtype, threads, repeats).
     """
     cells = [[str(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
@@ -69,20 +69,20 @@ def append_table(
 
 
 def spread(ratios: Sequence[float]) -> str:
-    """Median and the whole range: `1.012 (1.008 to 1.019)`."""
+    """Median and range as text: `1.012 (1.008 to 1.019)`."""
     middle = f"{statistics.median(ratios):.3f}"
     return middle if len(ratios) == 1 else f"{middle} ({min(ratios):.3f} to {max(ratios):.3f})"
 
 
 def result_path(what: str) -> Path:
-    """Path of the results of this benchmark, on this hardware, in this month."""
+    """Path of this benchmark's results, for this hardware and month."""
     FOLDER.mkdir(exist_ok=True)
     name = re.sub(r"\W+", "-", hardware().lower()).strip("-")
     return FOLDER / f"{what}_{name}_{datetime.date.today():%Y%m}.md"
 
 
 def facts() -> str:
-    """Hardware, versions, date."""
+    """Hardware, versions and date, as text."""
     return (
         f"{hardware()}; Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}; "
         f"{datetime.date.today().isoformat()}"

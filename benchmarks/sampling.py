@@ -1,4 +1,4 @@
-"""Queue runs on the host's own sampler, timed step by step, and what of the time is spent in this pack's code."""
+"""Queue runs with the host's sampler, timed step by step, and the share of the time in this pack's code."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .real_size import UNETS
 CFG = {"sd15": 7.0, "sdxl": 7.0, "svd": 2.5, **{name: row.cfg for name, row in TRANSFORMERS.items()}}
 KEY = "controlnext_benchmark"
 OWN_RANGE = "controlnext: ours"
-"""Name under which a profiler sees this pack's code."""
+"""Name of this pack's code in profiles."""
 
 
 @dataclass
 class Setup:
-    """One case: what KSampler is given. A control is applied to both prompts with the stock Apply node."""
+    """Inputs of KSampler for one case. A control is applied to both prompts with the stock Apply node."""
 
     family: str
     model: Any
@@ -39,7 +39,7 @@ class Setup:
         return replace(self, controls=controls, conds=None)
 
     def prepare(self) -> Any:
-        """(positive, negative), made once: ComfyUI keeps the outputs of unchanged nodes."""
+        """Conditionings (positive, negative), made once: ComfyUI keeps the outputs of unchanged nodes."""
         import nodes as host_nodes
 
         if self.conds is None:
@@ -54,7 +54,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds: on the wall, of this process, and the part of the latter in this pack's code."""
+    """Cost in seconds: wall time, processor time of this process, and the part of the latter in this pack's code."""
 
     wall: float = 0.0
     cpu: float = 0.0
@@ -72,7 +72,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class QueueRun:
-    """One queue run."""
+    """Costs and result of one queue run."""
 
     first: Cost
     later: Cost
@@ -85,14 +85,14 @@ class QueueRun:
 
 
 def hint(seed: int, height: int, width: int, count: int = 1) -> Tensor:
-    """An IMAGE of smooth random shapes: (count, height, width, 3) in [0, 1]."""
+    """IMAGE of smooth random shapes: (count, height, width, 3) in [0, 1]."""
     coarse = torch.rand(count, 3, 9, 9, generator=torch.Generator().manual_seed(seed))
     picture = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
     return picture.movedim(1, -1).contiguous()
 
 
 def conditioning(family: str, seed: int) -> Any:
-    """Stands for an encoded prompt."""
+    """Random conditioning in place of an encoded prompt."""
     generator = torch.Generator().manual_seed(seed)
     if family in TRANSFORMERS:
         row = TRANSFORMERS[family].published
@@ -109,7 +109,7 @@ def conditioning(family: str, seed: int) -> Any:
 
 
 class Stopwatch:
-    """Adds up what is spent in functions of this pack while a run goes on; calls inside calls count once."""
+    """Stopwatch of the time in functions of this pack during a run; nested calls count once."""
 
     def __init__(self) -> None:
         self.own, self.depth = 0.0, 0
@@ -133,7 +133,7 @@ WATCH = Stopwatch()
 
 @contextmanager
 def watching() -> Iterator[None]:
-    """Put the stopwatch around every door by which the host enters this pack in a step."""
+    """Context with the stopwatch around every function by which the host enters this pack in a step."""
     from ..controlnext_core.comfy_adapter.sampling.host_control import HostControl
     from ..controlnext_core.comfy_adapter.sampling.next_forward import Collector
     from ..controlnext_core.comfy_adapter.sampling.xs_forward import Lockstep, XSJob
@@ -154,7 +154,7 @@ def watching() -> Iterator[None]:
 
 
 class Timer:
-    """CALC_COND_BATCH wrapper: the clock at the start of the run, after its first step and at its end."""
+    """CALC_COND_BATCH wrapper that reads the clock at the start of the run, after its first step and at its end."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -170,13 +170,13 @@ class Timer:
         if not self.ends:
             self.start = self.now()
         result = executor(*args)
-        # on a GPU later steps are not waited for one by one: launching ahead is part of the speed
+        # later steps on a GPU are not synchronised one by one: launching ahead is part of the speed
         self.ends.append(self.now() if not self.ends or self.device.type == "cpu" else Cost())
         return result
 
 
 def queue(setup: Setup, steps: int, seed: int = 0) -> QueueRun:
-    """One queue run; nothing before the first step or after the last one is counted."""
+    """Run one queue run; time before the first step or after the last one is not counted."""
     import comfy.model_management
     import comfy.sample
     from comfy.patcher_extension import WrappersMP
@@ -194,12 +194,12 @@ def queue(setup: Setup, steps: int, seed: int = 0) -> QueueRun:
         latent = comfy.sample.sample(model, noise, steps, *sampler, disable_pbar=True, seed=seed)
     end = timer.ends[-1] if timer.device.type == "cpu" else timer.now()
     first = timer.ends[0] - timer.start
-    later = (end - timer.ends[0]) * (1 / (steps - 1)) if steps > 1 else first  # a run of one stands for all
+    later = (end - timer.ends[0]) * (1 / (steps - 1)) if steps > 1 else first  # a run of one step uses it for both
     return QueueRun(first, later, latent)
 
 
 def forget(setup: Setup) -> None:
-    """Drop what is cached of the hints of these controls, as if they had never run."""
+    """Drop the cached features of these controls' hints, as before their first run."""
     from ..controlnext_core.comfy_adapter.sampling.features import CACHE
 
     for control in setup.controls:

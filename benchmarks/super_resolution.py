@@ -1,11 +1,11 @@
 """Super-resolution on the demo's base of SD3's shape, after table 2 of the paper: trained and measured on drawn scenes.
 
     python run.py bench super_resolution                      # trains 500 steps, most of an hour, and measures
-    python run.py bench super_resolution --parts measure      # with the control that is there
+    python run.py bench super_resolution --parts measure      # with the existing control
     python run.py bench super_resolution --parts tiles        # a picture larger than a pass, in tiles
 
-The hint is the picture through the degradation of the trainer's data (blur, shrunk 2 to 4 times, noise, JPEG, enlarged
-by cubic interpolation); that picture itself is the row `bicubic`. Scenes that no training saw; each row against the
+The hint is the picture after the degradation of the trainer's data (blur, shrunk 2 to 4 times, noise, JPEG, enlarged by
+cubic interpolation); that picture itself is the row `bicubic`. Scenes are unseen; each row is compared with the
 picture: PSNR in dB, SSIM of luminance (Wang et al. 2004: Gaussian of 1.5 pixels, constants 0.01 and 0.03), F1 of canny
 edges (2 pixels), and the distance of features: root mean square difference of the latents of the base's autoencoder.
 The row `autoencoder` is the picture encoded and decoded, the best that the base can reach.
@@ -38,17 +38,17 @@ FOLDER = ROOT / ".cache" / "super_resolution"
 RECIPE = ROOT / "controlnext_training" / "recipes" / "picture_sharp.toml"
 PARTS = ("train", "measure", "tiles")
 SEED, SCENES = 62, 16
-"""Seed and number of the scenes that are measured; those of seed 61 train."""
+"""Seed and number of the measured scenes; those of seed 61 train."""
 SAMPLER: dict[str, Any] = {"steps": 20, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
 LARGE, OVERLAP, DENOISE = 224, 32, 0.6
-"""Pictures of the part tiles: their sides, what tiles share, and how much of them is drawn again in the last row."""
+"""Sides and overlap of the part tiles, and the denoise strength of its last row."""
 SHOWN = 4
-"""Scenes in the strip of pictures."""
+"""Number of scenes in the strip of pictures."""
 WINDOW, K1, K2 = 1.5, 0.01, 0.03
 """Constants of SSIM: standard deviation in pixels, K1 and K2."""
 
 Rows = dict[str, np.ndarray]
-"""Row -> a picture, (H, W, 3) floats in 0..1."""
+"""Row -> picture, (H, W, 3) floats in 0..1."""
 
 
 def psnr(picture: np.ndarray, wanted: np.ndarray) -> float:
@@ -57,7 +57,7 @@ def psnr(picture: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def ssim(picture: np.ndarray, wanted: np.ndarray) -> float:
-    """Structural similarity of the luminance of two pictures in 0..1, its mean over all pixels."""
+    """Structural similarity of the luminance of two pictures in 0..1: mean over all pixels."""
     x, y = (luminance(one).astype(np.float64) for one in (picture, wanted))
     mean_x, mean_y = _smooth(x), _smooth(y)
     var_x, var_y = _smooth(x * x) - mean_x**2, _smooth(y * y) - mean_y**2
@@ -94,7 +94,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def train(options: argparse.Namespace, base: Path, control: Path) -> None:
-    """Train the recipe, or go on with it."""
+    """Train the recipe, or resume it."""
     from comfyui_controlnext.controlnext_training.command import run_config
     from comfyui_controlnext.controlnext_training.config_files import make_config, read_recipe
 
@@ -104,7 +104,7 @@ def train(options: argparse.Namespace, base: Path, control: Path) -> None:
 
 
 class Painter:
-    """The base with its control, through the host's own nodes."""
+    """Base with its control, through the host's nodes."""
 
     def __init__(self, base: Path, control: Path) -> None:
         import comfy.sd
@@ -122,13 +122,13 @@ class Painter:
         return self.words[text]
 
     def draw(self, caption: str, side: int, hint: np.ndarray | None, seed: int) -> np.ndarray:
-        """The picture of a caption; hint: None for the base alone."""
+        """Draw the picture of a caption; hint: None for the base only."""
         latent = torch.zeros(1, 16, side // 8, side // 8)
         hints = None if hint is None else torch.from_numpy(hint)[None]
         return self.decode(self.sampled(caption, hints, latent, seed, SAMPLER["denoise"]))
 
     def draw_tiles(self, caption: str, side: int, hint: np.ndarray, seed: int, denoise: float) -> np.ndarray:
-        """The picture in tiles, each with its part of the hint as hint and as beginning."""
+        """Draw a picture in tiles, each with its part of the hint as hint and as initial latent."""
         from comfyui_controlnext.controlnext_core.tiles import merge, split
 
         tiles, layout = split(torch.from_numpy(hint)[None], side, side, OVERLAP)
@@ -138,7 +138,7 @@ class Painter:
     def sampled(
         self, caption: str, hints: torch.Tensor | None, latent: torch.Tensor, seed: int, denoise: float
     ) -> torch.Tensor:
-        """Latents drawn from these; hints: one for each, or None for the base alone."""
+        """Sample latents from these; hints: one for each, or None for the base only."""
         from comfyui_controlnext.nodes.apply import ControlNeXtApply
 
         import nodes
@@ -159,7 +159,7 @@ class Painter:
 
 
 def rows_of(painter: Painter, number: int, side: int) -> Rows:
-    """All rows of a scene; the first is the picture itself."""
+    """Rows of a scene; the first is the picture itself."""
     from comfyui_controlnext.controlnext_core.picturebook import draw
     from comfyui_controlnext.controlnext_training.data.degraded import low_resolution
 
@@ -176,8 +176,10 @@ def rows_of(painter: Painter, number: int, side: int) -> Rows:
 
 
 def large_rows_of(painter: Painter, number: int, side: int) -> Rows:
-    """Rows of a larger scene: in one pass, and in tiles of `side`. The row `bicubic, decoded` shows what of the figures
-    is the autoencoder's, which has learned such pictures."""
+    """Rows of a larger scene: in one pass, and in tiles of `side`.
+
+    The row `bicubic, decoded` shows the share of the autoencoder, which was trained on such pictures, in the figures.
+    """
     from comfyui_controlnext.controlnext_core.picturebook import draw
     from comfyui_controlnext.controlnext_training.data.degraded import low_resolution
 
@@ -224,7 +226,7 @@ def table(found: list[dict[str, dict[str, float]]]) -> list[str]:
 
 
 def strip(scenes: list[Rows], path: Path, shown: tuple[str, ...]) -> None:
-    """A line of pictures for each scene, with these rows."""
+    """Draw a line of pictures for each scene, with these rows."""
     from PIL import Image
 
     lines = [np.concatenate([rows[row] for row in shown], axis=1) for rows in scenes[:SHOWN]]
@@ -241,11 +243,11 @@ ROWS: dict[str, tuple[Callable[[Painter, int, int], Rows], str, str, tuple[str, 
         ("bicubic", "one pass", "tiles", f"tiles, denoise {DENOISE}", "picture"),
     ),
 }
-"""Part -> what draws its rows, names of its files of figures and of pictures, and the rows that these show."""
+"""Part -> function that draws its rows, file names of its figures and of its pictures, and the rows in the latter."""
 
 
 def measure(options: argparse.Namespace, base: Path, part: str) -> None:
-    """Figures and pictures of the trained control; files hold those of the scenes so far."""
+    """Measure the trained control: figures and pictures are written after each scene."""
     from comfyui_controlnext.controlnext_training.config_files import read_recipe
 
     control = options.folder / "models" / "controlnext" / "picture_sharp.safetensors"

@@ -1,4 +1,4 @@
-"""ControlNeXt's two parts otherwise: the encoder in channels last, and its addition as one compiled kernel."""
+"""Candidates for ControlNeXt's two parts: the encoder in channels last, and its addition as one compiled kernel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 @contextmanager
 def channels_last(net: nn.Module) -> Iterator[None]:
-    """Inside, weights and features of this encoder lie in channels last."""
+    """Context in which weights and features of this encoder have the memory format channels last."""
     begin: Any = net.begin
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     last = {"memory_format": torch.channels_last}
@@ -26,7 +26,9 @@ def channels_last(net: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def one_kernel(device: torch.device) -> Iterator[None]:
-    """Inside, `injection.fuse` is compiled; on a CPU it is traced and runs as written, which needs no compiler."""
+    """Context in which `injection.fuse` is compiled; on a CPU it is traced and runs uncompiled, which needs no
+    compiler.
+    """
     from ...controlnext_core.comfy_adapter.sampling import next_forward
 
     plain = next_forward.fuse

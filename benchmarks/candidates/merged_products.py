@@ -1,5 +1,6 @@
-"""ControlNet-XS with fewer products: query, key and value of a self-attention as one, all keys and values of the text
-as one for the whole network."""
+"""Candidate for ControlNet-XS with fewer matrix products: query, key and value of a self-attention in one, and all keys
+and values of the text in one for the whole network.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ Forward = Callable[[Tensor, Tensor], Tensor]
 
 
 class _Joined:
-    """Weights of several layers below each other, on the device and in the dtype of what they are applied to."""
+    """Concatenated weights of several layers, on the device and in the dtype of their input."""
 
     def __init__(self, layers: list[Any]) -> None:
         self.layers, self.weight = layers, torch.empty(0)
@@ -40,7 +41,7 @@ class _Text:
         self.parts: tuple[Tensor, ...] = ()
 
     def of(self, number: int, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Key and value of that attention, (B, T, width) each."""
+        """Key and value of that attention, each (B, T, width)."""
         if self.context is not context:
             self.context, self.parts = context, self.joined(context).split(self.widths, dim=-1)
         return self.parts[2 * number], self.parts[2 * number + 1]

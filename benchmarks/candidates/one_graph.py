@@ -1,6 +1,7 @@
-"""A forward of the base with its ControlNet-XS as one CUDA graph, captured at the first step and replayed later.
+"""Candidate: a forward of the base with its ControlNet-XS as one CUDA graph, captured at the first step and replayed
+later.
 
-Only what the UNet is given as tensors may change between steps; a control with an own time embedding changes more.
+Only the tensor inputs of the UNet may change between steps; a control with its own time embedding changes more.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ WARM_UP = 2
 
 
 class Graphed:
-    """DIFFUSION_MODEL wrapper. On a CPU the forward runs on the same standing tensors, without a graph."""
+    """DIFFUSION_MODEL wrapper that replays the graph.
+
+    On a CPU the forward runs on the same static tensors, without a graph.
+    """
 
     def __init__(self) -> None:
         self.shapes: Any = None
@@ -39,7 +43,7 @@ class Graphed:
 
         def run() -> Tensor:
             inside = self.inputs
-            # the options are copied: a forward leaves notes in them
+            # the options are copied, since a forward writes to them
             return executor(
                 inside["x"], inside["timesteps"], inside["context"], inside.get("y"), control, dict(options), **kwargs
             )

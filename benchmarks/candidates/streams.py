@@ -1,4 +1,7 @@
-"""Work on a second stream: ControlNet-XS's block beside the base's block of its number, features a step ahead."""
+"""Candidates with a second stream:
+
+ControlNet-XS's block beside the base's next block, features prefetched by a step.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ from torch import Tensor
 
 
 class Side:
-    """A second stream of a device; on a CPU everything happens where it stands."""
+    """Second stream of a device; on a CPU all work runs in place."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def run(self, work: Callable[[], Tensor]) -> Tensor:
-        """Do it on the second stream, after all that was asked for so far. `join` before the result is used."""
+        """Run work on the second stream, after all work queued so far. Call `join` before the result is used."""
         if self.stream is None:
             return work()
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
@@ -27,7 +30,7 @@ class Side:
             return work()
 
     def join(self, result: Tensor) -> Tensor:
-        """Let the current stream wait for it."""
+        """Make the current stream wait for the result."""
         if self.stream is not None:
             current = torch.cuda.current_stream(self.stream.device)
             current.wait_stream(self.stream)
@@ -37,7 +40,9 @@ class Side:
 
 @contextmanager
 def beside_the_base(device: torch.device) -> Iterator[None]:
-    """Inside, an encoder block of a ControlNet-XS starts when its input is there, beside the base's next block."""
+    """Context in which an encoder block of a ControlNet-XS starts when its input is ready, beside the base's next
+    block.
+    """
     from ...controlnext_core.comfy_adapter.bases.forward_options import TransformerOptions
     from ...controlnext_core.comfy_adapter.sampling.xs_forward import Lockstep
     from ...models.controlnet_xs import Walk
@@ -68,7 +73,7 @@ def beside_the_base(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def fetched_ahead(device: torch.device) -> Iterator[None]:
-    """Inside, a ControlNeXt's features for the next step come from host memory while this step runs."""
+    """Context in which a ControlNeXt's features for the next step are copied from host memory during this step."""
     from ...controlnext_core.comfy_adapter.sampling import next_control
     from ...controlnext_core.comfy_adapter.sampling.features import CACHE
 

@@ -1,7 +1,7 @@
-"""ControlNeXt written down a second time, from the layer tables of the released code, for the tests to compare with.
+"""Reference of ControlNeXt, written a second time from the layer tables of the released code, for comparison in tests.
 
-Plain functions on a state dict: nothing here comes from the networks, the table or the maths under test. Importable
-as `comfyui_controlnext.tests.references.reference_controlnext` (the pack's name is a package over the whole folder).
+Plain functions on a state dict: nothing here comes from the networks, the table or the maths under test. Importable as
+`comfyui_controlnext.tests.references.reference_controlnext` (the pack's name is a package over the whole folder).
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Build:
-    """One released encoder: what its layer table says."""
+    """Facts about one released encoder, from its layer table."""
 
     parameters: int
     keys: int
     out: int
     padding: int | None
-    """Widths of the second and third stem convolution; None: no stem."""
+    """Padding of the second and third stem convolution; None: no stem."""
     pooled_stem: bool
     stages: tuple[tuple[int, int, int], ...]
-    """(channels in, channels out, groups) of each residual block."""
+    """Residual blocks as (channels in, channels out, groups)."""
     middle: Literal["bare", "norm", "norm and skip"]
     scale: bool
 
@@ -53,7 +53,7 @@ BUILDS: dict[str, Build] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """Treatment of the encoder's output in the released code of one variant."""
+    """Fusion of the encoder's output in the released code of one variant."""
 
     build: str
     family: str
@@ -61,9 +61,9 @@ class Variant:
     order: Literal["pool, norm", "norm, pool"]
     eps: float
     gain: str
-    """`1`, a factor, `scale` or `1.3*sigmoid(scale)`."""
+    """Formula of the gain: `1`, a factor, `scale` or `1.3*sigmoid(scale)`."""
     uncond: float | None
-    """Gain of the negative half; None = that of the positive half."""
+    """Gain of the negative half; None: that of the positive half."""
 
 
 VARIANTS: dict[str, Variant] = {
@@ -83,7 +83,7 @@ def _layer(name: str, *shape: int) -> Shapes:
 
 
 def shapes(name: str, out: int | None = None) -> Shapes:
-    """The complete names and shapes of a build's file."""
+    """Names and shapes of all tensors in a build's file."""
     build = BUILDS[name]
     found = _layer("time_embedding.linear_1", 256, 128) | _layer("time_embedding.linear_2", 256, 256)
     if build.padding is not None:
@@ -106,7 +106,9 @@ def shapes(name: str, out: int | None = None) -> Shapes:
 
 
 def random_weights(name: str, seed: int = 0, out: int | None = None, scale: float = 0.8) -> dict[str, Tensor]:
-    """An encoder's file in fp32: random weights and biases, norms away from one and zero, `scale` as given."""
+    """Random weights of an encoder's file in fp32: weights and biases, norms away from one and
+    zero, the given `scale`.
+    """
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for key, shape in shapes(name, out).items():
@@ -119,7 +121,7 @@ def random_weights(name: str, seed: int = 0, out: int | None = None, scale: floa
 
 
 def encode(name: str, w: dict[str, Tensor], hint: Tensor, timestep: Tensor) -> Tensor:
-    """The forward pass of a build. hint: (B, 3, H, W) in [0, 1]; timestep: (B,) or (1,)."""
+    """Forward pass of a build. hint: (B, 3, H, W) in [0, 1]; timestep: (B,) or (1,)."""
     build = BUILDS[name]
 
     def conv(key: str, x: Tensor, stride: int = 1, padding: int = 1) -> Tensor:
@@ -158,7 +160,7 @@ def encode(name: str, w: dict[str, Tensor], hint: Tensor, timestep: Tensor) -> T
 
 
 def gain(variant: Variant, scale: float | None) -> float:
-    """The released gain of the positive half."""
+    """Released gain of the positive half."""
     if variant.gain == "scale":
         assert scale is not None
         return scale
@@ -169,14 +171,14 @@ def gain(variant: Variant, scale: float | None) -> float:
 
 
 def cross_normalise(c: Tensor, x: Tensor, eps: float) -> Tensor:
-    """The released formula: c gets the mean and the (unbiased) standard deviation of x, per sample."""
+    """Released formula: c gets the mean and the (unbiased) standard deviation of x, per sample."""
     axes = (1, 2, 3)
     c = (c - c.mean(axes, keepdim=True)) / (c.std(axes, keepdim=True, unbiased=True) + eps)
     return c * x.std(axes, keepdim=True, unbiased=True) + x.mean(axes, keepdim=True)
 
 
 def added(c: Tensor, x: Tensor, order: str, eps: float) -> Tensor:
-    """Addition to x at gain 1: (B, C, H, W) of x's size."""
+    """Sum of x and the control at gain 1: (B, C, H, W) of x's size."""
     size = x.shape[-2:]
     if order == "pool, norm":
         return cross_normalise(F.adaptive_avg_pool2d(c, size), x, eps)
@@ -185,6 +187,6 @@ def added(c: Tensor, x: Tensor, order: str, eps: float) -> Tensor:
 
 
 def paper_equation_10(c: Tensor, x: Tensor, eps: float) -> Tensor:
-    """(c - mean(x)) / sqrt(var(x) + eps), biased variance over all elements of a sample."""
+    """Equation 10 of the paper: (c - mean(x)) / sqrt(var(x) + eps), biased variance over all elements of a sample."""
     axes = (1, 2, 3)
     return (c - x.mean(axes, keepdim=True)) / torch.sqrt(x.var(axes, keepdim=True, unbiased=False) + eps)

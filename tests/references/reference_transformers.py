@@ -1,6 +1,6 @@
-"""ControlNeXt on diffusion transformers, stated a second time: for the tests, and shared with nothing of the pack.
+"""Reference of ControlNeXt on diffusion transformers, for the tests; shares no code with the pack.
 
-A torch forward hook on the host's own block finds the picture's tokens by counting, and adds the released formula with
+A torch forward hook on the host's block finds the picture's tokens by counting, and adds the released formula with
 tokens in place of pixels: ((c - m(c)) / (s(c) + eps)) * s(x) + m(x), moments of each sample over tokens and channels.
 The encoder is that of `reference_controlnext`, averaged onto the grid of tokens after its last convolution.
 """
@@ -24,21 +24,21 @@ EPS = 1e-12
 
 @dataclass(frozen=True)
 class Family:
-    """Facts of a family: its first joint block, and the place of the picture's tokens."""
+    """Facts about a family: its first joint block, and the position of the picture's tokens."""
 
     block: Callable[[Any], Any]
-    """The host's transformer -> the module of its first joint block."""
+    """Function from the host's transformer to the module of its first joint block."""
     part: int | None
-    """Place of the picture's stream in what the block returns; None: it returns one stream, the text first."""
+    """Index of the picture's stream in the block's result; None: it returns one stream, the text first."""
     text_multiple: int = 1
-    """Number to a multiple of which the text's tokens are padded."""
+    """Multiple to which the number of text tokens is padded."""
     text_in_stream: bool = True
-    """One stream is returned: the text is in it."""
+    """True: the returned stream contains the text. False: it does not."""
     build: str = BUILD
     frames: int = 4
     """Frames in each latent frame of a clip after the first."""
     differences: str = ""
-    """Names of the attention output projections of the picture's stream, N for the number of the block."""
+    """Names of the attention output projections of the picture's stream, with N for the index of the block."""
 
 
 _WAN = Family(lambda net: net.blocks[0], None, text_in_stream=False, differences="blocks.N.self_attn.o.weight")
@@ -62,12 +62,12 @@ FAMILIES: dict[str, Family] = {
 
 
 def grid_of(size: tuple[int, int]) -> tuple[int, int]:
-    """Tokens along each side of a latent: two cells a token, an odd last cell has one of its own."""
+    """Grid of tokens along each side of a latent: two cells per token, an odd last cell has a token of its own."""
     return math.ceil(size[0] / 2), math.ceil(size[1] / 2)
 
 
 def encode(weights: dict[str, Tensor], hint: Tensor, sigma: float, grid: tuple[int, int], build: str = BUILD) -> Tensor:
-    """The control of each hint: (n, tokens, channels). hint: (n, 3, H, W) at eight times the latent's size."""
+    """Control of each hint: (n, tokens, channels). hint: (n, 3, H, W) at eight times the latent's size."""
     found = released.encode(build, weights, hint, torch.tensor([1000.0 * sigma]))
     return F.adaptive_avg_pool2d(found, grid).permute(0, 2, 3, 1).flatten(1, 2)
 
@@ -75,9 +75,9 @@ def encode(weights: dict[str, Tensor], hint: Tensor, sigma: float, grid: tuple[i
 def encode_clip(
     family: str, weights: dict[str, Tensor], hint: Tensor, sigma: float, grid: tuple[int, int], latent_frames: list[int]
 ) -> Tensor:
-    """The control of these latent frames of a clip: (1, tokens of all, channels). hint: (frames, 3, H, W).
+    """Control of these latent frames of a clip: (1, tokens of all, channels). hint: (frames, 3, H, W).
 
-    Latent frame 0 is frame 0; each later one is the mean of four frames' controls. The last frame is held.
+    Latent frame 0 is frame 0; each later one is the mean of four frames' controls. The last frame is repeated.
     """
     row, parts = FAMILIES[family], []
     for k in latent_frames:
@@ -89,7 +89,7 @@ def encode_clip(
 
 
 def cross_normalise(c: Tensor, x: Tensor) -> Tensor:
-    """c (B, N, D) with the mean and the (unbiased) standard deviation of x (B, N, D), each sample as a whole."""
+    """Tensor c (B, N, D) with the mean and the (unbiased) standard deviation of x (B, N, D), over each whole sample."""
     axes = (1, 2)
     c = (c - c.mean(axes, keepdim=True)) / (c.std(axes, keepdim=True, unbiased=True) + EPS)
     return c * x.std(axes, keepdim=True, unbiased=True) + x.mean(axes, keepdim=True)
@@ -97,18 +97,18 @@ def cross_normalise(c: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Term:
-    """One control."""
+    """Control with its gain and mask."""
 
     control: Tensor
-    """(rows, tokens, channels)"""
+    """Control (rows, tokens, channels)."""
     gain: Tensor
-    """(rows,)"""
+    """Gain (rows,)."""
     mask: Tensor | None = None
-    """(1 or rows, 1, h, w); of a clip (1, latent frames, h, w)"""
+    """Mask (1 or rows, 1, h, w); of a clip (1, latent frames, h, w)."""
 
 
 def added(terms: list[Term], x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """x (rows, tokens, channels) with every control, all measured against the same x."""
+    """Sum of x (rows, tokens, channels) and every control, all measured against the same x."""
     total = x
     for term in terms:
         part = term.gain.view(-1, 1, 1) * cross_normalise(term.control, x)
@@ -129,10 +129,10 @@ def controlled(
     length: int = 1,
     in_front: int = 0,
 ) -> Iterator[None]:
-    """The host's BaseModel with these controls, while inside.
+    """Context in which the host's BaseModel has these controls.
 
     text: tokens of the prompt; size: the latent's cells; references: pictures whose tokens are in one stream with the
-    text's and come before the picture's; length: latent frames; in_front: tokens before those of a clip.
+    text's and precede the picture's; length: latent frames; in_front: tokens before those of a clip.
     """
     row, grid = FAMILIES[family], grid_of(size)
     count = length * grid[0] * grid[1]
@@ -141,7 +141,7 @@ def controlled(
         stream = out if row.part is None else out[row.part]
         alone = row.part is not None or not row.text_in_stream
         start = in_front if alone else math.ceil(text / row.text_multiple) * row.text_multiple
-        if row.part is None and references:  # the picture's are last, as many more as fill a multiple
+        if row.part is None and references:  # the picture's tokens are last, padded to a multiple
             start = stream.shape[1] - math.ceil(count / row.text_multiple) * row.text_multiple
         before, x, after = stream[:, :start], stream[:, start : start + count], stream[:, start + count :]
         assert x.shape[1] == count

@@ -1,5 +1,5 @@
-"""ControlNet-XS written a second time, as one plain loop over state dicts: what the network, the patches and the maps
-are measured against. Shares no code with the pack.
+"""Reference of ControlNet-XS as one plain loop over state dicts, for the network, the patches and the maps under test.
+Shares no code with the pack.
 
 Weights are dictionaries in the released (LDM) names: `input_blocks.1.0.in_layers.0.weight` for a base, and
 `control_model.input_blocks.1.0...`, `enc_zero_convs_in.0.0.weight` ... for a control.
@@ -19,12 +19,12 @@ Weights = dict[str, Tensor]
 
 
 def official_groups(channels: int) -> int:
-    """The released rule: the largest divisor up to 32."""
+    """Groups by the released rule: the largest divisor up to 32."""
     return max(groups for groups in range(1, 33) if channels % groups == 0)
 
 
 def sinusoid(t: Tensor, width: int) -> Tensor:
-    """(B,) -> (B, width): cosines, then sines, in fp32 as the released code has it."""
+    """Sinusoidal embedding (B,) -> (B, width): cosines, then sines, in fp32 as in the released code."""
     steps = torch.exp(-math.log(10000) * torch.arange(width // 2, dtype=torch.float32) / (width // 2))
     angles = t.float()[:, None] * steps[None]
     return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -32,11 +32,11 @@ def sinusoid(t: Tensor, width: int) -> Tensor:
 
 @dataclass
 class Network:
-    """Functions on one state dict."""
+    """Network as functions on one state dict."""
 
     w: Weights
     heads: Callable[[int], int]
-    """Inner width of a transformer -> its heads."""
+    """Function from the inner width of a transformer to its number of heads."""
     groups: Callable[[str, int], int] = field(default=lambda name, channels: official_groups(channels))
     res_eps: Callable[[str], float] = field(default=lambda name: 1e-5)
 
@@ -54,7 +54,7 @@ class Network:
         return self.linear(f"{name}.2", F.silu(self.linear(f"{name}.0", h)))
 
     def group_norm(self, name: str, h: Tensor, eps: float) -> Tensor:
-        """By hand: mean and biased variance over each group."""
+        """Group norm by hand: mean and biased variance over each group."""
         groups = self.groups(name, h.shape[1])
         flat = h.reshape(h.shape[0], groups, -1)
         flat = (flat - flat.mean(-1, keepdim=True)) / (flat.var(-1, keepdim=True, unbiased=False) + eps).sqrt()
@@ -101,7 +101,7 @@ class Network:
         return h + (tokens if linear else self.conv(f"{name}.proj_out", tokens))
 
     def block(self, name: str, h: Tensor, emb: Tensor, context: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """One entry of input_blocks or output_blocks, or the middle: whatever layers the names say, in order."""
+        """Block of input_blocks or output_blocks, or the middle: the layers found by name, in order."""
         for place in range(3):
             layer = f"{name}.{place}"
             if self.has(f"{layer}.in_layers.0"):
@@ -138,7 +138,7 @@ def forward(
     mix: float | None = None,
     parts: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> Tensor:
-    """The whole forward. mix: scale^0.3 where not given; without a control, the plain base."""
+    """Forward of base and control. mix: scale^0.3 where not given; without a control, the plain base."""
     angles = sinusoid(t, base.w["time_embed.0.weight"].shape[1])
     emb = base.mlp("time_embed", angles)
     if control is not None and control.has("control_model.time_embed.0"):
