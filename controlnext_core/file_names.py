@@ -22,9 +22,11 @@ def problem_of_name(name: str) -> str:
     """Fault of the name of a file or folder, without its suffix, as a sentence; empty for none."""
     shown = cut(repr(name), 60)
     if not name or set(name) <= {"."}:
-        return f"{shown} is no file name. Use letters, digits, _ and -."
+        return f"{shown} is not a file name. Use letters, digits, _ and -."
     if not is_encodable(name) or re.search(r"[/\\:*?\"<>|\x00-\x1f\x7f]", name):
-        return f"{shown} is no file name: it holds a sign that file names cannot have. Use letters, digits, _ and -."
+        return (
+            f"{shown} is not a file name: it has a character that file names cannot have. Use letters, digits, _ and -."
+        )
     if len(name) > MAX_NAME or len(name.encode()) > MAX_BYTES:
         return f"{shown} is too long. Use no more than {MAX_NAME} letters, {MAX_BYTES} bytes in UTF-8."
     if name[-1] in ". " or name[0] == " ":

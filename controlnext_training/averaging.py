@@ -116,7 +116,7 @@ class Ema:
         if COUNT not in state or found != {name: tuple(tensor.shape) for name, tensor in self.average.items()}:
             different = sorted(found.keys() ^ self.average.keys())[:5] or "their shapes"
             raise ValueError(
-                f"The moving average is of other weights than those that train now; different: {different}. Go on "
+                f"The moving average is of other weights than those that train now; different: {different}. Continue "
                 "with the settings that the run was started with, or start a new one."
             )
         self.join()

@@ -323,7 +323,7 @@ class TrainConfig:
                 Pattern(self.trainable[3:])
             except PatternError as error:
                 raise ConfigError(
-                    f"trainable: {self.trainable[3:][:MAX_LETTERS]!r} is no regular expression that is supported "
+                    f"trainable: {self.trainable[3:][:MAX_LETTERS]!r} is not a supported regular expression "
                     f"({error}). Write one such as re:attn2.*to_(out|v)."
                 ) from None
         elif self.trainable not in subsets_of(self.variant):

@@ -79,7 +79,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """Settings in a recipe file. Raises ConfigError naming the file."""
     try:
         if path.stat().st_size > 4 * MAX_RECIPE:
-            raise ConfigError(f"is {path.stat().st_size:,} bytes long, and no recipe.")
+            raise ConfigError(f"is {path.stat().st_size:,} bytes long, and is not a recipe.")
         return parse_recipe(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file. Name a recipe (.toml) that is there.") from error
@@ -159,9 +159,9 @@ def checked(key: str, value: Any) -> Any:
     """Convert a value to the type of its key. Raises ConfigError for an unknown key and for another type."""
     if key not in KINDS:
         if key in FOREIGN:
-            raise ConfigError(f"{key}: is no setting here. Write {FOREIGN[key]}.")
+            raise ConfigError(f"{key}: is not a setting here. Write {FOREIGN[key]}.")
         close = difflib.get_close_matches(key[:MAX_KEY], KINDS, 1)
-        raise ConfigError(f"{cut(key)}: is no setting." + (f" Did you mean {close[0]}?" if close else ""))
+        raise ConfigError(f"{cut(key)}: is not a setting." + (f" Did you mean {close[0]}?" if close else ""))
     kind = KINDS[key]
     _refuse_extremes(key, value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -185,7 +185,7 @@ def _refuse_extremes(key: str, value: Any) -> None:
         if isinstance(part, str) and len(part) > MAX_TEXT:
             raise ConfigError(f"{key}: is a text of {len(part):,} letters; no more than {MAX_TEXT:,} are taken.")
         if isinstance(part, str) and (not is_encodable(part) or "\0" in part):
-            raise ConfigError(f"{key}: {cut(repr(part))} holds a sign that texts cannot have. Remove it.")
+            raise ConfigError(f"{key}: {cut(repr(part))} has a character that texts cannot have. Remove it.")
 
 
 def make_config(*sources: Mapping[str, Any]) -> TrainConfig:

@@ -75,7 +75,7 @@ def lenient(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        logger.warning("%s: could not be written (%s). Training goes on; free some disk space.", path, error)
+        logger.warning("%s: could not be written (%s). Training continues; free some disk space.", path, error)
 
 
 def read(folder: Path, event: str, key: str) -> dict[int, float]:

@@ -113,7 +113,7 @@ class _Parser:
         least = int(low or 0)
         most = (int(high) if high else None) if comma else least
         if max(least, most or 0) > MAX_STATES or (most is not None and most < least):
-            raise PatternError(f"{{{inside}}} is no count: the lower limit comes first, {MAX_STATES} is the most")
+            raise PatternError(f"{{{inside}}} is not a count: the lower limit comes first, {MAX_STATES} is the most")
         return least, most
 
     def _single(self) -> Node:
@@ -162,7 +162,7 @@ class _Parser:
         self.at += 1
         last = self._take()
         if last == "\\" or last < first:
-            raise PatternError(f"{first}-{last} is no range")
+            raise PatternError(f"{first}-{last} is not a range")
         return lambda letter: first <= letter <= last
 
 

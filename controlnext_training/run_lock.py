@@ -30,7 +30,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ConfigError(
-            f"output_name: the run in {folder} is going on in another process. Wait for its end, stop it, or choose "
+            f"output_name: the run in {folder} is in progress in another process. Wait for its end, stop it, or choose "
             "another output_name."
         ) from error
     except OSError as error:

@@ -46,7 +46,7 @@ class Stopped(Exception):  # noqa: N818  # not an error: somebody asked for it
     def __init__(self, step: int, where: Path | None) -> None:
         """where: folder of the saved state; None where there is no state yet."""
         kept = f"; saved in {where}" if where is not None else ", before the first state; only encoded samples are kept"
-        super().__init__(f"stopped after {step} steps{kept}. Run it again with resume on to go on.")
+        super().__init__(f"stopped after {step} steps{kept}. Run it again with resume on to continue.")
         self.step, self.where = step, where
 
 

@@ -145,7 +145,7 @@ class Validator:
                     raise
             self.pictures //= 2
             what = f"{self.pictures} pictures" if self.pictures else "no more pictures, only the loss"
-            self.observer.say(f"validation: not enough memory; from now on {what}. Training goes on.")
+            self.observer.say(f"validation: not enough memory; from now on {what}. Training continues.")
             if controlled.device.type == "cuda":
                 torch.cuda.empty_cache()
         return None

@@ -141,7 +141,7 @@ def choose(only: Sequence[str]) -> tuple[tuple[Step, ...], tuple[str, ...]]:
         found = test_files(pattern)
         if not found:
             raise SetupError(
-                f"--only {pattern}: is no step ({', '.join(sorted(names))}), and no test file has that name"
+                f"--only {pattern}: is not a step ({', '.join(sorted(names))}), and no test file has that name"
             )
         files |= dict.fromkeys(found)
     return tuple(step for step in STEPS if step.name in only or (files and step.name == "pytest")), tuple(files)

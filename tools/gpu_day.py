@@ -48,7 +48,7 @@ Runner = Callable[[list[str], float, Path, Mapping[str, str]], int | None]
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=9.0, metavar="N", help="time for everything; default 9")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where results go; default that of --continue")
-    parser.add_argument("--continue", dest="earlier", type=Path, metavar="DIR", help="results to go on from")
+    parser.add_argument("--continue", dest="earlier", type=Path, metavar="DIR", help="results to continue from")
     parser.add_argument("--parts", metavar="NAME,..", help=f"only these, done or not, of {NAMES}")
     parser.add_argument("--dry-run", action="store_true", help="every part on the CPU with small shapes: that it works")
     parser.add_argument("--pack", type=Path, metavar="FILE.zip", help="run nothing; put all that a run needs into FILE")
@@ -240,7 +240,7 @@ class Day:
     def left(self) -> str:
         """Line about the parts that have not ended."""
         names = [part.name for part in PARTS if not part.endless and not self.ended(part)]
-        return f"left: {', '.join(names)}; go on with --continue {self.out}" if names else "Every part has ended."
+        return f"left: {', '.join(names)}; continue with --continue {self.out}" if names else "Every part has ended."
 
 
 def rows_of(table: Mapping[str, Any]) -> list[str]:

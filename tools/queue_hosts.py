@@ -54,7 +54,7 @@ def read_graph(path: Path) -> Workflow:
         )
     sound = isinstance(graph, dict) and graph and all(isinstance(node, dict) for node in graph.values())
     if not sound or not all("class_type" in node and "inputs" in node for node in graph.values()):
-        raise SetupError(f"{path}: is no workflow in the API's format. In ComfyUI choose Workflow > Export (API).")
+        raise SetupError(f"{path}: is not a workflow in the API's format. In ComfyUI choose Workflow > Export (API).")
     return graph
 
 

@@ -86,7 +86,7 @@ class ProcessReaders:
             self._mine.connection = None
             if self._closed:
                 raise RuntimeError("the readers were closed") from error
-            logger.warning("a process that reads pictures has ended; the run goes on and reads more slowly")
+            logger.warning("a process that reads pictures has ended; the run continues and reads more slowly")
             return None
 
     def _start(self) -> Any:

@@ -69,7 +69,7 @@ def choose(wanted: str | None, root: Path = ROOT, pinned: Release = PINNED) -> C
     if wanted == WHEEL:
         return Choice(None, "as --comfyui-release says")
     if wanted is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", wanted):
-        raise SetupError(f"--comfyui-release {wanted}: is no tag. Write one such as {pinned.tag}, or {WHEEL}.")
+        raise SetupError(f"--comfyui-release {wanted}: is not a tag. Write one such as {pinned.tag}, or {WHEEL}.")
     release = pinned if wanted in (None, pinned.tag) else Release(str(wanted), "", pinned.repository)
     if host.is_comfyui(release.folder(root)):
         return Choice(release, "cloned before")

@@ -88,7 +88,7 @@ class _Files:
                 model_options=self.options,
             )
         except UNREADABLE as error:
-            raise ConfigError(f"base: {self.base} is no model that ComfyUI knows. Choose another.") from error
+            raise ConfigError(f"base: {self.base} is not a model that ComfyUI knows. Choose another.") from error
         return model, clip, None if getattr(vae, "first_stage_model", None) is None else vae, vision
 
     @torch.inference_mode()

@@ -46,7 +46,7 @@ def _check_start(model: ModelPatcher, config: TrainConfig) -> None:
         return
     if not Path(config.init_control).is_file():
         raise ConfigError(
-            f"init_control: {config.init_control} is no file. Set it to a control file, relative to the recipe's "
+            f"init_control: {config.init_control} is not a file. Set it to a control file, relative to the recipe's "
             "folder, or leave it empty to start from fresh weights."
         )
     new_control(config, loaded_base(model.model), torch.device("cpu"))

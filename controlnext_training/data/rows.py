@@ -207,7 +207,7 @@ def read_rows(tree: Tree, table: Blob, columns: Collection[str]) -> Iterator[dic
 def _arrow_files(tree: Tree, table: Blob) -> list[str]:
     """Arrow files with the rows of a file; a Parquet file is converted unless that was done before."""
     if table.size >= 0:
-        raise RowsError("lies in a tar, where its rows cannot be read. Unpack it")
+        raise RowsError("is inside a tar, where its rows cannot be read. Unpack it")
     with _reading():
         with open_regular(table.path) as file:
             is_pointer = file.read(len(POINTER)) == POINTER

@@ -115,7 +115,7 @@ def open_tree(
         return tree, None
     tables = (*TABLE_SUFFIXES, *ROW_SUFFIXES)
     if source.suffix.lower() not in tables:
-        raise DatasetError(f"{source}: is no dataset. Give a folder, a {TAR_SUFFIX}, or {', '.join(tables)}.")
+        raise DatasetError(f"{source}: is not a dataset. Give a folder, a {TAR_SUFFIX}, or {', '.join(tables)}.")
     table = tree.find("", source.name)
     assert table is not None, "it was a file two lines above"
     return tree, table

@@ -109,7 +109,7 @@ def _checked(tensor: Tensor, name: str, dims: int) -> Tensor:
         raise DatasetError(f"{name}: has the shape {list(tensor.shape)}. Connect a batch of pictures.")
     values = tensor.detach().to("cpu", torch.float32)
     if not bool(torch.isfinite(values).all()):
-        raise DatasetError(f"{name}: holds values that are no numbers (NaN). They come from a run that failed.")
+        raise DatasetError(f"{name}: holds values that are not numbers (NaN). They come from a run that failed.")
     low, high = float(values.min()), float(values.max())
     if not CLIPPED[0] <= low <= high <= CLIPPED[1]:
         raise DatasetError(f"{name}: holds values from {low:g} to {high:g}, not in 0..1. Scale them to 0..1.")

@@ -84,7 +84,7 @@ def open_regular(path: Path) -> BinaryIO:
     number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
     try:
         if not stat.S_ISREG(os.fstat(number).st_mode):
-            raise OSError("is no regular file")
+            raise OSError("is not a regular file")
         return os.fdopen(number, "rb")
     except BaseException:
         os.close(number)
@@ -153,7 +153,7 @@ class Tree:
     def add(self, path: Path, name: str) -> None:
         """Add one file; a shard becomes a folder of its name."""
         if not is_regular(path):
-            why = "is no regular file, but a pipe, a device or a link that leads nowhere. Remove it"
+            why = "is not a regular file, but a pipe, a device or a link that leads nowhere. Remove it"
             self.broken.append(Broken(str(path), why))
             return
         try:
@@ -172,7 +172,7 @@ class Tree:
 
     def _check(self, path: Path) -> None:
         if self.roots is not None and not any(_lies_in(path, root) for root in self.roots):
-            raise DatasetError(f"{path}: lies outside of {', '.join(map(str, self.roots))}. Move it into one of them.")
+            raise DatasetError(f"{path}: is outside of {', '.join(map(str, self.roots))}. Move it into one of them.")
 
 
 def is_regular(path: Path) -> bool:
@@ -229,7 +229,7 @@ def read_shard(path: Path, check: Check = lambda: None) -> tuple[list[Blob], lis
                     target = blobs.get(posixpath.normpath(posixpath.join(folder, member.linkname)))
                     blob = target and Blob(path, name, target.offset, target.size)
                 if blob is None:
-                    broken.append(Broken(f"{path}: {name}", "is no plain file in the shard. Pack the file itself"))
+                    broken.append(Broken(f"{path}: {name}", "is not a plain file in the shard. Pack the file itself"))
                 elif end > total:
                     why = f"is cut off: the shard ends at byte {total:,} of {end:,}. Download or pack it again"
                     broken.append(Broken(f"{path}: {name}", why))

@@ -145,9 +145,9 @@ def test_inspect_shows_the_start_of_long_metadata(tmp_path: Path) -> None:
         ("steps = " + "9" * 5000, "is not TOML"),
         ("steps = 0x" + "f" * 5000, "steps: is a number of more than 64 bits"),
         ("gain = 0x" + "f" * 5000, "gain: is a number of more than 64 bits"),
-        ('output_name = "a\\u0000b"', "output_name: .* holds a sign that texts cannot have"),
+        ('output_name = "a\\u0000b"', "output_name: .* has a character that texts cannot have"),
         ('output_name = "' + "a" * 9000 + '"', "output_name: is a text of 9,000 letters"),
-        ("k" * 5000 + " = 1", r"k\.\.\. \(5,000 letters\): is no setting"),
+        ("k" * 5000 + " = 1", r"k\.\.\. \(5,000 letters\): is not a setting"),
         ("steps = 1\n[a]\nsteps = 2", "steps: stands there twice"),
         ("blocks = 3", "blocks: 3 is not a text"),
     ],
@@ -160,12 +160,12 @@ def test_a_recipe_that_is_none_is_refused_at_once(text: str, words: str) -> None
 
 
 def test_texts_that_no_system_takes_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds a sign that texts cannot have"):
+    with pytest.raises(ConfigError, match="has a character that texts cannot have"):
         checked("output_name", "a\ud800")
     with pytest.raises(ConfigError, match="blocks: .* is not understood"):
         TrainConfig(blocks="input." + "9" * 5000)
     (tmp_path / "big.toml").write_bytes(b"#" * (5 * MAX_RECIPE))
-    with pytest.raises(ConfigError, match=r"big\.toml: is 327,680 bytes long, and no recipe"):
+    with pytest.raises(ConfigError, match=r"big\.toml: is 327,680 bytes long, and is not a recipe"):
         read_recipe(tmp_path / "big.toml")
 
 
@@ -247,11 +247,11 @@ def test_pipes_devices_and_links_to_themselves_are_left_out(tmp_path: Path) -> N
         names, broken = found(tmp_path, roots)
         assert names == ["good.png"]
         for name in ("pipe.png", "loop.png", "zero.png"):
-            assert f"{name}: is no regular file" in broken
+            assert f"{name}: is not a regular file" in broken
     for name in ("pipe.png", "zero.png"):
-        with pytest.raises(OSError, match="is no regular file"):
+        with pytest.raises(OSError, match="is not a regular file"):
             open_regular(tmp_path / name)
-        assert "is no regular file" in str(examine(Blob(tmp_path / name, name)))
+        assert "is not a regular file" in str(examine(Blob(tmp_path / name, name)))
 
 
 @PIPES
@@ -264,7 +264,7 @@ def test_a_row_outside_of_the_roots_says_the_same_whether_the_file_is_there(tmp_
     names, broken = found(inside, (inside,))
     lines = [line.partition(", row ")[2][3:] for line in broken.splitlines()]
     assert names == [] and len(lines) == 2
-    assert lines[0].replace("there", "") == lines[1].replace("wrong", "") and "lies outside of" in lines[0]
+    assert lines[0].replace("there", "") == lines[1].replace("wrong", "") and "is outside of" in lines[0]
 
 
 def test_one_bad_row_costs_that_row_alone(tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_only_takes_steps_and_patterns_of_test_files() -> None:
     assert chosen("lint", "*test_run_c?i.py", "run_cli") == (["lint", "pytest"], ["test_run_cli.py"])
     hostile = chosen("hostile")[1]  # a folder of that name comes before files elsewhere
     assert hostile == sorted(path.name for path in checks.TESTS.rglob("hostile/test_*.py"))
-    with pytest.raises(environment.SetupError, match="--only nowhere: is no step .format, lint, .*no test file"):
+    with pytest.raises(environment.SetupError, match="--only nowhere: is not a step .format, lint, .*no test file"):
         chosen("lint", "nowhere")
 
 

@@ -126,7 +126,7 @@ def test_the_wheel_is_taken_on_request_and_nothing_is_asked(tmp_path: Path, monk
 
 @pytest.mark.parametrize("tag", ["--upload-pack=x", "../x", "a b", ""])
 def test_a_name_that_is_no_tag_is_refused(tag: str, tmp_path: Path) -> None:
-    with pytest.raises(SetupError, match=r"is no tag\. Write one such as v0\.33\.0, or wheel"):
+    with pytest.raises(SetupError, match=r"is not a tag\. Write one such as v0\.33\.0, or wheel"):
         choose(tag, tmp_path)
 
 

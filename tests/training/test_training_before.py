@@ -30,7 +30,7 @@ def no_package(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"trainable": "re:no_such_weight"}, "selects none of the"),
         ({"blocks": "joint.0-3"}, "has no blocks named joint"),
         ({"trainable": "to_out", "blocks": "input.900"}, "selects none of the"),
-        ({"init_control": "nowhere.safetensors"}, "init_control: nowhere.safetensors is no file"),
+        ({"init_control": "nowhere.safetensors"}, "init_control: nowhere.safetensors is not a file"),
         ({"init_control": "OTHER"}, "other.safetensors"),
         ({"optimizer": "prodigy", "learning_rate": 1.0, "control_learning_rate": 1.0}, "needs the package"),
         ({"optimizer": "prodigy"}, "Set both to 1"),
@@ -58,7 +58,7 @@ def test_it_is_said_before_anything_is_encoded(
         (b"\n<!DOCTYPE HTML>\n<html><body>404</body></html>", "is a page of the web"),
         (b"<HTML lang=en>", "is a page of the web"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a pointer of git-lfs"),
-        (b"some text that is no model", "base.*(cannot be read|is no model that ComfyUI knows)"),
+        (b"some text that is no model", "base.*(cannot be read|is not a model that ComfyUI knows)"),
     ],
     ids=["png", "html", "html in capitals", "pointer", "text"],
 )

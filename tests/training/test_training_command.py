@@ -128,12 +128,12 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(host: Path, recipe: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--lerning-rate", "1"], "lerning_rate: is no setting. Did you mean learning_rate?"),
+        (["--lerning-rate", "1"], "lerning_rate: is not a setting. Did you mean learning_rate?"),
         (["--steps", "0"], "steps: 0 is out of range"),
         (["--data", "nowhere"], "nowhere"),
         (["--base", "nothing.safetensors"], "base: neither"),
         (["--base", "damaged.safetensors"], "damaged.safetensors: cannot be read"),
-        (["--base", "other.safetensors"], "other.safetensors is no model that ComfyUI knows"),
+        (["--base", "other.safetensors"], "other.safetensors is not a model that ComfyUI knows"),
         (["--base", "page.ckpt"], "is a page of the web (HTML)"),
         (["--optimizer", "prodigy"], "needs the package prodigyopt"),
         (["--variant", "sd15", "--trainable", "re:nothing_of_this"], "selects none of the"),
@@ -155,7 +155,7 @@ def test_what_is_wrong_is_said_in_a_sentence(host: Path, recipe: Path, arguments
 def test_a_wrong_key_of_a_recipe_is_said_with_its_file_and_what_may_be_meant(host: Path, recipe: Path) -> None:
     recipe.write_text("stepz = 3\n", "utf-8")
     status, printed = train(host, str(recipe))
-    assert status == 1 and f"{recipe}: stepz: is no setting. Did you mean steps?" in printed, printed
+    assert status == 1 and f"{recipe}: stepz: is not a setting. Did you mean steps?" in printed, printed
     status, printed = train(host, str(recipe.with_name("other.toml")))
     assert status == 1 and "other.toml" in printed and "Traceback" not in printed, printed
 

@@ -184,14 +184,14 @@ def test_the_choices_are_those_of_the_tables_they_come_from() -> None:
     ("settings", "message"),
     [
         ({"offload": True}, r"offload: .*Set checkpointing = true as well"),
-        ({"output_name": "a/b"}, "output_name: .*is no file name"),
-        ({"output_name": ".."}, "output_name: .*is no file name"),
-        ({"output_name": ""}, "output_name: .*is no file name"),
+        ({"output_name": "a/b"}, "output_name: .*is not a file name"),
+        ({"output_name": ".."}, "output_name: .*is not a file name"),
+        ({"output_name": ""}, "output_name: .*is not a file name"),
         ({"resolution": 100, "bucket_step": 8}, "resolution: 100 is not a multiple of 8"),
         ({"resolution": 520}, r"resolution: 520 is not a multiple of bucket_step \(64\)"),
         ({"layout": "xs_official"}, "layout: xs_official is not for sd15. Choose single or published"),
         ({"layout": "published", "variant": "xs"}, "layout: published is not for xs. Choose single or xs_official"),
-        ({"trainable": "re:("}, "trainable: '.' is no regular expression"),
+        ({"trainable": "re:("}, "trainable: '.' is not a supported regular expression"),
         ({"trainable": "to_in"}, "trainable: 'to_in' is unknown for sd15. Choose none, to_out"),
         ({"blocks": "input, input.2"}, "blocks: 'input.2' is not understood"),
         ({"blocks": "down"}, "blocks: 'down' is not understood. Write each of input, middle, output"),
@@ -220,8 +220,8 @@ def test_blocks_are_sides_and_ranges() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("stepz = 3", "^stepz: is no setting. Did you mean steps\\?"),
-        ("qqq = 3", "^qqq: is no setting\\.$"),
+        ("stepz = 3", "^stepz: is not a setting. Did you mean steps\\?"),
+        ("qqq = 3", "^qqq: is not a setting\\.$"),
         ("steps = 1.5", "^steps: 1.5 is not a whole number"),
         ("steps = true", "^steps: True is not a whole number"),
         ("gain = true", "^gain: True is not a number"),
@@ -281,7 +281,7 @@ def test_names_of_other_trainers_lead_to_the_right_key() -> None:
         assert key not in KINDS
         named = advice.replace(",", " ").replace(":", " ").split()[0]
         assert named in KINDS or named == "nothing", key
-        with pytest.raises(ConfigError, match=f"^{key}: is no setting here. Write {named}"):
+        with pytest.raises(ConfigError, match=f"^{key}: is not a setting here. Write {named}"):
             checked(key, 1)
     for key, meant in (("lr", "learning_rate"), ("epochs", "steps"), ("mixed_precision", "precision")):
         assert FOREIGN[key].startswith(meant)

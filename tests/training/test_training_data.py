@@ -171,7 +171,7 @@ def test_nothing_usable_is_an_error_that_names_files_and_the_remedy(tmp_path: Pa
         opened(tmp_path / "y")
     with pytest.raises(DatasetError, match=r"gone: no such folder"):
         opened(tmp_path / "gone")
-    with pytest.raises(DatasetError, match=r"notes.md: is no dataset"):
+    with pytest.raises(DatasetError, match=r"notes.md: is not a dataset"):
         opened(write(tmp_path / "notes.md", "x"))
     for name in ("hint", "mask", "reference"):
         with pytest.raises(DatasetError, match=f"{name}: 'x' is unknown. Choose one of "):

@@ -234,7 +234,7 @@ def test_a_controlnet_xs_is_trained_and_used(server: ComfyServer, tiny: TinyMode
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"config": "stepz = 3"}, "stepz: is no setting. Did you mean steps?"),
+        ({"config": "stepz = 3"}, "stepz: is not a setting. Did you mean steps?"),
         ({"config": "steps = many"}, "is not TOML"),
         ({"config": "steps = 0"}, "steps: 0 is out of range"),
         ({"config": 'runs_folder = "../elsewhere"'}, "runs_folder: '../elsewhere' is outside of"),

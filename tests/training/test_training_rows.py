@@ -124,7 +124,7 @@ def test_rows_name_files_which_lie_where_files_may_lie(tmp_path: Path, stand_in:
     ]
     assert len(data.broken) == 4
     assert all(part in why for part, why in zip(parts, reasons(data), strict=True)), data.broken
-    assert "lies outside of" in data.broken[0].why
+    assert "is outside of" in data.broken[0].why
 
 
 def test_files_of_other_splits_and_what_no_list_names_are_left_out(
@@ -190,7 +190,7 @@ def test_pointers_of_git_lfs_and_members_of_tars_are_told(tmp_path: Path) -> Non
         DatasetError, match="a.parquet: is a pointer of git-lfs in place of the file. Type git lfs pull"
     ):
         opened(write(tmp_path / "a.parquet", pointer))
-    with pytest.raises(DatasetError, match="b.parquet: lies in a tar, where its rows cannot be read. Unpack it"):
+    with pytest.raises(DatasetError, match="b.parquet: is inside a tar, where its rows cannot be read. Unpack it"):
         opened(shard(tmp_path / "x.tar", {"b.parquet": b"PAR1"}))
 
 

@@ -173,7 +173,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_run(tmp_path: Path)
 def test_a_full_disk_ends_the_log_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "log.jsonl").mkdir()  # cannot be written, on every system
     Journal(tmp_path, True, False).write("step", 1, loss=0.5)
-    assert "Training goes on" in caplog.text
+    assert "Training continues" in caplog.text
 
 
 def test_the_log_goes_on_behind_a_line_that_was_cut_off(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_the_folder_of_a_run_that_came_to_nothing_is_used_again(tmp_path: Path, 
 
 def test_one_process_trains_a_run_at_a_time(tmp_path: Path) -> None:
     with run_lock(tmp_path / "a"):
-        with pytest.raises(ConfigError, match="going on in another process.*output_name"), run_lock(tmp_path / "a"):
+        with pytest.raises(ConfigError, match="in progress in another process.*output_name"), run_lock(tmp_path / "a"):
             pass
         with run_lock(tmp_path / "b"):
             pass

@@ -193,7 +193,7 @@ def test_shards_hold_folders_tables_long_names_and_links(tmp_path: Path) -> None
     dataset = opened(path)
     assert sorted(summary(dataset)) == [(3, 4, ""), (5, 6, "row")]
     told = "\n".join(f"{path}: {why}" for path, why in dataset.broken)
-    assert "t/lost.png: is no plain file" in told and "t/pipe.png: is no plain file" in told
+    assert "t/lost.png: is not a plain file" in told and "t/pipe.png: is not a plain file" in told
     assert "does not name" in told and "t/again" in told
 
 

@@ -90,7 +90,7 @@ def test_consecutive_images_make_clips() -> None:
         ((batch(), batch()[..., :2]), "hints: has 2 channels"),
         ((batch(), batch(), ["a", "b"]), "captions: are 2 for 3"),
         ((batch(), batch(), [], batch()), "masks: has the shape"),
-        ((batch(), batch() * float("nan")), "hints: holds values that are no numbers"),
+        ((batch(), batch() * float("nan")), "hints: holds values that are not numbers"),
         ((batch() * 255, batch()), r"images: holds values from 0 to \d+, not in 0\.\.1"),
         ((batch(), batch() - 1), "hints: holds values from -1 to -0"),
         ((batch(3, 7, 64), batch()), "images: are 64x7"),

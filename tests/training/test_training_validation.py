@@ -172,7 +172,7 @@ def test_a_validation_without_room_makes_fewer_pictures_and_goes_on(
     path = train_in(tmp_path, base_of(loaded_studio), config, watch, held_out=drawn(2))
     assert path.is_file() and watch.steps_done == 2
     (said,) = [line for line in watch.said if "not enough memory" in line]
-    assert "from now on 1 pictures. Training goes on." in said
+    assert "from now on 1 pictures. Training continues." in said
     sizes = [image.size for image in watch.pictures]
     assert len(sizes) == 2 and sizes[0] == sizes[1]
 
