@@ -82,7 +82,7 @@ def networks(setup: Setup) -> list[torch.nn.Module]:
     return [patcher.model for control in setup.controls for patcher in control.get_models()]
 
 
-def told_for(setup: Setup, dtype: torch.dtype) -> int:
+def reported_bytes(setup: Setup, dtype: torch.dtype) -> int:
     """Bytes beside their weights that the case's controls report to the host's memory manager."""
     conds = setup.prepare()[0][0][1]
     return int(conds["control"].inference_memory_requirements(dtype)) if setup.controls else 0
@@ -111,7 +111,7 @@ def measured(family: str, height: int, width: int, latents: int, names: tuple[st
         found = 0 if options.cpu else torch.cuda.max_memory_allocated()
         least = least or found
         over = found - least - sum(p.nbytes for net in networks(setup) for p in net.parameters())
-        told = told_for(setup, options.dtype)
+        told = reported_bytes(setup, options.dtype)
         enough = "" if options.cpu or not setup.controls else "yes" if over <= told else "NO"
         rows.append((name, f"{found / MIB:.0f}", f"{over / MIB:+.0f}", f"{told / MIB:.0f}", enough))
     title = f"{family}, {height}x{width}, {latents} latents, CFG, measured"

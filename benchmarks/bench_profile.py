@@ -42,7 +42,7 @@ FUSE_RANGE = "controlnext: fuse"
 
 
 @dataclass
-class Spent:
+class StepProfile:
     """Profile of one queue run: milliseconds in total, by operation of this pack, and of the
     addition; kernel launches.
     """
@@ -68,12 +68,12 @@ def named_fuse() -> Iterator[None]:
         yield
 
 
-def spent(setup: Setup, steps: int, options: Options) -> Spent:
+def profile_run(setup: Setup, steps: int, options: Options) -> StepProfile:
     """Profile a queue run."""
     activities = [ProfilerActivity.CPU] + ([] if options.cpu else [ProfilerActivity.CUDA])
     with profile(activities=activities) as profiled:
         queue(setup, steps)
-    found = Spent()
+    found = StepProfile()
     for event in profiled.events():
         if event.device_type != DeviceType.CPU:
             continue  # kernels: their times are also with the operations that launched them
@@ -96,7 +96,7 @@ def _inside(event: Any, name: str) -> bool:
     return False
 
 
-def waits(setup: Setup, steps: int, options: Options) -> int:
+def count_synchronisations(setup: Setup, steps: int, options: Options) -> int:
     """Count the synchronisations of a queue run with the GPU."""
     if options.cpu:
         return 0
@@ -110,7 +110,7 @@ def waits(setup: Setup, steps: int, options: Options) -> int:
     return sum("synchroniz" in str(warning.message) for warning in seen)
 
 
-def cells(found: Spent) -> tuple[str, ...]:
+def cells(found: StepProfile) -> tuple[str, ...]:
     """Cells of the table's columns from `ms of a run` on."""
     ours = sum(found.own.values())
     parts = ", ".join(f"{key.removeprefix('aten::')} {ms:.1f}" for key, ms in found.own.most_common(SHOWN))
@@ -127,16 +127,23 @@ def main() -> None:
             side = 64 if options.small else 128 if options.quick else sides[int(options.cpu)]
             bare = Setup(family, make_unet(family, options.dtype), side, side)
             queue(bare, 1)
-            quiet = {steps: (spent(bare, steps, options).launches, waits(bare, steps, options)) for steps in (1, 2)}
+            quiet = {
+                steps: (profile_run(bare, steps, options).launches, count_synchronisations(bare, steps, options))
+                for steps in (1, 2)
+            }
             rows = []
             for name in (name for name in CONTROLS[family] if fits(name, options.small)):
                 setup = bare.with_controls(make(name, options.scratch))
                 for run, steps in (("first", 2), ("second", 1)):
                     if run == "first":
                         forget(setup)
-                    found = spent(setup, steps, options)
+                    found = profile_run(setup, steps, options)
                     launches, waited = quiet[steps]
-                    more = () if options.cpu else (found.launches - launches, waits(setup, steps, options) - waited)
+                    more = (
+                        ()
+                        if options.cpu
+                        else (found.launches - launches, count_synchronisations(setup, steps, options) - waited)
+                    )
                     rows.append((name, run, *cells(found), *map(str, more)))
             settings = f"{str(options.dtype)[6:]}, runs of 2 steps and of 1, {torch.get_num_threads()} threads"
             title = f"{family}, {side}x{side}, CFG, by operation"

@@ -13,7 +13,7 @@ COUNT = "updates of the average"
 """Key of the number of updates in a saved average."""
 
 
-class Behind:
+class BackgroundUpdate:
     """Background updates of an average in host memory, in a thread, from asynchronous copies of the parameters."""
 
     def __init__(self, average: Mapping[str, Tensor], device: torch.device) -> None:
@@ -83,26 +83,26 @@ class Ema:
         device = next((p.device for p in parameters.values()), torch.device("cpu"))
         if behind is None:
             behind = on_cpu and device.type == "cuda"
-        self._behind = Behind(self.average, device) if behind else None
+        self._background = BackgroundUpdate(self.average, device) if behind else None
 
     def before_step(self) -> None:
         """Wait for the last update's copies; call it before the parameters change."""
-        if self._behind is not None:
-            self._behind.hold()
+        if self._background is not None:
+            self._background.hold()
 
     def join(self) -> None:
         """Wait until the last update is complete."""
-        if self._behind is not None:
-            self._behind.join()
+        if self._background is not None:
+            self._background.join()
 
     @torch.no_grad()
     def update(self, parameters: Mapping[str, Tensor]) -> None:
         """Update the average with the parameters after a step, under the names given at the start."""
         rate = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
-        if self._behind is None:
+        if self._background is None:
             _take_in(self.average, parameters, rate)
         else:
-            self._behind.take(parameters, self.average, rate)
+            self._background.take(parameters, self.average, rate)
         self.updates += 1
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from .data.samples import Broken, BrokenSample, ControlDataset, DatasetError, di
 from .distributed import ProcessGroup
 from .journal import Observer
 from .packed import bytes_of, floats_of, pack, unpack
-from .readers import Begun, Readers, ThreadReaders
+from .readers import PendingSample, Readers, ThreadReaders
 from .seeding import uniform
 
 
@@ -115,9 +115,9 @@ class Store:
             raise DatasetError(f"None of the {len(indices)} samples can be read.{first} Check the files.")
         return usable, [item for part in group.gather(broken) for item in part]
 
-    def _ahead(self, indices: Sequence[int]) -> Iterator[Begun]:
+    def _ahead(self, indices: Sequence[int]) -> Iterator[PendingSample]:
         """Every variant of the samples, in order; twice as many as there are readers are prefetched."""
-        coming: deque[Begun] = deque()
+        coming: deque[PendingSample] = deque()
         cuts = ((index, cut) for index in indices for cut in range(self.data.share(index).variants))
         for index, variant in cuts:
             coming.append(self.begin(index, index, variant))
@@ -140,7 +140,7 @@ class Store:
         count = self.data.share(index).variants
         return int(uniform(self.config.seed, "cut", position) * count) if count > 1 else 0
 
-    def begin(self, index: int, position: int, variant: int) -> Begun:
+    def begin(self, index: int, position: int, variant: int) -> PendingSample:
         """Variant of the sample at one position of the run; its files are prefetched where it is not cached."""
         begun = Begun(self.data, index, self.config.seed, position, variant)
         first = self.base.family.conditioning.frame_key(self.base, begun.frame_keys)
@@ -149,10 +149,10 @@ class Store:
             begun.start(self.readers, whole)
         return begun
 
-    def _has_latents(self, begun: Begun) -> bool:
+    def _has_latents(self, begun: PendingSample) -> bool:
         return all(key in self.cache for key in self._latent_keys(begun.frame_keys))
 
-    def _has_hints(self, begun: Begun) -> bool:
+    def _has_hints(self, begun: PendingSample) -> bool:
         return self.config.cache and all(key in self.cache for key in _hint_keys(begun))
 
     def _latent_keys(self, frame_keys: Sequence[str]) -> list[str]:
@@ -160,7 +160,7 @@ class Store:
         whole = self.base.family.one_latent and len(frame_keys) > 1
         return [f"latent-{self.base.identity('vae')}-{key}" for key in ([digest(*frame_keys)] if whole else frame_keys)]
 
-    def _latent(self, begun: Begun) -> Tensor:
+    def _latent(self, begun: PendingSample) -> Tensor:
         """Latents of a sample, see `Encoded`; cached ones are not encoded again. Raises BrokenSample."""
         keys = self._latent_keys(begun.frame_keys)
         each = len(begun.frame_keys) // len(keys)
@@ -171,7 +171,7 @@ class Store:
                 self.cache.put(key, {"latent": found[key]})
         return torch.cat([found[key] for key in keys])
 
-    def _hint(self, begun: Begun) -> tuple[Tensor, Tensor | None]:
+    def _hint(self, begun: PendingSample) -> tuple[Tensor, Tensor | None]:
         """Hints (F, 3, H, W) and masks (F, H, W) or None, in steps of 1/255, cached on disk. Raises BrokenSample."""
         size = self.data.sizes[begun.index]
         if self.config.cache and (kept := self._kept_hint(begun, size)) is not None:
@@ -184,7 +184,7 @@ class Store:
             self.cache.put(key, {"hint": pack(hints[place]), **mask})
         return floats_of(hints).contiguous(), None if masks is None else floats_of(masks)
 
-    def _kept_hint(self, begun: Begun, size: tuple[int, int]) -> tuple[Tensor, Tensor | None] | None:
+    def _kept_hint(self, begun: PendingSample, size: tuple[int, int]) -> tuple[Tensor, Tensor | None] | None:
         """Hints and masks from the cache; None where one is missing."""
         kept = [self.cache.get(key) for key in _hint_keys(begun)]
         found = [row for row in kept if row is not None]
@@ -209,7 +209,7 @@ class Store:
         """
         return self.finish(self.begin(index, position, self.variant(index, position) if dropout else 0), dropout)
 
-    def finish(self, begun: Begun, dropout: bool = True) -> Encoded:
+    def finish(self, begun: PendingSample, dropout: bool = True) -> Encoded:
         """Encode the sample that `begin` returned. Raises BrokenSample."""
         seed, position = self.config.seed, begun.position
         hint, mask = self._hint(begun)
@@ -248,7 +248,7 @@ class Prefetcher:
         """
         self.store, self.usable, self.say = store, usable, say
         self.pool = ThreadPoolExecutor(1, "samples")
-        self.begun: dict[SampleRequests, Future[list[Begun]]] = {}
+        self.begun: dict[SampleRequests, Future[list[PendingSample]]] = {}
         self.finished: dict[SampleRequests, Future[list[Encoded]]] = {}
         self.gone: set[int] = set()
 
@@ -266,16 +266,16 @@ class Prefetcher:
             self.finished = {first: self.pool.submit(self._finish_later, self.begun[first])}
         return found
 
-    def _begin(self, wanted: SampleRequests) -> list[Begun]:
+    def _begin(self, wanted: SampleRequests) -> list[PendingSample]:
         return [self.store.begin(index, position, self.store.variant(index, position)) for index, position in wanted]
 
-    def _finish_later(self, begun: Future[list[Begun]]) -> list[Encoded]:
+    def _finish_later(self, begun: Future[list[PendingSample]]) -> list[Encoded]:
         return self._finish(begun.result())
 
-    def _finish(self, step: list[Begun]) -> list[Encoded]:
+    def _finish(self, step: list[PendingSample]) -> list[Encoded]:
         return [self._sample(begun) for begun in step]
 
-    def _sample(self, begun: Begun) -> Encoded:
+    def _sample(self, begun: PendingSample) -> Encoded:
         """Encoded sample, or the next one of its size that can be read. Raises DatasetError where there is none."""
         sizes = self.store.data.sizes
         start = bisect_left(self.usable, begun.index)
@@ -297,7 +297,7 @@ class Prefetcher:
         self.pool.shutdown(cancel_futures=True)
 
 
-def _hint_keys(begun: Begun) -> list[str]:
+def _hint_keys(begun: PendingSample) -> list[str]:
     """Keys of the cached hints, one per frame. A clip's first frame has no mask, and so another key."""
     kinds = ["hint"] * len(begun.frame_keys)
     if len(kinds) > 1:

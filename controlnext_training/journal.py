@@ -48,7 +48,7 @@ class Journal:
         self.events = _tensorboard(folder) if tensorboard and writes else None
         self.started = time.time()
         if writes:
-            with lenient(self.path):
+            with log_write_errors(self.path):
                 _end_cut_line(self.path)
 
     def write(self, event: str, step: int, **values: Any) -> None:
@@ -56,7 +56,7 @@ class Journal:
         if not self.writes:
             return
         line = {"event": event, "step": step, "seconds": round(time.time() - self.started, 3), **values}
-        with lenient(self.path):
+        with log_write_errors(self.path):
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(_plain(line), ensure_ascii=False) + "\n")
         if self.events is not None:
@@ -70,7 +70,7 @@ class Journal:
 
 
 @contextlib.contextmanager
-def lenient(path: Path) -> Iterator[None]:
+def log_write_errors(path: Path) -> Iterator[None]:
     """Context in which an OSError (a full disk) is logged and does not end the run."""
     try:
         yield

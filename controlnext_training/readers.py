@@ -49,7 +49,7 @@ class ThreadReaders:
 MakeReaders = Callable[[int], Readers]
 
 
-class Begun:
+class PendingSample:
     """Sample at one position of the run whose files are being prefetched."""
 
     def __init__(self, data: ControlDataset, index: int, seed: int, position: int, variant: int = 0) -> None:

@@ -153,10 +153,10 @@ def show_validation(found: Validation, step: int, files: RunFiles, journal: Jour
         )
     if found.grid is not None:
         path = files.folder / f"validation-{step:08d}.png"
-        with journals.lenient(path):
+        with journals.log_write_errors(path):
             found.grid.save(path)
         observer.picture(found.short or found.grid)
-    with journals.lenient(files.folder / CURVE):
+    with journals.log_write_errors(files.folder / CURVE):
         show_curve(files)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import state
 from .base_model.before import check_before
 from .base_model.encode import BaseWithEncoders, device_of_host, is_interruption, is_out_of_memory, make_room
-from .base_model.needs import step_shape, told
+from .base_model.needs import estimate_step, step_shape
 from .config import TrainConfig
 from .data.cache import Cache
 from .data.joined import JOINED, join_small_buckets
@@ -251,7 +251,7 @@ def _expected(run: TrainingRun, outputs: Outputs) -> int | None:
     shape = step_shape(run.controlled, sample.latent, sample.given, sample.hint, run.config)
     if shape is None:
         return None
-    need, line = told(shape, run.config, run.controlled.device)
+    need, line = estimate_step(shape, run.config, run.controlled.device)
     outputs.observer.say(line)
     return need.total
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .halving import Halved, halved, own_weights
+from .halving import MergedStage, merge_stage, own_weights
 from .layers import Downsample, ResBlock, TimestepMLP, timestep_embedding
 
 TIME_CHANNELS, TIME_DIM = 128, 256
@@ -49,7 +49,7 @@ class ControlNeXtConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class PartialEncoding:
     """Intermediate result of an encoder for one hint, before the timestep enters."""
 
     shortcut: Tensor
@@ -57,7 +57,7 @@ class Begun:
     merged."""
     first_half: Tensor
     """Output of `ResBlock.first_half` of the first residual block, (B, C, h, w)."""
-    stages: tuple[Halved | None, ...]
+    stages: tuple[MergedStage | None, ...]
     """Merged convolutions of each stage; None where merging does not pay at this map size."""
 
 
@@ -102,29 +102,29 @@ class ControlNeXt(nn.Module):
         """
         return self.finish(self.begin(hint), timestep)
 
-    def begin(self, hint: Tensor) -> Begun:
+    def begin(self, hint: Tensor) -> PartialEncoding:
         """Encode the part that does not depend on the timestep: once per hint, nearly half of the second generation's
         work.
         """
-        stages = tuple(self._halved(hint))
+        stages = tuple(self._merged(hint))
         h = self.embedding(hint) if self.config.stem else hint
         res: Any = self.down_res[0]
         first_half = res.first_half(h)
         shortcut = res.conv_shortcut(h)
-        return Begun(self.down_sample[0](shortcut) if stages[0] else shortcut, first_half, stages)
+        return PartialEncoding(self.down_sample[0](shortcut) if stages[0] else shortcut, first_half, stages)
 
-    def _halved(self, hint: Tensor) -> Iterator[Halved | None]:
+    def _merged(self, hint: Tensor) -> Iterator[MergedStage | None]:
         """The products of each stage for maps of this hint."""
         cells = hint.shape[-2] * hint.shape[-1] / 4 ** (self.config.stem + self.config.stem_pool)
         for res, down in zip(self.down_res, self.down_sample, strict=True):
-            yield halved(cast(ResBlock, res), cast(Downsample, down), cells, hint, self.weights_of)
+            yield merge_stage(cast(ResBlock, res), cast(Downsample, down), cells, hint, self.weights_of)
             cells /= 4
 
-    def finish(self, begun: Begun, timestep: Tensor) -> Tensor:
+    def finish(self, begun: PartialEncoding, timestep: Tensor) -> Tensor:
         """Complete `forward` from the result of `begin`. timestep: (B,) or (1,). Returns (B, out_channels, h, w)."""
         return self.project(self.narrow(begun, timestep))
 
-    def narrow(self, begun: Begun, timestep: Tensor) -> Tensor:
+    def narrow(self, begun: PartialEncoding, timestep: Tensor) -> Tensor:
         """Features before the last convolution of `finish`: (B, channels of the last stage, h, w)."""
         emb = self.time_embedding(timestep_embedding(timestep, TIME_CHANNELS).to(begun.first_half.dtype))
         h = begun.first_half

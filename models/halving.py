@@ -33,7 +33,7 @@ def own_weights(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
+class MergedConv:
     """Convolution of stride 2 that replaces two: `first` (stride 1, padded), then the 3x3 one of a downsampling."""
 
     first: tuple[Tensor, Tensor]
@@ -66,7 +66,7 @@ class Product:
         return F.conv2d(F.conv2d(h, weight, bias, padding=weight.shape[-1] // 2), *self.second, stride=2, padding=1)
 
 
-def product(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor | None], like: Tensor) -> Product:
+def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor | None], like: Tensor) -> MergedConv:
     """Merge two convolutions: weight p of the product is the sum over k of second[k] first[p - k], in fp32.
 
     Its bias is second's, plus first's through the sum of second's taps. like: a tensor that gives dtype and layout.
@@ -81,21 +81,23 @@ def product(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor | None], 
     bias = bias if late_bias is None else bias + late_bias.float()
     last = like.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last else torch.contiguous_format
-    return Product(first, second, weight.to(like.dtype).contiguous(memory_format=layout), bias.to(like.dtype))
+    return MergedConv(first, second, weight.to(like.dtype).contiguous(memory_format=layout), bias.to(like.dtype))
 
 
 @dataclass(frozen=True, slots=True)
-class Halved:
+class MergedStage:
     """Merged convolutions of a residual block and the downsampling after it."""
 
-    residual: Product
+    residual: MergedConv
     """Second convolution of the block merged with the downsampling, without the latter's bias."""
     shortcut: Callable[[Tensor], Tensor]
     """Shortcut of the block merged with the downsampling, with its bias: (B, I, H, W) -> (B, O, ceil(H/2),
     ceil(W/2))."""
 
 
-def halved(res: ResBlock, down: Downsample, cells: float, like: Tensor, weights_of: WeightsOf) -> Halved | None:
+def merge_stage(
+    res: ResBlock, down: Downsample, cells: float, like: Tensor, weights_of: WeightsOf
+) -> MergedStage | None:
     """Merge the convolutions for maps of `cells` cells; None where merging costs more than it saves.
 
     like: a tensor of the maps' dtype, device and layout.
@@ -104,7 +106,7 @@ def halved(res: ResBlock, down: Downsample, cells: float, like: Tensor, weights_
     if cells < CELLS_PER_CHANNEL * conv.out_channels:
         return None
     late, bias = weights_of(down.conv, like)
-    residual = product(weights_of(conv, like), (late, None), like)
+    residual = merge(weights_of(conv, like), (late, None), like)
     if isinstance(res.conv_shortcut, nn.Identity):
-        return Halved(residual, down)
-    return Halved(residual, product(weights_of(res.conv_shortcut, like), (late, bias), like))
+        return MergedStage(residual, down)
+    return MergedStage(residual, merge(weights_of(res.conv_shortcut, like), (late, bias), like))

@@ -55,7 +55,7 @@ class ControlNeXtUNetLoader(ControlNode):
     def execute(cls, weights_name: str, weight_dtype: str = "default") -> io.NodeOutput:
         path = whole_unets.unet_path(weights_name)
         model = whole_unets.load_unet(path, weight_dtype)
-        return io.NodeOutput(model, ui=report(whole_unets.told(model, path)))
+        return io.NodeOutput(model, ui=report(whole_unets.describe_loaded(model, path)))
 
 
 class ControlNeXtVideoWindows(ControlNode):

@@ -202,7 +202,7 @@ class Environment:
         """True: this process runs in the environment. False: in another one."""
         return Path(sys.prefix).resolve() == self.folder.resolve()
 
-    def wanted(self, level: str) -> dict[str, str]:
+    def list_hashes(self, level: str) -> dict[str, str]:
         """Hashes of the lists for `level` and the ones below it, by level."""
         if self.lists:
             return {level: hashlib.sha256(b"".join(listing.read_bytes() for listing in self.lists)).hexdigest()}
@@ -238,7 +238,7 @@ class Environment:
     def ready(self, level: str) -> bool:
         """True: the environment is complete for `level`. False: packages are missing."""
         installed = self.installed()
-        return all(installed.get(name) == digest for name, digest in self.wanted(level).items()) and self.works()
+        return all(installed.get(name) == digest for name, digest in self.list_hashes(level).items()) and self.works()
 
     def ensure(self, level: str) -> Path:
         """Make or complete the environment for `level`; returns its Python. Raises SetupError."""
@@ -256,7 +256,7 @@ class Environment:
         done = {name: digest for name, digest in self.installed().items() if name in LEVELS}
         self.stamp.unlink(missing_ok=True)
         tools, log = self.root / "tools", self.root / ".cache" / "pip.log"
-        wanted = self.wanted(level)
+        wanted = self.list_hashes(level)
         if self.lists:
             run_pip(self.python, ["install", *(word for listing in self.lists for word in ("-r", str(listing)))], log)
             return self._write_stamp(wanted)

@@ -70,7 +70,7 @@ def run_gpu_day(options: argparse.Namespace, host: Callable[[], Path]) -> int:
         raise SetupError(f"--parts {sorted(unknown)[0]}: there are {NAMES}.")
     variables = use_wheels(WHEELS)
     day = Day(options.out.resolve(), host(), options.dry_run, variables)
-    day.take_up(options.earlier)
+    day.resume_from(options.earlier)
     parts = [part for part in PARTS if (part.name in chosen if chosen else not day.ended(part))]
     day.run(parts, 60 * options.minutes)
     print(f"\n{day.page}\n{day.left()}", flush=True)
@@ -114,7 +114,7 @@ class Day:
     def page(self) -> Path:
         return self.out / f"{NAME}.md"
 
-    def take_up(self, earlier: Path | None) -> None:
+    def resume_from(self, earlier: Path | None) -> None:
         """Continue from the results in a folder: their parts and the weights they trained."""
         for folder in (earlier, self.out):
             path = folder / f"{NAME}.json" if folder is not None else None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from .offload import Fetched
+from .offload import OffloadedBlocks
 
 Forward = Callable[..., Any]
 
@@ -73,7 +73,7 @@ def prepare_blocks(
     found = [module for module in _outermost(network, kinds)]
     if compiles:
         _allow_compiling(len(found))
-    fetched = Fetched(found, fetched_on) if fetched_on is not None else None
+    fetched = OffloadedBlocks(found, fetched_on) if fetched_on is not None else None
     for number, module in enumerate(found):
         forward = _compiled(module.forward) if compiles else module.forward
         forward = _trained(forward, writes_in_place)
@@ -116,7 +116,7 @@ def _trained(forward: Forward, writes_in_place: bool) -> Forward:
     return run
 
 
-def _fetched(forward: Forward, fetched: Fetched, number: int) -> Forward:
+def _fetched(forward: Forward, fetched: OffloadedBlocks, number: int) -> Forward:
     def run(*args: Any, **kwargs: Any) -> Any:
         with fetched.on_device(number):
             return forward(*args, **kwargs)

@@ -17,7 +17,7 @@ from ...controlnext_core.specs import Fusion, Spec
 from ...models.controlnext import ControlNeXt
 
 
-def laid_out(hint: Tensor) -> Tensor:
+def inference_layout(hint: Tensor) -> Tensor:
     """Hint in the memory layout of inference: the layout decides the kernels, and so speed and rounding."""
     return hint.contiguous(memory_format=torch.channels_last) if hint.device.type == "cpu" else hint
 
@@ -64,7 +64,7 @@ class ClipEncoding:
     def _latent_frames(self, hint: Tensor, time: Tensor, size: tuple[int, int], groups: Sequence[Frames]) -> Tensor:
         """Maps (len(groups), C, H, W), before projection, of some latent frames of one clip; hint: all its frames."""
         frames = distinct_frames(groups)
-        narrow = self.net.narrow(self.net.begin(laid_out(hint[list(frames)])), time)
+        narrow = self.net.narrow(self.net.begin(inference_layout(hint[list(frames)])), time)
         return averaged(pool_to(narrow.float(), size), frames, groups).to(hint.dtype).contiguous()
 
     def _again(self, function: Callable[..., Tensor], *given: Any) -> Tensor:

@@ -48,12 +48,12 @@ from ...controlnext_core.xs_convert import write as write_xs
 from ...controlnext_core.xs_detection import read_xs_file
 from ...controlnext_core.xs_specs import NORM_RULES, XSShape, build_config, design, heads_of
 from ...models.controlnet_xs import ControlNetXS, Walk
-from ...models.controlnext import Begun, ControlNeXt
+from ...models.controlnext import ControlNeXt, PartialEncoding
 from ...models.layers import zeroed
 from ..choices import FUSIONS, XS
 from ..config import ConfigError, TrainConfig
 from ..trainables import Differences
-from .clip_encoding import ClipEncoding, laid_out, projected
+from .clip_encoding import ClipEncoding, inference_layout, projected
 
 XS_FAMILIES = tuple(CONTEXT_FAMILIES.values())
 
@@ -157,7 +157,7 @@ class _NeXt:
         clip = clip_of(self.spec.family, latent)
 
         def term(h: Tensor, given: TransformerOptions) -> Term:
-            ready, size = laid_out(hint.to(h.dtype)), (int(h.shape[-2]), int(h.shape[-1]))
+            ready, size = inference_layout(hint.to(h.dtype)), (int(h.shape[-2]), int(h.shape[-1]))
             if clip is None:
                 control = self._encode(ready, timesteps, size)
             else:
@@ -174,7 +174,7 @@ class _NeXt:
         begun = checkpointed(self.net.begin, hint, use_reentrant=False, preserve_rng_state=False)
         return checkpointed(self._finish, begun, timesteps, size, use_reentrant=False, preserve_rng_state=False)
 
-    def _finish(self, begun: Begun, timesteps: Tensor, size: tuple[int, int]) -> Tensor:
+    def _finish(self, begun: PartialEncoding, timesteps: Tensor, size: tuple[int, int]) -> Tensor:
         fusion, dtype = self.spec.fusion, begun.first_half.dtype
         if not fusion.project_last:
             return prepare(self.net.finish(begun, timesteps), size, fusion).contiguous()
@@ -241,7 +241,7 @@ class _XS:
             own_time = self.net.embed_time(timesteps, x.dtype) if self.net.config.own_time is not None else None
             return Companion(
                 name="the control in training",
-                walk=Walk(self.net, x, self.net.encode_hint(laid_out(hint.to(x.dtype))).contiguous()),
+                walk=Walk(self.net, x, self.net.encode_hint(inference_layout(hint.to(x.dtype))).contiguous()),
                 rows=None,
                 context=context,
                 strengths=(strength, strength, strength),

@@ -67,7 +67,7 @@ def _frozen_bytes(network: nn.Module, device: torch.device, everywhere: bool) ->
     return sum(t.nbytes for t in tensors if not t.requires_grad and (everywhere or t.device == device))
 
 
-def told(step: StepShape, config: TrainConfig, device: torch.device) -> tuple[Need, str]:
+def estimate_step(step: StepShape, config: TrainConfig, device: torch.device) -> tuple[Need, str]:
     """(memory estimate of a step; a line for the log, which names the setting to change where the device has less
     memory).
     """

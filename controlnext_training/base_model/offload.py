@@ -34,7 +34,7 @@ class _Slot:
             self.owner._buffers[self.name] = tensor
 
 
-class Fetched:
+class OffloadedBlocks:
     """Offloaded blocks, in the order in which a forward pass uses them."""
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device, copier: Copier | None = None) -> None:

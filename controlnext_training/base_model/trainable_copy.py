@@ -44,9 +44,9 @@ def training_unet(model: ModelPatcher, dtype: torch.dtype, device: torch.device,
             if found is None:
                 raise ValueError(f"the connected model has no weight '{name}'. Load it from an ordinary checkpoint.")
             if model.patches.get(HOST_PREFIX + name):
-                found = Found(_patched(model, HOST_PREFIX + name, found.numbers()))
+                found = StoredWeight(_patched(model, HOST_PREFIX + name, found.numbers()))
             if not (narrow and found.tensor.dtype.itemsize < dtype.itemsize and _is_cast(unet, name, found)):
-                found = Found(found.numbers().to(device, dtype))
+                found = StoredWeight(found.numbers().to(device, dtype))
             _put(unet, name, _ordinary(found.tensor.to(device)), isinstance(old, nn.Parameter))
             if found.scale is not None:
                 owner = unet.get_submodule(name.rpartition(".")[0])
@@ -55,7 +55,7 @@ def training_unet(model: ModelPatcher, dtype: torch.dtype, device: torch.device,
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class StoredWeight:
     """Weight in its stored format, or in one that layers compute in."""
 
     tensor: Tensor
@@ -69,7 +69,7 @@ class Found:
         return widened(self.tensor, self.scale, self.tensor.device, torch.float32)
 
 
-def _weights_of(model: ModelPatcher) -> Callable[[str], Found | None]:
+def _weights_of(model: ModelPatcher) -> Callable[[str], StoredWeight | None]:
     """Lookup of a weight or buffer by its host name, before any patch; None for a name that the model lacks.
 
     Weights of one byte stay in their format where widening them gives, in every bit, the values that the host computes
@@ -77,17 +77,17 @@ def _weights_of(model: ModelPatcher) -> Callable[[str], Found | None]:
     """
     weights, rest = base_weights(model), dict(model.model.diffusion_model.named_buffers())
 
-    def look_up(name: str) -> Found | None:
+    def look_up(name: str) -> StoredWeight | None:
         stored = stored_weight(model, name)
         if stored is not None and _is_plain_fp8(*stored):
-            return Found(stored[0].detach().cpu())
+            return StoredWeight(stored[0].detach().cpu())
         numbers = weights(name)
         if numbers is None:
             buffer = rest.get(name.removeprefix(HOST_PREFIX))  # not every buffer is stored
-            return None if buffer is None else Found(buffer)
+            return None if buffer is None else StoredWeight(buffer)
         narrow = None if stored is None or is_plain(stored[0]) else _in_a_byte(model, name, stored[0])
         same = narrow is not None and torch.equal(narrow.numbers(), numbers)
-        return narrow if same and narrow is not None else Found(numbers)
+        return narrow if same and narrow is not None else StoredWeight(numbers)
 
     return look_up
 
@@ -100,7 +100,7 @@ def _is_plain_fp8(weight: Tensor, convert: Any) -> bool:
     return type(weight.detach()) is Tensor and weight.dtype in FP8 and convert is None
 
 
-def _in_a_byte(model: ModelPatcher, name: str, weight: Tensor) -> Found | None:
+def _in_a_byte(model: ModelPatcher, name: str, weight: Tensor) -> StoredWeight | None:
     """Bytes and scale of a weight in the host's scaled fp8 or int8; None for other formats.
 
     Relies on the host's layer having `scale_weight`, or on its quantised tensor having `_qdata` and, in `_params` or
@@ -114,7 +114,7 @@ def _in_a_byte(model: ModelPatcher, name: str, weight: Tensor) -> Found | None:
     if data.dtype not in (*FP8, torch.int8) or data.shape != weight.shape or not isinstance(scale, Tensor):
         return None
     scale = scale.detach().cpu().float()
-    return Found(data, scale) if scale.numel() == 1 or scale.shape == (data.shape[0], 1) else None
+    return StoredWeight(data, scale) if scale.numel() == 1 or scale.shape == (data.shape[0], 1) else None
 
 
 def _patched(model: ModelPatcher, name: str, weight: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def _ordinary(tensor: Tensor) -> Tensor:
     return plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
-def _is_cast(unet: nn.Module, name: str, found: Found) -> bool:
+def _is_cast(unet: nn.Module, name: str, found: StoredWeight) -> bool:
     """True: the layer of this weight casts it to the dtype of its input. False: it does not."""
     layer = unet.get_submodule(name.rpartition(".")[0])
     kinds = comfy.ops.CastWeightBiasOp if found.scale is None else operations.Linear

@@ -36,7 +36,7 @@ def test_a_product_is_both_convolutions(size: int, biased: bool) -> None:
     for cells in SIZES:
         h = drawn(2, 5, *cells)
         expected = F.conv2d(F.conv2d(h, *first, padding=size // 2), *second, stride=2, padding=1)
-        found = halving.product(first, second, h)(h)
+        found = halving.merge(first, second, h)(h)
         assert found.shape == expected.shape
         assert difference(found, expected) < 1e-6, cells  # the product's weights are formed in fp32
 

@@ -84,12 +84,12 @@ def test_what_the_end_cut_short_is_tried_again_and_what_ended_is_not(day: Day, t
     assert statuses(day) == {"good": "done", "hanging": "cut short"}, "no time was left for the last"
     again = Day(tmp_path / "second", tmp_path, False, {})
     (day.out / TRAINED[0]).write_bytes(b"weights")
-    again.take_up(day.out)
+    again.resume_from(day.out)
     assert [again.ended(part(name)) for name in ("good", "hanging", "bad")] == [True, False, False]
     assert not again.ended(part("good", endless=True)), "training goes on in every run"
     assert (again.out / TRAINED[0]).read_bytes() == b"weights"
     with pytest.raises(SetupError, match="--continue .*no gpu_day.json there"):
-        again.take_up(tmp_path / "nowhere")
+        again.resume_from(tmp_path / "nowhere")
 
 
 def test_there_are_at_most_six_files_of_twelve_mebibytes(day: Day, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,7 +160,7 @@ def test_an_environment_whose_python_is_gone_is_made_anew(
     monkeypatch.setattr(environment, "run_pip", lambda *arguments: None)
     target.python.parent.mkdir(parents=True)
     target.python.write_bytes(b"")
-    target.stamp.write_text(json.dumps(target.wanted("host")), encoding="utf-8")
+    target.stamp.write_text(json.dumps(target.list_hashes("host")), encoding="utf-8")
     assert not target.works() and not target.ready("host")
     target.ensure("host")
     assert target.works() and target.ready("host")

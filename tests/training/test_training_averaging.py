@@ -85,7 +85,7 @@ def test_an_error_of_the_thread_is_raised_by_the_next_reader(monkeypatch: pytest
 def test_copies_from_a_gpu_are_of_the_step_that_they_follow() -> None:
     one, other = weights_on(), weights_on("cuda")
     ema = Ema(other, 0.99)
-    assert ema._behind is not None and all(t.is_pinned() for t in ema._behind.copies.values())
+    assert ema._background is not None and all(t.is_pinned() for t in ema._background.copies.values())
     expected, found = after(Ema(one, 0.99), one, 20), after(ema, other, 20)
     assert all(torch.allclose(t, found[name], atol=1e-6) for name, t in expected.items())
 

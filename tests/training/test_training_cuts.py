@@ -75,7 +75,7 @@ def test_captions_that_name_a_side_are_told(loaded_studio: Any, tmp_path: Path) 
     watch = Watcher()
     data = opened(wide(tmp_path / "data", ("x", "y")), flip=True)
     train_in(tmp_path, base_of(loaded_studio), small(steps=1), watch, data=data)
-    assert watch.told("flip: 2 captions name a side, which is wrong when mirrored: x, its left hand")
+    assert watch.logged("flip: 2 captions name a side, which is wrong when mirrored: x, its left hand")
 
 
 def test_each_item_comes_as_often_as_it_is_repeated() -> None:

@@ -90,11 +90,11 @@ def test_cut_off_in_a_forward_and_in_a_validation_it_saves_and_ends_as_if_nobody
         block = loaded_studio.model.model.diffusion_model.__class__
         lay_in_class(patch, block, "_forward", ERRORS[first](), 4)  # the trial step, two steps, and the third's
         watch = cut(tmp_path, loaded_studio, first)
-    assert last(tmp_path).step == 2 and watch.told("stopped after 2 steps; saved in ")
+    assert last(tmp_path).step == 2 and watch.logged("stopped after 2 steps; saved in ")
     with pytest.MonkeyPatch.context() as patch:
         lay_in_class(patch, Controlled, "denoised", ERRORS[second](), 2)  # amid the pictures, averaged weights in
         watch = cut(tmp_path, loaded_studio, second)
-    assert last(tmp_path).step == 3 and watch.told("stopped after 3 steps; saved in ")
+    assert last(tmp_path).step == 3 and watch.logged("stopped after 3 steps; saved in ")
     assert_ends_as(tmp_path, whole, loaded_studio)
 
 
@@ -136,7 +136,7 @@ def test_cut_off_in_the_middle_of_a_change_it_goes_on_from_the_last_whole_state(
     with pytest.MonkeyPatch.context() as patch:
         lay_in_class(patch, Ema, "update", ERRORS[name](), 4)
         watch = cut(tmp_path, loaded_studio, name, save_every=2)
-    assert last(tmp_path).step == 2 and watch.told("stopped after 2 steps; saved in ")
+    assert last(tmp_path).step == 2 and watch.logged("stopped after 2 steps; saved in ")
     assert_ends_as(tmp_path, whole, loaded_studio)
 
 
@@ -148,7 +148,7 @@ def test_cut_off_while_a_state_is_written_it_is_written_again(
     with pytest.MonkeyPatch.context() as patch:
         lay(patch, checkpoint, "save", KeyboardInterrupt(), 2)
         watch = cut(tmp_path, loaded_studio, "ctrl_c", save_every=2)
-    assert last(tmp_path).step == 2 and watch.told("stopped after 2 steps; saved in ")
+    assert last(tmp_path).step == 2 and watch.logged("stopped after 2 steps; saved in ")
     assert_ends_as(tmp_path, whole, loaded_studio)
 
 
@@ -248,7 +248,7 @@ def test_a_ctrl_c_in_the_optimizer_is_of_the_next_moment(
 
     monkeypatch.setattr(Ema, "update", interrupted)
     watch = cut(tmp_path, loaded_studio, "ctrl_c")
-    assert last(tmp_path).step == 2 and watch.told("stopped after 2 steps; saved in ")
+    assert last(tmp_path).step == 2 and watch.logged("stopped after 2 steps; saved in ")
     assert_ends_as(tmp_path, whole, loaded_studio)
 
 

@@ -94,7 +94,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_uninterrupted_run(
         train_in(tmp_path / "parts", base, config, Watcher(stop_at=2))
     watch = Watcher()
     parts = train_in(tmp_path / "parts", base_of(loaded_studio), config, watch)
-    assert watch.told("resumed at step 2 from ") and not watch.told("changed")
+    assert watch.logged("resumed at step 2 from ") and not watch.logged("changed")
     assert_same_run(tmp_path / "whole", tmp_path / "parts", whole, parts)
     assert set(order) == read_by_the_whole
     losses = last_state(tmp_path / "parts").tensors("losses")["loss"]
@@ -113,7 +113,7 @@ def test_a_finished_run_that_is_started_again_writes_the_same_file(loaded_studio
     base, config, watch = base_of(loaded_studio), small(steps=2), Watcher()
     first = load_file(train_in(tmp_path, base, config))
     path = train_in(tmp_path, base, config, watch)
-    assert watch.told("resumed at step 2") and same(load_file(path), first)
+    assert watch.logged("resumed at step 2") and same(load_file(path), first)
     assert peek(path).metadata["controlnext.steps"] == "2"
 
 
@@ -130,7 +130,7 @@ def test_settings_changed_on_the_way_are_said_and_take_effect(loaded_studio: Stu
     before = last_state(tmp_path).tensors("weights")
     changed = small(steps=2, learning_rate=0.0, control_learning_rate=0.0, weight_decay=0.0)
     train_in(tmp_path, base, changed, watch)
-    assert watch.told("learning_rate 0.0001 -> 0.0")
+    assert watch.logged("learning_rate 0.0001 -> 0.0")
     assert same(last_state(tmp_path).tensors("weights"), before), "at rate 0 nothing moves"
 
 
@@ -159,7 +159,7 @@ def test_without_resume_the_earlier_run_is_set_aside_and_its_file_kept(loaded_st
     base, watch = base_of(loaded_studio), Watcher()
     first = train_in(tmp_path, base, small(steps=1))
     second = train_in(tmp_path, base, small(steps=1, resume=False), watch)
-    assert watch.told("an earlier run of this name is now ")
+    assert watch.logged("an earlier run of this name is now ")
     assert (first.name, second.name) == ("control.safetensors", "control_2.safetensors")
     assert same(load_file(first), load_file(second)), "the same seed"
 
@@ -284,7 +284,7 @@ def test_the_log_holds_every_step_and_the_trial_step_its_cost(loaded_studio: Stu
     assert [line["event"] for line in lines] == ["start", "dry_run", "step", "step", "step", "finished"]
     assert lines[1]["trained"] > 3e6 and lines[1]["peak_bytes"] > 0
     assert lines[2]["control_learning_rate"] == 1e-3 and lines[2]["gradient"] > 0
-    assert watch.told("numbers train; one step takes") and watch.told("finished after 3 steps")
+    assert watch.logged("numbers train; one step takes") and watch.logged("finished after 3 steps")
     assert "step 3/3  loss " in watch.lines[-1]
 
 

@@ -112,7 +112,7 @@ def test_a_run_says_what_changed_and_an_old_state_goes_on(loaded_studio: Studio,
         config = small(steps=steps, validate_every=2, validation_samples=1)
         watch = Watcher()
         train_in(tmp_path, base, config, watch, data=Some(numbers))
-        assert not watch.told("data: ")
+        assert not watch.logged("data: ")
     last = state.latest(tmp_path / "runs" / "control")
     assert last is not None and last.facts["data"] == repr(numbers)
     assert torch.equal(last.tensors("data")["samples"], parted(numbers).tensors["samples"])
@@ -120,10 +120,10 @@ def test_a_run_says_what_changed_and_an_old_state_goes_on(loaded_studio: Studio,
     forget_the_data(tmp_path / "old" / "runs" / "control" / last.folder.name)
     watch, config = Watcher(), small(steps=3, validate_every=2, validation_samples=1)
     train_in(tmp_path, base, config, watch, data=Some([*numbers[:-1], 77]))
-    assert watch.told("data: 1 samples are new or replaced (the first: sample 19) and 1 are gone")
+    assert watch.logged("data: 1 samples are new or replaced (the first: sample 19) and 1 are gone")
     watch = Watcher()
     train_in(tmp_path / "old", base, config, watch, data=Some(numbers))
-    assert watch.told("the saved state is of an earlier version")
+    assert watch.logged("the saved state is of an earlier version")
     told = state.latest(tmp_path / "old" / "runs" / "control")
     assert told is not None and told.facts["small_buckets"] is None, "its rule stays"
     assert not same(told.tensors("data"), last.tensors("data")), "another split"

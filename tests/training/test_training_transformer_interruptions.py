@@ -55,9 +55,9 @@ def test_cut_off_in_a_block_and_in_a_validation_it_ends_as_if_nobody_had(
     calls = 2 * 2  # of a step: two blocks, each again in the backward pass; more where captions differ in length
     watch = cut(tmp_path, block, "forward", first, 3 * calls)
     done = last(tmp_path).step
-    assert 1 <= done <= 2 and watch.told(f"stopped after {done} steps; saved in ")
+    assert 1 <= done <= 2 and watch.logged(f"stopped after {done} steps; saved in ")
     watch = cut(tmp_path, Controlled, "denoised", second, 2)  # averaged weights are in
-    assert last(tmp_path).step == 3 and watch.told("stopped after 3 steps; saved in ")
+    assert last(tmp_path).step == 3 and watch.logged("stopped after 3 steps; saved in ")
     path = train_narrow(tmp_path, "sd3", **SETTINGS)
     assert same_nested(last(tmp_path).optimizer(), last(whole).optimizer())
     for part in ("weights", "ema", "losses"):

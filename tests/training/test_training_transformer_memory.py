@@ -118,11 +118,11 @@ def test_weights_that_wait_give_the_same_gradients(family: str, monkeypatch: pyt
 
 def test_one_block_is_fetched_ahead_and_at_most_two_are_there() -> None:
     """Upwards, then downwards as a backward pass does; each block is fetched once on either way."""
-    from comfyui_controlnext.controlnext_training.base_model.offload import Fetched
+    from comfyui_controlnext.controlnext_training.base_model.offload import OffloadedBlocks
 
     blocks = [torch.nn.Linear(4, 4).requires_grad_(False) for _ in range(5)]
     waiting = [block.weight for block in blocks]
-    fetched, seen = Fetched(blocks, CPU, spy := Spy()), []  # type: ignore[arg-type]
+    fetched, seen = OffloadedBlocks(blocks, CPU, spy := Spy()), []  # type: ignore[arg-type]
     for number in (0, 1, 2, 3, 4, 4, 3, 2, 1, 0):
         with fetched.on_device(number):
             assert blocks[number].weight is not waiting[number]
@@ -135,10 +135,10 @@ def test_one_block_is_fetched_ahead_and_at_most_two_are_there() -> None:
 
 
 def test_weights_come_back_to_host_memory_after_an_error() -> None:
-    from comfyui_controlnext.controlnext_training.base_model.offload import Fetched
+    from comfyui_controlnext.controlnext_training.base_model.offload import OffloadedBlocks
 
     block = torch.nn.Linear(4, 4).requires_grad_(False)
-    fetched, before = Fetched([block], CPU, Spy()), block.weight.data_ptr()  # type: ignore[arg-type]
+    fetched, before = OffloadedBlocks([block], CPU, Spy()), block.weight.data_ptr()  # type: ignore[arg-type]
     with pytest.raises(KeyError), fetched.on_device(0):
         assert block.weight.data_ptr() != before
         raise KeyError
@@ -335,10 +335,10 @@ def test_the_dry_run_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     watch = Watcher()
     train_narrow(tmp_path / "enough", "sd3", watch, steps=1, checkpointing=True)
-    assert watch.told("a step is estimated to need ") and not watch.told("Set ")
+    assert watch.logged("a step is estimated to need ") and not watch.logged("Set ")
     folder = run_in(tmp_path / "enough", narrow_base("sd3")).folder
     (expected,) = journal.read(folder, "dry_run", "expected_bytes").values()
     assert 6e7 < expected < 8e7, "most of it is 16 bytes for each number of the encoder"
     monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda *args: int(expected) - 1)
     train_narrow(tmp_path / "short", "sd3", watch := Watcher(), steps=1, checkpointing=True)
-    assert watch.told("Take a smaller resolution")  # two blocks on the device are all of this model
+    assert watch.logged("Take a smaller resolution")  # two blocks on the device are all of this model

@@ -87,7 +87,7 @@ def test_a_run_that_looks_ends_with_the_weights_of_one_that_does_not(loaded_stud
         "validation-00000001.png",
         "validation-00000002.png",
     ]
-    assert len(watch.pictures) == 2 and watch.told("validation after 2 steps: loss ")
+    assert len(watch.pictures) == 2 and watch.logged("validation after 2 steps: loss ")
     assert [line for line in watch.lines if line.startswith("validating after step 2")] == [
         "validating after step 2: loss with and without the control",
         "validating after step 2: picture 1 of 1",
@@ -151,7 +151,7 @@ def test_a_control_without_effect_is_warned_of(loaded_studio: Studio, tmp_path: 
         settings = {"trainable": "none", "fusion": "zero_conv", "control_learning_rate": rate, "steps": 2}
         config = small(**settings, validate_every=2, validation_samples=1, output_name=f"rate {rate}")
         train_in(tmp_path, base_of(loaded_studio), config, watch)
-        assert watch.told("warning: the control has no effect yet") == warned
+        assert watch.logged("warning: the control has no effect yet") == warned
 
 
 def test_a_validation_without_room_makes_fewer_pictures_and_goes_on(
@@ -292,4 +292,4 @@ def test_a_control_that_is_worse_than_none_is_warned_of(tmp_path: Path, loss: fl
     watch, run = Watcher(), RunFiles(tmp_path, tmp_path, tmp_path / "x", "")
     found = Validation(loss, 0.6, abs(loss - 0.6) / 0.6, None, None, None)
     show_validation(found, 7, run, Journal(tmp_path, True, False), watch)
-    assert watch.told("the control is worse than without") == warned
+    assert watch.logged("the control is worse than without") == warned

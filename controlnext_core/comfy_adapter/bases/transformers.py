@@ -38,7 +38,7 @@ HAS_LAYER_PATCHES = hasattr(ModelPatcher, "set_model_noise_refiner_patch")
 """True: the host's Lumina2 and Z-Image call patches after each layer. False: an older host, which does not."""
 
 
-def thousandths(model_sampling: Any, sigmas: Tensor) -> Tensor:
+def flow_timesteps(model_sampling: Any, sigmas: Tensor) -> Tensor:
     """Timesteps 1000 * sigma, for the sigmas of a flow model in 0..1."""
     return 1000 * sigmas
 
@@ -79,7 +79,7 @@ def transformer(
         matches=matches,
         places=places,
         key_map=key_map,
-        encoder_time=thousandths,
+        encoder_time=flow_timesteps,
         trainable={"none": r"(?!)", "to_out": attention_out, **(subsets or {}), ALL: r""},
         sides=sides,
         fused=fused or {},

@@ -65,7 +65,7 @@ def load_unet(path: Path, weight_dtype: str = "default", disable_dynamic: bool =
     return model
 
 
-def told(model: ModelPatcher, path: Path) -> str:
+def describe_loaded(model: ModelPatcher, path: Path) -> str:
     """Report for the node, in two lines: the loaded UNet and its file."""
     dtype = str(model.model.get_dtype()).removeprefix("torch.")
     return (

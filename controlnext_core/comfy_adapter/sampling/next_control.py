@@ -11,7 +11,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ....models.controlnext import Begun
+from ....models.controlnext import PartialEncoding
 from ...families import FAMILIES
 from ...injection import Term, pool_to, prepare
 from ...latent_clips import Clip, averaged, clip_of, distinct_frames, one_below_the_other
@@ -154,7 +154,7 @@ class _Encoder:
         height, self.fusion = int(h.shape[-2]), control.net.spec.fusion
         self.size = (height // (1 if clip is None else clip.length), int(h.shape[-1]))
         self.rows: tuple[Row, ...] = ()
-        self.begun: Begun | None = None
+        self.begun: PartialEncoding | None = None
 
     def key(self, timestep: float) -> tuple[Hashable, ...]:
         fusion = self.fusion
