@@ -53,7 +53,7 @@ _private_base = tempfile.TemporaryDirectory(prefix="controlnext-", ignore_cleanu
 
 
 def _bring_in_the_host(host: Path) -> None:
-    """Make the host importable here: on the CPU unless ON_GPU says otherwise, with a private base directory."""
+    """Make the host importable here: on the CPU unless ON_GPU is set, with a private base directory."""
     if not (host / "main.py").is_file():
         raise pytest.UsageError(f"CONTROLNEXT_COMFYUI={host}: no main.py there; name the root of a ComfyUI")
     sys.path.insert(0, str(host))
@@ -73,12 +73,17 @@ if HOST:
 
 @pytest.fixture(scope="session")
 def pinned_host() -> bool:
-    """True means that the host is of the version that `run.py` fetches, whose own words and titles the tests know."""
+    """True: the host has the version that `run.py` downloads, whose messages and titles the tests know.
+
+    False: another.
+    """
     return HOST_VERSION == importlib.import_module("comfyui_version").__version__
 
 
 def pytest_collection_finish() -> None:
-    """Modules stay: a collection of garbage, which the host asks for at loads, passes over their 400,000 objects."""
+    """Keep imported modules: the garbage collection that the host requests at loads then skips
+    their 400,000 objects.
+    """
     gc.collect()
     gc.freeze()
 
@@ -115,7 +120,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @dataclass(frozen=True)
 class TinyModels:
-    """Small models as files. base: a base directory for the host; names: what its widgets call them, by role."""
+    """Small models as files. base: a base directory for the host; names: file names in its widgets, by role."""
 
     base: Path
     names: dict[str, str]
@@ -132,13 +137,13 @@ def generator() -> torch.Generator:
 
 @pytest.fixture(scope="session")
 def host() -> Path:
-    """The root of the real ComfyUI; only for tests marked `comfy`."""
+    """Root of the real ComfyUI; only for tests marked `comfy`."""
     return Path(HOST)
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
-    """The demo's models, made once per session."""
+    """Models of the demo, made once per session."""
     from comfyui_controlnext.tools.tiny_models import make_demo_models
 
     base = tmp_path_factory.mktemp("base")
@@ -147,7 +152,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
 
 @pytest.fixture(scope="session")
 def server(host: Path, tiny: TinyModels) -> Iterator["ComfyServer"]:
-    """One real server for the session, with the pack and the tiny models; also its client (`server.run(workflow)`)."""
+    """Real server for the session, with the pack and the tiny models; also its client (`server.run(workflow)`)."""
     from comfyui_controlnext.tools.comfy_server import ComfyServer
 
     probe = tiny.base / "custom_nodes" / "controlnext_probe.py"

@@ -1,4 +1,4 @@
-"""Weight files: what is read, what is refused in words, and a save that is whole or not at all."""
+"""Weight files: reading, refusals with their messages, and saves that are complete or absent."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_torch_files_with_plain_tensors_are_read(folder: Path, suffix: str, nest
 
 
 class Runs:
-    """Unpickles into a call that makes a folder."""
+    """Object that unpickles into a call that makes a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -99,7 +99,7 @@ def test_a_torch_file_without_names_is_refused(folder: Path, content: object) ->
 
 
 def refusal(path: Path) -> str:
-    """The one message of both readers; no other error."""
+    """Message that both readers raise; no other error is allowed."""
     messages = []
     for read in (peek, load):
         with pytest.raises(CheckpointError) as caught:
@@ -171,7 +171,10 @@ HEADER = st.builds(
 
 
 def read_or_refuse(path: Path) -> None:
-    """Both readers agree: a header and its tensors, or CheckpointError. Anything else fails the test."""
+    """Read with both readers, which must agree: a header and its tensors, or CheckpointError.
+
+    Anything else fails the test.
+    """
     try:
         header = peek(path)
         assert {key: tuple(value.shape) for key, value in load(path).items()} == header.shapes
@@ -241,7 +244,7 @@ def raiser(error: BaseException) -> Any:
 
 
 def writes_then(error: BaseException) -> Any:
-    """A save_file that leaves half a file behind, as a full disk does."""
+    """Stand-in for save_file that leaves half a file behind, as a full disk does."""
 
     def fail(tensors: Any, name: str, metadata: Any) -> None:
         Path(name).write_bytes(b"half")

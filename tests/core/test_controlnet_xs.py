@@ -1,4 +1,4 @@
-"""The network of ControlNet-XS by itself, without a host, against a second writing of its parts."""
+"""Network of ControlNet-XS without a host, against a second implementation of its parts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def network(kind: str, own_time: bool = False, rule: str = "official") -> tuple[
 
 
 def base_features(net: ControlNetXS, side: int = 16) -> list[Tensor]:
-    """Features as a base might hold them after each of its encoder blocks."""
+    """Features such as those of a base after each of its encoder blocks."""
     features = []
     for i, part in enumerate(net.config.encoder):
         side = side // 2 if part.kind == "down" else side
@@ -32,7 +32,7 @@ def base_features(net: ControlNetXS, side: int = 16) -> list[Tensor]:
 
 
 def walk(net: ControlNetXS) -> list[Tensor]:
-    """Everything that the base gets, in order, with random features of its own."""
+    """All corrections of the base, in order, with random features."""
     g = torch.Generator().manual_seed(9)
     x, emb = torch.randn(2, 9, 16, 16, generator=g), torch.randn(2, net.config.time_dim, generator=g)
     context = torch.randn(2, 5, net.config.context_dim, generator=g)
@@ -73,7 +73,7 @@ def test_the_walk_gives_the_base_what_the_plain_blocks_give(kind: str) -> None:
 
 @torch.no_grad()
 def test_zero_init_starts_as_the_base_model() -> None:
-    """Whatever the stream makes of the picture, the base gets exact zeros."""
+    """Corrections are exact zeros with zero-initialised convolutions, for any picture."""
     net, _ = network("9", own_time=True)
     assert all(not tensor.any() for tensor in walk(net))
     assert not net.encode_hint(torch.rand(1, 3, 64, 64)).any()
@@ -116,7 +116,7 @@ def test_hints_become_latents_of_any_size(size: tuple[int, int]) -> None:
 
 
 def test_diffusers_norm_rule_differs_where_it_should() -> None:
-    """The 20m size for SDXL: of its norms, those behind a first one with 28 groups may have no more than 28."""
+    """Norms of the 20m size for SDXL after a first one with 28 groups have at most 28 groups."""
     shape = xs_specs.design(
         {**SDXL_LIKE, "model_channels": 320, "channel_mult": (1, 2, 4), "context_dim": 2048}, widths=(16, 32, 64)
     )

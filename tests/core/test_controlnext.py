@@ -1,4 +1,4 @@
-"""The encoders against the published layer tables: names, sizes, and every number of the forward pass."""
+"""Encoders against the published layer tables: names, sizes, and every value of the forward pass."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ random_weights = functools.cache(reference.random_weights)
 
 
 def make(build: str, dtype: torch.dtype = torch.float32) -> tuple[ControlNeXt, dict[str, Tensor]]:
-    """The network under test and its weights."""
+    """Network under test and its weights."""
     weights = {name: tensor.to(dtype) for name, tensor in random_weights(build).items()}
     net = ControlNeXt(config_of(SPECS[OF_BUILD[build]]), dtype=dtype, device="meta")
     net.load_state_dict(weights, strict=True, assign=True)

@@ -1,4 +1,6 @@
-"""Headers of every published file, and of what people mistake for one: each gets its name, or words that help."""
+"""Detection of the headers of every published file, and of files that are mistaken for one: a name or a helpful
+message.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The store of encoder outputs: what is found again, what goes first when a budget is full, and the sums it keeps."""
+"""Cache of encoder outputs: lookups, evictions when a budget is full, and its byte counts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ A, B, C = GroupKey("encoder", "hint a"), GroupKey("encoder", "hint b"), GroupKey
 
 @dataclass(frozen=True)
 class OnGpu:
-    """Stands for a tensor in GPU memory: the few things that the cache asks of one."""
+    """Stand-in for a tensor in GPU memory, with the attributes that the cache reads."""
 
     nbytes: int
     device: torch.device = GPU
@@ -171,7 +171,7 @@ def no_more_pinned(*args: Any, **kwargs: Any) -> Any:
 def test_where_the_system_pins_nothing_host_memory_serves_as_it_is(
     monkeypatch: pytest.MonkeyPatch, pinned: bool
 ) -> None:
-    """A refusal to pin must not end a run, and who has asked the host not to pin is obeyed."""
+    """Runs continue where the system refuses to pin, and nothing is pinned where the user forbids it."""
     monkeypatch.setattr(feature_cache, "_is_cuda", lambda value: True)
     asked: list[bool] = []
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: asked.append(True) or no_more_pinned())
@@ -200,7 +200,7 @@ def test_the_default_device_budget_holds_sdxl_at_1024(steps: int) -> None:
 
 
 def test_threads_keep_its_sums_right() -> None:
-    """As devices that sample at once: each with groups of its own, and budgets that are full all the time."""
+    """Threads as of devices that sample at once: separate groups, and budgets that are always full."""
     cache = FeatureCache(device_budget=300, host_budget=500)
     failures: list[Exception] = []
 

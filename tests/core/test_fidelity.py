@@ -1,4 +1,4 @@
-"""Fidelity metrics against references written otherwise: distances in loops, ranks and pixels counted one by one."""
+"""Fidelity metrics against independent references: distances in loops, ranks and pixels counted one by one."""
 
 import math
 import statistics
@@ -22,13 +22,13 @@ ASTRONAUT = Path(__file__).resolve().parents[2] / "demo" / "astronaut.jpg"
 
 @pytest.fixture(scope="module")
 def photograph() -> np.ndarray:
-    """(256, 256, 3)"""
+    """Photograph (256, 256, 3)."""
     half = cv2.imread(str(ASTRONAUT), cv2.IMREAD_REDUCED_COLOR_2)
     return half[..., ::-1].astype(np.float32) / 255
 
 
 def f1_by_distances(found: np.ndarray, wanted: np.ndarray, tolerance: float) -> float:
-    """The stated formula with the distance of every pair of pixels."""
+    """F1 by the stated formula, with the distance of every pair of pixels."""
 
     def share_near(points: list[tuple[int, int]], others: list[tuple[int, int]]) -> float:
         return sum(any(math.dist(p, q) <= tolerance for q in others) for p in points) / len(points)

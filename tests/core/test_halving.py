@@ -1,4 +1,4 @@
-"""Products of a convolution and the halving after it: the two one after the other, at every size, with a gradient."""
+"""Merged convolutions against the two in sequence, at every size, with a gradient."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def drawn(*shape: int) -> Tensor:
 
 
 def convolutions(size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Weight and bias of the first, 5 -> 4 channels, and of the halving, 4 -> 3."""
+    """Weight and bias of the first convolution, 5 -> 4 channels, and of the downsampling, 4 -> 3."""
     return (drawn(4, 5, size, size), drawn(4)), (drawn(3, 4, 3, 3), drawn(3))
 
 

@@ -1,4 +1,4 @@
-"""Hint images: each against what its picture must show, on drawings with known edges and on a photograph."""
+"""Hint images against the edges of drawings and of a photograph."""
 
 import math
 from collections.abc import Callable
@@ -18,19 +18,19 @@ BINARY = ("canny", "lines", "mask")
 
 @pytest.fixture(scope="module")
 def photograph() -> np.ndarray:
-    """(512, 512, 3)"""
+    """Photograph (512, 512, 3)."""
     return cv2.imread(str(ASTRONAUT))[..., ::-1].astype(np.float32) / 255
 
 
 def square(size: int = 96, inside: tuple[float, ...] = (1, 1, 1), outside: tuple[float, ...] = (0, 0, 0)) -> np.ndarray:
-    """(size, size, 3): a square over the middle half."""
+    """Square over the middle half of a picture (size, size, 3)."""
     picture = np.full((size, size, 3), outside, np.float32)
     picture[size // 4 : -size // 4, size // 4 : -size // 4] = inside
     return picture
 
 
 def distance_to_outline(size: int = 96) -> np.ndarray:
-    """(size, size): pixels from the border between the inner and the outer pixels of `square`."""
+    """Distance (size, size) in pixels from the border between the inner and the outer pixels of `square`."""
     y, x = np.abs(np.mgrid[:size, :size] - (size - 1) / 2) - size / 4
     outside = np.hypot(np.maximum(x, 0), np.maximum(y, 0))
     return np.where((x > 0) | (y > 0), outside, np.minimum(-x, -y))

@@ -1,4 +1,4 @@
-"""The maths of adding a control against the released formula, written out a second time in double precision."""
+"""Injection of controls against the released formula, implemented a second time in double precision."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def randn(*shape: int, seed: int = 0, mean: float = 0.0, std: float = 1.0) -> Te
 
 
 def features(rows: int, size: tuple[int, int] = (9, 7), channels: int = 8) -> Tensor:
-    """Rows of different mean and size, as the two halves and the latents of a batch have."""
+    """Features whose rows differ in mean and scale, as those of the two halves and of the latents of a batch."""
     x = randn(rows, channels, *size, seed=1)
     row = torch.arange(rows).view(-1, 1, 1, 1)
     return x * (1 + row) + 0.3 * row - 0.7
@@ -164,7 +164,7 @@ def test_a_mask_of_another_size_is_resized_by_area() -> None:
 
 
 class OnMps:
-    """Stands for a tensor on an Apple GPU, where torch refuses to pool to a size that does not divide the tensor's."""
+    """Stand-in for a tensor on an Apple GPU, where torch only pools to sizes that divide the tensor's."""
 
     def __init__(self, value: Tensor) -> None:
         self.value, self.shape, self.device = value, value.shape, torch.device("mps")

@@ -1,4 +1,4 @@
-"""Names against both sides: the published classes (diffusers) and the host's own network, built without weights."""
+"""Key maps against the published classes (diffusers) and the host's network, built without weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Build = Callable[..., nn.Module]
 
 
 def unet(resnets: list[int], mult: list[int], down: list[int], middle: int, up: list[int], **more: Any) -> Config:
-    """The host's configuration of a UNet, as its model detection writes it."""
+    """Configuration of a UNet in the host's form, as its model detection writes it."""
     config = {"in_channels": 4, "out_channels": 4, "model_channels": 32, "context_dim": 16, "adm_in_channels": None}
     shape = {"num_res_blocks": resnets, "channel_mult": mult, "transformer_depth": down}
     depths = {"transformer_depth_middle": middle, "transformer_depth_output": up}
@@ -41,7 +41,7 @@ def video(**more: Any) -> Config:
 
 
 def published(transformers: str, widths: tuple[int, ...], kind: str = "2D", **more: Any) -> Config:
-    """A published configuration. transformers: y or n for each level, from the highest resolution down."""
+    """Published configuration. transformers: y or n for each level, from the highest resolution down."""
     down = tuple(f"{'CrossAttn' * (level == 'y')}DownBlock{kind}" for level in transformers)
     up = tuple(name.replace("Down", "Up") for name in reversed(down))
     return {"block_out_channels": widths, "down_block_types": down, "up_block_types": up, **more}
@@ -87,13 +87,13 @@ PAIRS = {
 
 @pytest.fixture(scope="module")
 def diffusers() -> ModuleType:
-    """The published classes, the independent reference."""
+    """Published classes, the independent reference."""
     return importlib.import_module("diffusers")
 
 
 @pytest.fixture(scope="module")
 def build_unet() -> Build:
-    """Builds the host's UNet for a configuration."""
+    """Build the host's UNet for a configuration."""
     import comfy.ops
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
@@ -165,7 +165,7 @@ def test_depths_that_do_not_fit_the_levels_are_refused() -> None:
 
 
 def randomised(module: nn.Module) -> nn.Module:
-    """Every parameter random (none left at 0 or 1), scaled to keep activations near 1."""
+    """Randomise every parameter (none left at 0 or 1), scaled to hold activations near 1."""
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
@@ -183,7 +183,7 @@ def converted(original: nn.Module, config: Config, build_unet: Build) -> nn.Modu
 
 @pytest.fixture
 def inputs() -> SimpleNamespace:
-    """Six latents (two videos of three frames) of 16 x 16, their contexts and vector conditions."""
+    """Inputs: six latents (two videos of three frames) of 16 x 16, their contexts and vector conditions."""
     generator = torch.Generator().manual_seed(1)
 
     def noise(*shape: int) -> Tensor:
@@ -200,7 +200,7 @@ def _no_grad() -> Iterator[None]:
 
 
 def assert_same(found: Tensor, expected: Tensor) -> None:
-    """Within 1e-4 of the output's own size: both sum the same numbers in another order."""
+    """Assert equality within 1e-4 of the output's size: both sum the same numbers in another order."""
     assert found.shape == expected.shape and expected.std() > 1e-2
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
@@ -262,7 +262,7 @@ TRANSFORMERS = {
 
 
 def host_mmdit(config: Config, sizes: Config, device: str = "meta") -> nn.Module:
-    """The host's SD3 transformer with the sizes of a published configuration."""
+    """SD3 transformer of the host with the sizes of a published configuration."""
     import comfy.ops
     from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 

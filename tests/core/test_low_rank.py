@@ -40,7 +40,7 @@ def shape_of(name: str) -> torch.Size | None:
 
 @pytest.fixture
 def stored() -> dict[str, Tensor]:
-    """A low-rank difference, a whole one, and a low-rank one of a slice."""
+    """Differences: a low-rank one, a full one, and a low-rank one of a slice."""
     return {
         f"{A}.up": numbers(0, OUT, RANK),
         f"{A}.down": numbers(1, RANK, IN),

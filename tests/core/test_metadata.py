@@ -1,4 +1,4 @@
-"""Metadata of our files: written, read back, and refused where it is not understood."""
+"""Metadata of the pack's files: written, read back, and refused where it is unknown."""
 
 from __future__ import annotations
 

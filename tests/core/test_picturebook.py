@@ -188,7 +188,7 @@ def test_a_slice_begins_and_ends_with_small_steps() -> None:
 
 @pytest.fixture(scope="module")
 def network() -> Any:
-    """None of its weights are special, but for what it must not read."""
+    """Network with random weights, except for those of inputs that it must not read."""
     model = mmdit.new_mmdit().requires_grad_(False)
     random = torch.Generator().manual_seed(5)
     for name, value in model.named_parameters():
@@ -201,7 +201,7 @@ def network() -> Any:
 
 @pytest.fixture(scope="module")
 def loaded(network: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
-    """(model, clip, vae) from the loader behind CheckpointLoaderSimple."""
+    """Model, clip and vae from the loader behind CheckpointLoaderSimple."""
     import comfy.sd
 
     path = tmp_path_factory.mktemp("picturebook") / "sd3.ckpt"

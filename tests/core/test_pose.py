@@ -1,4 +1,4 @@
-"""Poses: reading OpenPose JSON, choosing and holding people, alignment against np.polyfit."""
+"""Poses: reading OpenPose JSON, choosing people, filling gaps, alignment against np.polyfit."""
 
 import copy
 import json

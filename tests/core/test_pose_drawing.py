@@ -1,4 +1,4 @@
-"""The drawn picture of a pose: colours, sizes, order, and what the released drawing does with red and blue."""
+"""Drawing of poses: colours, sizes, order, and the exchange of red and blue in the released drawing."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from comfyui_controlnext.tests.fixtures.pose_fixtures import SIZE, changed, fram
 
 
 def pose_in(one: dict[str, Any], size: tuple[int, int]) -> Pose:
-    """The person, given in pixels of a frame of this size, as a Pose in these pixels."""
+    """Person in pixels of a frame of this size, as a Pose in these pixels."""
     (read,) = parse_frames([frame(one, canvas=size)], "poses")
     return read.people[0].moved(size[1], np.zeros(2))
 
 
 def drawn(one: dict[str, Any]) -> np.ndarray:
-    """The person, given in pixels of the canvas, on a canvas of 1000x2000, RGB as the encoder sees it: (H, W, 3)."""
+    """Drawing (H, W, 3) of a person given in pixels of the canvas of 1000x2000, in RGB as the encoder gets it."""
     canvas = np.zeros((1000, 2000, 3), dtype=np.uint8)
     draw_pose(canvas, pose_in(one, (2000, 1000)))
     return canvas[..., ::-1]

@@ -1,4 +1,4 @@
-"""controlnext_core/hints/sample_inputs.py and its node: every kind in any size, and what the pictures must show."""
+"""Sample inputs and their node: every kind in any size, and the required content of the pictures."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Strength over the run: the little language of `percent:strength`, and percent from the host's sigmas."""
+"""Strength schedule: the `percent:strength` syntax, and percent from the host's sigmas."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_percent_is_found_by_inverting_a_falling_function() -> None:
 
 
 def host_sampling(kind: str) -> Callable[[float], float]:
-    """`percent_to_sigma` of one of the host's sampling classes, with its own defaults."""
+    """Function `percent_to_sigma` of one of the host's sampling classes, with its defaults."""
     from comfy import model_sampling
 
     return getattr(model_sampling, kind)().percent_to_sigma

@@ -1,4 +1,4 @@
-"""THE table against the facts of the released code, stated a second time in the reference."""
+"""Table of variants against the facts of the released code, stated a second time in the reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weight files that claim what they do not hold, or change while they are in use."""
+"""Weight files whose content contradicts their header, or that change while they are in use."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_tensors_that_are_read_later_see_that_the_file_has_changed(tmp_path: Pat
 
 
 class Calls:
-    """Unpickles into a call."""
+    """Object that unpickles into a call."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = function, arguments
@@ -101,7 +101,7 @@ def expanded() -> dict[str, torch.Tensor]:
 
 
 def beyond() -> dict[str, Any]:
-    """A tensor whose strides lead out of its storage: torch makes the storage larger."""
+    """Tensor whose strides exceed its storage: torch enlarges the storage."""
     storage = torch.zeros(4)
     rebuild = torch._utils._rebuild_tensor_v2  # type: ignore[attr-defined]
     return {"x": Calls(rebuild, storage.storage(), 0, (200, 3), (3, 1), False, {})}
@@ -167,7 +167,7 @@ def test_a_memo_of_two_gigabytes_is_not_made(tmp_path: Path) -> None:
 
 
 def write_header(path: Path, names: list[str]) -> Path:
-    """A safetensors file of these names, each of one byte."""
+    """Write a safetensors file of these names, each of one byte."""
     table = {name: {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]} for i, name in enumerate(names)}
     text = json.dumps(table).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(len(names)))

@@ -1,4 +1,4 @@
-"""Tiles: what is cut comes together again, and neighbours fade into each other as a straight line says."""
+"""Tiles: cut pictures merge to the original, and neighbours are blended linearly."""
 
 from __future__ import annotations
 

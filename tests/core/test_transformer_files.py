@@ -1,4 +1,4 @@
-"""Files of controls for transformers: told by their names, written, read back, exported."""
+"""Files of controls for transformers: recognised by their names, written, read back, exported."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def shape_of(name: str) -> torch.Size | None:
 
 
 def differences() -> dict:
-    """A low-rank one, a whole one, and a low-rank one of the keys alone in a fused weight."""
+    """Differences: a low-rank one, a full one, and a low-rank one of the keys in a fused weight."""
     numbers = torch.Generator().manual_seed(1)
 
     def randn(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Weights files against a base model: which kind they are, what is added to which tensor, and back again."""
+"""UNet weights against a base model: detection of their kind, their addition, and the way back."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.fixture
 def base() -> Tensors:
-    """Host name -> tensor, with the size of trained weights: 0.02 for a weight, 1 for a norm."""
+    """Base weights by host name, with the scale of trained weights: 0.02 for a weight, 1 for a norm."""
     tensors = {}
     for seed, (name, host) in enumerate(KEY_MAP.items()):
         shape = (12, 10) if name.endswith(".weight") and "norm" not in name else (12,)
@@ -49,12 +49,12 @@ def base() -> Tensors:
 
 
 def part(base: Tensors, names: Iterable[str] = TO_OUT) -> Tensors:
-    """The base's own tensors under published names."""
+    """Tensors of the base under published names."""
     return {name: base[f"diffusion_model.{KEY_MAP[name]}"].clone() for name in names}
 
 
 def moved(tensors: Tensors, ratio: float, cosine: float) -> Tensors:
-    """Tensors with |new| = ratio |old| and this cosine to the old, the rest in a random direction at right angles."""
+    """Tensors with |new| = ratio |old| and this cosine to the old ones, the rest in a random orthogonal direction."""
     found = {}
     for seed, (name, old) in enumerate(tensors.items()):
         side = noise(*old.shape, seed=1000 + seed)

@@ -1,4 +1,4 @@
-"""ControlNet-XS files from one set of names to the other: functions, command line and nodes."""
+"""Conversion of ControlNet-XS files between the two formats: functions, command line and nodes."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_what_is_no_controlnet_xs_is_not_converted(tmp_path: Path) -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs ControlNeXtSave with the host's output folder in a temporary place; returns the path."""
+    """Run ControlNeXtSave with a temporary output folder of the host; returns the path."""
     import folder_paths
     from comfyui_controlnext.nodes.loaders import ControlNeXtSave
 

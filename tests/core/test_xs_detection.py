@@ -1,4 +1,6 @@
-"""ControlNet-XS files are told by their headers: formats, prefixes, leftovers, sizes, heads, norm rules, refusals."""
+"""Detection of ControlNet-XS files by their headers: formats, prefixes, leftovers, sizes, heads,
+norm rules, refusals.
+"""
 
 from __future__ import annotations
 
@@ -177,7 +179,7 @@ def test_other_files_are_told_apart_both_ways() -> None:
 
 
 def narrower(shapes: Shapes, widths: dict[int, int]) -> Shapes:
-    """An adapter whose attentions are cut to a multiple of diffusers' default heads: another inner width."""
+    """Adapter whose attentions are cut to a multiple of diffusers' default heads: another inner width."""
     result = {}
     for name, shape in shapes.items():
         if ".attentions." in name:

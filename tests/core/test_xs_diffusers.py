@@ -1,4 +1,4 @@
-"""ControlNet-XS as diffusers runs it: its adapter's names, its norm rule, its numbers, stored and live."""
+"""ControlNet-XS in diffusers: its adapter's names, its norm rule, its numbers, stored and live."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def stored() -> dict[str, Tensor]:
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    """The golden case's adapter as a file: our shapes, diffusers' names, weights by name."""
+    """Adapter of the golden case as a file: the pack's shapes, diffusers' names, weights by name."""
     shape = xs_specs.design(golden.HOST_CONFIG, own_time=True, widths=golden.WIDTHS)
     heads = xs_specs.heads_of(shape, (golden.HEADS,), "test")
     net = ControlNetXS(xs_specs.build_config(shape, heads, xs_specs.NORM_RULES[DIFFUSERS]), device="meta")
@@ -40,7 +40,7 @@ def adapter(tmp_path: Path) -> Path:
 
 
 def forward_of(stored: dict[str, Tensor]) -> Forward:
-    """The golden case on the host's UNet, whose residual blocks get the epsilon that diffusers' fused model has."""
+    """Golden case on the host's UNet, whose residual blocks get the epsilon of diffusers' fused model."""
     import comfy.ops
     from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 

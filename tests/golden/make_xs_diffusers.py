@@ -36,7 +36,7 @@ HOST_CONFIG = {
 
 
 def weight(part: str, name: str, shape: tuple[int, ...]) -> Tensor:
-    """The weight of that name of "unet" or "adapter": matrices scaled by fan-in, norms around 1, biases around 0."""
+    """Weight of that name in "unet" or "adapter": matrices scaled by fan-in, norms around 1, biases around 0."""
     numbers = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{part} {name}".encode())))
     if len(shape) > 1:
         return numbers * torch.Size(shape[1:]).numel() ** -0.5 * (TO_BASE if "to_base" in name else 1.0)
@@ -44,7 +44,7 @@ def weight(part: str, name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def inputs() -> dict[str, Tensor]:
-    """x, hint, context, and the parts of y."""
+    """Inputs x, hint, context, and the parts of y."""
     g = torch.Generator().manual_seed(0)
     return {
         "x": torch.randn(2, 4, 16, 16, generator=g),
@@ -56,7 +56,7 @@ def inputs() -> dict[str, Tensor]:
 
 
 def run_diffusers(given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The fused model's output with and without control, and y as its own code forms it."""
+    """Output of the fused model with and without control, and y as its code forms it."""
     from diffusers import ControlNetXSAdapter, UNet2DConditionModel, UNetControlNetXSModel
 
     unet = UNet2DConditionModel(

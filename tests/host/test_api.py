@@ -1,4 +1,4 @@
-"""A real server, driven as the page drives it: queue prompts, read what comes back, read what it says."""
+"""Real server, used as by the page: queue prompts, read results and messages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def hint(server: ComfyServer) -> str:
-    """An uploaded picture's name."""
+    """Name of an uploaded picture."""
     stream = io.BytesIO()
     Image.fromarray((picture()[0] * 255).byte().numpy()).save(stream, "PNG")
     return server.upload_image(stream.getvalue(), "hint.png")
@@ -37,18 +37,21 @@ def hint(server: ComfyServer) -> str:
 
 @pytest.fixture(scope="module")
 def wrong(server: ComfyServer, tiny: Any) -> dict[str, Path]:
-    """Files that are no controls, among the controls of the server."""
+    """Files other than controls, among the controls of the server."""
     return make_wrong_files(tiny.models / "controlnext" / "wrong")
 
 
 class Graph:
-    """Workflows of a controlled KSampler run that saves its latent."""
+    """Graph builder: workflows of a controlled KSampler run that saves its latent."""
 
     def __init__(self, names: Mapping[str, str], hint: str) -> None:
         self.names, self.hint = names, hint
 
     def __call__(self, door: str = "stock", seed: int = 1, text: str = "a cat", **loader: Any) -> Workflow:
-        """door: "stock", "ours" or "none". loader: inputs of Load ControlNeXt that differ."""
+        """Workflow. door:
+
+        "stock", "ours" or "none". loader: inputs of Load ControlNeXt that differ from the default.
+        """
         graph: Workflow = {
             "checkpoint": node("CheckpointLoaderSimple", ckpt_name=self.names["checkpoint"]),
             "positive": node("CLIPTextEncode", clip=["checkpoint", 1], text=text),
@@ -91,7 +94,7 @@ def graph(tiny: Any, hint: str) -> Graph:
 
 
 def latents(server: ComfyServer, workflow: Workflow) -> Tensor:
-    """Queue a workflow and read the latent that it saved."""
+    """Queue a workflow and read its saved latent."""
     (entry,) = server.run(workflow).outputs["save"]["latents"]
     return read_tensors(server.image(entry))["latent_tensor"]
 
@@ -114,7 +117,7 @@ def test_both_doors_give_equal_latents_and_the_log_stays_clean(server: ComfyServ
 
 
 def let_go(server: ComfyServer, also_results: bool) -> None:
-    """Free the server's memory and wait until no features are kept."""
+    """Free the server's memory and wait until no features are cached."""
     for _ in range(6):  # the host's thread misses a request that comes just before it goes to sleep
         server.free(unload_models=True, free_memory=also_results)
         until = time.monotonic() + 5

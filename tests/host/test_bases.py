@@ -1,4 +1,4 @@
-"""The table of base models: which row a model has, where its places are, and what a place may look like."""
+"""Table of base models: the row of a model, its places, and the form of a place."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_subset_by_host_names_is_what_the_released_trainers_choose_by_publishe
 
 
 def token_place(first: int, seen: list[Any]) -> Any:
-    """After block 0 of a transformer: (B, N, C) tokens, those of the latent's cells from `first` on."""
+    """Place after block 0 of a transformer: (B, N, C) tokens, those of the latent's cells from `first` on."""
     from comfyui_controlnext.controlnext_core.comfy_adapter.bases.base import AddControls, Forward, Place
     from comfyui_controlnext.controlnext_core.comfy_adapter.bases.forward_options import TransformerOptions
 

@@ -1,4 +1,4 @@
-"""Rows: both halves in one batch or in two, several latents, several hints, hints of every shape."""
+"""Batches: both halves in one batch or in two, several latents, several hints, hints of every shape."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.comfy
 
 
 class LowMemory:
-    """The host's memory manager with nothing free, as the sampler asks it."""
+    """Stand-in for the host's memory manager with no free memory, as the sampler queries it."""
 
     def __getattr__(self, name: str) -> Any:
         import comfy.model_management
@@ -37,7 +37,7 @@ def no_memory_for_two(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows_per_forward(studio: Studio, run: Any) -> tuple[Tensor, list[int]]:
-    """Result of `run`, and the rows of each of the UNet's forwards."""
+    """Result of `run`, and the batch size of each of the UNet's forwards."""
     rows: list[int] = []
     unet = studio.model.model.diffusion_model
     handle = unet.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[0]))

@@ -1,4 +1,4 @@
-"""Runs of the encoder, counted while the real samplers run."""
+"""Feature cache with the real samplers: runs of the encoder are counted."""
 
 from __future__ import annotations
 

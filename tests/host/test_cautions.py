@@ -1,4 +1,4 @@
-"""Warnings about settings that do nothing or harm: seen on the node, and in the log once."""
+"""Warnings about settings without effect or with harm: shown on the node, and logged once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.comfy
 
 @pytest.fixture(autouse=True)
 def _unsaid() -> Iterator[None]:
-    """Nothing has been logged or shown before."""
+    """Reset of the texts logged or shown so far."""
     from comfyui_controlnext.controlnext_core.comfy_adapter import feedback
 
     feedback.warn_once.cache_clear()
@@ -27,7 +27,7 @@ def _unsaid() -> Iterator[None]:
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """All that nodes give the page to show, in the order of their runs."""
+    """Texts that nodes give the page to show, in the order of their runs."""
     from comfyui_controlnext.controlnext_core.comfy_adapter import feedback
     from comfyui_controlnext.nodes import apply as module
 
@@ -43,7 +43,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def apply(studio: Studio, control: Any = None, image: Any = None, model: Any = None, **inputs: Any) -> Any:
-    """Apply ControlNeXt as the host calls it."""
+    """Apply ControlNeXt, called as by the host."""
     from comfyui_controlnext.nodes.apply import ControlNeXtApply
 
     given = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0, **inputs}

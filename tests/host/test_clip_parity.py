@@ -41,7 +41,7 @@ def weights(model: str, seed: int = 11) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def control_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """A control for a narrow model, from a file."""
+    """Control for a narrow model, from a file."""
     from comfyui_controlnext.controlnext_core import checkpoint
     from comfyui_controlnext.controlnext_core.comfy_adapter.files.loading import load_control
     from comfyui_controlnext.controlnext_core.detection import read_control_file
@@ -57,7 +57,7 @@ def control_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
 
 def video(frames: int, model: str, size: tuple[int, int] = SIZE, seed: int = 5) -> Tensor:
-    """A hint (frames, 3, H, W)."""
+    """Hint of a clip (frames, 3, H, W)."""
     height, width = (NARROW[model].pixels * side for side in size)
     return torch.rand(frames, 3, height, width, generator=torch.Generator().manual_seed(seed))
 

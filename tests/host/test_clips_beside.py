@@ -1,4 +1,4 @@
-"""Controls of clips beside what else Wan has: the two experts of Wan 2.2, and VACE."""
+"""Controls of clips together with other features of Wan: the two experts of Wan 2.2, and VACE."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEPS, CHANGE = 4, 2
 
 
 def other_expert() -> Any:
-    """A MODEL of the narrow Wan's shape with other weights."""
+    """MODEL of the narrow Wan's shape with other weights."""
     from comfy.model_patcher import ModelPatcher
 
     model: Any = narrow_model.__wrapped__("wan")  # one of its own
@@ -40,7 +40,9 @@ def with_model(at: TransformerStage, model: Any) -> TransformerStage:
 
 
 def experts(at: TransformerStage, high: tuple[Any, Any], low: tuple[Any, Any]) -> Tensor:
-    """Two KSamplerAdvanced, the second on what noise the first has left. high, low: a MODEL and the two prompts."""
+    """Two KSamplerAdvanced nodes, the second on the remaining noise of the first. high, low: a
+    MODEL and two prompts.
+    """
     import nodes as host_nodes
 
     latent = {"samples": torch.zeros(1, 16, LENGTH, CELLS, CELLS)}
@@ -56,7 +58,7 @@ def experts(at: TransformerStage, high: tuple[Any, Any], low: tuple[Any, Any]) -
 
 @pytest.fixture
 def heard(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
-    """Encoder's identity and sigma, for each time that a control has added something."""
+    """Encoder's identity and sigma of each addition of a control."""
     seen: list[tuple[str, float]] = []
     term: Callable[..., Any] = ControlNeXtControl.term
 

@@ -1,4 +1,4 @@
-"""Controls of clips in the host's own sampler: both doors, windows of latent frames, and nothing left behind."""
+"""Controls of clips in the host's sampler: both doors, windows of latent frames, and no traces left."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ both = pytest.mark.parametrize("model", ["wan", "wan_5b"])
 
 
 def video(count: int = FRAMES, seed: int = 5) -> Tensor:
-    """An IMAGE (count, H, W, 3)."""
+    """IMAGE (count, H, W, 3) of a clip's hint."""
     return torch.rand(count, 8 * CELLS, 8 * CELLS, 3, generator=torch.Generator().manual_seed(seed))
 
 
@@ -101,7 +101,7 @@ def test_the_encoder_sees_each_frame_once_a_step_and_never_in_a_second_run(stage
 
 
 def windowed(at: TransformerStage, schedule: str, model: Any = None, **more: Any) -> Any:
-    """A MODEL with the host's own windows along latent frames."""
+    """MODEL with the host's windows along latent frames."""
     from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 
     inputs = {
@@ -124,7 +124,7 @@ def _inputs_of(node: Any) -> set[str]:
 
 @pytest.fixture
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int] | None, int, float, Tensor]]:
-    """For each time that a control was asked: the window, latent frames at hand, sigma, and what it added."""
+    """Record of each call of a control: the window, the latent frames, sigma, and its addition."""
     seen: list[tuple[list[int] | None, int, float, Tensor]] = []
     term: Callable[..., Any] = ControlNeXtControl.term
 

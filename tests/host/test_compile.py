@@ -30,7 +30,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def controlled(studio: Studio, kind: str, folder: Path) -> tuple[Any, tuple[Any, ...]]:
-    """(MODEL, conditionings or nothing) with a control of that kind."""
+    """MODEL and conditionings (or none) with a control of that kind."""
     from comfyui_controlnext.controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
 
     if kind == "bare":

@@ -1,4 +1,4 @@
-"""The two doors of a control, the stock Apply node and ControlNeXtApply: one engine, and nothing left behind."""
+"""Doors of a control, the stock Apply node and ControlNeXtApply: one engine, and no traces left."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_applying_leaves_model_and_conditioning_untouched(studio: Studio, plain:
 
 
 def fingerprint(model: Any) -> str:
-    """Everything that a node may have added to a MODEL."""
+    """Fingerprint of all that a node may have added to a MODEL."""
     parts = (
         model.model_options,
         {name: len(patches) for name, patches in model.patches.items()},

@@ -1,4 +1,4 @@
-"""Text that cannot be encoded leaves no node; the host's thread for prompts ends by it."""
+"""Encodable text: no node emits text that cannot be encoded, which would end the host's thread for prompts."""
 
 from __future__ import annotations
 

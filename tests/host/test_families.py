@@ -1,4 +1,4 @@
-"""The sites that SD1.5's second generation does not use, through both doors of a real KSampler run."""
+"""Sites other than that of SD1.5's second generation, through both doors of a real KSampler run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAKERS = {
 
 @pytest.fixture(scope="module", params=MAKERS)
 def pair(request: pytest.FixtureRequest, loaded_studio: Studio, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A base model and a control for it: (name, loaded control, positive, negative)."""
+    """Base model with a control for it: (name, loaded control, positive, negative)."""
     import comfy.sd
 
     make_base, build = MAKERS[request.param]

@@ -1,4 +1,4 @@
-"""The real size: SD1.5's whole UNet and a released encoder's shapes, through the stock loader."""
+"""Full size: SD1.5's whole UNet and a released encoder's shapes, through the stock loader."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PARAMETERS = 859_520_964
 
 @pytest.fixture
 def whole_unet(studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A MODEL from the stock UNet loader, freed afterwards: it takes 3.4 GB."""
+    """MODEL from the stock UNet loader, freed afterwards: it takes 3.4 GB."""
     import comfy.model_management
     import folder_paths
 

@@ -1,4 +1,4 @@
-"""Halves of the guidance that get a control, under plain guidance and under guiders that count otherwise."""
+"""Halves of the guidance that get a control, under plain guidance and under guiders that number differently."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ POSITIVE, NEGATIVE = (True, False), (False, True)
 
 
 def wired(studio: Studio, control: Any, halves: tuple[bool, bool]) -> tuple[Any, Any]:
-    """The stock Apply node connected to these halves only: (positive, negative)."""
+    """Stock Apply node connected to these halves only: (positive, negative)."""
     controlled = studio.stock(control, picture())
     bare = studio.positive, studio.negative
     return tuple(c if wanted else b for c, b, wanted in zip(controlled, bare, halves, strict=True))
@@ -85,7 +85,7 @@ def test_without_guidance_the_positive_half_is_all_there_is(studio: Studio, capl
 
 
 def other_guidance(studio: Studio, name: str, model: Any, positive: Any, negative: Any) -> Tensor:
-    """Two steps under a guider or a guidance node of the host."""
+    """Sample two steps under a guider or a guidance node of the host."""
     from comfy_extras import nodes_custom_sampler, nodes_pag, nodes_perpneg, nodes_sag
 
     if name == "DualCFG":

@@ -1,4 +1,4 @@
-"""The hint nodes in the real host: what they publish, batches, masks, cancelling, and a run through the server."""
+"""Hint nodes in the real host: their schema, batches, masks, cancelling, and a run through the server."""
 
 import io
 from pathlib import Path
@@ -30,7 +30,7 @@ PUBLISHED = {
 
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:
-    """(3, 128, 96, 3): parts of the photograph."""
+    """Parts of the photograph, (3, 128, 96, 3)."""
     whole = torch.from_numpy(np.asarray(Image.open(ASTRONAUT)) / np.float32(255))
     return torch.stack([whole[y : y + 128, x : x + 96] for y, x in ((0, 150), (180, 60), (300, 300))])
 
@@ -123,14 +123,14 @@ def test_cancelling_stops_between_two_images(images: torch.Tensor) -> None:
 
 
 def photograph() -> bytes:
-    """The photograph as a PNG: decoders of JPEG differ by a step of 255, and hosts have changed theirs."""
+    """Photograph as a PNG: decoders of JPEG differ by a step of 255, and hosts have changed theirs."""
     stream = io.BytesIO()
     Image.open(ASTRONAUT).save(stream, "PNG")
     return stream.getvalue()
 
 
 def workflow(server: "ComfyServer", kind: str, **settings: Any) -> dict[str, dict[str, Any]]:
-    """Load the photograph, draw, preview."""
+    """Workflow: load the photograph, draw, preview."""
     name, defaults = PUBLISHED[kind]
     inputs = {key: value for key, value in defaults.items() if value is not None} | settings
     return {

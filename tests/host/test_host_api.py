@@ -1,4 +1,4 @@
-"""Names of the host that the code imports, reads or calls: each exists in the host at hand and takes that call."""
+"""Host API as used by the code: every imported, accessed or called name exists, and accepts the call."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def test_what_may_be_missing_is_listed_in_the_docs() -> None:
 
 
 def overridden() -> Iterator[tuple[type, str, Callable[..., Any], Callable[..., Any]]]:
-    """(our class, method, ours, the host's) for each method of ComfyUI's engine that a class of ours replaces."""
+    """Pairs of overriding methods (class of the pack, method, the pack's, the host's) for classes
+    of ComfyUI's engine.
+    """
     import comfy.controlnet
 
     for cls in host_classes(USING):
@@ -96,7 +98,7 @@ def overridden() -> Iterator[tuple[type, str, Callable[..., Any], Callable[..., 
 
 
 def ways_to_call(function: Callable[..., Any]) -> Iterator[tuple[list[object], dict[str, object]]]:
-    """All arguments by place; what has no default by place and the rest by name."""
+    """Ways to call a function: all arguments by position; those without a default by position and the rest by name."""
     kinds = inspect.Parameter
     taken = inspect.signature(function).parameters.values()
     places = [p for p in taken if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
@@ -109,7 +111,7 @@ def ways_to_call(function: Callable[..., Any]) -> Iterator[tuple[list[object], d
 
 
 def problems_of(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Iterator[str]:
-    """Why a method of ours does not take what the host's takes; nothing where it does."""
+    """Reasons why a method of the pack does not accept the arguments of the host's; empty where it does."""
     for places, named in ways_to_call(theirs):
         try:
             inspect.signature(ours).bind(*places, **named)
@@ -134,7 +136,7 @@ def test_a_method_that_takes_less_is_found() -> None:
 
 
 def wrapped() -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any]]]:
-    """(kind, our wrapper, the function of the host that it stands around)"""
+    """Wrappers as (kind, the pack's wrapper, the function of the host that it wraps)."""
     import comfy.model_base
     import comfy.sampler_helpers
     import comfy.samplers

@@ -1,4 +1,4 @@
-"""Inputs that are made to hurt: each is refused in words, in a moment, and costs nothing else."""
+"""Hostile inputs: each is refused with a message, quickly, and without other effects."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def png() -> bytes:
-    """A small picture."""
+    """Small picture as a PNG."""
     return encoded(coordinates(64, 72))
 
 
@@ -230,7 +230,7 @@ def test_auto_takes_no_control_for_the_unet_weights_of_another(tmp_path: Path, s
 
 
 def found(folder: Path, roots: tuple[Path, ...] | None = None) -> tuple[list[str], str]:
-    """(names of the pictures, what is broken in words)"""
+    """Names of the pictures, and the broken files with their reasons."""
     opened, table = open_tree(folder, roots)
     names = [entry.image.name for entry in entries(opened, table, ".txt", paired=False)]
     return names, "\n".join(f"{path}: {why}" for path, why in opened.broken)

@@ -1,4 +1,4 @@
-"""Modules that the import of the pack brings into the host's process."""
+"""Modules that the pack's import loads into the host's process."""
 
 from __future__ import annotations
 

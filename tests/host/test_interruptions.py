@@ -1,4 +1,6 @@
-"""Sampling that is cut off in a forward, in an encoder's pass or while features are kept leaves everything in order."""
+"""Interruptions of sampling in a forward, in an encoder's pass or while features are cached: the state stays
+consistent.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +21,18 @@ CELLS, STEPS = 4, 2
 
 
 class Cut(BaseException):
-    """As the interruption of later hosts: no Exception."""
+    """Interruption of later hosts, which is not an Exception."""
 
 
 def cancel() -> BaseException:
-    """Interruption of the host's own layers; an Exception or a BaseException, as the host has it."""
+    """Interruption of the host's layers; an Exception or a BaseException, depending on the host."""
     import comfy.model_management
 
     return comfy.model_management.InterruptProcessingException()
 
 
 def out_of_memory() -> BaseException:
-    """A device without memory, as the host knows it."""
+    """Error of a device without memory, in the host's form."""
     import comfy.model_management
 
     return comfy.model_management.OOM_EXCEPTION("memory ran out")
@@ -46,7 +48,7 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
 
 
 class Trap:
-    """Raises at the n-th call of what it is put around."""
+    """Trap that raises at the n-th call of the wrapped function."""
 
     def __init__(self, inner: Callable[..., Any], error: BaseException, at: int) -> None:
         self.inner, self.error, self.left = inner, error, at
@@ -63,12 +65,12 @@ def lay(patch: pytest.MonkeyPatch, owner: Any, name: str, error: BaseException, 
 
 
 def in_a_forward(patch: pytest.MonkeyPatch, studio: Studio, control: Any, error: BaseException) -> None:
-    """In the second step's forward, behind the block where a control acts."""
+    """Interrupt the second step's forward, after the block at which a control acts."""
     lay(patch, studio.model.model.diffusion_model.output_blocks[-1][0], "forward", error, 2)
 
 
 def in_the_encoder(patch: pytest.MonkeyPatch, studio: Studio, control: Any, error: BaseException) -> None:
-    """In the encoder's second timestep; of ControlNet-XS in its only pass."""
+    """Interrupt the encoder's second timestep; for ControlNet-XS its only pass."""
     net = control.get_models()[-1].model
     if hasattr(net, "finish"):
         lay(patch, net, "finish", error, 2)
@@ -77,7 +79,7 @@ def in_the_encoder(patch: pytest.MonkeyPatch, studio: Studio, control: Any, erro
 
 
 def in_the_cache(patch: pytest.MonkeyPatch, studio: Studio, control: Any, error: BaseException) -> None:
-    """While features are taken in."""
+    """Interrupt while features are cached."""
     lay(patch, studio.cache, "_make_room", error)
 
 
@@ -110,7 +112,7 @@ def on_the_model(model: Any) -> dict[str, Any]:
 
 
 def entries(cache: FeatureCache) -> int:
-    """Bytes that are really kept, which must be those that the cache believes to keep."""
+    """Bytes of the cached entries, which must equal the cache's own count."""
     return sum(tensor.nbytes for group in cache._groups.values() for tensor in group.entries.values())
 
 
@@ -147,7 +149,7 @@ def test_a_run_that_is_cut_off_leaves_nothing_and_the_next_is_the_same_in_every_
 
 
 def doors_of(model: Any) -> list[Any]:
-    """The MODEL doors on a model."""
+    """MODEL doors on a model."""
     from comfy.patcher_extension import WrappersMP
 
     found = [getattr(wrapper, "__self__", None) for wrapper in model.get_all_wrappers(WrappersMP.APPLY_MODEL)]

@@ -1,4 +1,4 @@
-"""A host whose dynamic memory manager is on: its layers have no weights until a file is loaded, ours are whole."""
+"""Host with its dynamic memory manager on: its layers have no weights until a file is loaded, the pack's are whole."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def lazy() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def lazy_base(loaded_studio: Studio, tiny: Any) -> Studio:
-    """The studio with its checkpoint read once more, into lazy layers."""
+    """Studio with its checkpoint loaded once more, into lazy layers."""
     import comfy.sd
 
     path = tiny.models / "checkpoints" / tiny.names["checkpoint"]
@@ -68,7 +68,7 @@ def test_the_base_is_the_same_under_lazy_layers(lazy_base: Studio, loaded_studio
 
 
 def control_of(studio: Studio, folder: Path, kind: str) -> Any:
-    """A control of that kind, loaded for this base."""
+    """Control of that kind, loaded for this base."""
     from comfyui_controlnext.controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs
 
     if not kind.startswith("xs"):
@@ -97,7 +97,7 @@ def test_both_doors_give_the_same_bits_and_those_of_whole_layers(
 
 
 def door(studio: Studio, control: Any) -> tuple[Any, Any, Any]:
-    """Inputs of the sampler behind the stock Apply node."""
+    """Inputs of the sampler after the stock Apply node."""
     return studio.model, *studio.stock(control, picture())
 
 

@@ -1,4 +1,4 @@
-"""Load ControlNeXt and Inspect: which files are listed, which weights are chosen, and when a node runs again."""
+"""Load ControlNeXt and Inspect: listed files, chosen weights, and re-execution of a node."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.comfy, EITHER_WAY]
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Path]]:
-    """The two control folders of a models directory, registered as the pack does."""
+    """Both control folders of a models directory, registered as the pack does."""
     import folder_paths
     from comfyui_controlnext.controlnext_core.comfy_adapter.files.folders import register_folder
 
@@ -41,7 +41,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[st
 
 
 def load(studio: Studio, name: str, weights: str = "auto", **options: Any) -> Any:
-    """Loader node called with the names of its widgets."""
+    """Call the loader node with its widgets' names."""
     from comfyui_controlnext.controlnext_core.comfy_adapter.files.folders import control_path
 
     return studio.load(control_path(name), weights, **options)
@@ -54,7 +54,7 @@ def fingerprint(control_name: str, weights_name: str = "auto") -> str:
 
 
 def patched(loaded: Any) -> int:
-    """Count of the model's patched weights."""
+    """Number of the model's patched weights."""
     return len(loaded.model.patches)
 
 
@@ -109,7 +109,7 @@ def test_none_and_a_named_file_are_as_chosen(studio: Studio, folders: dict[str, 
 
 
 def with_metadata(path: Path, **metadata: str) -> None:
-    """Copy of the tensors with `controlnext.*` metadata."""
+    """Save a file of tensors again, with `controlnext.*` metadata."""
     save_file(load_file(path), path, {f"controlnext.{key}": value for key, value in metadata.items()})
 
 

@@ -1,4 +1,4 @@
-"""Place and time of a control: masks of Options and Apply, and strength schedules."""
+"""Masks of Options and Apply, and strength schedules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""While the nodes run, nothing is asked of the network, no process is started, and no pickle names a class."""
+"""Isolation of the nodes: they use no network, start no process, and load no pickle with a class."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def _is_import(event: str) -> bool:
-    """Modules that are imported late come out of their .pyc files by marshal."""
+    """True: the event is a late import, which reads its .pyc file by marshal. False: another event."""
     frame: Any = sys._getframe()
     while event == "marshal.loads" and frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
@@ -70,7 +70,7 @@ def _is_import(event: str) -> bool:
 
 @pytest.fixture(scope="module")
 def watched() -> Any:
-    """A context inside which BLOCKED raises. A hook cannot be taken away again, only told to be quiet."""
+    """Context inside which BLOCKED events raise. An audit hook cannot be removed, only deactivated."""
     sys.addaudithook(_refuse)
 
     @contextmanager

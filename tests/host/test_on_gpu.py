@@ -45,7 +45,7 @@ def cuda(device: torch.device) -> torch.device:
 
 
 def sampler_of(studio: Studio, control: Any, model: Any = None, **settings: Any) -> Callable[[], Tensor]:
-    """A queue run with that control through the stock node."""
+    """Function that runs a queue run with that control through the stock node."""
     conds = studio.stock(control, picture())
     return lambda: studio.sample(model or studio.model, *conds, **{"steps": STEPS, **settings})
 

@@ -35,7 +35,7 @@ MIDDLE_WIDTH = 4 * WIDTH
 
 @dataclass(frozen=True)
 class BothUNets:
-    """One base model, twice, with the same weights."""
+    """Base model as two UNets with the same weights."""
 
     host: Any
     """The host's BaseModel."""
@@ -46,7 +46,7 @@ class BothUNets:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Inputs of both UNets; rows are all latents of the first half of the guidance, then of the second."""
+    """Inputs of both UNets; all latents of the first half of the guidance, then of the second."""
 
     x: Tensor
     sigma: Tensor
@@ -111,7 +111,7 @@ DIFFUSERS_SDXL = {
 
 @functools.cache
 def base(family: str) -> BothUNets:
-    """Both UNets of a family: diffusers' random weights, every bias and norm moved, copied into the host's."""
+    """Both UNets of a family: diffusers' random weights, every bias and norm changed, copied into the host's."""
     import comfy.model_base
     import comfy.supported_models
     import comfy.utils
@@ -155,7 +155,7 @@ def out_channels(name: str) -> int:
 
 @functools.cache
 def encoder_weights(name: str) -> dict[str, Tensor]:
-    """A published encoder at its full size but for the last convolution, which has the tiny UNet's width."""
+    """Weights of a published encoder at full size except for the last convolution, which has the tiny UNet's width."""
     return reference.random_weights(
         reference.VARIANTS[name].build, seed=11, out=out_channels(name), scale=LEARNED_SCALE
     )
@@ -169,7 +169,7 @@ def encoded(name: str, size: tuple[int, int], batch: int) -> Tensor:
 
 
 def add_hook(unet: nn.Module, name: str, size: tuple[int, int], batch: int, strength: float) -> Any:
-    """Add the control where and as the released code of the variant does; returns the handle of the hook."""
+    """Add the control at the released code's site and by its formula; returns the handle of the hook."""
     variant = reference.VARIANTS[name]
     gain = strength * reference.gain(variant, LEARNED_SCALE)
     c = encoded(name, size, batch).repeat(len(HALVES[batch]), 1, 1, 1)  # the same hints for both halves
@@ -190,7 +190,7 @@ def add_hook(unet: nn.Module, name: str, size: tuple[int, int], batch: int, stre
 
 
 def theirs(family: str, size: tuple[int, int], batch: int, hook: Callable[[nn.Module], Any] | None = None) -> Tensor:
-    """The noise that diffusers' UNet predicts."""
+    """Noise predicted by diffusers' UNet."""
     both, given = base(family), inputs(family, size, batch)
     more = {"added_cond_kwargs": {"text_embeds": given.text_embeds, "time_ids": given.time_ids}} if both.pooled else {}
     scaled = given.x / (given.sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt()
@@ -203,7 +203,7 @@ def theirs(family: str, size: tuple[int, int], batch: int, hook: Callable[[nn.Mo
 
 
 def ours(family: str, size: tuple[int, int], batch: int, control: Any = None) -> Tensor:
-    """The noise that the host's model predicts, with a control as a sampling run drives it."""
+    """Noise predicted by the host's model, with a control as in a sampling run."""
     both, given = base(family), inputs(family, size, batch)
     more = {}
     if both.pooled:
@@ -224,7 +224,7 @@ def ours(family: str, size: tuple[int, int], batch: int, control: Any = None) ->
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
-    """The control of a variant, from a file."""
+    """Control of a variant, from a file."""
     from comfyui_controlnext.controlnext_core import checkpoint
     from comfyui_controlnext.controlnext_core.comfy_adapter.files.loading import load_control
     from comfyui_controlnext.controlnext_core.detection import read_control_file

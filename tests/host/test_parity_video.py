@@ -33,7 +33,7 @@ NEGATIVE = {"svd_v1": 0.65, "svd_v2": 0.0, "svd_v2_padded": 0.0}
 
 @functools.cache
 def inputs(size: tuple[int, int], frames: int) -> dict[str, Tensor]:
-    """Inputs of both UNets; rows are the frames of one half, then those of the other."""
+    """Inputs of both UNets; the frames of one half, then those of the other."""
     generator = torch.Generator().manual_seed(frames)
 
     def noise(*shape: int) -> Tensor:
@@ -51,13 +51,13 @@ def inputs(size: tuple[int, int], frames: int) -> dict[str, Tensor]:
 
 @functools.cache
 def encoded(name: str, size: tuple[int, int], frames: int) -> Tensor:
-    """The reference's encoder on every frame's hint."""
+    """Encodings of every frame's hint by the reference."""
     build, hint = reference.VARIANTS[name].build, inputs(size, frames)["hint"]
     return reference.encode(build, video.encoder_weights(name), hint, torch.tensor([TIMESTEP]))
 
 
 def hooked(unet: nn.Module, name: str, size: tuple[int, int], frames: int, strength: float) -> Any:
-    """Add the control where and as the released pipelines do; returns the handle of the hook."""
+    """Add the control as in the released pipelines; returns the handle of the hook."""
     variant = reference.VARIANTS[name]
     c = encoded(name, size, frames)
     gains = {0: POSITIVE[name], 1: NEGATIVE[name]}
@@ -76,7 +76,7 @@ def hooked(unet: nn.Module, name: str, size: tuple[int, int], frames: int, stren
 
 
 def theirs(size: tuple[int, int], frames: int, name: str | None = None, strength: float = 1.0) -> Tensor:
-    """diffusers' prediction, (2 * frames, 4, h, w)."""
+    """Prediction of diffusers' UNet, (2 * frames, 4, h, w)."""
     given, unet = inputs(size, frames), video.base().diffusers
     scaled = torch.cat([given["x"] / math.sqrt(SIGMA**2 + 1), given["image"]], 1).unflatten(0, (2, frames))
     handle = hooked(unet, name, size, frames, strength) if name else None
@@ -88,7 +88,7 @@ def theirs(size: tuple[int, int], frames: int, name: str | None = None, strength
 
 
 def ours(size: tuple[int, int], frames: int, control: Any = None) -> Tensor:
-    """The host's prediction, with a control as a sampling run drives it."""
+    """Prediction of the host's model, with a control as in a sampling run."""
     given, host = inputs(size, frames), video.base().host
     sigma = torch.full((2 * frames,), SIGMA)
     embedded = video.base().diffusers.add_time_proj(given["ids"].flatten()).reshape(2, -1)

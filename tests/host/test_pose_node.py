@@ -1,4 +1,4 @@
-"""ControlNeXtPoseAlign in the real host: registered, explained, and its frames are what stock nodes take."""
+"""Node ControlNeXtPoseAlign in the real host: registered, described, and its frames work with stock nodes."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ def node() -> Any:
 
 
 def pose_frame(shift: float) -> dict[str, Any]:
-    """A line of body points down a 64x128 picture."""
+    """Frame with a line of body points down a 64x128 picture."""
     points = [value for index in range(18) for value in (20.0 + index + shift, 10.0 + 6 * index, 1.0)]
     return {"people": [{"pose_keypoints_2d": points}], "canvas_width": 64, "canvas_height": 128}
 

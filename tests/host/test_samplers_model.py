@@ -1,4 +1,4 @@
-"""The sampler keeps the MODEL that it is given: hosts with dynamic VRAM swap it where a conditioning brings hooks."""
+"""Model identity during sampling: hosts with dynamic VRAM replace the MODEL where a conditioning has hooks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def chain_of(control: Any) -> Iterator[Any]:
 
 
 def brings_hooks(conds: Any) -> bool:
-    """The question that later hosts ask of a list of conditionings (`cond_has_hooks`), asked of any host."""
+    """True: the conditionings have hooks, tested as in later hosts (`cond_has_hooks`). False: they have none."""
     options = [entry[1] for entry in conds]
     controls = [option["control"] for option in options if "control" in option]
     return any("hooks" in option for option in options) or any(control.get_extra_hooks() for control in controls)
@@ -39,7 +39,7 @@ def brings_hooks(conds: Any) -> bool:
 
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The patcher of every sampling run, each set up as under dynamic VRAM: hooks would have swapped it."""
+    """Patchers of all sampling runs, each set up as under dynamic VRAM: hooks would have replaced it."""
     import comfy.samplers
 
     patchers: list[Any] = []
@@ -65,7 +65,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def load(studio: Studio, kind: str) -> Any:
-    """A CONTROL_NET of a kind."""
+    """CONTROL_NET of a kind."""
     if kind == "controlnext":
         return studio.load().control
     from comfyui_controlnext.controlnext_core.comfy_adapter.files.xs_loading import load_controlnet_xs

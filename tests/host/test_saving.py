@@ -1,4 +1,4 @@
-"""Save ControlNeXt: what is written loads again and acts as before."""
+"""Save ControlNeXt: saved files load again with the same effect."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.comfy, EITHER_WAY]
 
 @pytest.fixture(autouse=True)
 def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The host's output folder, with a name that a careless program stumbles over."""
+    """Output folder of the host, with a name that careless code mishandles."""
     import folder_paths
 
     folder = tmp_path / "out put \u00fc"

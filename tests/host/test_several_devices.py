@@ -24,7 +24,7 @@ APPLY_TO = pytest.mark.parametrize("apply_to", ["both", "positive"])
 
 @pytest.fixture
 def several(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
-    """The node MultiGPU CFG Split, on a machine with two devices: MODEL -> MODEL."""
+    """Node MultiGPU CFG Split, on a machine with two devices: MODEL -> MODEL."""
     reason = "this ComfyUI samples on one device alone (no comfy.multigpu)"
     multigpu = pytest.importorskip("comfy.multigpu", reason=reason)
     monkeypatch.setattr("comfy.model_management.get_all_torch_devices", lambda *args, **kwargs: [FIRST, SECOND])
@@ -51,7 +51,7 @@ def load(studio: Studio, kind: str) -> Any:
 
 @contextmanager
 def seen_devices(studio: Studio) -> Any:
-    """Per forward of a control: the device that its thread works for, and the network that it runs."""
+    """Device and network of each forward of a control, by its thread."""
     from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.host_control import HostControl
 
     seen: list[tuple[Any, Any]] = []

@@ -24,7 +24,7 @@ STRENGTHS = {"a": 0.7, "b": 0.4, "c": 1.0}
 
 
 def stacked(studio: Studio, model: Any, controls: dict[str, Any], plan: str) -> Tensor:
-    """Apply controls in the plan's order: a letter through the stock node, a capital through ours."""
+    """Apply controls in the plan's order: a letter through the stock node, a capital through this pack's."""
     positive, negative = studio.positive, studio.negative
     for step in plan:
         name = step.lower()
@@ -76,7 +76,7 @@ def test_each_control_is_measured_against_the_same_features(studio: Studio) -> N
 
 @pytest.fixture
 def stock_control(studio: Studio, tiny: Any) -> Any:
-    """A stock ControlNet from the host's own loader."""
+    """Stock ControlNet from the host's loader."""
     import comfy.controlnet
 
     return comfy.controlnet.load_controlnet(str(tiny.models / "controlnet" / tiny.names["stock_control"]))
@@ -144,7 +144,7 @@ def test_a_control_on_a_regional_prompt_stays_in_its_region(studio: Studio, kind
 
 
 def freeu(model: Any, version: str) -> Any:
-    """The stock node, told a width for which its second factor meets a UNet that is 320 wide everywhere."""
+    """Stock FreeU node, with a width for which its second factor applies to a UNet of 320 channels everywhere."""
     from comfy_extras import nodes_freelunch
 
     config = model.model.model_config.unet_config

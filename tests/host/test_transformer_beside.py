@@ -1,4 +1,4 @@
-"""Transformers' controls beside what else the host does: weights left behind, its controls and patches, a Cancel."""
+"""Controls of transformers with offloaded weights, the host's controls and patches, and a Cancel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.comfy
 
 @pytest.fixture
 def little_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The host keeps a tenth of each model's weights loaded. Returns how many layers it left behind, for each load."""
+    """Make the host load a tenth of each model's weights. Returns the number of layers it left out, for each load."""
     from comfy.model_patcher import ModelPatcher
 
     load, left = ModelPatcher.load, []
@@ -66,7 +66,7 @@ def fill(network: nn.Module) -> nn.Module:
 
 
 def stock_control(family: str) -> Any:
-    """The host's ControlNet of a family, as narrow as its base; its hint is a latent."""
+    """ControlNet of the host for a family, as narrow as its base; its hint is a latent."""
     import comfy.cldm.mmdit
     import comfy.controlnet
     import comfy.latent_formats
@@ -132,7 +132,7 @@ def test_a_stock_controlnet_beside_ours_in_any_order(family: str, stage: Any, tm
 
 
 def diffsynth(tmp_path: Path) -> Callable[[Any], Any]:
-    """The host's node for a DiffSynth control of Qwen-Image, as narrow as its base."""
+    """Node of the host for a DiffSynth control of Qwen-Image, as narrow as its base."""
     import comfy.ops
     import comfy.sd
     import comfy.utils
@@ -149,7 +149,7 @@ def diffsynth(tmp_path: Path) -> Callable[[Any], Any]:
 
 
 def fun(tmp_path: Path) -> Callable[[Any], Any]:
-    """The host's node for a Fun control of Z-Image, as narrow as its base; its blocks are spread over 30 layers."""
+    """Node of the host for a Fun control of Z-Image, as narrow as its base; its blocks are spread over 30 layers."""
     import comfy.ldm.lumina.controlnet
     import comfy.ops
     import comfy.sd
@@ -193,7 +193,7 @@ def test_controls_that_the_host_loads_as_model_patches_run_beside_ours(
 def cancelled_after_the_block(
     patch: pytest.MonkeyPatch, at: TransformerStage, control: Any, error: BaseException
 ) -> None:
-    """In the second forward, in the last layer: behind the block where the control acts."""
+    """Cancel in the second forward, in the last layer: after the block at which the control acts."""
     network = narrow_model(at.family).diffusion_model
     last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
     lay(patch, last, "forward", error, 2)

@@ -1,4 +1,4 @@
-"""Place, time and rows of a transformer's control: regional prompts, masks, schedules, halves, guiders."""
+"""Options of a transformer's control: regional prompts, masks, schedules, halves, guiders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LEFT[..., : SIDE // 2] = 1
 
 
 def regional(at: TransformerStage, kind: str, control: Any, seed: int = 4) -> Any:
-    """A prompt for the left half of the picture, with a control or without."""
+    """Prompt for the left half of the picture, with or without a control."""
     import nodes as host_nodes
 
     conds = at.prompt(11, seed)
@@ -100,7 +100,7 @@ def test_a_half_is_what_wiring_the_stock_node_to_that_half_gives(family: str, ha
 
 
 def guided(at: TransformerStage, name: str, model: Any, positive: Any, negative: Any) -> Tensor:
-    """Two steps under a guider of the host."""
+    """Sample two steps under a guider of the host."""
     from comfy_extras import nodes_custom_sampler as nodes
 
     if name == "basic":

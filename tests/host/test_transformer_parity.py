@@ -1,4 +1,4 @@
-"""Whole-model parity on transformers: the host's model with our control against the same with the reference's hook."""
+"""Whole-model parity on transformers: the host's model with this pack's control against the reference's hook."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def weights(family: str, seed: int = 11) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def control_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """A control of a family, from a file."""
+    """Control of a family, from a file."""
     from comfyui_controlnext.controlnext_core import checkpoint
     from comfyui_controlnext.controlnext_core.comfy_adapter.files.loading import load_control
     from comfyui_controlnext.controlnext_core.detection import read_control_file
@@ -57,7 +57,7 @@ def control_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
 
 def forward(family: str, given: Any, options: dict[str, Any], control: Any = None) -> Tensor:
-    """Output of the host's model for the latent: its denoised latent turned into the velocity."""
+    """Output of the host's model for the latent: its denoised latent converted to the velocity."""
     model, stock = narrow_model(family), None
     if control is not None:
         control.pre_run(model, model.model_sampling.percent_to_sigma)

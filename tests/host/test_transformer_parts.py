@@ -1,4 +1,4 @@
-"""Parts of fused weights that named subsets mean, against what goes into and out of the host's own attention."""
+"""Slices of fused weights in named subsets, against the inputs and outputs of the host's attention."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.comfy
 
 
 def slice_of(at: Any, subset: str, name: str) -> tuple[int, int, int]:
-    """(dim, start, length) that a subset means of a weight; `all` and expressions mean whole ones."""
+    """Slice (dim, start, length) of a weight in a subset; `all` and expressions cover whole weights."""
     from comfyui_controlnext.controlnext_core.comfy_adapter.bases.table import BASES
 
     (base,) = (base for base in BASES if base.family is SPECS[at.family].family)
@@ -25,7 +25,7 @@ def slice_of(at: Any, subset: str, name: str) -> tuple[int, int, int]:
 
 
 def through_attention(at: Any, attention: Any) -> None:
-    """One forward of the host's model, its attention by this function (the host's own, q, k, v, ...)."""
+    """Run one forward of the host's model with this attention function (the host's, q, k, v, ...)."""
     import comfy.model_management
 
     comfy.model_management.load_models_gpu([at.model])

@@ -1,4 +1,4 @@
-"""Weight differences on quantised transformers: what a format keeps of their effect, and what a plain patch keeps."""
+"""Weight differences on quantised transformers: their effect in each format, and that of a plain patch."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def inference() -> Iterator[None]:
 
 
 def stage_of(family: str, kind: str, folder: Path, pinned: bool) -> TransformerStage:
-    """A stage whose model is quantised; skips what this host does not read or the narrow model cannot be."""
+    """Stage with a quantised model; skips formats that this host cannot read or the narrow model cannot have."""
     from comfy.model_patcher import ModelPatcher
 
     if kind not in formats(pinned):
@@ -60,12 +60,12 @@ def stage_of(family: str, kind: str, folder: Path, pinned: bool) -> TransformerS
 
 
 def small(family: str) -> dict[str, Tensor]:
-    """The factors of a difference of 2 % of the weight."""
+    """Factors of a difference of 2 % of the weight."""
     return {name: 0.2 * t if name.endswith(".up") else t for name, t in factors(family).items()}
 
 
 def numbers_of(layer: Any) -> Tensor:
-    """Weight of a layer in fp32, dequantised or scaled where it is stored so."""
+    """Weight of a layer in fp32, dequantised or scaled where needed."""
     if hasattr(layer.weight, "dequantize") and type(layer.weight.data) is not Tensor:
         return layer.weight.dequantize().float()
     scale = getattr(layer, "scale_weight", None)
@@ -74,7 +74,7 @@ def numbers_of(layer: Any) -> Tensor:
 
 @contextmanager
 def computed(layer: Any, weight: Tensor) -> Iterator[None]:
-    """The layer as a plain fp32 one, while inside."""
+    """Context in which the layer is a plain fp32 one."""
     bias = None if layer.bias is None else layer.bias.float()
     layer.forward = lambda x: F.linear(x, weight, bias)
     try:

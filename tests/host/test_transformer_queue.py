@@ -44,7 +44,7 @@ FRAMES = 17
 
 
 def make_control(path: Path, family: str) -> Path:
-    """An encoder of random weights with a low-rank difference of the first block's attention, in one file."""
+    """Make one file of a random encoder with a low-rank difference of the first block's attention."""
     width, generator = SMALL[family].width, torch.Generator().manual_seed(0)
     name = reference.FAMILIES[family].differences.replace("N", "0")
     encoder = released.random_weights(reference.FAMILIES[family].build, out=width)
@@ -58,7 +58,7 @@ def make_control(path: Path, family: str) -> Path:
 
 
 def files_of(models: Path, family: str, pinned: bool) -> None:
-    """All that the graph of a family loads, in the folders of a host."""
+    """Files that the graph of a family loads, in the folders of a host."""
     make_small(models / "diffusion_models" / f"{family}.pt", family, pinned)
     make_text_encoder(models / "text_encoders" / "clip_l.pt")
     make_vae(models / "vae" / f"{family}.safetensors", family)
@@ -67,7 +67,7 @@ def files_of(models: Path, family: str, pinned: bool) -> None:
 
 
 def prompts(family: str) -> Workflow:
-    """The nodes `positive` and `negative` of a family."""
+    """Nodes `positive` and `negative` of a family."""
     row, graph = SMALL[family], {}
     if row.text_encoder is None:
         words = {"tokens": 7, "width": TEXTS[family]}
@@ -79,7 +79,10 @@ def prompts(family: str) -> Workflow:
 
 
 def graph_of(family: str, hint: str, door: str = "stock", **loader: Any) -> Workflow:
-    """door: "stock", "ours" or "none". loader: inputs of Load ControlNeXt that differ."""
+    """Graph of a family. door:
+
+    "stock", "ours" or "none". loader: inputs of Load ControlNeXt that differ from the default.
+    """
     model = ["base", 0]
     graph = prompts(family) | {
         "base": node("UNETLoader", unet_name=f"{family}.pt", weight_dtype="default"),
@@ -122,7 +125,7 @@ def graph_of(family: str, hint: str, door: str = "stock", **loader: Any) -> Work
 
 @pytest.fixture(scope="module")
 def hint(server: ComfyServer) -> str:
-    """An uploaded picture's name."""
+    """Name of an uploaded picture."""
     stream = io.BytesIO()
     Image.fromarray((picture()[0] * 255).byte().numpy()).save(stream, "PNG")
     return server.upload_image(stream.getvalue(), "transformer.png")

@@ -1,4 +1,4 @@
-"""Every family's default differences, with its encoder, fit into 16 MiB in fp16, counted from published shapes."""
+"""Size of every family's default differences with its encoder: at most 16 MiB in fp16, from published shapes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], int, int]] = {
 
 
 def counted(size: str, pinned: bool) -> tuple[Any, dict[str, torch.Size], int]:
-    """(row of the base, shapes of its weights, numbers in the encoder) of a published size."""
+    """Row of the base, shapes of its weights, and number of values in the encoder, of a published size."""
     from comfyui_controlnext.controlnext_core.comfy_adapter.bases.transformers import TRANSFORMERS
 
     family, more, width, _ = PUBLISHED[size]

@@ -24,7 +24,7 @@ REASSOCIATED = 1e-5
 
 
 def factors(family: str, block: int = 0, seed: int = 0) -> dict[str, Tensor]:
-    """The file's tensors of one low-rank difference, a tenth of the weight's size."""
+    """Tensors of one low-rank difference in a file, a tenth of the weight's size."""
     name, width = reference.FAMILIES[family].differences.replace("N", str(block)), NARROW[family].width
     generator = torch.Generator().manual_seed(seed)
     up = 0.1 * torch.randn(width, RANK, generator=generator) * RANK**-0.5
@@ -96,7 +96,7 @@ def quantised_stage(family: str, folder: Path) -> TransformerStage:
 
 
 def velocity(model: Any, family: str) -> Tensor:
-    """One forward of a MODEL as the host has loaded it."""
+    """Velocity from one forward of a MODEL as the host has loaded it."""
     import comfy.model_management
 
     comfy.model_management.load_models_gpu([model])
@@ -169,7 +169,7 @@ SLICES = {
 
 
 def parts(seed: int = 2) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(the tensors of a file with low-rank differences of both slices, the same as differences of whole weights)"""
+    """Tensors of a file with low-rank differences of both slices, and the same as differences of whole weights."""
     network = narrow_model("flux").diffusion_model
     generator, tensors, wholes = torch.Generator().manual_seed(seed), {}, {}
     for name, (dim, start, length) in SLICES.items():
@@ -295,7 +295,7 @@ def test_inspect_says_family_subset_rank_and_parts(stage: Any) -> None:
 
 
 def _refiner() -> dict[str, Tensor]:
-    """A difference of a noise refiner's attention."""
+    """Difference of a noise refiner's attention."""
     return {name.replace("layers", "noise_refiner"): tensor for name, tensor in factors("lumina2").items()}
 
 

@@ -1,4 +1,4 @@
-"""Controls of transformers in the host's own sampler: both doors, their options, and nothing left behind."""
+"""Controls of transformers in the host's sampler: both doors, their options, and no traces left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole UNets from files: as a MODEL under either set of names, and as differences on a model that is loaded."""
+"""Whole UNets from files: as a MODEL under both sets of names, and as differences on a loaded model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOLERANCE = 1e-4
 
 
 def published(tensors: Tensors) -> Tensors:
-    """Host names -> the names of the published files."""
+    """Tensors under the names of the published files, from host names."""
     from comfy.model_detection import detect_unet_config
     from comfyui_controlnext.controlnext_core.key_maps import unet_key_map
 
@@ -35,7 +35,7 @@ def published(tensors: Tensors) -> Tensors:
 
 @pytest.fixture(scope="module")
 def svd() -> Tensors:
-    """The UNet of a small SVD checkpoint, under host names."""
+    """UNet of a small SVD checkpoint, under host names."""
     return unet_tensors("svd")
 
 
@@ -46,7 +46,7 @@ def svd_published(svd: Tensors) -> Tensors:
 
 @pytest.fixture
 def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Saves tensors as a file of the controlnext folder and loads it through the node."""
+    """Save tensors as a file of the controlnext folder and load it through the node."""
     import folder_paths
     from comfyui_controlnext.nodes.video import ControlNeXtUNetLoader
 
@@ -62,7 +62,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 @pytest.fixture(autouse=True)
 def _free() -> Iterator[None]:
-    """Let go of the models, each hundreds of megabytes."""
+    """Free the models, each hundreds of megabytes."""
     import comfy.model_management
 
     yield
@@ -70,7 +70,7 @@ def _free() -> Iterator[None]:
 
 
 def assert_holds(model: Any, tensors: Tensors) -> None:
-    """The model's UNet has exactly these values (both formats here hold fp16 numbers exactly)."""
+    """Assert that the model's UNet has exactly these values (both formats here represent fp16 exactly)."""
     found = model.model.diffusion_model.state_dict()
     assert found.keys() == tensors.keys()
     different = [name for name, tensor in found.items() if not torch.equal(tensor.float(), tensors[name].float())]
@@ -130,7 +130,7 @@ def test_it_samples_as_the_checkpoint_does(load: Callable[..., Any], svd: Tensor
 
 
 def _wide_conditioning() -> Any:
-    """With the context of the real family."""
+    """Conditioning with the context of the real family."""
     positive, negative = video.conditioning(cells=(8, 8))
     wide = torch.randn(1, 1, 1024, generator=torch.Generator().manual_seed(2))
     return [[wide, positive[0][1]]], [[torch.zeros_like(wide), negative[0][1]]]
@@ -281,7 +281,7 @@ def test_the_list_has_both_folders_and_the_stamp_follows_the_file(load: Callable
 
 @pytest.fixture(scope="module")
 def trained() -> Tensors:
-    """The toy after training, under published names: every weight moved by a tenth of its size."""
+    """Toy UNet after training, under published names: every weight moved by a tenth of its size."""
     generator = torch.Generator().manual_seed(4)
     before = video.base().diffusers.state_dict()
     return {
@@ -291,7 +291,7 @@ def trained() -> Tensors:
 
 
 def loaded_with(folder: Path, tensors: Tensors, name: str = "unet.safetensors", **settings: Any) -> Any:
-    """`ControlNeXtLoader` on the toy, with an encoder and these weights beside it."""
+    """Run `ControlNeXtLoader` on the toy, with an encoder and these weights beside it."""
     from comfyui_controlnext.controlnext_core import checkpoint
     from comfyui_controlnext.controlnext_core.comfy_adapter.files.loading import load_controlnext
 
@@ -302,7 +302,7 @@ def loaded_with(folder: Path, tensors: Tensors, name: str = "unet.safetensors", 
 
 
 def host_model(tensors: Tensors) -> Any:
-    """The toy of the host with these published weights, loaded plainly."""
+    """Toy model of the host with these published weights, loaded plainly."""
     import comfy.model_base
     import comfy.supported_models
     from comfyui_controlnext.controlnext_core.key_maps import unet_key_map

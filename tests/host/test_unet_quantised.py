@@ -32,7 +32,7 @@ def inference() -> Iterator[None]:
 
 
 def prediction(model: Any) -> Tensor:
-    """One forward of a MODEL as the host has loaded it."""
+    """Prediction from one forward of a MODEL as the host has loaded it."""
     import comfy.model_management
 
     comfy.model_management.load_models_gpu([model])
@@ -43,7 +43,7 @@ def prediction(model: Any) -> Tensor:
 
 
 def small_differences(path: Path) -> dict[str, Tensor]:
-    """Differences of 2 % of the weights in published names, beside an encoder; by the host's names."""
+    """Differences of 2 % of the weights in published names, beside an encoder; returned by host names."""
     tiny_models.make_controlnext(path / "control.safetensors", "gen2")
     base = {f"diffusion_model.{name}": tensor for name, tensor in tiny_models.unet_tensors("sd15").items()}
     random = torch.Generator().manual_seed(5)

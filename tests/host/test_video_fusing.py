@@ -1,4 +1,4 @@
-"""Fusing of the windows' results, the first hint for every window, and settings that are refused."""
+"""Fusing of the windows' results, the first hint for every window, and refused settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAME = "svd_v2"
 
 @pytest.fixture(autouse=True)
 def _one_run() -> Iterator[None]:
-    """As one run of the host: inference mode, nothing cached."""
+    """Context of one run of the host: inference mode, an empty cache."""
     yield from video.one_run()
 
 
@@ -44,7 +44,7 @@ def test_every_schedule_and_fuse_covers_every_frame_with_weight(schedule: str, f
 
 
 def _fused_ones(handler: Any, frames: int) -> Tensor:
-    """What the handler makes of windows whose results are all 1, and of dropped places, which are 1e9."""
+    """Result of the handler for windows whose results are all 1, and for dropped slots, which are 1e9."""
     x = torch.zeros(frames, 1, 1, 1)
     final, count = [torch.zeros_like(x)], [torch.zeros_like(x)]
     for number, window in enumerate(handler.get_context_windows(None, x, {})):

@@ -1,4 +1,4 @@
-"""Memory of encoders and videos: the measured table, passes that keep to it, and what the host is told."""
+"""Memory of encoders and videos: the measured table, passes within it, and the requirement reported to the host."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def one_run() -> Iterator[None]:
 
 @pytest.fixture
 def hinted(one_run: None) -> Any:
-    """A control with 12 hints of 64 x 64, ready to be asked for features."""
+    """Control with 12 hints of 64 x 64, ready to give features."""
     control = video.control("svd_v2_padded").copy().set_cond_hint(video.hints(12, (8, 8)).movedim(-1, 1))
     control.pre_run(video.base().host, video.base().host.model_sampling.percent_to_sigma)
     yield control

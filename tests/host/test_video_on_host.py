@@ -1,4 +1,4 @@
-"""A small SVD checkpoint through the host's own nodes, from the file to the pictures of a video."""
+"""Small SVD checkpoint through the host's nodes, from the file to the pictures of a video."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ POSE_SEED = 9
 
 @dataclass
 class VideoStage:
-    """A loaded checkpoint with its start image encoded, and a control on it."""
+    """Loaded checkpoint with its start image encoded, and a control on it."""
 
     model: Any
     control: Any
@@ -30,7 +30,7 @@ class VideoStage:
     negative: Any
 
     def film(self, model: Any, frames: int, steps: int = 1) -> Tensor:
-        """VideoLinearCFGGuidance, KSampler, VAEDecode: pictures (frames, SIDE, SIDE, 3)."""
+        """Pictures (frames, SIDE, SIDE, 3) from VideoLinearCFGGuidance, KSampler and VAEDecode."""
         from comfy_extras.nodes_video_model import VideoLinearCFGGuidance
 
         import nodes as host_nodes
@@ -45,7 +45,7 @@ class VideoStage:
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VideoStage]:
-    """ImageOnlyCheckpointLoader, SVD_img2vid_Conditioning, and the loader of a control."""
+    """Stage from ImageOnlyCheckpointLoader, SVD_img2vid_Conditioning, and the loader of a control."""
     import folder_paths
     from comfy_extras.nodes_video_model import ImageOnlyCheckpointLoader, SVD_img2vid_Conditioning
     from comfyui_controlnext.controlnext_core.comfy_adapter.files.loading import load_controlnext

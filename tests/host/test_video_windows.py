@@ -1,6 +1,6 @@
-"""Videos in windows, sampled on a toy SVD: which hint every frame of every window sees.
+"""Videos in windows, sampled on a toy SVD: the hint of every frame in every window.
 
-What each frame sees is read where the encoder's features are asked for, per window, in the order of the frames.
+The hints are recorded where the encoder's features are requested, per window, in the order of the frames.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ANIMATEDIFF = {"ad_params": {"sub_idxs": [5, 6, 7], "full_length": 9}}
 
 @pytest.fixture(autouse=True)
 def _one_run() -> Iterator[None]:
-    """As one run of the host: inference mode, nothing cached."""
+    """Context of one run of the host: inference mode, an empty cache."""
     yield from video.one_run()
 
 
@@ -123,7 +123,7 @@ def test_each_window_is_the_plain_forward_of_its_frames() -> None:
 
 
 def _sample_noise(model: Any, noise: Tensor, conds: Any) -> tuple[Tensor]:
-    """One step of the stock sampler from given noise."""
+    """Run one step of the stock sampler from given noise."""
     import comfy.sample
 
     latent = torch.zeros_like(noise)

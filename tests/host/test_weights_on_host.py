@@ -1,4 +1,4 @@
-"""UNet weights of a control on a real MODEL: the sums that the host forms, next to LoRAs, in every base dtype."""
+"""UNet weights of a control on a real MODEL: the sums formed by the host, together with LoRAs, in every base dtype."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def host_names() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An encoder alone in its folder, with a difference file in another."""
+    """Encoder in one folder, with a difference file in another."""
     folder = tmp_path_factory.mktemp("differences")
     tiny_models.make_controlnext(folder / "control.safetensors", "gen2")
     return tiny_models.make_unet_difference(folder / "unet.safetensors")
@@ -56,7 +56,7 @@ def loads(studio: Studio, differences: Path) -> Iterator[Any]:
 
 
 def weights_in_use(model: Any) -> dict[str, Tensor]:
-    """The weights with which the host would sample now, copied."""
+    """Copies of the weights with which the host would sample now."""
     import comfy.model_management
 
     comfy.model_management.load_models_gpu([model], force_full_load=True)

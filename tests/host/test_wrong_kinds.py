@@ -1,4 +1,6 @@
-"""Values of a wrong kind in every input of every node of ours, over the API: refused by the host, or by its name."""
+"""Values of a wrong type in every input of every node of the pack, over the API: refused by the
+host, or with the name.
+"""
 
 # ruff: noqa: F811
 from __future__ import annotations
@@ -41,7 +43,7 @@ RAW = ("AttributeError", "TypeError", "KeyError", "IndexError", "AssertionError"
 
 
 def wires(graph: Graph) -> Workflow:
-    """Nodes that give a value of each kind."""
+    """Nodes that give a value of each type."""
     kept = {name: part for name, part in graph("none").items() if name in ("checkpoint", "hint", "load")}
     return {
         **kept,
@@ -51,13 +53,13 @@ def wires(graph: Graph) -> Workflow:
 
 
 def our_nodes(server: ComfyServer) -> dict[str, Any]:
-    """Descriptions of this pack's nodes by id, as the host gives them."""
+    """Descriptions of this pack's nodes by id, from the host."""
     info = server.get("/object_info")
     return {name: about for name, about in info.items() if about["category"].startswith("ControlNeXt")}
 
 
 def inputs_of(about: dict[str, Any], names: dict[str, str]) -> dict[str, tuple[str, Any]]:
-    """(kind, a sound value) of each input that has one."""
+    """Inputs as (type, a valid value), where there is one."""
     found = {}
     for name, (kind, *more) in {**about["input"]["required"], **about["input"].get("optional", {})}.items():
         options = more[0] if more else {}
@@ -69,7 +71,7 @@ def inputs_of(about: dict[str, Any], names: dict[str, str]) -> dict[str, tuple[s
 
 
 def sent(server: ComfyServer, workflow: Workflow) -> dict[str, Any] | None:
-    """The host's record of a prompt; None where it refused it."""
+    """Record of a prompt on the host; None where it was refused."""
     try:
         prompt = server.queue(workflow)
     except ComfyError:
@@ -82,19 +84,19 @@ def sent(server: ComfyServer, workflow: Workflow) -> dict[str, Any] | None:
 
 
 def failure(record: dict[str, Any]) -> dict[str, Any] | None:
-    """Error that a prompt ended with; None for success."""
+    """Error with which a prompt ended; None for success."""
     said = [about for kind, about in record["status"]["messages"] if kind == "execution_error"]
     return said[0] if said else None
 
 
 def said_of(record: dict[str, Any] | None) -> str | None:
-    """Message of the error that a prompt ended with, if any."""
+    """Message of the error with which a prompt ended, if any."""
     error = failure(record) if record else None
     return error["exception_message"] if error else None
 
 
 def prompt_of(graph: Graph, name: str, inputs: dict[str, Any]) -> Workflow:
-    """A prompt that runs one node with these inputs."""
+    """Prompt that runs one node with these inputs."""
     shown = node("PreviewAny", source=["tried", 0])
     return {**wires(graph), "tried": node(name, **inputs), "shown": shown}
 
@@ -106,7 +108,7 @@ def problems(
     values: tuple[Any, ...],
     kinds: tuple[str, ...],
 ) -> Iterator[str]:
-    """Faults in the ends of all prompts that have one of `values` in an input of one of `kinds`."""
+    """Faults in the results of all prompts with one of `values` in an input of one of `kinds`."""
     for name, about in our_nodes(server).items():
         inputs = inputs_of(about, names)
         sound = {key: value for key, (kind, value) in inputs.items() if kind not in NO_SOURCE}

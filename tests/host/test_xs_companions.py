@@ -1,4 +1,4 @@
-"""ControlNet-XS beside other things in one forward: halves, masks, other controls, other patches, broken hosts."""
+"""ControlNet-XS with other features in one forward: halves, masks, other controls, other patches, broken hosts."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def inference() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def forward() -> Forward:
-    """Two rows: by `cond_or_uncond`, two images of one chunk or one of each half."""
+    """Forward with a batch of two: by `cond_or_uncond`, two images of one chunk or one of each half."""
     return Forward.make(SDXL_LIKE, labels=True)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two controls with time embeddings of their own."""
+    """Files of two controls with time embeddings."""
     folder = tmp_path_factory.mktemp("xs")
     return [make_file(folder / f"{seed}.safetensors", shape_of(SDXL_LIKE, WIDTHS, True), seed=seed) for seed in (1, 2)]
 
@@ -92,7 +92,7 @@ def test_a_mask_multiplies_what_the_base_gets_at_every_size(forward: Forward, fi
 
 
 def masked_loop(forward: Forward, weights: dict[str, Tensor], hint: Tensor, mask: Tensor) -> Tensor:
-    """The plain loop with every 1x1 convolution towards the base followed by the mask, averaged to its size."""
+    """Plain loop with every 1x1 convolution towards the base followed by the mask, averaged to its size."""
 
     class Masked(reference.Network):
         def conv(self, name: str, h: Tensor, stride: int = 1) -> Tensor:

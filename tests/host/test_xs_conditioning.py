@@ -18,7 +18,7 @@ LORA_STRENGTH = 0.8
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a time embedding of its own, which the base uses too."""
+    """File with a time embedding, which the base uses too."""
     return tiny_models.make_controlnet_xs(tmp_path_factory.mktemp("xs") / "xs.safetensors", own_time=True)
 
 
@@ -47,7 +47,7 @@ def with_lora(model: Any, lora: dict[str, Tensor]) -> Any:
 
 
 def baked(model: Any, tiny: Any) -> Any:
-    """The checkpoint, loaded again, with the patched weights of a model as its own."""
+    """Checkpoint, loaded again, with the patched weights of a model merged in."""
     import comfy.model_management
     import comfy.sd
 
@@ -86,7 +86,7 @@ def test_lora_and_control_go_in_any_order(studio: Studio, plain: Tensor, control
 
 
 def in_region(conditioning: Any, kind: str) -> Any:
-    """The stock node that binds a conditioning to the left half."""
+    """Stock node that binds a conditioning to the left half."""
     import nodes as host_nodes
 
     if kind == "area":
@@ -140,7 +140,7 @@ def in_range(conditioning: Any, start: float, end: float) -> Any:
 
 
 def parted(controlled: Any, other: Any, end: float) -> Any:
-    """One conditioning up to a point of the run, another one from there on."""
+    """Conditioning up to a point of the run, and another one from there on."""
     return in_range(controlled, 0.0, end) + in_range(other, end, 1.0)
 
 

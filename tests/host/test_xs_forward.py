@@ -1,4 +1,4 @@
-"""ControlNet-XS on the host's own UNet, one forward at a time, against the plain loop."""
+"""ControlNet-XS on the host's UNet, one forward at a time, against the plain loop."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def worst(found: Tensor, expected: Tensor) -> float:
 
 @functools.cache
 def forward_of(kind: str, **settings: Any) -> Forward:
-    """One UNet per kind for all tests of this file."""
+    """Forward on a UNet that all tests of this file share, one per kind."""
     config, labels = {"12": (SD_LIKE, False), "9": (SDXL_LIKE, True)}[kind]
     return Forward.make(config, labels=labels, **settings)
 

@@ -1,4 +1,4 @@
-"""Memory of ControlNet-XS: the formulas against what is counted, and what the host is told."""
+"""Memory of ControlNet-XS: the formulas against counts, and the requirement reported to the host."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def test_the_formula_holds_what_a_hint_needs(dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def forward() -> Iterator[Forward]:
-    """Two rows, as one picture has under guidance."""
+    """Forward with a batch of two, as one picture has under guidance."""
     with torch.inference_mode():
         yield Forward.make(SDXL_LIKE, size=(32, 32), labels=True)
 
 
 @pytest.fixture
 def control(forward: Forward, tmp_path: Path) -> Any:
-    """A control of half the base's widths."""
+    """Control of half the base's widths."""
     return load(make_file(tmp_path / "xs.safetensors", shape_of(SDXL_LIKE, (32, 32, 32), True)))
 
 
@@ -87,7 +87,7 @@ def load(path: Path) -> Any:
 
 
 def peak_of(forward: Forward, *controls: Any, **options: Any) -> int:
-    """Most bytes alive in one forward, beside weights and inputs."""
+    """Peak bytes in one forward, beside weights and inputs."""
     old = [*forward.unet.parameters(), forward.x, forward.t, forward.context, forward.y]
     for one in controls:
         old += [*one.loaded.net.parameters(), one.cond_hint_original]

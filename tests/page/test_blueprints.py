@@ -1,4 +1,4 @@
-"""subgraphs/: the real page lists the blueprints, adds them as nodes, and they run."""
+"""Blueprints in subgraphs/: the real page lists them, adds them as nodes, and they run."""
 
 import contextlib
 import json

@@ -70,7 +70,7 @@ CENTER_OF_TITLE = """(type) => {
 
 
 def open_example(page: "Page", name: str) -> None:
-    """Choose one of our graphs among the templates, by its title."""
+    """Open one of the pack's graphs from the templates, by its title."""
     page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     dialog = page.get_by_role("dialog")
     card = dialog.get_by_text(TITLES[name], exact=True).first  # newer pages repeat the title as a description
@@ -82,13 +82,13 @@ def open_example(page: "Page", name: str) -> None:
 
 
 def open_served(page: "Page", name: str) -> None:
-    """Open one of our graphs as the list of templates does, which newer pages are slow to draw."""
+    """Open one of the pack's graphs as the list of templates does, which newer pages are slow to draw."""
     address = f"/api/workflow_templates/{quote(ROOT.name)}/{quote(TITLES[name])}.json"
     page.evaluate(OPEN_SERVED, [address, TITLES[name]])
 
 
 def sent_again_from_a_picture(page: "Page") -> Any:
-    """The page's graph in the API's format, the same after it opened a picture with the graph inside."""
+    """Graph of the page in the API's format; equal after it opened a picture with the graph inside."""
     workflow, output = page.evaluate(SENT)
     page.evaluate(DROP, [picture_of(workflow, output), "picture.png"])
     page.wait_for_function("(count) => app.graph.nodes.length === count", arg=len(workflow["nodes"]))
@@ -121,13 +121,13 @@ def page_graph(name: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def browser(server: "ComfyServer", tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """The page, loaded once; every test leaves what it likes on the canvas."""
+    """Page, loaded once; tests need not clear the canvas."""
     with opened_page(server, screenshots(tmp_path_factory), 1920, SETTINGS) as made:
         yield made
 
 
 def found_by(page: "Page", words: str) -> Any:
-    """The search box's answers to `words`; leaves it open."""
+    """Results of the search box for `words`; leaves it open."""
     page.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
     page.get_by_placeholder(SEARCH).fill(words)
     return page.get_by_role("option")
@@ -136,7 +136,7 @@ def found_by(page: "Page", words: str) -> Any:
 def put_down(page: "Page", place: int) -> None:
     """Click on the canvas until no node follows the pointer, as new ones do on newer pages.
 
-    A search box that is closing takes clicks.
+    A search box that is closing receives clicks.
     """
     for _ in range(40):
         page.mouse.click(place, 400)

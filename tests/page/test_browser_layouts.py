@@ -55,7 +55,7 @@ BEHIND = """(boxes) => {  // wires that cross the edge of a node, but for the 18
 def canvas(
     request: pytest.FixtureRequest, server: ComfyServer, pinned_host: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Browser]:
-    """A page of 1600 x 1000 pixels in one renderer."""
+    """Page of 1600 x 1000 pixels in one renderer."""
     new = request.param == NODES_2
     if new and pinned_host:
         pytest.skip("Nodes 2.0 is young in this frontend; run these tests with --comfyui on a newer ComfyUI")
@@ -69,7 +69,9 @@ def canvas(
 
 
 def opened(page: "Page", name: str) -> dict[str, Any]:
-    """The graph, opened as a template and drawn; without its list of files, which the page would report first."""
+    """Open the graph as a template and wait until it is drawn; without its list of files, which the page would report
+    first.
+    """
     graph = page_graph(name)
     for node in graph["nodes"]:
         node["properties"].pop("models", None)
@@ -82,7 +84,7 @@ def opened(page: "Page", name: str) -> dict[str, Any]:
 
 
 def meet(one: list[float], other: list[float]) -> bool:
-    """True if two boxes (x, y, width, height) share more than a unit."""
+    """True: two boxes (x, y, width, height) overlap by more than a unit. False: they do not."""
     return all(one[i] < other[i] + other[i + 2] - 1 and other[i] < one[i] + one[i + 2] - 1 for i in (0, 1))
 
 
@@ -110,7 +112,7 @@ def test_example_is_readable_and_nothing_covers_another(name: str, canvas: Brows
 
 @dataclass
 class Warned:
-    """A page on which the graph of warnings ran. shown: {title: report}; saved: the graph with its reports."""
+    """Page on which the graph of warnings ran. shown: {title: report}; saved: the graph with its reports."""
 
     canvas: Browser
     address: str
@@ -220,7 +222,7 @@ def test_inspect_and_dataset_report_on_their_nodes(canvas: Browser, server: Comf
 
 
 def shown_error(page: "Page", words: str) -> str:
-    """Text that has `words`, from the dialog (1.32.9) or the panel of errors (1.49.6) with its folded parts."""
+    """Text with `words`, from the dialog (1.32.9) or the panel of errors (1.49.6) with its folded parts."""
     overlay, said = page.get_by_test_id("error-overlay-see-errors"), page.get_by_text(words)
     more = page.get_by_role("button", name=re.compile("^Info for "))
     said.or_(overlay).first.wait_for()

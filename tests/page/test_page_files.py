@@ -15,7 +15,7 @@ NAMES = ["My clone", "Küche (2)", "描画", "50% {new}", "plain"]
 
 
 def answers(pack: Path, paths: list[str]) -> list[int]:
-    """Statuses of a server that has the pack's own routes and the host's static ones."""
+    """Statuses from a server with the pack's routes and the host's static ones."""
     from aiohttp import web
     from aiohttp.test_utils import TestClient, TestServer
 

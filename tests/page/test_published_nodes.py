@@ -1,4 +1,4 @@
-"""Public face of the nodes for the page and shared workflows: ids, inputs, defaults, outputs, words on every socket."""
+"""Public interface of the nodes for the page and shared workflows: ids, inputs, defaults, outputs, tooltips."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def ours(server: ComfyServer) -> dict[str, Any]:
-    """Server's description of this pack's nodes."""
+    """Descriptions of this pack's nodes on the server."""
     module = f"custom_nodes.{ROOT.name}"
     return {name: info for name, info in server.object_info().items() if info["python_module"] == module}
 

@@ -10,7 +10,7 @@ WORDS = "canny edges depth pose preprocessor svd video train lora controlnet ups
 
 
 def words() -> dict[str, tuple[str, ...]]:
-    """{node: its search words}, in the order of registration, which decides between equal matches."""
+    """Search words by node, in the order of registration, which decides between equal matches."""
     from comfyui_controlnext.controlnext_training.nodes import NODE_CLASS_MAPPINGS as TRAINING
     from comfyui_controlnext.nodes import NODE_CLASS_MAPPINGS
 

@@ -1,4 +1,4 @@
-"""Messages that name the right widget, once, and the file from the host's folders."""
+"""Messages name the right widget, once, and the file relative to the host's folders."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def bundle(folder: Path) -> Path:
-    """A whole control: encoder and UNet weights in one file."""
+    """Control in one file: encoder and UNet weights."""
     encoder = load_file(make_controlnext(folder / "encoder.safetensors", "gen2"))
     weights = load_file(make_unet_difference(folder / "weights.safetensors"))
     path = folder / "whole.safetensors"
@@ -34,7 +34,7 @@ def bundle(folder: Path) -> Path:
 
 @pytest.fixture
 def control_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The host's models/controlnext, for this test alone."""
+    """Folder models/controlnext of the host, for one test."""
     import folder_paths
     from comfyui_controlnext.controlnext_core.comfy_adapter.files.folders import register_folder
 
@@ -133,7 +133,7 @@ def test_a_bad_text_is_blamed_once_on_its_own_widget(
 
 
 def refusal(server: ComfyServer, workflow: dict[str, Any]) -> dict[str, Any]:
-    """The host's answer to a workflow that it refuses."""
+    """Answer of the host to a workflow that it refuses."""
     import json
     import urllib.error
     import urllib.request

@@ -1,4 +1,4 @@
-"""Example graph of tiles: each tile is drawn by its own part of the hint, in one batch and one after the other."""
+"""Example graph of tiles: each tile uses its part of the hint, in one batch and one after the other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["pictures", "published"]
 
 
 def with_another_hint(workflow: dict[str, Any]) -> dict[str, Any]:
-    """The workflow of tiles, with a white square in the last tile of the hint alone; latents stay as they are."""
+    """Workflow of tiles with a white square only in the last tile of the hint; latents do not change."""
     (cut,) = (key for key, node in workflow.items() if node["class_type"] == "ControlNeXtSplitTiles")
     (batches,) = (key for key, node in workflow.items() if node["class_type"] == "RebatchImages")
     (applied,) = (key for key, node in workflow.items() if node["class_type"] == "ControlNeXtApply")

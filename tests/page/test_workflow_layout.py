@@ -39,7 +39,7 @@ def bounds(graph: dict[str, Any]) -> tuple[float, float]:
 
 
 def points_of(graph: dict[str, Any], wire: Wire) -> list[tuple[float, float]]:
-    """Start, reroute points and end."""
+    """Points of a wire: start, reroute points and end."""
     reroutes = {reroute["id"]: reroute for reroute in graph["extra"].get("reroutes", [])}
     last = {entry["id"]: entry["parentId"] for entry in graph["extra"].get("linkExtensions", [])}
     between: list[tuple[float, float]] = []

@@ -1,4 +1,4 @@
-"""example_workflows/: what is committed is what the script writes, the host takes it, and it runs on small models."""
+"""Example workflows: committed as the script writes them, accepted by the host, and run on small models."""
 
 import io
 import json
@@ -69,7 +69,7 @@ def prompt(name: str) -> dict[str, Any]:
 
 
 def rectangle(node: dict[str, Any]) -> tuple[float, float, float, float]:
-    """left, top, right, bottom with the title bar."""
+    """Rectangle (left, top, right, bottom) with the title bar."""
     (x, y), (width, height) = node["pos"], node["size"]
     return x, y - TITLE, x + width, y + height
 
@@ -203,7 +203,7 @@ def test_files_are_what_the_script_writes(object_info: dict[str, Any], pinned_ho
 
 
 def needed(info: dict[str, Any]) -> int:
-    """Number of widgets that a saved graph must have values for; newer hosts add optional ones behind them."""
+    """Number of widgets that need values in a saved graph; newer hosts add optional ones after them."""
     widgets = split_inputs(info)[1]
     return sum(name in info["input"].get("required", {}) for name in widgets)
 
@@ -277,7 +277,7 @@ def published(tiny: "TinyModels") -> Iterator[dict[str, str]]:
 
 
 def _own_sd35(path: Path) -> Path:
-    """A control of SD3's shape as the trainer leaves it: one file, with a low-rank difference."""
+    """Control of SD3's shape in the trainer's form: one file, with a low-rank difference."""
     encoder = released.random_weights("SD15-T", seed=3, out=128)
     proj = "base.joint_blocks.0.x_block.attn.proj.weight"
     factors = {f"{proj}.up": 0.1 * torch.randn(128, 4), f"{proj}.down": torch.randn(4, 128) * 128**-0.5}
@@ -287,14 +287,14 @@ def _own_sd35(path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures(server: "ComfyServer", tiny: "TinyModels") -> None:
-    """The demo's models, and a folder to train from."""
+    """Models of the demo, and a folder to train from."""
     shipped.install(tiny.base)
     shutil.copyfile(*(tiny.models / "controlnext" / name for name in (shipped.PICTURE_EDGES, SHARP)))
     write_folder(tiny.base / "input" / training_graphs.FOLDER, 4, SIZE, 0, "edges")
 
 
 def shown(content: bytes) -> tuple[list[Image.Image], float]:
-    """The pictures of a PNG, WebP or mp4, and their number per second (0 for a single one)."""
+    """Pictures of a PNG, WebP or mp4, and their number per second (0 for a single one)."""
     import av
 
     if content[4:8] == b"ftyp":
@@ -307,7 +307,7 @@ def shown(content: bytes) -> tuple[list[Image.Image], float]:
 
 
 def tiny_run(name: str, stand_ins: dict[str, str]) -> dict[str, Any]:
-    """The workflow with small models, a small latent, few steps and frames."""
+    """Workflow with small models, a small latent, few steps and frames."""
     workflow = for_this_system(prompt(name))
     for node in workflow.values():
         inputs = node["inputs"]
@@ -321,7 +321,7 @@ def tiny_run(name: str, stand_ins: dict[str, str]) -> dict[str, Any]:
 
 
 def saved(server: "ComfyServer", workflow: dict[str, Any]) -> bytes:
-    """Result that the workflow's one saving node has saved."""
+    """Result saved by the workflow's single saving node."""
     (saver,) = (key for key, node in workflow.items() if node["class_type"] in SAVERS)
     return server.image(server.run(workflow).outputs[saver]["images"][0])
 

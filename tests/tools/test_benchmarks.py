@@ -1,4 +1,4 @@
-"""Benchmarks that need no clock: multiply-adds, launches and peak memory of the released networks."""
+"""Benchmarks without timing: multiply-adds, launches and peak memory of the released networks."""
 
 from __future__ import annotations
 

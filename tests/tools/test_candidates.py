@@ -1,4 +1,4 @@
-"""benchmarks/candidates on the CPU: each computes what the product does, by the way that it is meant to."""
+"""Candidates of benchmarks/candidates on the CPU: each gives the product's result by its own method."""
 
 from __future__ import annotations
 

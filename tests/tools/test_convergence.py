@@ -31,7 +31,9 @@ class Spot:
 
 
 class Trained:
-    """A control in training, as far as `joined` knows it: each join encodes later, as the host's forward does."""
+    """Control in training, reduced to the attributes used by `joined`: each join encodes later, as in the host's
+    forward.
+    """
 
     def __init__(self) -> None:
         self.place, self.encoded, self.spots, self.terms = Spot(("double_block", 0)), 0, [], []

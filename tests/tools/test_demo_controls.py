@@ -37,7 +37,7 @@ class Drawn:
 
 
 def two_or_more(count: int) -> dict[int, Hint]:
-    """The first `count` hints whose scene has shapes for both controls."""
+    """First `count` hints whose scene has shapes for both controls."""
     hints: dict[int, Hint] = {}
     index = FIRST
     while len(hints) < count:

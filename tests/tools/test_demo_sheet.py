@@ -1,4 +1,4 @@
-"""tools/demo_sheet.py and tools/demo_weights/shipped.py: the demo as a person runs it, and the weights it unpacks."""
+"""Demo sheet and shipped weights: the demo as a user runs it, and the weights that it unpacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/demo_weights: the parts that must be exact, and what the host's own loaders make of the checkpoint."""
+"""Demo weights: the parts that must be exact, and the checkpoint in the host's loaders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CIRCLE, SQUARE, END, PAD = 3, 7, 12, 13  # places in either, after the start tok
 
 @pytest.fixture(scope="module")
 def narrow() -> nn.Module:
-    """A narrow UNet none of whose weights are special."""
+    """Narrow UNet with random weights."""
     unet = scene_base.new_unet().requires_grad_(False)
     random = torch.Generator().manual_seed(1)
     for value in unet.parameters():
@@ -33,7 +33,7 @@ def narrow() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def loaded(narrow: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
-    """(model, clip, vae) of the assembled checkpoint, from the loader behind CheckpointLoaderSimple."""
+    """Model, clip and vae of the assembled checkpoint, from the loader behind CheckpointLoaderSimple."""
     import comfy.sd
 
     weights = {name: value.half() for name, value in ae.whole(dict(ae.new_autoencoder().state_dict())).items()}

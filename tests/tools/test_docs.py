@@ -44,7 +44,7 @@ def test_translations_are_of_the_present_english(language: str) -> None:
 
 
 def shape_of(text: str) -> list[int]:
-    """Headings, points, numbered points, rows of tables, fences of code."""
+    """Shape of a text: headings, points, numbered points, rows of tables, fences of code."""
     return [len(re.findall(mark, text, re.M)) for mark in (r"^#+ ", r"^\* ", r"^\d\. ", r"^\|", r"^```")]
 
 

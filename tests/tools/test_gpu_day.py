@@ -1,4 +1,6 @@
-"""`run.py gpu-day`: slices, parts that fail or hang, going on, the pack, the report, and a dry run of every part."""
+"""Command `run.py gpu-day`: slices, failing and hanging parts, resuming, the pack, the report, and a dry run of every
+part.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ CHILDREN = {
 
 @pytest.fixture
 def day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Day:
-    """A day of small processes in the place of benchmarks; the name of a part says which."""
+    """Day of small processes in place of benchmarks; the name of a part selects its behaviour."""
 
     def command(self: Day, part: Part, tables: Path, seconds: float) -> list[str]:
         return ["-c", CHILDREN[part.name].format(table=TABLE, mark=str(tmp_path / "mark")), str(tables)]
@@ -161,7 +163,7 @@ def test_a_pack_that_is_too_large_says_what_is_large(tmp_path: Path, monkeypatch
 
 
 def finished(tmp_path: Path, wall: str, dry: bool = False) -> Path:
-    """The results of a day that measured one figure."""
+    """Results of a day with one figure."""
     table = {**TABLE, "rows": [{"case": "bare", "wall": "1"}, {"case": "ControlNeXt, first run", "wall": wall}]}
     entry = {"status": "done", "tables": [table]}
     machine = {"gpu": "NVIDIA Some 4, 10 MiB, 1.2", "date": "2026-12-01"}
@@ -230,7 +232,9 @@ def real_sizes() -> Iterator[None]:
 
 
 def in_this_process(arguments: list[str], seconds: float, output: Path, environment: Mapping[str, str]) -> int | None:
-    """A part without the seconds that a process takes to import the host; the tests, a few of them, in one."""
+    """Run a part without the seconds that a process takes to import the host; of the tests only a
+    few, in one process.
+    """
     if arguments[0] == "-m":
         return in_a_process([*arguments, "-k", "right_in_fp32"], seconds, output, environment)
     said = io.StringIO()

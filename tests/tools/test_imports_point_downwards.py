@@ -1,4 +1,4 @@
-"""Direction of imports, and that importing does nothing. The one place where the direction of imports is written."""
+"""Direction of imports, and imports without effects. This file is the only place that states the direction."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OURS = ("models", "controlnext_core", "nodes", "controlnext_training", "tools", 
 
 @dataclass(frozen=True)
 class Layer:
-    """Imports that the files under one path may have besides the standard library; the longest path counts."""
+    """Imports allowed for the files under one path, besides the standard library; the longest path applies."""
 
     path: str
     others: frozenset[str] = frozenset()
@@ -74,7 +74,7 @@ def under(path: str, start: str) -> bool:
 
 
 def files() -> list[str]:
-    """Every source file that the table speaks of, relative to the root."""
+    """Source files covered by the table, relative to the root."""
     found = [ROOT / name for name in ("_alias.py", "run.py", "__init__.py")]
     for folder in OURS[:4]:
         found += sorted((ROOT / folder).rglob("*.py"))
@@ -82,14 +82,14 @@ def files() -> list[str]:
 
 
 def runs_later(part: ast.AST) -> bool:
-    """True means that an import in this part of a file costs nothing when the file is imported."""
+    """True: an import in this part of a file does not run when the file is imported. False: it does."""
     if isinstance(part, ast.If):
         return isinstance(part.test, ast.Name) and part.test.id == "TYPE_CHECKING"
     return isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
 
 
 def imports(path: str, source: str) -> Iterator[tuple[str, bool]]:
-    """(module, whether at the top of the file); ours as `comfyui_controlnext.a.b`, whichever way it is written."""
+    """Imports as (module, True at the top of the file); the pack's as `comfyui_controlnext.a.b`, however written."""
     tree = ast.parse(source)
     inside = {node for part in ast.walk(tree) if runs_later(part) for node in ast.walk(part)}
     package = [NAME, *path.split("/")[:-1]]
@@ -105,7 +105,7 @@ def imports(path: str, source: str) -> Iterator[tuple[str, bool]]:
 
 
 def violations(path: str, source: str) -> list[str]:
-    """Imports of a file that it may not have."""
+    """Imports of a file that are not allowed."""
     layer = max((layer for layer in LAYERS if under(path, layer.path)), key=lambda layer: len(layer.path))
     found = []
     for module, at_top in imports(path, source):
@@ -199,7 +199,7 @@ print("RESULT" + json.dumps({{
 
 
 def import_pack(host: str, base: Path) -> dict[str, object]:
-    """Import the pack in a process of its own, as the host does, after what the host has imported itself."""
+    """Import the pack in a separate process, as the host does, after the host's own imports."""
     base.mkdir()
     code = IMPORT.format(root=str(ROOT), host=host, base=str(base))
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""Names that stand once: modules, and the classes whose names say little by themselves."""
+"""Unique names: modules, and classes whose names are ambiguous by themselves."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def repeated(names: list[str]) -> list[str]:
 
 
 def classes(source: str) -> list[str]:
-    """Names of the classes, inner ones as well, and of the aliases at the top that hold one of SINGLE_CLASSES."""
+    """Names of the classes, nested ones included, and of the top-level aliases that hold one of SINGLE_CLASSES."""
     tree = ast.parse(source)
     aliases = [
         t.id for line in tree.body if isinstance(line, ast.Assign) for t in line.targets if isinstance(t, ast.Name)

@@ -1,4 +1,4 @@
-"""One workflow on several hosts: the rules, and two real servers that share a models folder."""
+"""Queue on several hosts: the rules, and two real servers that share a models folder."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_other_files_are_named(tmp_path: Path, text: str, says: str) -> None:
 
 
 class FakeHost(ComfyClient):
-    """A host without a network. fails: (number of the run, error) to raise; gate: waited for before a run ends."""
+    """Host without a network. fails: (number of the run, error) to raise; gate: waited for before a run ends."""
 
     def __init__(self, address: str, fails: dict[int, Exception] | None = None, gate: Any = None) -> None:
         super().__init__(address)

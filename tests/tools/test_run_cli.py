@@ -1,4 +1,4 @@
-"""run.py and tools/cli.py: what a person at a prompt meets before and around the work itself."""
+"""Command line of run.py and tools/cli.py: messages, choices and exit statuses around the actual work."""
 
 import argparse
 import ast
@@ -130,7 +130,7 @@ def test_one_failed_check_fails_the_run_and_the_others_still_run(
 
 
 def called_with(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[tuple[str, ...], str]:
-    """(arguments of the interpreter, the host it is told of) of the pytest step."""
+    """Arguments of the interpreter, and the host's path, of the pytest step."""
     calls: list[tuple[tuple[str, ...], str]] = []
     monkeypatch.setattr(
         checks, "call", lambda *given, **variables: calls.append((given, variables["CONTROLNEXT_COMFYUI"])) or 0

@@ -26,7 +26,9 @@ def test_psnr_is_that_of_the_mean_square() -> None:
 
 
 def reference_ssim(one: np.ndarray, other: np.ndarray) -> float:
-    """Wang et al. 2004, equation 13, window by window: 11 x 11, mirrored at the edges with the edge's own pixel."""
+    """Structural similarity by Wang et al. 2004, equation 13, window by window: 11 x 11, mirrored at the edges
+    including the edge pixel.
+    """
     x, y = (np.pad(picture.astype(np.float64) @ GRAY, 5, mode="symmetric") for picture in (one, other))
     line = np.array([math.exp(-(place**2) / (2 * 1.5**2)) for place in range(-5, 6)])
     window = np.outer(line, line) / line.sum() ** 2

@@ -1,4 +1,4 @@
-"""The tiny model files by themselves: names, sizes, contents. The host's loaders: test_tiny_models_in_host.py."""
+"""Tiny model files without the host: names, sizes, contents. With the host's loaders: test_tiny_models_in_host.py."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ALL_MAKERS: dict[str, Callable[[Path], Path]] = {
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """All tensors of a torch file."""
+    """Tensors of a torch file."""
     content = torch.load(path, weights_only=True)
     return content.get("state_dict", content)
 

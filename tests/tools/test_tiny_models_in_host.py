@@ -1,4 +1,4 @@
-"""The tiny model files in the real host: its loaders take them, the networks behave, and what is added shows."""
+"""Tiny model files in the real host: its loaders accept them, the networks are stable, and controls have an effect."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def relative(new: Tensor, old: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
-    """Name -> (model, clip, vae) from the host's checkpoint loader; each file once."""
+    """Load (model, clip, vae) by name with the host's checkpoint loader; each file once."""
     import comfy.sd
 
     loaded: dict[str, Any] = {}
@@ -53,7 +53,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
 
 
 def predict(model: Any, seed: int = 0, level: float = 500.0, context_seed: int = 0, size: int = 8) -> Tensor:
-    """The UNet's raw prediction for one sample (SVD: FRAMES frames): (B, 4, size, size)."""
+    """Raw prediction of the UNet for one sample (SVD: FRAMES frames): (B, 4, size, size)."""
     config = model.model.model_config.unet_config
     rows = FRAMES if config["use_temporal_attention"] else 1
     generator = torch.Generator().manual_seed(seed)
@@ -70,7 +70,7 @@ def predict(model: Any, seed: int = 0, level: float = 500.0, context_seed: int =
 
 
 def check_unet(model: Any, name: str, config_class: str) -> None:
-    """The class found, every tensor loaded, and a prediction that is finite and depends on all inputs."""
+    """Check the detected class, that every tensor is loaded, and a finite prediction that depends on all inputs."""
     from comfy.model_base import SDXL
 
     network = model.model.diffusion_model
@@ -174,7 +174,7 @@ def test_the_autoencoder_keeps_colours(load: Callable[[str], Any]) -> None:
 
 @pytest.fixture(scope="module")
 def sample(load: Callable[[str], Any]) -> Callable[..., Tensor]:
-    """Three steps of the host's sampler with the tiny SD1.5 at 128 px; control is put on both prompts."""
+    """Sample three steps with the tiny SD1.5 at 128 px; control is applied to both prompts."""
     import comfy.sample
 
     base, clip, _ = load("sd15")
@@ -196,7 +196,7 @@ def sample(load: Callable[[str], Any]) -> Callable[..., Tensor]:
 
 @pytest.fixture(scope="module")
 def bare(sample: Callable[..., Tensor]) -> Tensor:
-    """The latent without anything added."""
+    """Latent without any control."""
     return sample()
 
 

@@ -1,4 +1,4 @@
-"""tools/comfy_server.py, comfy_client.py, demo.py: the error paths with stand-ins, the rest with the real host."""
+"""Server, client and demo of tools/: the error paths with stand-ins, the rest with the real host."""
 
 import io
 import json
@@ -40,7 +40,7 @@ except KeyboardInterrupt:
 
 @pytest.fixture
 def stub() -> Iterator[tuple[ComfyClient, dict[str, tuple[int, bytes]]]]:
-    """A client and the table {path: (status, body)} that its server answers from."""
+    """Client, and the table {path: (status, body)} from which its server answers."""
     answers: dict[str, tuple[int, bytes]] = {}
 
     class Handler(BaseHTTPRequestHandler):
@@ -207,7 +207,7 @@ class Screen(io.StringIO):
 
 
 def progress_of_two(screen: Screen, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Two pictures of two steps, ten seconds a step, as the host tells of them."""
+    """Progress of two pictures of two steps, ten seconds a step, as reported by the host."""
     now = [1000.0]
     monkeypatch.setattr("comfyui_controlnext.tools.comfy_client.time.monotonic", lambda: now[0])
     shown = Progress({"7": "edges, strength 1", "9": "depth"}, screen)

@@ -1,4 +1,4 @@
-"""tools/environment.py: which Python runs, and how `.venv` is made, completed, repaired."""
+"""Environment of tools/: the choice of a Python, and how `.venv` is made, completed, repaired."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_the_lock_is_in_step_with_the_lists_and_complete() -> None:
 
 
 class Recorder:
-    """Stands for pip and venv: notes what was asked; `fail` makes the next pip call raise."""
+    """Stand-in for pip and venv: records the calls; `fail` makes the next pip call raise."""
 
     def __init__(self) -> None:
         self.made = 0

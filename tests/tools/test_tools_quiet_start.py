@@ -1,4 +1,4 @@
-"""tools/quiet_start.py: the console of a starting host, on recorded logs and with failures of ours put in."""
+"""Filter of a starting host's console output, on recorded logs and with failures of the pack inserted."""
 
 import logging
 import re
@@ -170,7 +170,7 @@ for _ in range(20):
 
 @pytest.fixture
 def handlers() -> Iterator[list[logging.Handler]]:
-    """Handlers of the root logger, put back afterwards."""
+    """Handlers of the root logger, restored afterwards."""
     root = logging.getLogger()
     before = list(root.handlers)
     yield root.handlers

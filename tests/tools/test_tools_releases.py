@@ -1,4 +1,4 @@
-"""tools/releases.py: the ComfyUI that run.py brings, against a local repository with tags."""
+"""Releases of ComfyUI for run.py, against a local repository with tags."""
 
 import os
 import shutil
@@ -46,7 +46,7 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Release:
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    """Address of a server that takes connections and never answers."""
+    """Address of a server that accepts connections and never answers."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
@@ -150,7 +150,9 @@ def test_the_environment_follows_the_release(origin: Release, tmp_path: Path, mo
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, origin: Release) -> list[object]:
-    """`demo` without a demo: notes the host it would use, and the Python and arguments that would go on."""
+    """Command `demo` without a demo: records the host it would use, and the Python and arguments
+    that would continue.
+    """
     seen: list[object] = []
     monkeypatch.setattr(environment, "choose", lambda level, own: seen.append(f"choose {level}"))
     monkeypatch.setattr(host, "provide", lambda: Path("wheel"))

@@ -1,4 +1,4 @@
-"""The floor under the words: openings that name no thing, and idioms to decode. The rules are in CONTRIBUTING.md."""
+"""Words of docstrings and messages: forbidden openings and idioms. The rules are in CONTRIBUTING.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Train Control on hosts that drop outputs and run nodes again: it finds its finished run and gives the same."""
+"""Train Control on hosts that drop outputs and run nodes again: it finds its finished run and gives
+the same results.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ STEPS = 4
 
 
 def outputs(server: ComfyServer, workflow: dict[str, Any]) -> tuple[Path, list[float], Tensor, dict[str, Tensor]]:
-    """(path, losses, latent that the trained model and control give, tensors of the file) of one queue run."""
+    """Path, losses, latent of the trained model and control, and tensors of the file, from one queue run."""
     run = server.run(workflow)
     path = Path(run.outputs["path"]["text"][0])
     losses = json.loads(run.outputs["losses"]["text"][0])["loss"]
@@ -32,7 +34,7 @@ def outputs(server: ComfyServer, workflow: dict[str, Any]) -> tuple[Path, list[f
 
 
 def assert_trains_once(server: ComfyServer, workflow: dict[str, Any], between: Any = lambda: None) -> None:
-    """Queue a graph twice: the second time nothing trains, and every output is the same."""
+    """Queue a graph twice: assert that the second run trains nothing, and that every output is the same."""
     workflow["losses"] = node("PreviewAny", source=["train", 2])
     start = len(server.log_lines())
     path, losses, latent, tensors = outputs(server, workflow)

@@ -1,4 +1,4 @@
-"""The moving average in a thread beside the steps, and on the first process alone."""
+"""Moving average in a thread beside the steps, and only on rank 0."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_copies_from_a_gpu_are_of_the_step_that_they_follow() -> None:
 
 
 class Alone(ProcessGroup):
-    """A rank of two whose module is not wrapped, since no other process is there."""
+    """Rank of two whose module is not wrapped, since no other process exists."""
 
     def wrap(self, module: nn.Module) -> nn.Module:
         return module

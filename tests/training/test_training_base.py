@@ -1,4 +1,4 @@
-"""The base in training is the host's: the same output, right gradients, and the MODEL's LoRAs inside."""
+"""Base in training against the host: the same output, right gradients, and the MODEL's LoRAs included."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def controlled_on(model: Any, **settings: Any) -> Controlled:
 
 @dataclass
 class Forward:
-    """Inputs of one forward. Two samples of different noise, prompt and hint."""
+    """Inputs of one forward: two samples with different noise, prompt and hint."""
 
     noisy: Tensor
     sigma: Tensor

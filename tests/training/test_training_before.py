@@ -1,4 +1,4 @@
-"""Mistakes that are found before anything is encoded, and files that are taken for a base by mistake."""
+"""Checks before encoding, and files that are mistaken for a base."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.comfy
 
 @pytest.fixture
 def no_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """prodigy's package is not installed."""
+    """Make prodigy's package appear not installed."""
     source = optimizers.OptimizerSource("no_such_package_of_prodigy", "Prodigy", own_rate=True)
     monkeypatch.setitem(optimizers.OPTIMIZERS, "prodigy", source)
 

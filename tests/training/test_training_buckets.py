@@ -1,4 +1,4 @@
-"""Aspect buckets, and the one cut that picture, hint and mask share."""
+"""Aspect buckets, and the crop shared by picture, hint and mask."""
 
 from __future__ import annotations
 

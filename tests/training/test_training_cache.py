@@ -1,4 +1,4 @@
-"""Encoded samples on disk: what is written whole comes back, whatever is damaged is made again."""
+"""Encoded samples on disk: complete files are read back, damaged ones are made again."""
 
 from __future__ import annotations
 

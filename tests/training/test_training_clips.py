@@ -1,4 +1,4 @@
-"""Training on clips that are one latent: what a sample is, what the control hears, and a run whose loss falls."""
+"""Training on clips that are one latent: samples, the control's hints, and a run whose loss falls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python run.py train` as a person types it: a process that trains, is stopped, goes on, and says what is wrong."""
+"""Command `python run.py train` as a user runs it: training, stopping, resuming, and error messages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NEW_GROUP = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
 
 
 def start(host: Path, *arguments: str) -> subprocess.Popen[str]:
-    """`run.py train` in a process of its own; what it prints is one stream, line by line."""
+    """Start `run.py train` in a separate process; its output is one stream, line by line."""
     return subprocess.Popen(
         [sys.executable, str(RUN), "train", "--comfyui", str(host), "--cpu", *arguments],
         stdout=subprocess.PIPE,
@@ -46,7 +46,7 @@ def start(host: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def train(host: Path, *arguments: str) -> tuple[int, str]:
-    """(exit status, all that was printed)"""
+    """Exit status, and all printed text."""
     process = start(host, *arguments)
     printed, _ = process.communicate(timeout=300)
     return process.returncode, printed
@@ -67,7 +67,7 @@ def press_ctrl_c(process: subprocess.Popen[str]) -> None:
 
 @pytest.fixture
 def recipe(tmp_path: Path, tiny: TinyModels) -> Path:
-    """A short run on files, its folder named with spaces and letters that are not ASCII."""
+    """Recipe of a short run on files, in a folder with spaces and letters that are not ASCII."""
     folder = tmp_path / "m\u00fd r\u00e9cipes \u732b"
     write_folder(folder / "drawn sc\u00e8nes", 3, 64, 0, "edges")
     config = TrainConfig(

@@ -1,4 +1,4 @@
-"""Blocks of the base under torch.compile: the same losses, every block compiled, a message where it does not work."""
+"""Blocks of the base under torch.compile: the same losses, every block compiled, a message where it fails."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LOSS = 1e-5
 
 @pytest.fixture
 def fresh_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of its own for compiled code: a run that was killed leaves half a file in the common one."""
+    """Separate folder for compiled code: a run that was killed leaves half a file in the shared one."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
 
 

@@ -1,4 +1,4 @@
-"""The configuration: every bound and choice, one dataclass behind recipes, flags and metadata."""
+"""Configuration: every bound and choice, one dataclass behind recipes, flags and metadata."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ CHANGED: dict[str, Any] = {
 
 
 def flags_of(config: TrainConfig) -> list[str]:
-    """A command line that says everything."""
+    """Command line with a flag for every setting."""
     line: list[str] = []
     for key, value in dataclasses.asdict(config).items():
         flag = f"--{key.replace('_', '-')}"

@@ -1,4 +1,4 @@
-"""The contact sheet of a dataset: every picture beside its hint, rows that are full, names and captions underneath."""
+"""Contact sheet of a dataset: every picture beside its hint, full rows, names and captions underneath."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORDS = (1 + LINES) * round(1.35 * TEXT) + GAP
 
 
 def folder_of(root: Path, sizes: list[tuple[int, int]]) -> Path:
-    """Pictures of one gray each and hints 20 brighter; sizes: (height, width)."""
+    """Folder of uniform gray pictures with hints 20 brighter; sizes: (height, width)."""
     for number, size in enumerate(sizes):
         write(root / "images" / f"{number}.png", np.full((*size, 3), 40 * number, np.uint8))
         write(root / "hints" / f"{number}.png", np.full((*size, 3), 40 * number + 20, np.uint8))

@@ -1,4 +1,4 @@
-"""The control that trains: how it starts, how it joins, and files to begin with."""
+"""Control in training: its initial state, how it joins a forward, and files to start from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Crops, mirror images, repeats and weights: hint and mask as their picture, and each sample as often as asked for."""
+"""Crops, mirror images, repeats and weights: hint and mask like their picture, and each sample as
+often as configured.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ MANY = 300
 
 
 def wide(root: Path, names: tuple[str, ...] = ("x",)) -> Path:
-    """Pictures twice as wide as high, with hints of half the size and a mask, all by their coordinates."""
+    """Pictures twice as wide as high, with hints of half the size and a mask, all encoding their coordinates."""
     for number, name in enumerate(names):
         write(root / "images" / f"{name}.png", coordinates(64, 128, number))
         write(root / "hints" / f"{name}.png", coordinates(32, 64, 100 + number))

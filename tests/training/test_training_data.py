@@ -1,4 +1,4 @@
-"""Folders and tables: what belongs together, what is left out, and what a sample holds."""
+"""Datasets of folders and tables: matching of files, files left out, and the content of samples."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def opened(*sources: Path, **options: Any) -> FileDataset:
 
 
 def summary(dataset: FileDataset) -> list[tuple[int, int, str]]:
-    """(mark of the picture, mark of its hint, caption) of each item."""
+    """Summary of each item: (mark of the picture, mark of its hint, caption)."""
     samples = [dataset.load(index) for index in range(len(dataset))]
     return [(*marks(s.frames), *marks(s.hints), s.caption) for s in samples]
 
@@ -212,11 +212,11 @@ def test_files_outside_of_the_roots_are_not_read(tmp_path: Path) -> None:
     assert len(opened(root)) == 4
     dataset = opened(root, roots=[root])
     assert summary(dataset) == EXPECTED
-    assert any("link.png" in path and "lies outside" in why for path, why in dataset.broken)
+    assert any("link.png" in path and "is outside of" in why for path, why in dataset.broken)
     for name in (str(outside), "../secret.png", "images/link.png"):
         table = write(root / "list.jsonl", lines([{"file_name": name}, {"file_name": "images/a b.png"}]))
         dataset = opened(table, roots=[root], hint="gray")
-        assert len(dataset) == 1 and "lies outside" in dataset.broken[0].why
+        assert len(dataset) == 1 and "is outside of" in dataset.broken[0].why
 
 
 def test_the_order_is_that_of_names_without_case_and_the_same_for_every_listing(

@@ -33,7 +33,7 @@ LUMINANCE_STEPS = """
 
 
 def photograph(seed: int = 0, side: int = 64, gray: bool = False) -> np.ndarray:
-    """(side, side, 3): waves and some noise."""
+    """Waves and some noise, (side, side, 3)."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[:side, :side] / side
     waves = [np.sin(2 * np.pi * (random.uniform(1, 4) * x + random.uniform(1, 4) * y)) for _ in range(3)]
@@ -43,7 +43,7 @@ def photograph(seed: int = 0, side: int = 64, gray: bool = False) -> np.ndarray:
 
 
 def convolved(rgb: np.ndarray, deviation: float) -> np.ndarray:
-    """A Gaussian out to 4 standard deviations, as the sum over its cells in two dimensions."""
+    """Gaussian blur out to 4 standard deviations, as the sum over cells in two dimensions."""
     reach = int(np.ceil(4 * deviation))
     at = np.arange(-reach, reach + 1)
     kernel = np.exp(-(at[:, None] ** 2 + at[None] ** 2) / (2 * deviation**2))
@@ -57,13 +57,13 @@ def convolved(rgb: np.ndarray, deviation: float) -> np.ndarray:
 
 
 def transform() -> np.ndarray:
-    """The discrete cosine transform of 8 numbers as a matrix (T.81, A.3.3)."""
+    """Discrete cosine transform of 8 numbers as a matrix (T.81, A.3.3)."""
     k, n = np.mgrid[:8, :8]
     return np.where(k == 0, np.sqrt(1 / 8), 0.5) * np.cos((2 * n + 1) * k * np.pi / 16)
 
 
 def coded(tones: np.ndarray, quality: int) -> np.ndarray:
-    """(H, W) in 0..1, sides of multiples of 8 -> after a JPEG's quantisation; steps scaled as libjpeg does."""
+    """Picture (H, W) in 0..1, sides multiples of 8, after a JPEG's quantisation; steps scaled as in libjpeg."""
     scale = 5000 / quality if quality < 50 else 200 - 2 * quality
     table = np.array(LUMINANCE_STEPS.split(), dtype=float).reshape(8, 8)
     steps = np.floor((table * scale + 50) / 100).clip(1, 255)
@@ -76,14 +76,14 @@ def coded(tones: np.ndarray, quality: int) -> np.ndarray:
 
 
 def cubic(distance: np.ndarray, a: float = -0.75) -> np.ndarray:
-    """Weight of a sample. Source: Keys 1981, equation 4; a as OpenCV has it."""
+    """Weight of a sample. Source: Keys 1981, equation 4; a as in OpenCV."""
     d = np.abs(distance)
     near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
     return np.where(d <= 1, near, np.where(d < 2, far, 0.0))
 
 
 def enlarged(tones: np.ndarray, factor: int) -> np.ndarray:
-    """(H, W) -> (factor H, factor W), pixel centres on pixel centres, the border repeated."""
+    """Picture (H, W) enlarged to (factor H, factor W), pixel centres on pixel centres, the border repeated."""
     for axis in (0, 1):
         count = tones.shape[axis]
         at = (np.arange(count * factor) + 0.5) / factor - 0.5

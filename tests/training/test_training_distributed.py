@@ -1,4 +1,4 @@
-"""Several processes on one CPU: the same run as one process with a larger batch, and only the first one writes."""
+"""Distributed training on one CPU: the same run as one process with a larger batch, and only rank 0 writes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def recipe_in(folder: Path, tiny: TinyModels, **changes: Any) -> Path:
 
 
 def train(host: Path, recipe: Path, processes: int = 1, stop_rank: int | None = None) -> list[int]:
-    """Exit statuses by rank. stop_rank: this process asks to stop when it has done two steps."""
+    """Exit statuses by rank. stop_rank: the process that requests a stop after two steps."""
     together = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = []
     for rank in range(processes):
@@ -82,14 +82,14 @@ def state_of(folder: Path, step: int = STEPS) -> state.State:
 
 
 def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """The largest difference of two sets of tensors."""
+    """Largest difference of two sets of tensors."""
     assert one.keys() == other.keys() and one
     return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
 
 
 @pytest.fixture(scope="module")
 def two(host: Path, tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two processes, each with batches of one."""
+    """Run of two processes, each with batches of one."""
     folder = tmp_path_factory.mktemp("two")
     recipe = recipe_in(folder, tiny)
     assert train(host, recipe, 2) == [0, 0], printed(recipe) + printed(recipe, 1)
@@ -174,7 +174,7 @@ with join_group() as group:
 
 
 def opened_by_two(folder: Path, index: Path) -> list[str]:
-    """Line of each of two processes that open a folder together."""
+    """Output line of each of two processes that open a folder together."""
     environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     alias = str(PROCESS.parents[2] / "_alias.py")
     started = [

@@ -1,4 +1,4 @@
-"""Samples as the base takes them: encoded once, dropped at their rates, and left out where they cannot be read."""
+"""Encoded samples: encoded once, dropped at their rates, and left out where they cannot be read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SIGMAS = 4
 
 @dataclass
 class Encoders:
-    """Numbers in place of the host's encoders, counted; the family and its conditioning are the real ones."""
+    """Encoders that give numbers, counted; the family and its conditioning are the real ones."""
 
     family: TrainedFamily
     calls: list[str] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Encoders:
         return torch.full((len(frames), 4, CELLS, CELLS), float(frames.mean()))
 
     def encoder(self, name: str) -> Encoders:
-        """All of the host's encoders in one."""
+        """Encoder of every kind in one object."""
         assert name in self.family.encoders
         return self
 
@@ -62,7 +62,7 @@ class Encoders:
         return SimpleNamespace(image_embeds=torch.ones(1, 3))
 
     def encode(self, frame: Tensor) -> Tensor:
-        """The noise on the frame that `encode_image` saw, as a latent."""
+        """Noise on the frame that `encode_image` got, as a latent."""
         return torch.full((1, 4, CELLS, CELLS), float((frame - self.frame).std()))
 
 

@@ -1,4 +1,4 @@
-"""The training's row of a base family: the encoders it asks for, and what a family without a row is told."""
+"""Rows of trained families: the required encoders, and the error for a family without a row."""
 
 from __future__ import annotations
 

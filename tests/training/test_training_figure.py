@@ -1,4 +1,4 @@
-"""The loss curve as a figure of matplotlib: its lines, names and legend, and the drawing in its place."""
+"""Loss curve as a figure of matplotlib: its lines, names and legend, and the fallback drawing."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_title_axes_units_and_legend_are_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 def nearest(image: Any, color: tuple[int, int, int]) -> int:
-    """Least difference of a pixel from a colour, summed over the channels."""
+    """Smallest difference of a pixel from a colour, summed over the channels."""
     return int(np.abs(np.asarray(image).reshape(-1, 3).astype(int) - color).sum(axis=1).min())
 
 

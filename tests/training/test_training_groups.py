@@ -1,4 +1,4 @@
-"""Parameter groups of the optimizer, Adafactor, fused kernels, and states of before there were groups."""
+"""Parameter groups of the optimizer, Adafactor, fused kernels, and states from before groups existed."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ def test_matrices_and_kernels_decay_and_norms_and_biases_do_not() -> None:
 
 
 def adafactor(weights: list[Tensor], gradients: list[list[Tensor]], rate: float, decay: float) -> list[Tensor]:
-    """Shazeer and Stern 2018, algorithms 4 and 5 without momentum, in fp64: the decay of the second moment is
-    1 - t^-0.8, an update is clipped to a root mean square of 1, and the step is the rate (not relative)."""
+    """Adafactor of Shazeer and Stern 2018, algorithms 4 and 5 without momentum, in fp64: the decay of the second moment
+    is 1 - t^-0.8, an update is clipped to a root mean square of 1, and the step is the rate (not relative).
+    """
     weights, moments = [w.double().clone() for w in weights], [None] * len(weights)
     for t, of_step in enumerate(gradients, 1):
         keep = 1 - t**-0.8

@@ -1,4 +1,4 @@
-"""The memory of what was read: files that have not changed are not read again."""
+"""Index of files: unchanged files are not read again."""
 
 from __future__ import annotations
 

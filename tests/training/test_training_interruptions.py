@@ -1,4 +1,4 @@
-"""Training that is cut off at any place saves what is complete, and goes on to the end that it would have had."""
+"""Interrupted training at any place saves the complete steps, and resumes to the result of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def whole(loaded_studio: Studio, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nobody disturbed."""
+    """Folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     train_in(folder, base_of(loaded_studio), small(**SETTINGS))
     return folder
@@ -55,7 +55,7 @@ def last(folder: Path) -> state.State:
 
 
 def cut(folder: Path, studio: Studio, name: str, save_every: int = 1000) -> Watcher:
-    """A run that ends by that error; what was said."""
+    """Run that ends with that error; returns its messages."""
     watch = Watcher()
     with pytest.raises(Stopped if name == "cancel" else type(ERRORS[name]())) as raised:
         train_in(folder, base_of(studio), small(**SETTINGS, save_every=save_every), watch)
@@ -179,7 +179,7 @@ def test_cut_off_in_an_encoders_pass_it_keeps_what_is_encoded(
 
 
 def store_again(base: Any, config: Any, folder: Path) -> None:
-    """Encode what a run would."""
+    """Encode the samples that a run would."""
     from comfyui_controlnext.controlnext_training.distributed import ProcessGroup
     from comfyui_controlnext.controlnext_training.encoded import Store
     from comfyui_controlnext.tests.fixtures.training_fixtures import drawn

@@ -15,7 +15,7 @@ from comfyui_controlnext.tests.fixtures.training_fixtures import drawn
 
 @pytest.fixture
 def data(tmp_path: Path) -> FileDataset:
-    """Ten squares, three that are a little wide, one that is very wide."""
+    """Dataset of ten squares, three slightly wide pictures, and one very wide one."""
     sizes = [(64, 64)] * 10 + [(64, 96)] * 3 + [(32, 120)]
     for number, size in enumerate(sizes):
         write(tmp_path / f"{number:02}.png", np.full((*size, 3), 9 * number, np.uint8))

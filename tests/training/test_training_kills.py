@@ -1,4 +1,4 @@
-"""Runs in processes that are killed: they go on, and end as if nobody had."""
+"""Killed training processes resume, and end as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROCESS = Path(__file__).parents[1] / "fixtures" / "training_process.py"
 
 
 class Processes:
-    """Runs in processes of their own: forked off one whose imports are done, or started where nothing can fork."""
+    """Runs in separate processes: forked off one whose imports are done, or started where forking is not possible."""
 
     def __init__(self, host: Path, folder: Path) -> None:
         self.command = [sys.executable, str(PROCESS), str(host)]
@@ -54,7 +54,7 @@ class Processes:
         self.pid = int(self.server.stdout.readline().split()[1])
 
     def kill(self) -> None:
-        """At once: SIGKILL, or what Windows has."""
+        """Kill the process at once: SIGKILL, or the equivalent on Windows."""
         if self.process is not None:
             self.process.kill()
             return
@@ -90,7 +90,7 @@ BASES = {"xs": "checkpoint", "sd3": "transformer"}
 
 
 def recipe_in(folder: Path, tiny: TinyModels, variant: str = "xs") -> Path:
-    """A short run, quick in a step, slow enough in saving that some kills come while a state is written."""
+    """Recipe of a short run, with fast steps and saves slow enough for some kills to come while a state is written."""
     config = TrainConfig(
         variant=variant,
         base=str(tiny.models / "checkpoints" / tiny.names[BASES[variant]]),
@@ -127,12 +127,12 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def uninterrupted(
     processes: Processes, tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, float]:
-    """The folder of a run that nobody disturbed, and its seconds."""
+    """Folder of an uninterrupted run, and its seconds."""
     return undisturbed(processes, tiny, tmp_path_factory.mktemp("uninterrupted") / "run", "xs")
 
 
 def undisturbed(processes: Processes, tiny: TinyModels, folder: Path, variant: str) -> tuple[Path, float]:
-    """A run that nobody disturbs: its folder, and its seconds."""
+    """Uninterrupted run: its folder, and its seconds."""
     processes.start(recipe_in(folder, tiny, variant))
     started = time.monotonic()
     assert processes.wait() == 0, (folder / "recipe.out").read_text("utf-8")
@@ -142,9 +142,10 @@ def undisturbed(processes: Processes, tiny: TinyModels, folder: Path, variant: s
 def killed_again_and_again(
     processes: Processes, tiny: TinyModels, folder: Path, seconds: float, kills: int, seed: int, variant: str = "xs"
 ) -> list[int]:
-    """Kill a run at random moments, look at what is left each time, let it end; steps that were saved at each kill.
+    """Kill a run at random moments, check the remaining files each time, let it end; returns the steps saved at each
+    kill.
 
-    seconds: what a run takes; one that has its last state already may be killed while it writes the trained file.
+    seconds: duration of a run; one that has its last state already may be killed while it writes the trained file.
     """
     recipe, moments, saved = recipe_in(folder, tiny, variant), random.Random(seed), [0]
     run = folder / "runs" / "control"

@@ -1,4 +1,4 @@
-"""A base from a file: kept in the file's own bits where memory is short, its encoders only while they are needed."""
+"""Base from a file: its dtype is retained where memory is short, its encoders are loaded only while needed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small SD1.5 in fp16, as most checkpoints are: UNet, autoencoder and text encoder in one safetensors file."""
+    """Small SD1.5 in fp16, as most checkpoints: UNet, autoencoder and text encoder in one safetensors file."""
     folder = tmp_path_factory.mktemp("base")
     made = tiny_models.make_sd15(folder / "sd15.ckpt")
     tensors = torch.load(made, weights_only=True)["state_dict"]
@@ -140,7 +140,7 @@ def test_only_a_network_that_is_of_one_dtype_throughout_is_kept_in_it(dtypes: se
 
 
 class Looking(Watcher):
-    """Notes at each step which encoders are in memory, and does something after the first."""
+    """Observer that records at each step which encoders are in memory, and acts after the first."""
 
     def __init__(self, base: Any, then: Any = lambda: None) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class Looking(Watcher):
 
 
 def count_reads(base: Any) -> list[str]:
-    """Reads of files from now on, counted."""
+    """Count the reads of files from now on."""
     reads: list[str] = []
     read = base.read_again
     base.read_again = lambda name: (reads.append(name), read(name))[1]

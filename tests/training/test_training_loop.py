@@ -1,5 +1,6 @@
-"""A run as a whole: stopped and resumed it is the uninterrupted one, in parts it is the whole batch, and where it fails
-it says what is kept."""
+"""Complete runs: a resumed run equals an uninterrupted one, accumulated parts equal the whole batch, and errors name
+the remaining state.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +61,7 @@ def last_state(folder: Path, name: str = "control") -> state.State:
 
 
 def assert_same_run(one: Path, other: Path, path_one: Path, path_other: Path) -> None:
-    """States and trained files of two runs are equal in every bit."""
+    """Assert that states and trained files of two runs are equal in every bit."""
     mine, theirs = last_state(one), last_state(other)
     assert mine.step == theirs.step and same_nested(mine.optimizer(), theirs.optimizer())
     for part in ("weights", "ema", "losses"):
@@ -70,7 +71,7 @@ def assert_same_run(one: Path, other: Path, path_one: Path, path_other: Path) ->
 
 @pytest.fixture
 def order(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """(position, index) of every sample that is read for training; filled as a run goes on."""
+    """Order of samples: (position, index) of every sample that is read for training; filled during a run."""
     read: list[tuple[int, int]] = []
     sample = Store.sample
 
@@ -214,7 +215,7 @@ def test_half_precision_computes_and_what_trains_stays_fp32(
 
 
 def _spoil(monkeypatch: pytest.MonkeyPatch, after: int, spoiled: Any) -> None:
-    """From the n-th forward of a run on, its output goes through `spoiled`."""
+    """Make the output of a run's forwards pass through `spoiled`, from the n-th on."""
     forward, calls = Controlled.forward, [0]
 
     def wrapped(self: Controlled, *args: Any) -> Any:
@@ -292,7 +293,7 @@ MIB = 2**20
 
 
 def peak_known() -> bool:
-    """True means that this machine resets the highest memory of a process when asked; not every container does."""
+    """True: this machine resets the peak memory of a process when requested. False: some containers cannot."""
     held = b"x" * (300 * MIB)
     del held
     before = results._highest()

@@ -1,4 +1,4 @@
-"""The trainer in the graph, on a real server: train, cancel, go on, and use what was trained in the same graph."""
+"""Trainer node on a real server: train, cancel, resume, and use the result in the same graph."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def shapes(tiny: TinyModels) -> str:
-    """A folder of drawn scenes below the server's input folder, with a space and a letter that is not ASCII."""
+    """Folder of drawn scenes below the server's input folder, with a space and a letter that is not ASCII."""
     name = "drawn sc\u00e8nes"
     write_folder(tiny.base / "input" / name, 8, SIDE, 0, "edges")
     return name
 
 
 def graph(tiny: TinyModels, folder: str, **train: Any) -> Workflow:
-    """Train on a folder, apply what was trained, sample, save the latent."""
+    """Graph: train on a folder, apply the result, sample, save the latent."""
     settings = {
         "variant": "sd15",
         "steps": 4,
@@ -181,10 +181,10 @@ def plain_graph(tiny: TinyModels) -> Workflow:
 
 
 def held(server: ComfyServer, tensors: int, seconds: float = 20.0) -> tuple[int, int]:
-    """Resident bytes and bytes of tensors of the server, after it has freed what it can.
+    """Resident bytes, and bytes of tensors, of the server after it has freed its memory.
 
-    It does so when it next looks at its queue, which may take longer on a busy machine: it is waited for until it holds
-    no more than `tensors` bytes, at most some seconds.
+    It does so when it next checks its queue, which may take longer on a busy machine: this waits until it has no more
+    than `tensors` bytes, at most some seconds.
     """
     server.free()
     end = time.monotonic() + seconds
@@ -303,7 +303,7 @@ def test_clips_train_a_video_control(server: ComfyServer, tiny: TinyModels) -> N
 
 
 def follow(server: ComfyServer, workflow: Workflow, folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """The example client on a graph, in a process of its own."""
+    """Run the example client on a graph, in a separate process."""
     path = folder / "gr\u00e4ph.json"
     path.write_text(json.dumps(workflow), "utf-8")
     return subprocess.Popen(

@@ -32,7 +32,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def stable_diffusion_sigmas() -> Tensor:
-    """The table of SD1.5 and SDXL, written out: betas whose roots are evenly spaced."""
+    """Noise levels of SD1.5 and SDXL, computed here: betas whose roots are evenly spaced."""
     alphas = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()).cumprod(0)
     return ((1 - alphas) / alphas).sqrt()
 
@@ -49,7 +49,7 @@ def wide(sigma: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def training_utils() -> Any:
-    """diffusers' own, which reach for torchvision."""
+    """Training utilities of diffusers, which import torchvision."""
     declare_missing_torchvision_ops()
     from diffusers import training_utils
 
@@ -239,7 +239,7 @@ def test_one_offset_per_channel_and_sample_is_added_to_the_noise() -> None:
 
 
 def grid(count: int) -> Tensor:
-    """Evenly spaced numbers in (0, 1): what many draws look like, without their noise."""
+    """Evenly spaced numbers in (0, 1): the distribution of many draws, without their noise."""
     return (torch.arange(count, dtype=torch.float64) + 0.5) / count
 
 

@@ -1,4 +1,4 @@
-"""Optimizers, schedules, the moving average and what is saved of them."""
+"""Optimizers, schedules, the moving average and their saved states."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def groups(of: list[nn.Parameter], rates: tuple[float, float] = (1e-3, 1e-2)) ->
 
 
 def run(optimizer: torch.optim.Optimizer, of: list[nn.Parameter], steps: range) -> None:
-    """Steps on gradients that depend on the step and the weights."""
+    """Run steps on gradients that depend on the step and the weights."""
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         for p in of:
@@ -50,7 +50,7 @@ def run(optimizer: torch.optim.Optimizer, of: list[nn.Parameter], steps: range) 
 
 @pytest.fixture(params=OPTIMIZERS)
 def name(request: pytest.FixtureRequest) -> str:
-    """Each optimizer whose package is there."""
+    """Name of each optimizer whose package is installed."""
     pytest.importorskip(OPTIMIZERS[request.param].package.split(".")[0], reason="an optional package")
     return request.param
 
@@ -120,7 +120,7 @@ def test_reading_the_weights_leaves_the_training_as_it_was(name: str) -> None:
 
 
 class Averaging(torch.optim.SGD):
-    """Stands for a schedule-free optimizer where none is installed: its weights to read are others."""
+    """Stand-in for a schedule-free optimizer where none is installed: its weights to read are others."""
 
     def eval(self) -> None:
         for p in self.param_groups[0]["params"]:
@@ -206,7 +206,7 @@ def test_a_state_whose_optimizer_was_damaged_is_not_taken_and_weights_are_never_
 
 
 def packed(value: Any) -> tuple[dict[str, Tensor], Any]:
-    """(tensors, JSON) of an optimizer's state, in the form of version 0.1.0."""
+    """Tensors and JSON of an optimizer's state, in the form of version 0.1.0."""
     tensors: dict[str, Tensor] = {}
 
     def walk(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Hints for outpainting: gray around a rectangle that all frames of a clip share, as the host's node makes them."""
+"""Hints for outpainting: gray around a rectangle that all frames of a clip share, as in the host's node."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GRAY = 0.5
 
 
 def shown(hints: Tensor, frames: Tensor) -> list[tuple[int, int, int, int]]:
-    """Edges of each frame (top, bottom, left, right) of the part that is not gray, asserted to be the frame's own."""
+    """Edges (top, bottom, left, right) of each frame's part that is not gray, asserted to equal the frame there."""
     found = []
     for hint, frame in zip(hints, frames, strict=True):
         kept = (hint != GRAY).any(dim=-1)

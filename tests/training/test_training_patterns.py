@@ -1,4 +1,4 @@
-"""Expressions of `trainable`: what `re` finds, in time that grows with the names alone."""
+"""Expressions of `trainable`: the matches of `re`, in time linear in the names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hosts that must not train: the rule, the node in this process, and a graph queued on a real worker."""
+"""Refusal of training: the rule, the node in this process, and a graph queued on a real worker."""
 
 from __future__ import annotations
 

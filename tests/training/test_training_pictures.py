@@ -1,4 +1,4 @@
-"""Picture files: which kinds are read, to which values, and what is refused."""
+"""Picture files: supported kinds, decoded values, and refusals."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_transparent_colour_of_a_palette_is_alpha() -> None:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that claims a size."""
+    """PNG of a few bytes that claims a size."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))

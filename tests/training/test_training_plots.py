@@ -26,22 +26,22 @@ from torch import Tensor
 
 @pytest.fixture(autouse=True)
 def without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the curve drawn by the pack, as where matplotlib is not installed; see test_training_figure."""
+    """Make the pack draw the curve, as without matplotlib; see test_training_figure."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 
 
 def pixels(image: Any) -> Tensor:
-    """(H, W, 3) as integers."""
+    """Pixels (H, W, 3) as integers."""
     return torch.tensor(np.asarray(image), dtype=torch.int32)
 
 
 def places(image: Any, color: tuple[int, int, int]) -> Tensor:
-    """(n, 2) rows and columns of the pixels of exactly this colour."""
+    """Rows and columns (n, 2) of the pixels of exactly this colour."""
     return (pixels(image) == torch.tensor(color)).all(dim=-1).nonzero()
 
 
 def frame(image: Any) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of the plot: its axes are the longest runs of ink."""
+    """Frame of the plot (left, top, right, bottom): its axes are the longest runs of ink."""
     ink = (pixels(image) == torch.tensor(INK)).all(dim=-1)
     column, row = int(ink.sum(dim=0).argmax()), int(ink.sum(dim=1).argmax())
     rows, columns = ink[:, column].nonzero().flatten(), ink[row].nonzero().flatten()
@@ -172,7 +172,7 @@ def test_pictures_keep_their_shape(height: int, width: int) -> None:
 
 
 def text_rows(grid: Any, color: tuple[int, int, int]) -> int:
-    """Lines of text of one colour: runs of rows whose pixels are nearer to it than to white."""
+    """Rows of text of one colour: runs of rows whose pixels are nearer to it than to white."""
     near = (pixels(grid) - torch.tensor(color)).abs().sum(dim=-1) < 90
     has = near.any(dim=1).int()
     return int(((has[1:] - has[:-1]) == 1).sum())

@@ -1,4 +1,4 @@
-"""The node's preset and what wins over it; the picture that a run shows on its node."""
+"""Preset of the node and the precedence over it; the picture of a run on its node."""
 
 from __future__ import annotations
 

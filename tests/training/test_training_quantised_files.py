@@ -28,7 +28,7 @@ their own size: the host may multiply in another order."""
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The encoders' files; networks come to lie beside them."""
+    """Folder of the encoders' files, to which networks are added."""
     folder = tmp_path_factory.mktemp("modèles")
     save(folder / "text.pt", clip_l(Pools(0), "text_model."))
     tensors = taesd(Pools(0), "", LATENT_SCALE, LATENT_SHIFT, CHANNELS)
@@ -43,7 +43,7 @@ def matrices(state: dict[str, Tensor], kind: str) -> list[str]:
 
 
 def stored_as(kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(tensors of a file of this kind, the numbers that they stand for in fp32)."""
+    """Tensors of a file of this kind, and their values in fp32."""
     state = {name: tensor.float() for name, tensor in sd3_tensors().items()}
     if kind == PLAIN:
         narrow = {name: tensor.to(FP8) for name, tensor in state.items()}
@@ -94,7 +94,7 @@ def test_the_control_is_that_of_the_numbers_in_fp32(
 
 
 def bytes_of_blocks(network: Any) -> int:
-    """Memory of the frozen matrices of the blocks, those under a trained difference included."""
+    """Bytes of the frozen matrices of the blocks, those under a trained difference included."""
     tensors = [*network.named_parameters(), *network.named_buffers()]
     return sum(
         t.nbytes
@@ -104,7 +104,7 @@ def bytes_of_blocks(network: Any) -> int:
 
 
 def today(model: Any) -> str:
-    """The identity of a plain model as it was first defined, stated again: names, shapes and 64 numbers of each."""
+    """Identity of a plain model by its first definition, stated again: names, shapes and 64 numbers of each."""
     digest, state = hashlib.blake2b(digest_size=12), model.model.diffusion_model.state_dict()
     for name in sorted(state):
         flat = state[name].reshape(-1)

@@ -1,4 +1,4 @@
-"""Lines of the client that queues a training: progress on one line of a terminal, its end alone in a file."""
+"""Output of the client that queues a training: progress on one line of a terminal, only its end in a file."""
 
 from __future__ import annotations
 

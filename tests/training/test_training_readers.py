@@ -1,4 +1,4 @@
-"""Files read ahead: the same bits with any number of readers, no file opened that nothing is needed of, none left."""
+"""Prefetching of files: the same bits with any number of readers, no unneeded file opened, no process left."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_files_of_later_steps_are_read_while_a_step_computes(tmp_path: Path) -> 
 
 
 class Counted(Sequence[int]):
-    """A million rising numbers, of which the last are 2 and 3; each look at one is counted."""
+    """Iterator of a million ascending numbers, the last two of which are 2 and 3; each access is counted."""
 
     looks = 0
 

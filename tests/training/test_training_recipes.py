@@ -1,4 +1,4 @@
-"""Recipes: each can be read, and holds the numbers of the released trainers."""
+"""Recipes: each can be read, and has the numbers of the released trainers."""
 
 from __future__ import annotations
 

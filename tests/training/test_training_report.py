@@ -1,4 +1,4 @@
-"""The report on a dataset: what it counts and names."""
+"""Report on a dataset: its counts and names."""
 
 from __future__ import annotations
 

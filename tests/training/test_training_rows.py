@@ -45,7 +45,7 @@ EXPECTED = [(number, 100 + number, f"t\u00ebxt {number}") for number in range(CO
 
 
 class MemoryRows:
-    """Rows of Python values in the place of an Arrow file's; bytes are pictures."""
+    """Rows of Python values in place of an Arrow file's; bytes are pictures."""
 
     def __init__(self, held: list[Record]) -> None:
         self.held, self.read = held, 0
@@ -202,7 +202,7 @@ def library() -> Any:
 
 
 def table(kind: str = "image") -> Any:
-    """A dataset of the library: pictures in its own feature, as bytes, or in a struct without a feature."""
+    """Dataset of the library: pictures in its picture type, as bytes, or in a struct."""
     datasets = library()
     held = [row(number) for number in range(COUNT)]
     if kind != "bytes":

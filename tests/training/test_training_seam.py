@@ -1,4 +1,4 @@
-"""From the trainer to the loader: what was trained is what is read, put on the model and sampled with, bit for bit."""
+"""From the trainer to the loader: trained weights are saved, loaded, applied and sampled bit for bit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CONTEXT = {"sd15": (77, 768), "sdxl": (77, 2048), "svd_v2": (1, 1024), "sd15_leg
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Name of a variant -> a MODEL of its base; each loaded once, and one at a time held."""
+    """MODEL of a variant's base, by name; each loaded once, and one held at a time."""
     import comfy.sd
 
     folder, held = tmp_path_factory.mktemp("bases"), {}
@@ -59,7 +59,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @dataclass
 class Case:
-    """One sample of a variant: its prompt as the host's CONDITIONING and as the trainer has it, and its hint."""
+    """Sample of a variant: its prompt as the host's CONDITIONING and in the trainer's form, and its hint."""
 
     conditioning: Any
     given: dict[str, Tensor]
@@ -68,7 +68,9 @@ class Case:
 
     @property
     def planes(self) -> Tensor:
-        """(frames, 3, H, W), laid out as the trainer's samples are: the layout chooses the kernel, and with it bits."""
+        """Planes (frames, 3, H, W) in the memory layout of the trainer's samples: the layout decides the kernel, and so
+        the bits.
+        """
         return self.hint.movedim(-1, 1).contiguous()
 
     @classmethod
@@ -88,7 +90,7 @@ class Case:
 
 
 def trained(model: Any, variant: str, **settings: Any) -> Controlled:
-    """A control with random differences in every weight, as if it had trained."""
+    """Control with random differences in every weight, as if trained."""
     controlled = Controlled(model, small(variant=variant, **settings), torch.float32, CPU)
     shaken({n: p for n, p in controlled.net.named_parameters() if n != "scale"})
     shaken(controlled.differences.parameters)
@@ -151,14 +153,14 @@ def loaded_from(path: Path, model: Any, **options: Any) -> Any:
 
 
 def aligned(net: nn.Module) -> None:
-    """Move weights that lie in a mapped file, at any place in it, to where new tensors lie: kernels round by place."""
+    """Copy weights from a mapped file to newly allocated memory: kernels round depending on the alignment."""
     with torch.inference_mode():
         for parameter in net.parameters():
             parameter.data = parameter.data.clone()
 
 
 def effective_weights(model: Any) -> dict[str, Tensor]:
-    """With what the host samples, differences in."""
+    """Weights with which the host samples, differences included."""
     import comfy.model_management
 
     with torch.inference_mode():

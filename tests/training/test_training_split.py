@@ -1,4 +1,4 @@
-"""Data that change between the parts of a run: what is held out stays so, and the change is said."""
+"""Changes of the data between parts of a run: held-out samples stay held out, and changes are reported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONFIG = small(validate_every=1, validation_samples=3)
 
 
 class Some(DrawnDataset):
-    """Scenes by their numbers."""
+    """Dataset of scenes by their numbers."""
 
     def __init__(self, numbers: Sequence[int]) -> None:
         super().__init__("synthetic", "edges", len(numbers), SIDE)
@@ -39,7 +39,7 @@ def parted(numbers: Sequence[int], saved: SavedData | None = None, config: Any =
 
 
 def held(numbers: Sequence[int], found: Split) -> set[int]:
-    """Scenes that do not train."""
+    """Scenes that are held out."""
     return set(numbers) - {numbers[index] for index in found.training}
 
 
@@ -96,7 +96,7 @@ def test_identities_tell_samples_apart() -> None:
 
 
 def forget_the_data(folder: Path) -> None:
-    """Turn a state into one of an earlier version."""
+    """Convert a state into one of an earlier version."""
     facts = json.loads((folder / "state.json").read_text("utf-8"))
     for key in ("data", "small_buckets"):
         facts.pop(key)

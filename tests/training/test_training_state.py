@@ -1,4 +1,4 @@
-"""Saved states: whole or not there, whatever happens while they are written."""
+"""Saved states: complete or absent, after any failure while they are written."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_what_a_killed_process_left_half_written_is_cleared(tmp_path: Path) -> N
 
 
 def half_then(error: Exception) -> Callable[..., None]:
-    """A save_file that leaves half a file behind, as a full disk does."""
+    """Stand-in for save_file that leaves half a file behind, as a full disk does."""
 
     def fail(tensors: Any, name: str, metadata: Any) -> None:
         Path(name).write_bytes(b"half")

@@ -1,4 +1,4 @@
-"""One step: its noise and noise levels are functions of the position, its loss is the formula."""
+"""Single step: its noise and noise levels are functions of the position, its loss is the formula."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frozen weights in half the bits: the same gradients in every bit, and no copy kept for the backward pass."""
+"""Frozen weights in half the bits: the same gradients in every bit, and no copy stored for the backward pass."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAYERS = {
 
 
 def layer_of(kind: str, dtype: torch.dtype) -> tuple[Any, Tensor]:
-    """A frozen layer of these numbers, and an input that wants a gradient."""
+    """Frozen layer with these values, and an input that requires a gradient."""
     from comfyui_controlnext.controlnext_training.base_model.frozen_layers import operations
 
     name, sizes, shape = LAYERS[kind]

@@ -1,4 +1,4 @@
-"""Scenes that the project draws: what the caption says is on the picture, and the hints fit it exactly."""
+"""Synthetic scenes: the caption matches the picture, and the hints match it exactly."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ WORDS = re.compile(rf"an? ({'|'.join(COLORS)}) ({'|'.join(KINDS)}|background)")
 
 
 def named(scene: Picture) -> tuple[list[tuple[str, str]], str]:
-    """Colours and kinds of the shapes, and the background's colour, as the caption says them."""
+    """Colours and kinds of the shapes, and the background's colour, from the caption."""
     found = WORDS.findall(scene.caption)
     assert found[-1][1] == "background"
     return found[:-1], found[-1][0]
 
 
 def nearest_color(pixels: np.ndarray) -> str:
-    """The colour whose shades come closest to the mean of (n, 3) pixels."""
+    """Colour whose shades are closest to the mean of (n, 3) pixels."""
     mean = pixels.astype(float).mean(axis=0)
     return min(COLORS, key=lambda name: float(np.abs(np.asarray(COLORS[name]) - mean).sum()))
 
 
 def parts(scene: Picture) -> list[np.ndarray]:
-    """(H, W) masks of the connected parts of the mask, largest first."""
+    """Masks (H, W) of the connected parts of the mask, largest first."""
     import cv2
 
     count, labels = cv2.connectedComponents((scene.mask > 250).astype(np.uint8))
@@ -86,7 +86,7 @@ def test_the_colours_of_the_caption_are_on_the_picture(index: int) -> None:
 
 
 def kind_of(part: np.ndarray) -> str:
-    """The area of a shape over that of its smallest enclosing circle tells circle, square and triangle apart."""
+    """Kind of a shape, from the ratio of its area to that of its smallest enclosing circle."""
     import cv2
 
     contours, _ = cv2.findContours(part.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)

@@ -1,4 +1,4 @@
-"""Metadata files and tar shards: rows, members, and what is wrong with some of them."""
+"""Metadata files and tar shards: rows, members, and their faults."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def picture(mark: int, size: tuple[int, int] = (64, 64)) -> bytes:
 
 
 def files(root: Path, count: int = 3) -> None:
-    """p/N.png with mark N and h/N.png with mark 100 + N."""
+    """Files p/N.png with mark N and h/N.png with mark 100 + N."""
     for number in range(count):
         write(root / "p" / f"\u00e4 {number}.png", picture(number))
         write(root / "h" / f"\u4e2d {number}.png", picture(100 + number))

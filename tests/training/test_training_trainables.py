@@ -1,4 +1,4 @@
-"""Only what is listed trains: all else keeps every bit, gets no gradient, and the host's MODEL is not touched."""
+"""Selection of trained weights: all others keep every bit, get no gradient, and the host's MODEL is unchanged."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ CHOICES = [
 
 @pytest.fixture(scope="module")
 def full_shapes() -> dict[str, dict[str, torch.Size]]:
-    """Host name -> shape, of the released UNets."""
+    """Shapes of the released UNets by host name."""
     import comfy.ops
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 

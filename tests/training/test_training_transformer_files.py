@@ -1,4 +1,4 @@
-"""A transformer's base from files: one for all, or network, text encoders and autoencoder each in its own."""
+"""Base of a transformer from files: one for all, or separate network, text encoders and autoencoder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.comfy
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All in one file, and each part in its own."""
+    """Folder with everything in one file, and each part in a separate one."""
     folder = tmp_path_factory.mktemp("modèles")
     make_sd3(folder / "all.ckpt")
     save(folder / "network.safetensors", sd3_tensors())

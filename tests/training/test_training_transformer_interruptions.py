@@ -1,4 +1,4 @@
-"""Training on a transformer that is cut off saves the whole steps, and ends as a run that nobody disturbed."""
+"""Interrupted training on a transformer saves the complete steps, and ends as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nobody disturbed."""
+    """Folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     train_narrow(folder, "sd3", **SETTINGS)
     return folder
 
 
 def cut(folder: Path, owner: type, name: str, error: str, at: int) -> Watcher:
-    """A run that ends by that error in the n-th call of a method; what was told."""
+    """Run that ends with that error in the n-th call of a method; returns its messages."""
     watch = Watcher()
     with pytest.MonkeyPatch.context() as patch:
         lay_in_class(patch, owner, name, ERRORS[error](), at)

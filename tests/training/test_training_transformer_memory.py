@@ -1,4 +1,4 @@
-"""Memory of a step on a transformer: the estimate against the count, its figures for 24 GB, and weights that wait."""
+"""Memory of a step on a transformer: the estimate against the count, its figures for 24 GB, and offloaded weights."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ CARD = 24e9
 
 
 class Spy:
-    """A device of its own, of sorts: its copies are clones, and it remembers which it made."""
+    """Stand-in for a device: its copies are clones, and it records them."""
 
     def __init__(self, factor: float = 1.0) -> None:
         self.factor, self.made, self.pinnings = factor, 0, 0
@@ -213,7 +213,7 @@ def test_in_fp32_a_step_needs_less_than_the_estimate() -> None:
 
 
 def shape_of(width: int, blocks: int, inside: float, **more: Any) -> StepShape:
-    """A step in fp32 of one row without anything but blocks."""
+    """Step shape in fp32 with a batch of one and only blocks."""
     zero: dict[str, Any] = dict.fromkeys(("tokens", "pixels", "frozen", "largest", "trained"), 0)
     return StepShape(**zero | {"rows": 1, "width": width, "blocks": blocks, "inside": inside, "itemsize": 4} | more)
 
@@ -284,7 +284,7 @@ def test_the_dry_run_of_a_clip_says_it(tmp_path: Path) -> None:
 
 
 def published(name: str, side: int, bytes_a_weight: int) -> StepShape:
-    """A step in bf16 of one row on a published base, to_out of rank 16; bytes_a_weight: of the base."""
+    """Step shape in bf16 with a batch of one on a published base, to_out of rank 16; bytes_a_weight: of the base."""
     from comfyui_controlnext.controlnext_training.base_model.trained_families import FAMILIES as ROWS
 
     row, spec = PUBLISHED[name], SPECS[PUBLISHED[name].variant]

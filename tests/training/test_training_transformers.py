@@ -1,4 +1,6 @@
-"""Training on diffusion transformers: exact gradients, the listed weights alone, runs that go on as never stopped."""
+"""Training on diffusion transformers: exact gradients, only the listed weights, and resumed runs equal to uninterrupted
+ones.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +97,7 @@ def test_gradients_are_the_slopes_of_the_loss(family: str) -> None:
 
 
 def of_reference(family: str) -> list[str]:
-    """The picture's attention outputs of the narrow model."""
+    """Attention output projections of the picture in the narrow model."""
     name = REFERENCES[family].differences
     more = ["joint_blocks.0.x_block.attn2.proj.weight"] if family == "sd3" else []
     return sorted([name.replace("N", str(block)) for block in range(2)] + more)
@@ -216,7 +218,7 @@ def test_captions_of_unequal_length_train_in_one_batch(family: str) -> None:
 
 
 def medians(sampling: Callable[[Any], Any] | None = None) -> float:
-    """The noise level of the middle of the distribution that a run on SD3 draws from."""
+    """Median noise level of the distribution from which a run on SD3 draws."""
     base = narrow_base("sd3")
     if sampling is not None:
         from comfyui_controlnext.tests.fixtures.narrow_training import with_model

@@ -42,7 +42,7 @@ def silhouettes() -> Silhouettes:
 
 
 def learned_base(family: str) -> Any:
-    """A narrow model that has learned the scenes: every weight trained as a whole difference, at control strength 0."""
+    """Narrow model trained on the scenes: every weight trained as a full difference, at control strength 0."""
     from comfyui_controlnext.controlnext_training.step import draw, losses
 
     base = base_on(narrow_model.__wrapped__(family), family)  # one that no other test has
@@ -83,7 +83,7 @@ def fidelities(loop: Any, strength: float) -> torch.Tensor:
 
 
 def gain_in_standard_errors(loop: Any) -> float:
-    """By how many standard errors of its mean strength 1 exceeds strength 0, over the same scenes and noises."""
+    """Gain from strength 0 to 1 in standard errors of its mean, over the same scenes and noises."""
     more = fidelities(loop, 1.0) - fidelities(loop, 0.0)
     return float(more.mean() / (more.std() / SEEDS**0.5))
 

@@ -1,4 +1,4 @@
-"""A base in fp8: stored in a byte a weight, the control that trains on it is the one of the rounded weights in fp32."""
+"""Base in fp8, one byte per weight: the trained control equals that of the rounded weights in fp32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the trainer to the loader on transformers: the stock sampler runs what was trained, low rank included."""
+"""From the trainer to the loader on transformers: the stock sampler runs the trained control, low rank included."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ TOKENS = 7
 
 
 def given_to(family: str) -> dict[str, Tensor]:
-    """A text as the trainer has it."""
+    """Text in the trainer's form."""
     row, generator = NARROW[family], torch.Generator().manual_seed(4)
     found = {"context": torch.randn(1, TOKENS, row.text, generator=generator)}
     return found | ({"pooled": torch.randn(1, row.pooled, generator=generator)} if row.pooled else {})
 
 
 def hint_of(family: str) -> Tensor:
-    """An IMAGE (F, H, W, 3): a picture, or a clip whose picture moves."""
+    """Hint as an IMAGE (F, H, W, 3): a picture, or a clip whose picture moves."""
     count = CLIP_FRAMES if family in CLIPS else 1
     return torch.cat([picture().roll(3 * number, 2) for number in range(count)])
 

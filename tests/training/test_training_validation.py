@@ -1,4 +1,4 @@
-"""Validation of a run: the loss at fixed noise, pictures with and without control, fewer where memory ends."""
+"""Validation of a run: the loss at fixed noise, pictures with and without control, fewer where memory is short."""
 
 from __future__ import annotations
 

@@ -32,14 +32,17 @@ def frames(root: Path, names: list[str], folder: str = "{}", hints: str = "{}/hi
 
 
 def level(number: int, guide: bool) -> int:
-    """Tone of a frame: far enough from the next to survive compression."""
+    """Tone of a frame, different enough from the next to survive compression."""
     return 8 + 4 * number + (2 if guide else 0)
 
 
 def video(
     path: Path, count: int = 24, guide: bool = False, size: tuple[int, int] = (SIDE, SIDE), across: bool = False
 ) -> Path:
-    """Frames of one tone each, a keyframe every 10. across: black on the left and white on the right instead."""
+    """Video with frames of one tone each, a keyframe every 10. across:
+
+    True makes black on the left and white on the right.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25)

@@ -1,1 +1,1 @@
-"""Files, recipes and folders made to hurt, by a seeded mutator, and children with limits that open them."""
+"""Hostile files, recipes and folders from a seeded mutator, and child processes with limits that open them."""

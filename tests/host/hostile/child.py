@@ -26,7 +26,7 @@ MAX_MESSAGE = 4000
 
 
 def limit() -> None:
-    """Take no more memory than MEMORY, and no more time for all than is never needed."""
+    """Limit memory to MEMORY, and processor time to far more than is needed."""
     try:
         import resource
     except ImportError:  # Windows
@@ -37,7 +37,7 @@ def limit() -> None:
 
 
 def open_weights(path: Path) -> None:
-    """All that the pack does with a weight file before the host has a part in it."""
+    """Open a weight file with all functions of the pack that need no host."""
     from comfyui_controlnext.controlnext_core import checkpoint
     from comfyui_controlnext.controlnext_core.detection import read_control_file
     from comfyui_controlnext.controlnext_core.finite import check_weights
@@ -62,7 +62,7 @@ def open_weights(path: Path) -> None:
 
 
 def open_tensors(path: Path) -> None:
-    """Names and numbers of a torch file, whatever network they are of."""
+    """Names and values of a torch file, for any network."""
     from comfyui_controlnext.controlnext_core import checkpoint
 
     header = checkpoint.peek(path)
@@ -120,7 +120,7 @@ def host_loader(folder: Path) -> Callable[[Path], None]:
 
 
 def others_loader(name: str) -> Callable[[Path], None]:
-    """The reader of weight files that the host, or diffusers, uses on a stranger's file."""
+    """Reader of weight files that the host, or diffusers, uses for downloaded files."""
     if name == "diffusers":
         from diffusers.models.model_loading_utils import load_state_dict
 
@@ -142,7 +142,7 @@ def allowed() -> tuple[type[Exception], ...]:
 
 
 def outcome(read: Callable[[Path], None], path: Path, known: tuple[type[Exception], ...]) -> dict[str, Any]:
-    """End of a case: `opened`, `refused`, or what was wrong with it."""
+    """Result of a case: `opened`, `refused`, or a fault."""
     from comfyui_controlnext.controlnext_core.encodable import make_encodable
 
     started = time.process_time()

@@ -1,4 +1,4 @@
-"""Hostile cases, each from a part, a seed and a number alone: the same three give the same bytes."""
+"""Hostile cases, each determined by a part, a seed and a number: the same three give the same bytes."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def rng_of(part: str, seed: int, number: int) -> random.Random:
 
 
 def bytes_changed(content: bytes, rng: random.Random) -> bytes:
-    """A few bytes flipped, cut out, repeated or put in."""
+    """Content with a few bytes flipped, cut out, repeated or inserted."""
     found = bytearray(content)
     for _ in range(rng.randint(1, 6)):
         at, length = rng.randrange(len(found) + 1), rng.choice([1, 1, 2, 8, 64, 1024])
@@ -87,7 +87,7 @@ def bytes_changed(content: bytes, rng: random.Random) -> bytes:
 
 
 def changed(value: Any, rng: random.Random, depth: int = 0) -> Any:
-    """A JSON value with one place changed."""
+    """JSON value with one place changed."""
     if depth < 6 and rng.random() < 0.8:
         if isinstance(value, dict) and value:
             key = rng.choice(list(value))
@@ -105,7 +105,7 @@ def changed(value: Any, rng: random.Random, depth: int = 0) -> Any:
 
 
 def encoder_table(rng: random.Random) -> dict[str, Any]:
-    """Header of a sound encoder."""
+    """Header of a valid encoder."""
     spec = rng.choice([spec for spec in SPECS.values() if spec.build in BUILDS])
     net = ControlNeXt(config_of(spec), device="meta")
     return table_of({name: tuple(t.shape) for name, t in net.state_dict().items()})
@@ -121,7 +121,7 @@ def table_of(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
 
 
 def renamed(table: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """Some names more, other names, or none."""
+    """Header with added, changed or missing names."""
     entry = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
     found = dict(table)
     for _ in range(rng.choice([1, 3, 400])):
@@ -133,7 +133,7 @@ def renamed(table: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 
 
 def safetensors(path: Path, rng: random.Random) -> Path:
-    """A file with the header of an encoder, or nearly so; its numbers are a hole in the file."""
+    """Safetensors file with the header of an encoder, or nearly so; its values are a hole in the file."""
     table = encoder_table(rng) if rng.random() < 0.8 else table_of({"a": (2,)})
     size = max((about["data_offsets"][1] for about in table.values()), default=0)
     for _ in range(rng.randint(0, 2)):
@@ -167,7 +167,7 @@ OPERATIONS = [
 
 
 def torch_file(path: Path, rng: random.Random) -> Path:
-    """A torch file, its pickle or its archive changed."""
+    """Torch file with a changed pickle or archive."""
     path = path.with_suffix(rng.choice([".ckpt", ".bin", ".pth"]))
     big = torch.zeros(1).expand(rng.choice([1, 1000, 60_000]), rng.choice([1, 60_000]))
     content = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4).half(), rng.choice(TEXTS): big}
@@ -225,7 +225,7 @@ LONG_TOKENS = ["a." * 3000, "[" * 3000, "{a=" * 3000, "9" * 5000, "x" * 70_000, 
 
 
 def recipe(path: Path, rng: random.Random) -> Path:
-    """A recipe of the pack with tokens changed."""
+    """Recipe of the pack with tokens changed."""
     text = rng.choice(sorted(RECIPES.glob("*.toml"))).read_text("utf-8")
     for _ in range(rng.randint(1, 8)):
         at = rng.randrange(len(text) + 1)
@@ -245,7 +245,7 @@ def recipe(path: Path, rng: random.Random) -> Path:
 
 
 def folder(path: Path, rng: random.Random) -> Path:
-    """A folder of pictures, tables and shards, some of them changed."""
+    """Folder of pictures, tables and shards, some of them changed."""
     path.mkdir()
     good = encoded(coordinates(64, 64), rng.choice(["png", "jpeg", "webp", "bmp"]))
     for number in range(rng.randint(1, 4)):

@@ -40,12 +40,12 @@ def keep(name: str, found: dict[str, Any]) -> None:
 
 
 def memory(server: ComfyServer) -> float:
-    """MiB that the server holds, its allocator's reserve given back."""
+    """Memory of the server in MiB, after its allocator's reserve is returned."""
     return server.get("/controlnext_probe?memory")["memory"] / MIB
 
 
 def slope(values: list[float]) -> float:
-    """Slope of a line through values that are equally far apart, by least squares."""
+    """Slope of a line through equally spaced values, by least squares."""
     middle = (len(values) - 1) / 2
     mean = sum(values) / len(values)
     return sum((i - middle) * (v - mean) for i, v in enumerate(values)) / sum(
@@ -54,7 +54,7 @@ def slope(values: list[float]) -> float:
 
 
 def growth(server: ComfyServer, prompt: Callable[[int], Any], count: int) -> list[float]:
-    """MiB after each twentieth part of `count` prompts."""
+    """Memory in MiB after each twentieth part of `count` prompts."""
     found = []
     for number in range(count):
         prompt(number)

@@ -35,7 +35,7 @@ OTHERS = ("host", "diffusers")
 
 
 def run_cases(folder: Path, parts: dict[str, int], timeout: float, first: int = 0) -> list[dict[str, Any]]:
-    """Ends of a child's cases; that of a child that died is `died`."""
+    """Results of a child's cases; that of a child that died is `died`."""
     wanted = [f"{part}:{first}:{count}" for part, count in parts.items()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     done = subprocess.run(
@@ -100,7 +100,7 @@ def keep(name: str, found: dict[str, Any]) -> None:
 
 
 def run_with_deaths(folder: Path, part: str, count: int) -> list[dict[str, Any]]:
-    """As `run_cases`, with a further child behind each case that a child died of."""
+    """Results as `run_cases`, with a further child after each case in which a child died."""
     ended: list[dict[str, Any]] = []
     while len(ended) < count:
         ended += run_cases(folder, {part: count - len(ended)}, timeout=3600, first=len(ended))

@@ -42,7 +42,7 @@ CLIENTS, PROMPTS = 4, 5
 
 
 def another(host: Path, tiny: TinyModels, *arguments: str) -> ComfyServer:
-    """A further server on the models and folders of the session's."""
+    """Further server on the session's models and folders."""
     log = tiny.base / "another.log"
     return ComfyServer.start(host, tiny.base, arguments=["--cpu", "--disable-api-nodes", *arguments], log=log)
 
@@ -101,7 +101,7 @@ def test_a_server_killed_while_it_samples_leaves_all_whole(
 
 
 def xs_graph(graph: Graph, seed: int) -> Workflow:
-    """The sampling of `graph` with a ControlNet-XS through the stock door."""
+    """Graph `graph` with a ControlNet-XS through the stock door."""
     workflow = graph("stock", seed=seed, weights_name="none")
     workflow["load"] = node("ControlNetXSLoader", control_name="cancelled_xs.safetensors")
     workflow["apply"]["inputs"]["control_net"] = ["load", 0]
@@ -110,7 +110,7 @@ def xs_graph(graph: Graph, seed: int) -> Workflow:
 
 
 def train_graph(graph: Graph, seed: int) -> Workflow:
-    """A training of four steps on the hint's own picture, and a text that waits for it."""
+    """Training graph of four steps on the hint's picture, with a text node that waits for it."""
     kept = {name: part for name, part in graph("none").items() if name in ("checkpoint", "hint")}
     config = "validate_every = 2\nvalidation_steps = 2\nvalidation_samples = 1"
     settings = {"steps": 4, "batch_size": 1, "learning_rate": 1e-4, "control_learning_rate": 1e-3, "seed": seed}
