@@ -1,7 +1,7 @@
-"""The one command of this project: `python run.py demo`, `test` or `comfy`; `python run.py --help` says more.
+"""Command line of this project: `python run.py demo`, `test` or `comfy`; `python run.py --help` lists the others.
 
-This file keeps to syntax that any Python can read, so that an old one answers with a sentence and not with a
-traceback. It and everything in tools/ that it reaches before the environment exists use the standard library only.
+This file uses syntax that any Python can parse, so that an old one prints a sentence and not a traceback. It and
+everything in tools/ that runs before the environment exists use the standard library only.
 """
 
 import os

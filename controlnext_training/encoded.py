@@ -116,7 +116,7 @@ class Store:
         return usable, [item for part in group.gather(broken) for item in part]
 
     def _ahead(self, indices: Sequence[int]) -> Iterator[PendingSample]:
-        """Every variant of the samples, in order; twice as many as there are readers are prefetched."""
+        """Variants of the samples, all in order; twice as many as there are readers are prefetched."""
         coming: deque[PendingSample] = deque()
         cuts = ((index, cut) for index in indices for cut in range(self.data.share(index).variants))
         for index, variant in cuts:

@@ -152,9 +152,9 @@ class ControlNetXS(nn.Module):
 
 
 class Walk:
-    """One forward of the control stream beside the base: `encode`, `take_base` per encoder block, `middle`, `decode`.
+    """Forward of the control stream beside the base: `encode`, `take_base` per encoder block, `middle`, `decode`.
 
-    Each method returns a correction that the caller adds to the base's features, times the strength.
+    Each method returns a correction that the caller multiplies with the strength and adds to the base's features.
     """
 
     def __init__(self, net: ControlNetXS, x: Tensor, hint: Tensor) -> None:

@@ -96,9 +96,8 @@ class ControlNeXt(nn.Module):
     def forward(self, hint: Tensor, timestep: Tensor) -> Tensor:
         """Encode the hint for one timestep.
 
-        hint: (B, 3, H, W) in [0, 1], RGB; timestep: (B,) or (1,), the number that the UNet itself is given.
-        Returns (B, out_channels, h, w): h = ceil(H/8) for the padded and the stemless builds,
-        H/8 - 1 unpadded, about H/32 with the pool.
+        hint: (B, 3, H, W) in [0, 1], RGB; timestep: (B,) or (1,), as given to the UNet. Returns (B, out_channels, h,
+        w): h = ceil(H/8) for the padded and the stemless builds, H/8 - 1 unpadded, about H/32 with the pool.
         """
         return self.finish(self.begin(hint), timestep)
 

@@ -40,10 +40,10 @@ class TimestepMLP(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two normalised 3x3 convolutions with the time embedding added between them, around a shortcut.
+    """Residual block: two normalised 3x3 convolutions with the time embedding added between them, around a shortcut.
 
-    out = shortcut(h) + conv2(silu(norm2(conv1(silu(norm1(h))) + time_emb_proj(silu(emb))))).
-    Source: diffusers' ResnetBlock2D with its default time mode, the block of every ControlNeXt encoder.
+    out = shortcut(h) + conv2(silu(norm2(conv1(silu(norm1(h))) + time_emb_proj(silu(emb))))). Source: diffusers'
+    ResnetBlock2D with its default time mode, the block of every ControlNeXt encoder.
     """
 
     def __init__(

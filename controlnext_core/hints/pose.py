@@ -273,11 +273,11 @@ def _ranges(indices: Sequence[int]) -> str:
 
 
 def align_poses(reference_pose: Any, driving_poses: Any, size: tuple[int, int]) -> list[Pose]:
-    """The reference pose, then every driving pose aligned to it: 1 + F poses in pixels of the output frame.
+    """Poses in pixels of the output frame: the reference pose, then every driving pose aligned to it, 1 + F in total.
 
-    reference_pose, driving_poses: POSE_KEYPOINT, see `parse_frames`; of the reference, the first frame.
-    size: (width, height) in pixels, multiples of 8 and at least 64.
-    Raises ValueError naming the input: a wrong size, no frames, nobody in the reference, too little in common.
+    reference_pose, driving_poses: POSE_KEYPOINT, see `parse_frames`; of the reference, the first frame. size: (width,
+    height) in pixels, multiples of 8 and at least 64. Raises ValueError naming the input: a wrong size, no frames, no
+    person in the reference, too few shared points.
     """
     check_size(size)
     reference_frames = parse_frames(reference_pose, "reference_pose")

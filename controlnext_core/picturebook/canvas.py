@@ -35,7 +35,7 @@ class Numbers:
         return low + (high - low) * self.next()
 
     def pick(self, choices: Iterable[Any]) -> Any:
-        """One of the choices, drawn at random."""
+        """Pick one of the choices at random."""
         choices = list(choices)
         return choices[int(self.next() * len(choices))]
 

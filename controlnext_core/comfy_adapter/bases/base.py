@@ -56,7 +56,7 @@ def _whole_tensor(added: Tensor, tensor: Tensor, forward: Forward) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """One site of a loaded base model."""
+    """Site of a loaded base model, at which controls are added."""
 
     door: Door
     block: Block

@@ -151,7 +151,9 @@ QWEN_IMAGE = transformer(
 
 
 def _joint_layers(family: Family, model: Any) -> dict[Site, Place]:
-    """One class of the host: text and picture are one sequence; its newer versions call patches after each layer."""
+    """Places of a host class with text and picture in one sequence; its newer versions call patches
+    after each layer.
+    """
     network = model.diffusion_model
     if HAS_LAYER_PATCHES:
         return first_block(family, network.dim, patch_block)

@@ -70,7 +70,10 @@ def _places(model: Any) -> dict[Site, Place]:
 
 
 def _is_family(family: Family, model: Any) -> bool:
-    """From the UNet's own shape: temporal layers, then the width of the text context."""
+    """True: the UNet's shape is that of the family: temporal layers, then the width of the text context.
+
+    False: it is not.
+    """
     config: Mapping[str, Any] = model.model_config.unet_config
     if not isinstance(model.diffusion_model, UNetModel):
         return False

@@ -144,7 +144,7 @@ def _weights_path(name: str) -> Path:
 
 
 def _is_control(path: Path) -> bool:
-    """False also for a file that cannot be read; whoever loads it says why."""
+    """True: the file is a control. False: it is not, or it cannot be read, which its loader reports."""
     try:
         return holds_encoder(peek(path))
     except CheckpointError:

@@ -48,9 +48,9 @@ def is_plain(transformer_options: TransformerOptions) -> bool:
 def chunk_gains(
     chunks: list[int], gains: tuple[float, float], transformer_options: TransformerOptions, name: str, apply_to: Halves
 ) -> list[float]:
-    """One gain for each chunk of the guided batch; gains: (positive, negative).
+    """Gains, one for each chunk of the guided batch. gains: (positive, negative).
 
-    Where the guider numbers its halves otherwise, both get the larger gain, and the log says so once.
+    Where the guider numbers its halves differently, both get the larger gain, and the log says so once.
     """
     positive, negative = gains
     if positive != negative and not is_plain(transformer_options):

@@ -21,7 +21,7 @@ KEY: Final = "controlnext"
 
 @dataclass(frozen=True)
 class Job:
-    """One control's part in one forward."""
+    """Part of one control in one forward."""
 
     order: tuple[Any, ...]
     """Sort key of the controls at a place, so that the order of nodes does not change the rounding."""

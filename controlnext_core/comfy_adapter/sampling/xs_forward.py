@@ -64,7 +64,7 @@ class Companion:
 
 @dataclass(frozen=True)
 class XSJob:
-    """One control's part in one forward."""
+    """Part of one control in one forward."""
 
     order: tuple[Any, ...]
     """Sort key of the controls, so that the order of nodes does not change the rounding."""
