@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 OF_BUILD = {variant.build: name for name, variant in reference.VARIANTS.items()} | {"TOKENS-32": "wan_5b"}
 FAST = ("SD15-L", "SDXL-1", "SDXL-2", "SVD-v2")
-"""One build of each kind of stem and middle."""
+"""Builds that cover each kind of stem and middle once."""
 
 NETWORKS = tuple(build for build in reference.BUILDS if build not in ("SD15-T", "SVD-v2-T"))  # these two are SDXL-2
 HALF_SIZE = {"SD15-L": (16, 16), "SDXL-1": (32, 32), "SDXL-2": (16, 24), "SVD-v2": (24, 24)}

@@ -10,7 +10,7 @@ from comfyui_controlnext.tools.environment import ROOT
 ADAPTER = ROOT / "controlnext_core" / "comfy_adapter"
 DECLARED = ADAPTER / "bases" / "forward_options.py"
 HOLDERS = {"transformer_options", "options"}
-"""Names by which a forward's options go; `self.options` are those of a control, and no names."""
+"""Names of variables that hold a forward's options; `self.options` are those of a control, and not included."""
 
 
 def declared() -> set[str]:

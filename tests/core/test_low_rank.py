@@ -26,7 +26,7 @@ OUT, IN, RANK = 12, 20, 3
 A, B, C = "blocks.0.proj.weight", "blocks.1.proj.weight", "blocks.2.fused.weight"
 SHAPES = {A: (OUT, IN), B: (OUT, IN), C: (OUT, 4 * IN)}
 COLUMNS = (1, IN, 2 * IN)
-"""The slice of C that its difference is of: its second and third part of four."""
+"""Slice of C to which its difference applies: the second and third of four parts."""
 
 
 def numbers(seed: int, *shape: int) -> Tensor:

@@ -19,7 +19,7 @@ Shapes = dict[str, tuple[int, ...]]
 BY_NAME = {release.name: release for release in RELEASES}
 TENSORS = {"sd15_53m": 398, "sd21_14m": 402, "sdxl_20m": 882, "sdxl_48m": 886}
 HEADS = {"sd15_53m": {8}, "sd21_14m": {1, 2}, "sdxl_20m": {1}, "sdxl_48m": {1, 2}}
-"""From the released configurations: 8 heads; widths 4, 8 and twice 8; 32 and 64; 64 and twice 64."""
+"""Heads from the released configurations: 8 heads; widths 4, 8 and twice 8; 32 and 64; 64 and twice 64."""
 
 
 def header(shapes: Shapes, **metadata: str) -> Header:
@@ -203,7 +203,7 @@ def _cut(size: int, widths: dict[int, int]) -> int:
 
 
 def test_heads_of_diffusers_defaults_follow_from_the_inner_width() -> None:
-    """from_unet(SDXL, 0.1) has 5, 10, 20 heads where none are given: attentions 60 and 120 wide on 64, 128 channels."""
+    """Heads of from_unet(SDXL, 0.1) are 5, 10, 20 by default: attentions 60 and 120 wide on 64, 128 channels."""
     shapes = narrower(as_adapter(released("sdxl_48m")), {64: 60, 128: 120})
     file = read_xs_file(header(shapes))
     assert set(file.shape.inner) == {0, 60, 120}

@@ -144,7 +144,7 @@ def test_queueing_again_with_another_seed_or_prompt_runs_no_encoder(server: Comf
 def test_free_empties_the_cache_and_the_next_prompt_works(
     server: ComfyServer, graph: Graph, also_results: bool
 ) -> None:
-    """Unloading alone keeps the nodes' results, and with them the control."""
+    """Unloading without freeing retains the nodes' results, and with them the control."""
     probe(server)
     seed = 20 + also_results
     first = latents(server, graph("stock", seed=seed))

@@ -138,7 +138,7 @@ def token_place(first: int, seen: list[Any]) -> Any:
 
 
 def test_a_place_of_tokens_takes_controls_as_a_map_does() -> None:
-    """The rule over tokens: statistics over (N, C) of the picture's tokens alone, the others as they were."""
+    """Statistics over (N, C) of the picture's tokens only; the other tokens are unchanged."""
     from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.next_forward import Job, collect
 
     generator = torch.Generator().manual_seed(0)

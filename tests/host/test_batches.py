@@ -162,7 +162,7 @@ def test_a_hint_that_is_no_picture_is_refused_at_the_apply_node(studio: Studio, 
 def test_a_constant_hint_gives_finite_latents_in_half_precision(
     studio: Studio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Black and white: the statistics of features in fp16 are taken in fp32."""
+    """Features of a black and white hint in fp16 have their statistics in fp32."""
     from comfy_extras.nodes_model_advanced import ModelComputeDtype
     from comfyui_controlnext.controlnext_core.comfy_adapter.sampling import next_forward
 

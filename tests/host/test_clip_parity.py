@@ -20,11 +20,11 @@ pytestmark = pytest.mark.comfy
 
 MODELS = ("wan", "wan_wide", "wan_5b")
 LENGTHS = (1, 5, 9)
-"""Latent frames."""
+"""Numbers of latent frames."""
 SIZE = (6, 9)
-"""Latent cells; the second is odd, so that its tokens are padded by the host."""
+"""Sizes in latent cells; the second is odd, so that the host pads its tokens."""
 EVEN = (6, 8)
-"""The host's reference frame is not padded."""
+"""Even size: the host does not pad its reference frame."""
 TEXT = 7
 
 

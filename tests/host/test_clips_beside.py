@@ -71,7 +71,9 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
 
 
 def test_each_of_two_experts_hears_its_own_control(stage: Any, heard: list[tuple[str, float]]) -> None:
-    """Wan 2.2 14B: a MODEL for high noise and one for low, each with a control that acts in its steps alone."""
+    """Experts of Wan 2.2 14B: a MODEL for high noise and one for low, each with a control that acts
+    only in its steps.
+    """
     high = stage("wan")
     low = with_model(high, other_expert())
     first, second = high.load().control, low.load(seed=12).control

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.comfy
 LENGTH, FRAMES = 5, 17
 """Latent frames of a clip, and its frames."""
 WINDOW, OVERLAP = 3, 1
-"""Latent frames."""
+"""Length and overlap of windows in latent frames."""
 TOLERANCE = 1e-4  # fp32
 both = pytest.mark.parametrize("model", ["wan", "wan_5b"])
 
@@ -223,7 +223,9 @@ def test_kinds_of_wan_with_other_frames_in_front_are_of_no_family() -> None:
 
 @pytest.mark.parametrize("name", ["Wan 2.1 1.3B", "Wan 2.1 14B", "Wan 2.2 5B"])
 def test_the_memory_formula_of_clips_is_what_is_counted(name: str) -> None:
-    """On shapes; the narrow map has 256 channels, and 81 frames of 480p for 30 steps fit the cache's budgets."""
+    """Formula against shapes; the map before projection has 256 channels, and 81 frames of 480p for 30 steps fit the
+    cache's budgets.
+    """
     from comfyui_controlnext.benchmarks.bench_clip_memory import CLIP, memory_of
     from comfyui_controlnext.controlnext_core.feature_cache import DEVICE_BUDGET, HOST_BUDGET, pinned_bytes
 

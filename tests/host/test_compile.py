@@ -18,7 +18,7 @@ BACKEND = "eager"
 STEPS = 2
 OURS = "Skip calling `torch.compiler.disable()`d function"
 BREAKS = {"bare": 0, "ControlNeXt": 2, "stock Apply": 2, "ControlNet-XS": 3}
-"""Graph breaks of our own: where features are added or a ControlNet-XS sets out, and the frame around each."""
+"""Graph breaks of this pack: where features are added or a ControlNet-XS starts, and the frame around each."""
 
 
 @pytest.fixture(autouse=True)

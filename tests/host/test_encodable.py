@@ -64,7 +64,7 @@ def test_log_lines_can_be_written(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_every_logger_of_the_pack_is_an_encodable_one() -> None:
-    """`logging.getLogger` stands in `encodable.py` alone."""
+    """Calls of `logging.getLogger` are in `encodable.py` only."""
     found = []
     for folder in ("controlnext_core", "controlnext_training", "models", "nodes"):
         for path in (ROOT / folder).rglob("*.py"):

@@ -65,7 +65,7 @@ def test_a_control_with_an_effect_does_not_warn(studio: Studio, caplog: pytest.L
 
 
 def test_without_guidance_the_positive_half_is_all_there_is(studio: Studio, caplog: pytest.LogCaptureFixture) -> None:
-    """At cfg 1 the host leaves the negative out."""
+    """Negative conditionings are left out by the host at cfg 1."""
     loaded = studio.load()
 
     def at_cfg_one(apply_to: str) -> Tensor:

@@ -64,7 +64,9 @@ def test_a_mask_is_averaged_over_the_area_of_a_cell(studio: Studio) -> None:
 
 
 def test_a_mask_is_averaged_before_it_goes_to_the_device(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once, for all steps, and where every size can be: an Apple GPU pools to divisors of the size alone."""
+    """Averaging runs once for all steps, on a device that supports every size: an Apple GPU only pools to divisors of
+    the size.
+    """
     from comfyui_controlnext.controlnext_core.comfy_adapter.sampling import run_state
 
     pooled: list[str] = []

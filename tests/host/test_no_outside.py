@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("controlnext_core", "controlnext_training", "models", "nodes")
 TALKS = ("controlnext_training/queue_training.py",)
-"""A client of a running ComfyUI that a user starts by hand; no node imports it."""
+"""Client of a running ComfyUI that a user starts by hand; no node imports it."""
 BLOCKED = (
     *(
         "socket.connect",
@@ -48,7 +48,7 @@ BLOCKED = (
     ),
     *("pickle.find_class", "marshal.loads"),
 )
-"""Audit events of Python, raised by whatever asks for these things."""
+"""Audit events of Python for network, processes and pickles."""
 
 _blocking: list[bool] = []
 

@@ -38,7 +38,7 @@ class BothUNets:
     """Base model as two UNets with the same weights."""
 
     host: Any
-    """The host's BaseModel."""
+    """BaseModel of the host."""
     diffusers: nn.Module
     context_dim: int
     pooled: bool

@@ -148,7 +148,7 @@ IN_TWO_BATCHES = 1e-4
 
 @pytest.mark.usefixtures("one_run")
 def test_svd_is_sampled_from_the_model_given(used: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two halves of the guidance get gains of their own, batched or not."""
+    """Halves of the guidance with different gains, batched or not."""
     from comfyui_controlnext.nodes.apply import ControlNeXtOptions
 
     model, name, hints = video.toy_patcher(), "svd_v2", video.hints(3)

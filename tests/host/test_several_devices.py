@@ -32,9 +32,9 @@ def several(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
 
 
 def load(studio: Studio, kind: str) -> Any:
-    """A CONTROL_NET of a kind.
+    """CONTROL_NET of a kind.
 
-    Its weights lie in memory as those of a copy do: a CPU rounds differently where they lie as in the file.
+    Its weights are aligned in memory like those of a copy: a CPU rounds differently with the alignment of the file.
     """
     if kind == "controlnext":
         control = studio.load().control
@@ -128,7 +128,7 @@ def test_a_control_without_effect_on_any_device_says_so_once(
 
 @KINDS
 def test_a_controlled_model_moves_to_another_device(studio: Studio, several: Callable[[Any], Any], kind: str) -> None:
-    """As the node Select Model Device does it."""
+    """Model moved by the node Select Model Device."""
     model = studio.ours(studio.model, load(studio, kind), picture())
     expected = studio.sample(model)
     moved = model.deepclone_multigpu(new_load_device=SECOND)
@@ -139,7 +139,7 @@ def test_a_controlled_model_moves_to_another_device(studio: Studio, several: Cal
 
 @KINDS
 def test_a_copy_for_a_device_has_its_own_network_and_run(studio: Studio, kind: str) -> None:
-    """On every host, by the method that hosts with several devices call."""
+    """Copy made by the method that hosts with several devices call; runs on every host."""
     control = load(studio, kind)
     applied = studio.stock(control, picture())[0][0][1]["control"]
     clone = applied.deepclone_multigpu(SECOND, autoregister=True)
@@ -165,7 +165,7 @@ def test_a_copy_for_a_device_has_its_own_network_and_run(studio: Studio, kind: s
 def test_a_network_is_handed_over_as_the_host_hands_over_its_own(
     studio: Studio, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """With the patcher of dynamic VRAM where the host has it on, and with a plain one where it asks for that."""
+    """Patcher of the network: for dynamic VRAM where the host has it on, and plain where the host requests that."""
     from comfy import model_patcher
 
     if not hasattr(model_patcher, "CoreModelPatcher"):
@@ -182,7 +182,9 @@ def test_a_network_is_handed_over_as_the_host_hands_over_its_own(
 
 
 def test_what_one_device_made_is_not_given_to_another(studio: Studio) -> None:
-    """A copy to host memory may still be under way there; and taking a network off drops what it made alone."""
+    """Separate caches: a copy to host memory may be in progress on one device; and unloading a network drops only its
+    features.
+    """
     from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.features import drop_features, group_of
 
     control = load(studio, "controlnext")

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.comfy
 
 HINTS = {"a": picture(1), "b": picture(2), "c": picture(3)}
 STRENGTHS = {"a": 0.7, "b": 0.4, "c": 1.0}
-"""Chosen so that the sums of three terms in different orders round differently."""
+"""Strengths for which the sums of three terms in different orders round differently."""
 
 
 def stacked(studio: Studio, model: Any, controls: dict[str, Any], plan: str) -> Tensor:
@@ -37,7 +37,7 @@ def stacked(studio: Studio, model: Any, controls: dict[str, Any], plan: str) -> 
 
 
 def test_controls_give_the_same_bits_in_any_order_and_through_any_door(studio: Studio) -> None:
-    """Two encoders, one of them twice with another hint."""
+    """Encoders: two, one of them twice with another hint."""
     loaded, other = studio.load(), studio.load("other.safetensors")
     controls = {"a": loaded.control, "b": other.control, "c": loaded.control}
     expected = stacked(studio, loaded.model, controls, "abc")
@@ -48,7 +48,9 @@ def test_controls_give_the_same_bits_in_any_order_and_through_any_door(studio: S
 
 
 def test_masks_alone_order_controls_that_are_otherwise_the_same(studio: Studio) -> None:
-    """One encoder, hint and strength three times, each with a mask of its own: sums that round by their order."""
+    """Controls with the same encoder, hint and strength, three with different masks: sums whose rounding depends on
+    their order.
+    """
     loaded = studio.load()
     side = torch.linspace(0.1, 1, 8 * CELLS).expand(1, 8 * CELLS, -1)
     masks = (side, 1 - side / 3, side.mT**2)
@@ -66,7 +68,7 @@ def test_masks_alone_order_controls_that_are_otherwise_the_same(studio: Studio) 
 
 
 def test_each_control_is_measured_against_the_same_features(studio: Studio) -> None:
-    """Two halves of a control make one whole: nothing is normalised against what another control added."""
+    """Halves of a control sum to the whole: nothing is normalised against the addition of another control."""
     loaded = studio.load()
     whole = studio.ours(loaded.model, loaded.control, picture(), 0.8)
     half = studio.ours(loaded.model, loaded.control, picture(), 0.4)
@@ -119,7 +121,7 @@ def test_two_encoders_a_lora_and_a_stock_controlnet_work_together(
 
 @pytest.mark.parametrize("kind", ["area", "mask"])
 def test_a_control_on_a_regional_prompt_stays_in_its_region(studio: Studio, kind: str) -> None:
-    """One step: outside the region the picture is that of the region without control."""
+    """Outside the region the picture equals that of the region without control, after one step."""
     import nodes as host_nodes
 
     loaded = studio.load()

@@ -100,7 +100,9 @@ def stock_control(family: str) -> Any:
 
 @pytest.mark.parametrize("family", ["sd3", "flux", "qwen_image"])
 def test_a_stock_controlnet_beside_ours_in_any_order(family: str, stage: Any, tmp_path: Path) -> None:
-    """Families for which the host has one: it goes in after the block, ours into what the block makes."""
+    """ControlNets of the host, for families that have one: they are added after the block, this pack's control inside
+    its result.
+    """
     import comfy.sd
     import comfy.utils
 

@@ -31,7 +31,7 @@ def regional(at: TransformerStage, kind: str, control: Any, seed: int = 4) -> An
 
 @in_turn("kind", ["area", "mask"])
 def test_a_control_on_a_regional_prompt_stays_in_its_region(family: str, kind: str, stage: Any) -> None:
-    """One step: outside the region the picture is that of the region without control."""
+    """Outside the region the picture equals that of the region without control, after one step."""
     at = stage(family)
     control = at.load().control
 
@@ -47,7 +47,7 @@ def test_a_control_on_a_regional_prompt_stays_in_its_region(family: str, kind: s
 
 @each
 def test_the_models_door_reaches_a_region_as_the_prompts_does(family: str, stage: Any) -> None:
-    """All prompts controlled, one of them of an area: its forward has fewer tokens than the picture."""
+    """Prompts are all controlled, one of them for an area, whose forward has fewer tokens than the picture."""
     at = stage(family)
     control = at.load().control
     positive, negative = at.stock(control, picture())

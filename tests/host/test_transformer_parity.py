@@ -20,10 +20,10 @@ pytestmark = pytest.mark.comfy
 
 TOLERANCE = 1e-4  # fp32
 SIZES = ((8, 8), (6, 10), (9, 11))
-"""Latent cells; the last pair is odd, so that its tokens are padded by the host."""
+"""Sizes in latent cells; the last pair is odd, so that the host pads its tokens."""
 HALVES = {1: [1, 0], 3: [0]}
 TEXTS = (7, 40)
-"""Tokens of the prompt, below and above what Z-Image pads to."""
+"""Numbers of tokens of the prompt, below and above the multiple to which Z-Image pads."""
 STRENGTH, SIGMA = 0.8, 0.6
 FAMILIES = tuple(name for name, spec in SPECS.items() if spec.on_transformer)
 each = pytest.mark.parametrize("family", FAMILIES)
@@ -105,7 +105,7 @@ def compare(family: str, control: Any, size: tuple[int, int], batch: int, text: 
 def test_the_model_agrees_with_the_released_rule(
     family: str, size: tuple[int, int], others: bool, control_of: Any
 ) -> None:
-    """One text for each batch, in turn from size to size; `others` are the other pairs."""
+    """Pairs of sizes and texts: one text per batch, in turn from size to size; `others` are the other pairs."""
     texts = TEXTS if others is bool(SIZES.index(size) % 2) else TEXTS[::-1]
     pairs = zip(HALVES, texts, strict=True)
     worst = max(compare(family, control_of(family), size, batch, text) for batch, text in pairs)

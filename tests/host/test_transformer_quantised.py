@@ -34,7 +34,7 @@ FORMATS = (
 KEPT = 1e-3
 """Relative error of a difference's effect against the fp32 sum."""
 DROWNED = 0.5
-"""A plain patch misses by more than this: the host writes the sum in the format again."""
+"""Relative error that a plain patch exceeds: the host quantises the sum again."""
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_the_weights_of_a_quantised_base_are_read_as_numbers(
 def test_a_layer_that_takes_nothing_in_its_forward_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pinned_host: bool, inference: None
 ) -> None:
-    """As of a pack with a format of its own."""
+    """Layer of a pack with an unknown quantised format."""
     at = stage_of("sd3", "fp8_e4m3fn", tmp_path, pinned_host)
     name, _ = product(small("sd3"))
     layer = at.model.model.get_submodule(f"diffusion_model.{name.removesuffix('.weight')}")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.comfy
 GIGABYTES = 2.0
-"""More memory than this is for `--long`."""
+"""Memory in GB above which a family runs only with `--long`."""
 RANK = 4
 FOLDERS = ("controlnext", "controlnet", "model_patches")
 FAMILIES = [

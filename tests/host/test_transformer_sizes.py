@@ -14,7 +14,7 @@ from comfyui_controlnext.tests.fixtures.transformer_files import SMALL, shapes_o
 pytestmark = pytest.mark.comfy
 LIMIT = 16 * 2**20
 HEADER = 64 * 1024
-"""More than names, shapes and metadata take in a file."""
+"""Upper limit in bytes for names, shapes and metadata in a file."""
 
 
 def sd3(depth: int, second_attention: int = 0) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def test_single_blocks_fit_as_well_at_half_the_rank(size: str, pinned_host: bool
 def test_values_fit_as_well_at_half_the_rank(
     size: str, rows: tuple[int, int], expected: float, pinned_host: bool
 ) -> None:
-    """Rows of the values alone, 3840 of 11520 and 768 of 3840, at rank 8."""
+    """Values only, 3840 rows of 11520 and 768 of 3840, at rank 8."""
     base, shapes, encoder = counted(size, pinned_host)
     names = chosen_names(shapes, base.trainable["values_too"], None)
     slices = base.slices("values_too", shapes, names)

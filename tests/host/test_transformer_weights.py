@@ -109,7 +109,7 @@ def velocity(model: Any, family: str) -> Tensor:
 
 @each
 def test_a_quantised_weight_gets_the_difference_whole(family: str, tmp_path: Path, stage: Any) -> None:
-    """As if the stored fp8 numbers were fp32 ones with the difference on top; a plain patch is drowned in rounding."""
+    """Result equals that of the stored fp8 values in fp32 plus the difference; rounding drowns a plain patch."""
     at, tensors = quantised_stage(family, tmp_path), factors(family)
     tensors = {name: 0.2 * t if name.endswith(".up") else t for name, t in tensors.items()}  # 2 % of the weight
     name, difference = product(tensors)

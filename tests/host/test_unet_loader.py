@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore:::diffusers"
 
 Tensors = dict[str, Tensor]
 TOLERANCE = 1e-4
-"""Relative, of weights from differences of a tenth of their size, held in fp16: 2^-12 / 10."""
+"""Relative tolerance of weights from differences of a tenth of their size, stored in fp16: 2^-12 / 10."""
 
 
 def published(tensors: Tensors) -> Tensors:
@@ -142,7 +142,7 @@ def _wide_conditioning() -> Any:
 def test_the_host_makes_a_plain_patcher_of_it_for_weight_hooks(
     load: Callable[..., Any], svd: Tensors, svd_published: Tensors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the host's own code for dynamic VRAM, on a patcher that calls itself dynamic: real ones need a GPU."""
+    """Patcher made by the host's code for dynamic VRAM, from one that calls itself dynamic: real ones need a GPU."""
     from comfy import model_patcher
 
     if not hasattr(model_patcher, "ModelPatcherDynamic"):
@@ -246,7 +246,7 @@ def test_a_unet_of_another_kind_is_sent_to_the_stock_loader(load: Callable[..., 
 
 
 def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
-    """Every kind of wrong file ends in an error of ours that names the file, and says what to do."""
+    """Errors of this pack name the file and the remedy, for every kind of wrong file."""
     from comfyui_controlnext.controlnext_core.comfy_adapter.files.whole_unets import load_unet
 
     for kind, path in make_wrong_files(tmp_path).items():

@@ -31,7 +31,9 @@ def _one_run() -> Iterator[None]:
 @pytest.mark.parametrize("fuse", FUSES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_and_fuse_covers_every_frame_with_weight(schedule: str, fuse: str) -> None:
-    """All lengths, overlaps and steps of short videos: no frame is left out, and equal results stay what they are."""
+    """Coverage of all lengths, overlaps and steps of short videos: no frame is left out, and equal
+    results stay equal.
+    """
     from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.windows import VideoWindows
 
     for length, frames, step in itertools.product(range(1, 6), range(2, 13), (0, 1, 2, 5)):

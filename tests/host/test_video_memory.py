@@ -54,7 +54,7 @@ def test_shapes_without_numbers_are_counted_as_real_ones(spec: Spec) -> None:
 
 @pytest.mark.parametrize("spec", PUBLISHED, ids=named)
 def test_small_hints_need_no_more_than_the_law_says(spec: Spec) -> None:
-    """Without products, with some of them, and just below the size from which the table holds."""
+    """Hints without merged convolutions, with some of them, and just below the size from which the table applies."""
     parts = []
     for side in (64, 128, 192, 256, 504):
         law = memory.numbers_per_pixel(spec.build, side * side)
@@ -188,7 +188,7 @@ def test_room_for_features_is_asked_for_on_a_device_as_far_as_the_cache_goes(
 @pytest.mark.comfy
 @pytest.mark.filterwarnings("ignore:::diffusers")
 def test_both_doors_tell_the_host_the_same(one_run: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two controls: each counts once, and their encoders are loaded."""
+    """Controls count once each, and their encoders are loaded."""
     import comfy.model_management
 
     asked: list[tuple[int, int]] = []

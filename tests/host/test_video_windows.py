@@ -55,7 +55,9 @@ def test_every_frame_of_every_window_gets_its_own_hint(schedule: str, steps: int
 
 
 def test_features_follow_the_frame_not_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An encoder whose features are the hint's number: the value that every frame of every window is given."""
+    """Features equal to the hint's index, by a stand-in encoder: the value is checked in every
+    frame of every window.
+    """
     from comfyui_controlnext.controlnext_core.comfy_adapter.sampling import next_control, next_forward
 
     frames = 9
@@ -108,7 +110,7 @@ def test_a_video_of_one_window_is_sampled_as_without(schedule: str, frames: int)
 
 
 def test_each_window_is_the_plain_forward_of_its_frames() -> None:
-    """One step of `batched`: the windows side by side are what plain sampling of their parts predicts."""
+    """Windows of `batched`, side by side, equal plain sampling of their parts, after one step."""
     frames, conds = 8, video.conditioning()
     images = video.hints(frames)
     model = video.windowed(video.controlled(video.toy_patcher(), NAME, images), 4, 0, "batched")
@@ -144,7 +146,7 @@ def test_both_doors_give_the_same_latents_in_windows(name: str, repeat_first_hin
 
 
 def test_conditioning_with_one_entry_per_frame_is_cut_to_the_window() -> None:
-    """A start image for each frame: every window is given those of its frames."""
+    """Conditioning with a start image for each frame: every window gets those of its frames."""
     frames = 6
     conds = video.conditioning(images=frames)
     given: list[Tensor] = []
@@ -184,7 +186,9 @@ def test_the_hosts_own_windows_are_respected_where_they_work() -> None:
 
 
 def test_what_later_hosts_want_to_know_of_windows_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their windows divide by the length of the video, and their handler prepends a frame unless it is told not to."""
+    """Interface of later hosts: their windows divide by the length of the video, and their handler prepends a frame by
+    default.
+    """
     import comfy.context_windows as host
     from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.windows import VideoWindows
 
@@ -271,7 +275,7 @@ def _cut(cond: dict[str, Any], window: list[int]) -> dict[str, Any]:
 
 
 def test_the_control_does_not_pass_for_one_of_advanced_controlnets() -> None:
-    """AdvancedControlNet takes any object with `sub_idxs` for its own."""
+    """Objects with `sub_idxs` are treated by AdvancedControlNet as its own controls."""
     assert not hasattr(video.control(NAME), "sub_idxs")
 
 
@@ -280,7 +284,7 @@ def test_the_control_does_not_pass_for_one_of_advanced_controlnets() -> None:
 
 @pytest.mark.parametrize("budget", [None, 0])
 def test_a_frame_in_two_neighbouring_windows_is_encoded_once_per_step(budget: int | None) -> None:
-    """Also where the cache has no room: what the window before used is still at hand."""
+    """Features of the previous window are reused, also where the cache has no room."""
     from comfyui_controlnext.controlnext_core.comfy_adapter.sampling.features import CACHE
 
     frames, steps = 10, 2
@@ -325,7 +329,7 @@ def test_many_frames_are_encoded_a_few_at_a_time() -> None:
 def test_more_or_fewer_hints_than_frames_are_told_once_a_run(
     in_windows: bool, count: int, expected: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One hint holds for the whole video; fewer repeat from the start; what is left over is not used."""
+    """Hints: one serves the whole video; fewer repeat from the start; superfluous ones are not used."""
     base = video.windowed(video.toy_patcher()) if in_windows else video.toy_patcher()
     model = video.controlled(base, NAME, video.hints(count))
     for _ in range(2):

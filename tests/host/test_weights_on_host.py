@@ -18,7 +18,7 @@ from torch import Tensor
 pytestmark = pytest.mark.comfy
 
 FP16_STEP = 2**-11
-"""Largest relative rounding of a number in fp16."""
+"""Largest relative rounding error of fp16."""
 
 
 def host_names() -> dict[str, str]:

@@ -31,13 +31,13 @@ LINKS = {
     "CONTROL_DATASET": ["dataset", 0],
     "TILE_LAYOUT": ["tiles", 1],
 }
-"""Kind -> an output of that kind in the graph."""
+"""Type -> an output of that type in the graph."""
 NO_SOURCE = ("CLIP_VISION", "POSE_KEYPOINT")
-"""Kinds that no node of a small graph gives."""
+"""Types that no node of a small graph gives."""
 WRONG_LINKS = (["checkpoint", 7], ["checkpoint", -9], ["checkpoint", "0"], ["absent", 0], [["checkpoint"], 0], [1])
 WRONG_VALUES = (3, "3", None, {}, {"__value__": [1, 2]}, True, [], "nan", 1e400, "\ud800", "x" * 10_000)
 SHORT_RUN = {"steps": 1, "config": "validate_every = 0", "resume": False}
-"""Inputs that keep sound prompts short."""
+"""Inputs that limit the duration of valid prompts."""
 QUICK_VALUES = (3, ["checkpoint", 7])
 RAW = ("AttributeError", "TypeError", "KeyError", "IndexError", "AssertionError", "RuntimeError", "UnicodeEncodeError")
 

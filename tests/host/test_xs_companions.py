@@ -19,7 +19,7 @@ pytestmark = pytest.mark.comfy
 
 PARITY = 1e-5
 WIDTHS = (40, 48, 96)
-"""Groups of two and three channels: groups of one would hide the time embedding."""
+"""Widths with groups of two and three channels: groups of one would hide the time embedding."""
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +122,7 @@ def test_masks_alone_order_controls_that_are_otherwise_the_same(forward: Forward
 
 
 def test_own_time_embeddings_add_their_differences_to_the_base(forward: Forward, files: list[Path]) -> None:
-    """emb = base + sum of k_i (own_i - base), seen by a patch that comes after ours."""
+    """Embedding emb = base + sum of k_i (own_i - base), read by a patch after this pack's."""
     seen: list[Tensor] = []
 
     def look(emb: Tensor, model_channels: int, options: Any) -> Tensor:

@@ -98,7 +98,7 @@ def in_region(conditioning: Any, kind: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["area", "mask"])
 def test_a_control_on_a_regional_prompt_stays_in_its_region(studio: Studio, control: Any, kind: str) -> None:
-    """One step: outside the region the picture is that of the region without control."""
+    """Outside the region the picture equals that of the region without control, after one step."""
     dog = studio.encode("a dog")
     controlled, _ = studio.apply_to(dog, studio.negative, control, picture())
     with_control, without = (
@@ -150,7 +150,9 @@ def parted(controlled: Any, other: Any, end: float) -> Any:
 def test_a_conditionings_range_and_the_controls_own_intersect(
     studio: Studio, control: Any, settings: dict[str, float], as_if: dict[str, float] | None
 ) -> None:
-    """ConditioningSetTimestepRange up to 0.5, on what the stock Apply node gave: the same bits as its own range."""
+    """Range of ConditioningSetTimestepRange up to 0.5, after the stock Apply node: the same bits as with the control's
+    range.
+    """
     steps = 6
     positive, negative = studio.stock(control, picture(), **settings)
     calls: list[int] = []
@@ -165,7 +167,7 @@ def test_a_conditionings_range_and_the_controls_own_intersect(
 
 
 def test_other_hints_in_other_parts_of_the_run(studio: Studio, control: Any) -> None:
-    """Two controlled conditionings, one after the other: each step gets the hint of its part."""
+    """Conditionings with a control each, one after the other: each step gets the hint of its part."""
     hints = [picture(seed) for seed in (0, 1)]
     first, second = (studio.stock(control, hint) for hint in hints)
     found = studio.sample(None, *(parted(one, two, 0.5) for one, two in zip(first, second, strict=True)), steps=4)

@@ -96,7 +96,7 @@ def test_encoder_middle_and_decoder_have_strengths_of_their_own(folder: Path) ->
 
 
 def test_the_options_node_of_controlnet_xs_acts_before_and_after_the_other_one(folder: Path) -> None:
-    """As the hidden widgets of ControlNeXtOptions, in which older graphs hold these strengths."""
+    """Strengths of the node act as the hidden widgets of ControlNeXtOptions, which older graphs use."""
     from comfyui_controlnext.nodes.apply import ControlNeXtOptions
     from comfyui_controlnext.nodes.xs_loader import ControlNetXSOptions
 

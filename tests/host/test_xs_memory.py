@@ -99,7 +99,7 @@ def peak_of(forward: Forward, *controls: Any, **options: Any) -> int:
 @pytest.mark.comfy
 @pytest.mark.parametrize("how", ["plain", "masked", "one half"])
 def test_a_forward_needs_no_more_than_the_host_is_told(how: str, forward: Forward, control: Any) -> None:
-    """Above what the base needs by itself; hints are encoded before, at their own peak."""
+    """Requirement above that of the base; hints are encoded before the forward, with a separate peak."""
     changes = {"masked": {"masks": (torch.eye(32)[None],)}, "one half": {"apply_to": Halves.POSITIVE}}.get(how, {})
     hinted = control.with_options(**changes).set_cond_hint(hint_for(forward.x), 1.0, (0.0, 1.0))
     chunks = {"cond_or_uncond": [1, 0]}

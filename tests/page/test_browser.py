@@ -31,9 +31,9 @@ pytestmark = [pytest.mark.comfy, pytest.mark.browser]
 
 TITLES = {describe.__name__: describe().title for describe in make_workflows.WORKFLOWS}
 NAMES = [name for name in TITLES if not name.startswith("demo")]
-"""Examples that want published files."""
+"""Examples that need published files."""
 NAMED_WORDS = ("canny", "pose", "video", "train", "controlnet")
-"""Words of WORDS that stand in names of our nodes."""
+"""Words of WORDS that occur in names of the pack's nodes."""
 SETTINGS = {
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
     "Comfy.Minimap.Visible": False,
@@ -274,7 +274,7 @@ def test_the_demo_runs_from_its_template_as_it_is(browser: Browser, server: "Com
 
 
 def test_the_training_demo_trains_from_its_template(browser: Browser, server: "ComfyServer") -> None:
-    """Two of its steps on eight scenes, without validation."""
+    """Training of two steps on eight scenes, without validation."""
     shipped.install(server.base)
     graph = page_graph("demo_train")
     (trainer,) = (node for node in graph["nodes"] if node["type"] == "ControlNeXtTrain")

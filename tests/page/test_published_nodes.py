@@ -35,7 +35,7 @@ def test_the_page_gets_every_node_with_words_on_every_socket(server: ComfyServer
 
 
 WANTED = ("canny", "depth", "pose", "edges", "preprocessor", "svd", "video", "train", "lora", "controlnet")
-"""Words that people search for and that stand in no name of ours."""
+"""Words that people search for and that no node's name contains."""
 
 
 def test_nodes_are_found_by_the_words_that_people_search_for(server: ComfyServer) -> None:

@@ -25,9 +25,9 @@ from comfyui_controlnext.tools.workflow_wires import (
 )
 
 WINDOW, FILLED, SMALLEST = (1600, 988), 0.74, 0.61
-"""The window in pixels, and how much of it the page fills with a graph that it fits."""
+"""Size of the window in pixels, and the share of it that the page fills with a fitted graph."""
 FULL = 0.48
-"""Share of the frames of a column that its nodes cover at least; titles, edges and gaps are a third."""
+"""Smallest share of a column's frames that its nodes cover; titles, edges and gaps are a third."""
 
 
 def bounds(graph: dict[str, Any]) -> tuple[float, float]:

@@ -70,7 +70,7 @@ SHORT = ("SD3.5-medium", "Z-Image")
 @pytest.mark.comfy
 @pytest.mark.parametrize("name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.long) for n in TRANSFORMERS])
 def test_a_control_of_a_transformer_stays_within_the_goals(name: str, tmp_path: Path) -> None:
-    """One encoder pass a step against one row at CFG 1, and launches."""
+    """Goals for one encoder pass per step at batch 1, CFG 1, and for launches."""
     from comfyui_controlnext.benchmarks.bench_transformer_counts import SIDE, counts_of
     from comfyui_controlnext.benchmarks.real_transformers import PUBLISHED, TransformerScene
 
@@ -111,7 +111,9 @@ def test_the_multiply_adds_are_those_of_the_released_networks(tmp_path: Path) ->
 @pytest.mark.comfy
 @pytest.mark.parametrize(("name", "most"), [("sdxl", 40), ("sdxl_20m", 0.05), ("sdxl_48m", 0.05)])
 def test_the_peak_over_the_bare_sdxl_stays_within_the_goals(name: str, most: float, tmp_path: Path) -> None:
-    """In MiB for a ControlNeXt, as a part of the base's activations for a ControlNet-XS; weights are not counted."""
+    """Goals in MiB for a ControlNeXt, as a share of the base's activations for a ControlNet-XS; weights are not
+    counted.
+    """
     from comfyui_controlnext.benchmarks.bench_counts import make
     from comfyui_controlnext.benchmarks.counting import peak
 

@@ -84,7 +84,7 @@ def test_illustrations_follow_their_outlines_the_more_the_higher_the_strength(
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_two_controls_together_follow_both(server: ComfyServer, models: None, count: int) -> None:
-    """The outlines of one shape and the mask of the others: together they draw more of the scene than each alone."""
+    """Outlines of one shape and the mask of the others together match more of the scene than each by itself."""
     found = drawn(server, count, OUTLINED, MASKED, BOTH).f1
     assert found[BOTH] > max(found[OUTLINED], found[MASKED]) + 0.1, found
 

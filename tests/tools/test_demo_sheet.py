@@ -129,7 +129,7 @@ def test_a_corner_shows_what_a_control_was_given_where_it_is_not_the_outlines() 
 def test_the_demo_draws_through_the_server_what_the_edges_show(
     server: ComfyServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One row of the sheet: without and with ControlNeXt, as `run.py demo` queues it."""
+    """Row of the sheet without and with ControlNeXt, as `run.py demo` queues it."""
     shipped.install(server.base)
     hints = {0: draw_hint(SHAPES, SHAPES.scenes[0])}
     columns = SHAPES.columns[:2]

@@ -111,7 +111,7 @@ def test_a_word_says_what_stood_before_it_and_the_end_says_everything(loaded: tu
 
 
 def test_the_text_encoder_is_the_same_in_every_file() -> None:
-    """The base trains with the encoder in a file of its own, and is used with the one in its checkpoint."""
+    """Encoder in a separate file, with which the base trains, equals that in its checkpoint."""
     alone, inside = text_encoder("text_model."), text_encoder(assembling.TEXT_PREFIX)
     assert {name.removeprefix(assembling.TEXT_PREFIX) for name in inside} == {
         n.removeprefix("text_model.") for n in alone

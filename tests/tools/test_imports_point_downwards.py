@@ -25,9 +25,9 @@ class Layer:
 
     path: str
     others: frozenset[str] = frozenset()
-    """Top-level names from outside."""
+    """Top-level names of other packages."""
     ours: tuple[str, ...] = ()
-    """Our own modules, by the start of their path."""
+    """Modules of the pack, by the start of their path."""
     inside_functions: frozenset[str] = frozenset()
     """Modules that may be imported when they are used, never at the top of a file."""
 

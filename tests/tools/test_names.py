@@ -9,9 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("models", "controlnext_core", "nodes", "controlnext_training", "tools", "benchmarks", "tests")
 SHARED_MODULES = {"__init__"}
-"""Every package has one; no other name may stand twice."""
+"""Module names that every package has; no other name may occur twice."""
 SINGLE_CLASSES = ("Base", "Place", "Row", "Run", "Stage")
-"""Words with a meaning of their own in several parts of the code: one class at most may have each."""
+"""Words with several meanings in the code: at most one class may have each as its name."""
 
 
 def paths() -> list[Path]:

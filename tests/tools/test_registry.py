@@ -68,7 +68,7 @@ def test_icon_and_banner_are_what_the_script_draws() -> None:
 
 
 def test_lists_of_packages_agree() -> None:
-    """One fact in two forms: files for pip -r, and the lists of pyproject.toml for tools that read those."""
+    """Lists of packages in two forms: files for pip -r, and the lists of pyproject.toml for tools that read those."""
     lists = {name: set(items) for name, items in PROJECT["project"]["optional-dependencies"].items()}
     assert set(PROJECT["project"]["dependencies"]) == asked("requirements.txt") == {"einops"}
     train = {re.sub("'", '"', item) for item in lists["train"]} - {opencv.PACKAGE}
@@ -108,7 +108,7 @@ def test_opencv_is_reached_through_one_function_alone() -> None:
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
 def test_workflows_call_the_commands_of_the_readme(path: Path) -> None:
-    """Whatever a workflow runs of ours can be run at a desk."""
+    """Commands of the pack in workflow files can be run locally."""
     workflow = yaml.safe_load(path.read_text("utf-8"))
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
     for command in re.findall(r"run\.py ([a-z-]+)", " ".join(str(step.get("run", "")) for step in steps)):

@@ -11,7 +11,7 @@ from comfyui_controlnext.benchmarks import super_resolution
 from comfyui_controlnext.tools import bench, cli
 
 GRAY = (0.299, 0.587, 0.114)
-"""ITU-R BT.601."""
+"""Weights of red, green and blue by ITU-R BT.601."""
 
 
 def pictures(side: int = 24) -> tuple[np.ndarray, np.ndarray]:

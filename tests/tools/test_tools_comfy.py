@@ -241,7 +241,7 @@ def test_progress_elsewhere_is_a_line_for_each_picture(monkeypatch: pytest.Monke
 
 
 def test_comfy_brings_the_demo_and_no_random_weights(tmp_path: Path) -> None:
-    """Also where an earlier version left some: every list begins with the demo's files."""
+    """Lists of the widgets begin with the demo's files, also where an earlier version left random weights."""
     tiny_models.make_demo_models(tmp_path)
     own = tmp_path / "models" / "loras" / "mine.safetensors"
     own.write_bytes(b"x")

@@ -24,7 +24,7 @@ LISTS = (
 
 
 def test_the_lock_is_in_step_with_the_lists_and_complete() -> None:
-    """Every line at the lists' version and with hashes; no package that the tools need is in neither lock nor host."""
+    """Lock file: every line has the lists' version and hashes; every needed package is in the lock or the host."""
     pins = lock_hashes.pins("requirements-test.txt", "constraints.txt")
     names = set()
     for line in lock_hashes.LOCK.read_text("utf-8").splitlines()[1:]:

@@ -32,7 +32,7 @@ def public_docstrings(tree: ast.Module) -> Iterator[str]:
 
 
 def texts(tree: ast.Module) -> Iterator[str]:
-    """All texts of a file: docstrings, messages, tooltips."""
+    """Texts of a file: docstrings, messages, tooltips."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value

@@ -163,7 +163,9 @@ def slope(value: Callable[[], Tensor], moved: list[Tensor], direction: list[Tens
 
 @pytest.mark.parametrize("variant", ["sd15", "xs"])
 def test_gradients_are_the_slopes_of_the_loss(loaded_studio: Studio, variant: str) -> None:
-    """Along the gradient itself, and along it in the encoder or the differences alone: all parts must be right."""
+    """Slopes along the gradient itself, and along it in only the encoder or the differences: all
+    parts must be right.
+    """
     controlled = controlled_on(loaded_studio.model, variant=variant, trainable="to_out")
     named = {f"control.{n}": p for n, p in controlled.net.named_parameters()}
     named |= {f"unet.{n}": p for n, p in controlled.differences.parameters.items()}

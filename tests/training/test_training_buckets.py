@@ -74,7 +74,7 @@ def test_a_cut_covers_its_bucket_and_keeps_the_aspect(height: int, width: int, w
 def test_picture_and_hint_of_any_size_show_the_same_place_in_each_pixel(
     original: tuple[int, int], factor: float
 ) -> None:
-    """Pixels hold their own coordinates, so where both cuts hold equal values they coincide."""
+    """Pixels encode their coordinates, so that equal values in both crops mean equal places."""
     hint_size = round(original[0] * factor), round(original[1] * factor)
     where = fit(original, choose(original, bucket_sizes(64, 8)))
     frame = cut(coordinates(*original).astype(np.float32) / 255, where, smooth=True)

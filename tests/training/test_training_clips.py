@@ -27,7 +27,7 @@ from comfyui_controlnext.tests.references import reference_transformers as refer
 pytestmark = pytest.mark.comfy
 
 REASSOCIATED = 1e-5
-"""Relative difference of other batches."""
+"""Relative difference of results from other batches."""
 
 
 def loop_of(family: str, **settings: Any) -> Any:
@@ -59,7 +59,7 @@ def test_a_clip_is_encoded_whole_and_once() -> None:
 
 
 def test_a_frame_of_the_hint_is_heard_in_its_own_latent_frame(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the statistics of the whole: the narrow maps change where the group of a changed frame is."""
+    """Maps before the statistics change only in the group of the changed frame."""
     controlled = (loop := loop_of("wan")).controlled
     batch, seen = drawn_batch(loop, 1), []
     project = controlled.net.project

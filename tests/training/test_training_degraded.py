@@ -24,7 +24,7 @@ from comfyui_controlnext.controlnext_training.data.degraded import (
 
 EXACT = 1e-5
 BYTE = 1 / 255
-"""JPEG rounds to bytes twice, and its library's transform is of integers."""
+"""Tolerance for JPEG, which rounds to bytes twice, and whose library has an integer transform."""
 LUMINANCE_STEPS = """
 16 11 10 16 24 40 51 61  12 12 14 19 26 58 60 55  14 13 16 24 40 57 69 56  14 17 22 29 51 87 80 62
 18 22 37 56 68 109 103 77  24 35 55 64 81 104 113 92  49 64 78 87 103 121 120 101  72 92 95 98 112 100 103 99
@@ -102,7 +102,7 @@ def test_the_blur_is_a_gaussian(deviation: float) -> None:
 
 @pytest.mark.parametrize("quality", [50, 75, 95])
 def test_the_compression_is_that_of_the_standard(quality: int) -> None:
-    """On gray, which has no colours to be shrunk."""
+    """Compression of gray, which has no chroma to subsample."""
     picture = photograph(1, gray=True)
     found, expected = compressed(picture, quality), coded(picture[..., 0], quality)
     errors = np.abs(found - expected[..., None])

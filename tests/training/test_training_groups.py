@@ -26,7 +26,7 @@ def parameters() -> list[nn.Parameter]:
 
 
 def test_matrices_and_kernels_decay_and_norms_and_biases_do_not() -> None:
-    """Without a gradient AdamW changes a weight by its decay alone: w (1 - rate * decay)."""
+    """Weights without a gradient are changed by AdamW only by their decay: w (1 - rate * decay)."""
     ours = parameters()
     before = [p.detach().clone() for p in ours]
     optimizer = build("adamw", grouped(ours, 0.1, 0.5), **NUMBERS)

@@ -57,7 +57,10 @@ def nbytes(module: torch.nn.Module) -> int:
 
 @pytest.mark.parametrize(("variant", "trainable"), [("sd15", "to_out"), ("sd15", "all"), ("xs", "none")])
 def test_in_the_files_own_bits_the_same_is_learned(file: Path, variant: str, trainable: str) -> None:
-    """On a CPU the host widens fp16 to fp32. With checkpointing each weight is widened where it is used: as exact."""
+    """Weights in fp16 are widened by the host to fp32 on a CPU.
+
+    With checkpointing each is widened when it is used: as exact.
+    """
     settings = {"variant": variant, "trainable": trainable, "learning_rate": 1e-3}
     bases = [loaded(file, checkpointing=on) for on in (False, True)]
     stored = [{p.dtype for p in base.model.model.diffusion_model.parameters()} for base in bases]
@@ -87,7 +90,7 @@ def test_a_lora_in_the_base_is_not_rounded_to_the_files_bits(file: Path, tiny: A
 
 
 def test_what_no_layer_casts_is_widened_at_once(tmp_path: Path) -> None:
-    """SVD mixes space and time by numbers that stand alone; in halves they would be others."""
+    """Mixing factors of SVD, which no layer casts, are widened when loaded; in fp16 they would differ."""
     import comfy.sd
     from comfyui_controlnext.controlnext_training.base_model.trainable_copy import training_unet
 

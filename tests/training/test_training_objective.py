@@ -152,7 +152,7 @@ def test_min_snr_is_that_of_diffusers_trainers(ddpm: Any, training_utils: Any) -
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_min_snr_weighs_the_clean_latents_error_by_the_clipped_ratio(name: str) -> None:
-    """One definition for all: also flow's, whose ratio is ((1 - s) / s)^2."""
+    """Definition of the weight, common to all objectives: also flow's, whose ratio is ((1 - s) / s)^2."""
     objective, sigma = OBJECTIVES[name], levels(name, 4, torch.float64)
     z, n, out = (randn(4, 4, 5, 5, seed=i, dtype=torch.float64) for i in range(3))
     signal, noise = (1 - sigma, sigma) if name == "flow" else (torch.ones_like(sigma), sigma)
@@ -190,7 +190,9 @@ FUSIONS += [Fusion(site=Site.AFTER_CONV_IN, pool_first=True, eps=1e-5, normaliza
 def test_the_fusions_gradient_is_that_of_finite_differences(
     fusion: Fusion, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Statistics are taken in fp32, which is too coarse to differentiate by steps: here `float` is double."""
+    """Gradients in fp64: statistics are computed in fp32, which is too coarse for finite differences, so `float` is
+    double here.
+    """
     monkeypatch.setattr(Tensor, "float", Tensor.double)
     control = (randn(2, 3, *size, seed=1, dtype=torch.float64) * 3 - 0.4).requires_grad_()
     h = (randn(2, 3, 4, 3, seed=2, dtype=torch.float64) + 0.3).requires_grad_()

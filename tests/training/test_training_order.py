@@ -37,7 +37,7 @@ def test_every_item_comes_once_an_epoch_but_for_completed_batches(batch: int, nu
 
 
 def test_a_batch_is_completed_from_the_start_of_its_buckets_own_order() -> None:
-    """Two items for a batch of five: a, b, a, b, a."""
+    """Batch of five from two items: a, b, a, b, a."""
     (tall,) = [indices for indices in epoch(5) if SIZES[indices[0]] == (128, 64)]
     assert tall[:2] == tall[2:4] and tall[4] == tall[0] and set(tall) == {17, 18}
 

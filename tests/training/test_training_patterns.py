@@ -75,7 +75,7 @@ def test_of_the_names_of_sdxl_the_same_are_chosen(expression: str) -> None:
     ],
 )
 def test_no_expression_takes_long(expression: str) -> None:
-    """The first of these kept Python's `re`, and with it the whole server, busy for ever."""
+    """Expressions that kept Python's `re`, and with it the whole server, busy for ever."""
     started = time.process_time()
     for blocks in ("", "input.0"):
         with pytest.raises(ConfigError, match="selects none of the"):

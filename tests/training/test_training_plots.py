@@ -50,7 +50,9 @@ def frame(image: Any) -> tuple[int, int, int, int]:
 
 @pytest.mark.parametrize("size", [(720, 400), (300, 200), (1280, 720)], ids=str)
 def test_points_stand_where_their_step_and_loss_say(size: tuple[int, int]) -> None:
-    """Two losses of 0 and 1 span the frame with 5 % above; a quarter of the way, and at the half of the height."""
+    """Points of two losses, 0 and 1, which span the frame with a margin of 5 %; at a quarter of the way, and at half
+    the height.
+    """
     image = loss_curve([0, 1000], [0.0, 1.0], [(250, 0.5)], size)
     assert image.size == size
     left, top, right, bottom = frame(image)

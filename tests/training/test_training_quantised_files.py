@@ -137,7 +137,7 @@ def test_a_quantised_base_has_a_name_of_its_numbers(kind: str, pinned_host: bool
 
 @pytest.mark.parametrize("kind", [SCALED, MIXED, "float8_e5m2", INT8, "nvfp4", "mxfp8"])
 def test_the_network_in_training_computes_with_the_hosts_numbers(kind: str, pinned_host: bool) -> None:
-    """Whatever the format, in a byte or widened: the same gradients in every bit."""
+    """Gradients are equal in every bit for every format, stored in a byte or widened."""
     from comfyui_controlnext.tests.fixtures.narrow_training import config_for, scenes
     from comfyui_controlnext.tests.fixtures.training_fixtures import gradients_of
 

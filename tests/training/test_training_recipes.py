@@ -28,7 +28,7 @@ OURS = {
     "picture_pose",
     "picture_sharp",
 }
-"""Recipes of our own, for small bases."""
+"""Recipes of this pack for small bases."""
 TRANSFORMERS = {
     "sd35_medium": "sd3",
     "flux": "flux",
@@ -39,7 +39,7 @@ TRANSFORMERS = {
     "wan_5b": "wan_5b",
     "wan_outpaint": "wan",
 }
-"""Recipes for bases of which nobody has released a trainer, and their variants."""
+"""Recipes for bases without a released trainer, and their variants."""
 
 each = pytest.mark.parametrize("name", RECIPES)
 

@@ -68,7 +68,7 @@ def test_tables_of_each_kind_and_vocabulary_are_read(tmp_path: Path, columns: tu
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "prompt.json"])
 def test_a_folder_with_a_table_is_what_the_table_says(tmp_path: Path, name: str) -> None:
-    """Also in a folder further down, as in Hugging Face's imagefolder with splits."""
+    """Tables apply in sub-folders too, as in Hugging Face's imagefolder with splits."""
     files(tmp_path / "train", 4)
     rows = [row(number) for number in range(3)]
     text = "\n".join([",".join(rows[0]), *(",".join(r.values()) for r in rows)]) if "csv" in name else lines(rows)

@@ -50,7 +50,9 @@ def cut(folder: Path, owner: type, name: str, error: str, at: int) -> Watcher:
 def test_cut_off_in_a_block_and_in_a_validation_it_ends_as_if_nobody_had(
     whole: Path, tmp_path: Path, first: str, second: str
 ) -> None:
-    """In a block's forward, in the recomputation of a backward pass or before it, and amid the pictures."""
+    """Interruptions in a block's forward, in or before the recomputation of a backward pass, and
+    during the pictures.
+    """
     block = type(narrow_base("sd3").model.model.diffusion_model.joint_blocks[0])
     calls = 2 * 2  # of a step: two blocks, each again in the backward pass; more where captions differ in length
     watch = cut(tmp_path, block, "forward", first, 3 * calls)

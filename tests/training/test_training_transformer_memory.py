@@ -52,7 +52,7 @@ pytestmark = pytest.mark.comfy
 ENCODER_LAW = 0.1
 """Relative error of the estimate of the encoder."""
 OF_THE_LAW, SPREAD = (0.8, 1.1), 0.12
-"""Narrow models in bf16 need so much of the estimate, and nearly the same part of it at every size."""
+"""Share of the estimate that narrow models in bf16 need, and its spread over sizes."""
 AS_PUBLISHED: dict[str, tuple[tuple[str, Any], ...]] = {
     "flux": (("mlp_ratio", 4.0),),
     "chroma": (("mlp_ratio", 4.0),),
@@ -110,7 +110,7 @@ def gradients_with(family: str, **settings: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_that_wait_give_the_same_gradients(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the bit; and the blocks compute with the copies: with copies of other numbers they do not."""
+    """Gradients are equal to the bit; and the blocks compute with the copies: changed copies change the result."""
     expected = gradients_with(family)
     assert same(offloaded(family, monkeypatch, spy := Spy()), expected) and spy.made and spy.pinnings > 20
     assert not same(offloaded(family, monkeypatch, Spy(1.01)), expected)
@@ -208,7 +208,7 @@ def test_the_estimate_of_the_blocks_holds_for_clips_at_three_lengths(family: str
 
 
 def test_in_fp32_a_step_needs_less_than_the_estimate() -> None:
-    """A step in bf16 keeps some numbers in fp32, for norms and modulation, beside its own: hence 0.74 of it for SD3."""
+    """Steps in bf16 store some values in fp32 as well, for norms and modulation: hence a factor of 0.74 for SD3."""
     assert counted("sd3", SIZES[0], "fp32") < 0.85 * counted("sd3", SIZES[0], "bf16")
 
 

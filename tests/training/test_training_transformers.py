@@ -42,7 +42,7 @@ pytestmark = pytest.mark.comfy
 
 each = pytest.mark.parametrize("family", FAMILIES)
 REASSOCIATED, FUSED = 1e-5, 1e-5
-"""Relative differences: of other batches, and of operators that a later host has fused."""
+"""Relative differences of results from other batches, and from operators that a later host has fused."""
 STEP, CENTRAL = 2e-4, 5e-3
 """Change of the loss of a central difference in fp32, and its relative error there; see `test_training_base`."""
 
@@ -253,7 +253,7 @@ def test_a_distilled_base_is_told_its_guidance() -> None:
 
 
 def test_the_hosts_switch_for_training_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also after an error; and hosts without the switch do not get one."""
+    """Switch of the host is restored, also after an error; hosts without the switch do not get one."""
     import comfy.model_management
     from comfyui_controlnext.controlnext_training.base_model.blocks import host_in_training
 

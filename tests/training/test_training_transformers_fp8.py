@@ -18,7 +18,7 @@ FP8 = torch.float8_e4m3fn
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["sd3", "flux", "qwen_image", "z_image", "wan"])
 def test_it_is_the_control_of_the_rounded_weights(family: str, checkpointing: bool) -> None:
-    """To the bit: fp8 widens without rounding, and the same products are formed of it."""
+    """Results are equal to the bit: widening fp8 does not round, and the products are the same."""
     rounded: Any = narrow_model.__wrapped__(family)  # one that no other test has
     stored_in_fp8 = narrow_model(family, FP8).diffusion_model.state_dict()
     rounded.diffusion_model.load_state_dict({name: tensor.float() for name, tensor in stored_in_fp8.items()})

@@ -23,7 +23,7 @@ from torch import Tensor
 pytestmark = pytest.mark.comfy
 
 FUSED = 1e-5
-"""Relative difference on a later host, whose sampling takes operators without a gradient."""
+"""Relative difference on a later host, whose sampling uses operators without a gradient."""
 TOKENS = 7
 
 
@@ -132,7 +132,7 @@ def test_parts_of_fused_weights_are_what_was_trained(
 
 @pytest.mark.parametrize("family", ["lumina2", "z_image"])
 def test_values_of_fused_weights_are_what_was_trained(family: str, tmp_path: Path, pinned_host: bool) -> None:
-    """In the narrow Lumina2 two heads of queries share one of keys and values, of 64 numbers."""
+    """Values in the narrow Lumina2: two heads of queries share one of keys and values, of 64 numbers."""
     path = check_the_seam(family, tmp_path, pinned_host, trainable="values_too", rank=8)
     with safe_open(path, "pt") as file:
         slices = json.loads(file.metadata()["controlnext.slices"])
