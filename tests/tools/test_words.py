@@ -11,7 +11,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("controlnext_core", "models", "nodes", "controlnext_training", "tools", "benchmarks", "tests")
-OPENINGS = re.compile(r"\s*(What|Whether|Where|Which|Who|How|That|Its|Those|The same|Of)\b")
+OPENINGS = re.compile(
+    r"\s*(What|Whether|Where|Which|Who|How|That|Its|Those|The same|Of|Inside|Stands for|Whatever|Everything|Something"
+    r"|As)\b"
+)
 IDIOMS = re.compile(r"\b(anew|as it is|its like)\b")
 DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -59,6 +62,7 @@ def test_the_floor_is_looked_for() -> None:
     assert faults('X = 1\n"""Where it stands."""') == ["Where it stands."]
     assert faults('class A:\n    x: int\n    """How many."""') == ["How many."]
     assert faults('raise ValueError("start anew")') == ["start anew"]
-    assert faults('def f():\n    """Whatever it takes, as it is."""') == ["Whatever it takes, as it is."]
+    assert faults('def f():\n    """A tensor, as it is."""') == ["A tensor, as it is."]
+    assert faults('def f():\n    """Inside, x is y."""') == ["Inside, x is y."]
     assert faults('def _f():\n    """What is private."""') == []
     assert faults('def f():\n    """Thatch on the roof, The same as before."""') == []
