@@ -35,7 +35,7 @@ class Fp32Norm(nn.GroupNorm):
     """Group norm in fp32, as the loader makes it for streams with few channels."""
 
     def forward(self, h: Tensor) -> Tensor:
-        """h: (B, C, H, W). Returns the same shape in h's dtype."""
+        """Normalise h: (B, C, H, W) in fp32. Returns the same shape in h's dtype."""
         return super().forward(h.float()).to(h.dtype)
 
 

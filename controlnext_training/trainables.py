@@ -40,10 +40,7 @@ class AddBase(nn.Module):
         self.part = part
 
     def forward(self, difference: Tensor) -> Tensor:
-        """difference: in the shape of the trained part, fp32.
-
-        Returns the layer's weight in fp32 on the difference's device.
-        """
+        """Layer's weight in fp32, on the difference's device. difference: in the shape of the trained part, fp32."""
         base = widened(self.base, self.scale, difference.device, torch.float32)
         if self.part is None:
             return base + difference
@@ -61,7 +58,7 @@ class AddProduct(AddBase):
         self.start = (up, down)
 
     def forward(self, up: Tensor, down: Tensor) -> Tensor:  # type: ignore[override]
-        """up: (out, rank), down: (rank, in), fp32. Returns the layer's weight in fp32 on their device."""
+        """Layer's weight in fp32, on the device of the factors. up: (out, rank), down: (rank, in), fp32."""
         return super().forward(up @ down)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,7 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(operations.Linear(width, width, **factory))
 
     def forward(self, h: Tensor, context: Tensor) -> Tensor:
-        """h: (B, N, E), context: (B, M, context_dim). Returns (B, N, E)."""
+        """Attend from h: (B, N, E) to context: (B, M, context_dim). Returns (B, N, E)."""
         return self.to_out(self.attention(self.to_q(h), self.to_k(context), self.to_v(context), self.heads))
 
 
@@ -67,7 +67,7 @@ class GEGLU(nn.Module):
         self.proj = operations.Linear(width, 2 * inner, **factory)
 
     def forward(self, h: Tensor) -> Tensor:
-        """h: (B, N, width). Returns (B, N, inner)."""
+        """Apply the gated layer to h: (B, N, width). Returns (B, N, inner)."""
         value, gate = self.proj(h).chunk(2, dim=-1)
         return value * F.gelu(gate)
 
@@ -83,7 +83,7 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, h: Tensor) -> Tensor:
-        """h: (B, N, E). Returns (B, N, E)."""
+        """Apply the feed-forward to h: (B, N, E). Returns (B, N, E)."""
         return self.net(h)
 
 
@@ -102,7 +102,7 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(width, operations, **factory)
 
     def forward(self, h: Tensor, context: Tensor) -> Tensor:
-        """h: (B, N, E), context: (B, M, context_dim). Returns (B, N, E)."""
+        """Apply the block to h: (B, N, E), with the text context: (B, M, context_dim). Returns (B, N, E)."""
         own = self.norm1(h)
         h = h + self.attn1(own, own)
         h = h + self.attn2(self.norm2(h), context)
@@ -137,7 +137,10 @@ class SpatialTransformer(nn.Module):
         return operations.Conv2d(in_ch, out_ch, 1, **factory)
 
     def forward(self, h: Tensor, context: Tensor) -> Tensor:
-        """h: (B, C, H, W), context: (B, M, context_dim). Returns (B, C, H, W)."""
+        """Apply the transformer to h:
+
+        (B, C, H, W), with the text context: (B, M, context_dim). Returns (B, C, H, W).
+        """
         height = h.shape[-2]
         tokens = self.norm(h)
         if not self.linear:

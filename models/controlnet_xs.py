@@ -91,7 +91,10 @@ class ControlBlock(nn.Module):
             )
 
     def forward(self, c: Tensor, emb: Tensor, context: Tensor) -> Tensor:
-        """c: (B, in_ch, H, W), emb: (B, D), context: (B, T, context_dim). Returns (B, out_ch, H, W), halved by DOWN."""
+        """Apply the block to c: (B, in_ch, H, W).
+
+        emb: (B, D), context: (B, T, context_dim). Returns (B, out_ch, H, W), halved by DOWN.
+        """
         if self.kind == CONV:
             return self.conv(c)
         if self.kind == DOWN:
@@ -140,7 +143,7 @@ class ControlNetXS(nn.Module):
         )
 
     def encode_hint(self, hint: Tensor) -> Tensor:
-        """hint: (B, 3, 8H, 8W) in [0, 1], RGB. Returns (B, C of the first block, H, W)."""
+        """Encode the hint: (B, 3, 8H, 8W) in [0, 1], RGB. Returns (B, C of the first block, H, W)."""
         for conv in self.hint_encoder[:-1]:
             hint = F.silu(conv(hint))
         return self.hint_encoder[-1](hint)
@@ -158,7 +161,10 @@ class Walk:
     """
 
     def __init__(self, net: ControlNetXS, x: Tensor, hint: Tensor) -> None:
-        """x: (B, in_ch or more, H, W), the base's input; hint: (B or 1, C, H, W), from `encode_hint`."""
+        """Start a forward. x:
+
+        (B, in_ch or more, H, W), the base's input; hint: (B or 1, C, H, W), from `encode_hint`.
+        """
         self.net = net
         self.c = x[:, : net.config.encoder[0].in_ch]
         self.hint = hint

@@ -45,7 +45,7 @@ class MergedConv:
     bias: Tensor
 
     def __call__(self, h: Tensor) -> Tensor:
-        """h: (B, I, H, W). Returns (B, O, ceil(H/2), ceil(W/2)).
+        """Apply both convolutions to h: (B, I, H, W). Returns (B, O, ceil(H/2), ceil(W/2)).
 
         The downsampling pads the intermediate map with zeros, which the merged convolution does not reproduce: the
         first row and column, and the last of an odd size, are computed in two steps.

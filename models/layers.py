@@ -35,7 +35,7 @@ class TimestepMLP(nn.Module):
         self.linear_2 = operations.Linear(dim, dim, **factory)
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """embedding: (B, in_dim). Returns (B, dim)."""
+        """Apply the layers to an embedding: (B, in_dim). Returns (B, dim)."""
         return self.linear_2(F.silu(self.linear_1(embedding)))
 
 
@@ -68,7 +68,10 @@ class ResBlock(nn.Module):
         self.conv_shortcut = nn.Identity() if same else operations.Conv2d(in_ch, out_ch, 1, **factory)
 
     def forward(self, h: Tensor, emb: Tensor) -> Tensor:
-        """h: (B, in_ch, H, W), emb: (B or 1, D). Returns (B, out_ch, H, W)."""
+        """Apply the block to h:
+
+        (B, in_ch, H, W), with the time embedding emb: (B or 1, D). Returns (B, out_ch, H, W).
+        """
         a = self.first_half(h)
         return self.conv_shortcut(h) + self.second_half(a, emb)
 
@@ -77,7 +80,10 @@ class ResBlock(nn.Module):
         return self.conv1(F.silu(self.norm1(h)))
 
     def second_half(self, a: Tensor, emb: Tensor) -> Tensor:
-        """a: (B, out_ch, H, W) from `first_half`, emb: (B or 1, D). Returns a's shape, to be added to the shortcut."""
+        """Second part of the block, to be added to the shortcut, in a's shape.
+
+        a: (B, out_ch, H, W) from `first_half`, emb: (B or 1, D).
+        """
         return self.conv2(self.timed(a, emb))
 
     def timed(self, a: Tensor, emb: Tensor) -> Tensor:
@@ -95,7 +101,7 @@ class Downsample(nn.Module):
         self.conv = operations.Conv2d(channels, out_ch or channels, 3, stride=2, padding=1, **factory)
 
     def forward(self, h: Tensor) -> Tensor:
-        """h: (B, C, H, W). Returns (B, C or out_ch, ceil(H/2), ceil(W/2))."""
+        """Downsample h: (B, C, H, W). Returns (B, C or out_ch, ceil(H/2), ceil(W/2))."""
         return self.conv(h)
 
 

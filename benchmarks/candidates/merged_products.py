@@ -25,7 +25,7 @@ class _Joined:
         self.layers, self.weight = layers, torch.empty(0)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: (B, N, width). Returns (B, N, sum of the layers' widths)."""
+        """Project x: (B, N, width). Returns (B, N, sum of the layers' widths)."""
         if not self.weight.numel() or self.weight.device != x.device or self.weight.dtype != x.dtype:
             self.weight = torch.cat([layer.weight.to(x.device, x.dtype) for layer in self.layers])
         return F.linear(x, self.weight)

@@ -37,7 +37,10 @@ class AddControls(Protocol):
     """Function that adds all controls of a place to the host's tensor there."""
 
     def __call__(self, tensor: Tensor, options: TransformerOptions, **given: Any) -> Tensor:
-        """tensor: in the host's layout; given: see `Forward`. Returns the same layout, as a new tensor."""
+        """Add the controls to a tensor in the host's layout; given: see `Forward`.
+
+        Returns the same layout, as a new tensor.
+        """
 
 
 Door = Callable[[TransformerOptions, Block, AddControls], None]

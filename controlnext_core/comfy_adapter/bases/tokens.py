@@ -124,7 +124,9 @@ class BlockPatch:
         self.block, self.add = block, add
 
     def after(self, args: dict[str, Any]) -> dict[str, Any]:
-        """args: `img` holds the picture's tokens with their padding, as a view of the host's tensor."""
+        """Add the controls to `img` of args: the picture's tokens with their padding, as a view of
+        the host's tensor.
+        """
         if args["block_index"] != self.block[1]:
             return {}
         tokens = args["img"]

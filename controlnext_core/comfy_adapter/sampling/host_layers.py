@@ -45,7 +45,7 @@ class Fp32Norms(WholeLayers):
 
     class GroupNorm(comfy.ops.manual_cast.GroupNorm):
         def forward(self, h: Tensor) -> Tensor:
-            """h: (B, C, H, W). Returns the same shape in h's dtype."""
+            """Normalise h: (B, C, H, W) in fp32. Returns the same shape in h's dtype."""
             return super().forward(h.float()).to(h.dtype)
 
 
