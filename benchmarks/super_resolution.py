@@ -57,13 +57,19 @@ def psnr(picture: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def ssim(picture: np.ndarray, wanted: np.ndarray) -> float:
-    """Structural similarity of the luminance of two pictures in 0..1: mean over all pixels."""
+    """Structural similarity of the luminance of two pictures in 0..1, its mean over all pixels."""
+    return float(ssim_map(picture, wanted).mean())
+
+
+def ssim_map(picture: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Structural similarity of the luminance of two pictures (H, W, 3) in 0..1, (H, W)."""
     x, y = (luminance(one).astype(np.float64) for one in (picture, wanted))
     mean_x, mean_y = _smooth(x), _smooth(y)
     var_x, var_y = _smooth(x * x) - mean_x**2, _smooth(y * y) - mean_y**2
     both = _smooth(x * y) - mean_x * mean_y
     light = (2 * mean_x * mean_y + K1**2) / (mean_x**2 + mean_y**2 + K1**2)
-    return float((light * (2 * both + K2**2) / (var_x + var_y + K2**2)).mean())
+    similarity: np.ndarray = light * (2 * both + K2**2) / (var_x + var_y + K2**2)
+    return similarity
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

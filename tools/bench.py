@@ -32,6 +32,7 @@ BENCHMARKS = {
 ON_REQUEST = {
     "super_resolution": "a picture from its low-resolution copy, on the demo's SD3 base: trains for most of an hour",
     "convergence": "edges controls on the demo's SD3 base, by join, rank and place: trains for half an hour",
+    "video_outpainting": "clips painted beyond their frame, on a small base of Wan's shape: trains for three hours",
 }
 """Benchmarks of the same form that run only when they are named."""
 REPORT = "report"
@@ -43,6 +44,7 @@ VALUES = ("json", "dtype", "repeats", "cases", "threads")
 OF_REQUEST = {
     "super_resolution": ("threads", "parts", "base", "steps", "batch", "scenes", "folder"),
     "convergence": ("threads", "cases", "folder"),
+    "video_outpainting": ("threads", "parts", "steps", "scenes", "folder"),
 }
 """Benchmark of ON_REQUEST -> its options, by name."""
 OWN = {"train": ("batch",)}
@@ -62,12 +64,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, metavar="N", help="interleaved repeats; default 5, quick 2")
     parser.add_argument("--cases", metavar="WORD,..", help="only cases whose name holds one of these words")
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU; default all")
-    training = parser.add_argument_group("of super_resolution", "benchmarks/super_resolution.py --help says more")
-    training.add_argument("--parts", metavar="WORD,..", help="train, measure; default both")
+    training = parser.add_argument_group("of super_resolution and video_outpainting", "--help of the script says more")
+    training.add_argument("--parts", metavar="WORD,..", help="of the script; default all")
     training.add_argument("--base", type=Path, metavar="FILE", help="checkpoint to train on; default the demo's")
     training.add_argument("--steps", type=int, metavar="N", help="of the training")
     training.add_argument("--batch", type=int, metavar="N", help="pictures of a step; train has it too")
-    training.add_argument("--scenes", type=int, metavar="N", help="how many scenes are measured")
+    training.add_argument("--scenes", type=int, metavar="N", help="how many scenes or clips are measured")
     training.add_argument("--folder", type=Path, metavar="FOLDER", help="where all of it is kept; of report: see there")
 
 

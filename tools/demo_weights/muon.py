@@ -19,11 +19,18 @@ MATRICES = ("attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.we
 class Muon:
     """Optimizer that combines both. rate, adam_rate: learning rates, multiplied by `scale` at each step."""
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], rate: float, adam_rate: float) -> None:
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        rate: float,
+        adam_rate: float,
+        matrices: tuple[str, ...] = MATRICES,
+    ) -> None:
+        """matrices: endings of the names whose steps are made orthogonal."""
         parameters = dict(named)
         self.rate, self.adam_rate = rate, adam_rate
-        self.matrices = [value for name, value in parameters.items() if name.endswith(MATRICES)]
-        others = [value for name, value in parameters.items() if not name.endswith(MATRICES)]
+        self.matrices = [value for name, value in parameters.items() if name.endswith(matrices)]
+        others = [value for name, value in parameters.items() if not name.endswith(matrices)]
         self.momentum = [torch.zeros_like(value) for value in self.matrices]
         self.adam = torch.optim.AdamW(others, lr=adam_rate, betas=(0.9, 0.98), weight_decay=0.0)
 
@@ -37,8 +44,9 @@ class Muon:
                 continue
             momentum.lerp_(value.grad, 0.05)
             direction = value.grad.lerp(momentum, 0.95)
-            short = min(value.shape)
-            for part, toward in zip(value.split(short), direction.split(short), strict=True):
+            flat, toward_all = value.flatten(1), direction.flatten(1)  # of a convolution, its matrix; both are views
+            short = min(flat.shape)
+            for part, toward in zip(flat.split(short), toward_all.split(short), strict=True):
                 part.sub_(orthogonal(toward), alpha=self.rate * scale * max(1.0, part.shape[0] / part.shape[1]) ** 0.5)
 
     def zero_grad(self) -> None:
