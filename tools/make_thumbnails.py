@@ -14,9 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 if __package__ in (None, ""):
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "_alias.py"))
 
+from comfyui_controlnext.controlnext_core.fidelity import OUTPAINT_GRAY  # noqa: E402
 from comfyui_controlnext.controlnext_core.hints.pose_drawing import draw_sticks  # noqa: E402
 from comfyui_controlnext.controlnext_core.hints.sample_inputs import sample  # noqa: E402
 from comfyui_controlnext.controlnext_core.picturebook import draw_children  # noqa: E402
@@ -66,6 +69,8 @@ CLIPS = {"svd_short_clip": 3, "svd_long_clip": 9, "wan_pose": 5}
 """Workflow -> number of the scene in which a child of the demo moves from one pose to another."""
 DEPTH_CLIPS = {"wan_depth": demo_graphs.SHAPES}
 """Workflow -> scene along which the camera moves in the sample's clip of depth maps."""
+PADDED = {"wan_outpaint": (2, 7)}
+"""Workflow -> illustrations that stand for frames of a video; no control draws here, so hints are shown."""
 STRENGTHS = (0.0, 0.5, 1.0)
 SIDE, GAP, QUALITY = 238, 4, 55
 
@@ -127,6 +132,20 @@ def along(client: ComfyClient, scene: str) -> list[tuple[str, Any]]:
     return found
 
 
+def padded(scenes: tuple[int, ...]) -> list[tuple[str, Any]]:
+    """Four parts (text, picture): two pictures, each with gray in place of its sides behind it."""
+    from PIL import Image
+
+    parts = []
+    for scene in scenes:
+        image = SCHEMES["picturebook"](SCENE_SEED, scene, SIDE).image
+        wide, hint = SIDE // 4, np.full_like(image, round(255 * OUTPAINT_GRAY))
+        video = np.full_like(image, 255)
+        video[:, wide:-wide] = hint[:, wide:-wide] = image[:, wide:-wide]
+        parts += [("video", Image.fromarray(video)), ("to be painted", Image.fromarray(hint))]
+    return parts
+
+
 def enlarged(client: ComfyClient) -> list[tuple[str, Any]]:
     """Four parts (text, picture): small, enlarged by interpolation, one tile drawn, and all tiles merged."""
     from PIL import Image
@@ -159,6 +178,8 @@ def parts_of(client: ComfyClient, name: str) -> list[tuple[str, Any]]:
     """Four parts (text, picture) of a workflow's thumbnail."""
     if name == "demo_tiles":
         return enlarged(client)
+    if name in PADDED:
+        return padded(PADDED[name])
     if name in DEPTH_CLIPS:
         return along(client, DEPTH_CLIPS[name])
     return moving(client, CLIPS[name]) if name in CLIPS else drawn(client, *SHOWN[name])

@@ -51,6 +51,7 @@ WORKFLOWS: tuple[Callable[[], Workflow], ...] = (
     clip_graphs.svd_long_clip,
     wan_graphs.wan_pose,
     wan_graphs.wan_depth,
+    wan_graphs.wan_outpaint,
     training_graphs.train_sd15,
     training_graphs.train_sd35,
 )
