@@ -125,7 +125,7 @@ class Store:
                 yield coming.popleft()
         yield from coming
 
-    def _encode(self, begun: Begun) -> None:
+    def _encode(self, begun: PendingSample) -> None:
         """Encode everything of a sample that is known before its step."""
         conditioning = self.base.family.conditioning
         if not conditioning.encoded_while_training:
@@ -141,8 +141,8 @@ class Store:
         return int(uniform(self.config.seed, "cut", position) * count) if count > 1 else 0
 
     def begin(self, index: int, position: int, variant: int) -> PendingSample:
-        """Variant of the sample at one position of the run; its files are prefetched where it is not cached."""
-        begun = Begun(self.data, index, self.config.seed, position, variant)
+        """One cut of the sample at one position of the run; its files are read ahead where it is not cached."""
+        begun = PendingSample(self.data, index, self.config.seed, position, variant)
         first = self.base.family.conditioning.frame_key(self.base, begun.frame_keys)
         whole = not self._has_latents(begun) or (first is not None and first not in self.cache)
         if whole or not self._has_hints(begun):

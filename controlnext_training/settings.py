@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import PureWindowsPath
 from typing import Any
 
+from ..controlnext_core.encodable import cut
+
 OF_SOURCES = ("repeats", "weights", "crops", "flip")
 """Settings with a value for each source of the data, or one for all."""
 EACH = "one for each of data or one for all; empty"
@@ -36,10 +38,10 @@ class Setting:
     def check(self, key: str, value: Any) -> None:
         """Raise ConfigError for a value that is not among the choices or is out of bounds."""
         if self.choices and value not in self.choices:
-            raise ConfigError(f"{key}: {value!r} is unknown. Choose one of {', '.join(self.choices)}.")
+            raise ConfigError(f"{key}: {cut(repr(value))} is unknown. Choose one of {', '.join(self.choices)}.")
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, (int, float)) and not self.low <= part <= self.high:
-                raise ConfigError(f"{key}: {part} is out of range. Set it to {self.low:g} to {self.high:g}.")
+                raise ConfigError(f"{key}: {cut(str(part))} is out of range. Set it to {self.low:g} to {self.high:g}.")
 
 
 def setting(default: Any, doc: str, **facts: Any) -> Any:

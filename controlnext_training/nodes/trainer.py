@@ -136,7 +136,11 @@ class ControlNeXtTrain(ControlNode):
                 ),
                 io.String.Input("output_name", default=defaults.output_name, tooltip=SETTINGS["output_name"].doc),
                 io.Clip.Input("clip", optional=True, tooltip="The base's text encoders; SVD has none."),
-                io.ClipVision.Input("clip_vision", optional=True, tooltip="The base's image encoder (SVD)."),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="The base's image encoder (SVD, and Wan 2.1 for image to video).",
+                ),
                 io.String.Input(
                     "config",
                     default="",

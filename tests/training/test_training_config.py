@@ -171,6 +171,9 @@ def test_every_choice_is_allowed_and_nothing_else(key: str) -> None:
     for wrong in ("", "no_such", CHOICES[key][0].upper() + "x"):
         with pytest.raises(ConfigError, match=rf"^{key}: '{wrong}' is unknown\. Choose one of .*{CHOICES[key][-1]}"):
             TrainConfig(**{key: wrong})
+    with pytest.raises(ConfigError) as refused:
+        TrainConfig(**{key: 5000 * "9"})
+    assert len(str(refused.value)) < 700 and "(5,002 letters) is unknown" in str(refused.value)
     assert FIELDS[key].default in CHOICES[key]
 
 

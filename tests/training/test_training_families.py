@@ -18,7 +18,7 @@ pytestmark = pytest.mark.comfy
 ASKED_FOR = {
     "vae": "vae: the checkpoint holds none",
     "clip": "clip: this base needs its text",
-    "vision": "clip_vision: SVD",
+    "vision": "clip_vision: this base needs its image encoder",
 }
 
 

@@ -115,7 +115,7 @@ def test_memory_that_runs_out_in_a_step_keeps_the_last_state_and_in_a_validation
 
 
 def lay_in_class(patch: pytest.MonkeyPatch, owner: type, name: str, error: BaseException, at: int) -> list[int]:
-    """As `lay`, for a method: the n-th call of any object raises; the calls that are left until then."""
+    """Trap as of `lay`, for a method: the n-th call of any object raises. Returns the calls left until then."""
     inner, left = getattr(owner, name), [at]
 
     def trapped(self: Any, *args: Any, **kwargs: Any) -> Any:

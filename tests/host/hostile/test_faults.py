@@ -36,6 +36,7 @@ MIB = 1 << 20
 
 def keep(name: str, found: dict[str, Any]) -> None:
     if folder := os.environ.get("CONTROLNEXT_RESULTS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
         Path(folder, f"{name}.json").write_text(json.dumps(found), "utf-8")
 
 

@@ -96,6 +96,7 @@ def test_many_hostile_cases(tmp_path: Path, part: str, size: str) -> None:
 def keep(name: str, found: dict[str, Any]) -> None:
     """Write a result to the folder of results, where one is named."""
     if folder := os.environ.get("CONTROLNEXT_RESULTS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
         Path(folder, f"{name}.json").write_text(json.dumps(found), "utf-8")
 
 
