@@ -273,7 +273,7 @@ def test_the_estimate_of_the_encoder_of_clips_holds(
 def test_the_dry_run_of_a_clip_says_it(tmp_path: Path) -> None:
     """Wan's tokens are those of all latent frames; its encoder takes all five frames in one pass."""
     train_narrow(tmp_path, "wan", watch := Watcher(), steps=1, checkpointing=True)
-    assert watch.told("a step is estimated to need ")
+    assert watch.logged("a step is estimated to need ")
     (expected,) = journal.read(run_in(tmp_path, narrow_base("wan")).folder, "dry_run", "expected_bytes").values()
     network = narrow_base("wan").model.model.diffusion_model
     frozen = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
