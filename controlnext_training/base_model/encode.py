@@ -29,8 +29,8 @@ ENCODERS = {"vae": "vae", "clip": "text", "vision": "vision"}
 MISSING = {
     "vae": "vae: the checkpoint holds none. Connect a VAE, or set vae to a file that holds one.",
     "clip": "clip: this base needs its text encoder. Connect CLIP of the same checkpoint, or set clip to its files.",
-    "vision": "clip_vision: this base needs its image encoder. Connect CLIP_VISION: of the same checkpoint for SVD, of "
-    "Load CLIP Vision for Wan 2.1 (image to video trains in a graph; Wan 2.2 and text to video need none).",
+    "vision": "clip_vision: this base needs its image encoder. Connect CLIP_VISION of the same checkpoint (SVD), "
+    "or of Load CLIP Vision for Wan 2.1 (image to video, which trains in a graph and not from a recipe).",
 }
 """Field -> error message where a family needs that encoder and it is missing."""
 

@@ -200,8 +200,8 @@ class LitScenes(MovingScenes):
 
 
 FALLEN = 0.7
-"""The loss with its own hint falls below this part of what it was; with the hint of another clip, without the control,
-and in runs that see no hint or a wrong one it stays above."""
+"""Largest ratio of the loss after training to the loss before it, with the clip's own hint. The ratio stays above this
+with another clip's hint, without the control, and after runs that see no hint or a wrong one."""
 STEPS = {"wan": 10, "wan_5b": 20}
 """Steps of such a run, of one clip each; 5B has an encoder of one stage more."""
 
