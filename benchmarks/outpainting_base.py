@@ -267,12 +267,14 @@ def latent_of(vae: Any, frames: Tensor) -> Tensor:
 
 
 def train_base(folder: Path, seconds: float, count: int = CLIPS) -> Path:
-    """Train the base for a time, and write its file; count: number of clips."""
+    """Train the base for a time, from its file where there is one, and write it; count: number of clips."""
     stage = StageRun("base", folder)
     vae = QuickEncoder(folder / "autoencoder" / VAE_FILE)
     data, words = prepared(stage.folder, vae, count), Words()
     texts = torch.cat([words.encode_from_tokens(words.tokenize(text))["cond"] for text in data["captions"]])
     model = new_base()
+    if (file := stage.folder / BASE_FILE).is_file():
+        model.load_state_dict(load_file(file))
     optimizer = Muon(model.named_parameters(), RATE, ADAM_RATE, MATRICES)
     average = Average(model, EMA_DECAY)
 
@@ -287,7 +289,7 @@ def train_base(folder: Path, seconds: float, count: int = CLIPS) -> Path:
 
     steps = _fit(stage, seconds, update)
     stage.say(event="finished", steps=steps)
-    return save(stage.folder / BASE_FILE, dict(average.weights))
+    return save(file, dict(average.weights))
 
 
 def base_loss(model: Any, z: Tensor, text: Tensor, random: torch.Generator) -> Tensor:

@@ -233,7 +233,7 @@ def test_without_the_host_the_pack_imports_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.comfy
 def test_in_the_host_the_pack_imports_quietly_and_fast(host: Path, tmp_path: Path) -> None:
-    """The second import is timed: the first one alone compiles the sources, as the first start of a new version does."""
+    """The second import is timed: only the first one compiles the sources, as the first start of a version does."""
     for name in ("first", "second"):
         result = import_pack(str(host), tmp_path / name)
         assert_nothing_was_done(result, tmp_path / name)
