@@ -1,7 +1,7 @@
 """A small autoencoder and a small base of Wan's shape, trained on moving scenes; video_outpainting.py uses them.
 
 Both are the host's own classes and become files that its loaders take: the autoencoder 16 channels wide, the base 128.
-Training ends after a given time, and the learning rate falls with it.
+Training ends after a given time, and the learning rate falls with it. The base goes on from its file where it has one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SEED = 19
 SIDE, FRAMES = 96, 5
 """Pixels of a clip's side, and its frames: two latent frames."""
 CHANNELS, VAE_WIDTH = 16, 16
-CLIPS = 2048
+CLIPS = 1536
 """Clips that train the base."""
 CROPPED, CROP, VAE_BATCH = 384, 40, 4
 """Clips that train the autoencoder, the side of their random parts, and how many parts are in a step."""
@@ -267,7 +267,7 @@ def latent_of(vae: Any, frames: Tensor) -> Tensor:
 
 
 def train_base(folder: Path, seconds: float, count: int = CLIPS) -> Path:
-    """Train the base for a time, from its file where there is one, and write it; count: number of clips."""
+    """Train the base for a time, and write its file; count: number of clips."""
     stage = StageRun("base", folder)
     vae = QuickEncoder(folder / "autoencoder" / VAE_FILE)
     data, words = prepared(stage.folder, vae, count), Words()

@@ -164,7 +164,7 @@ def test_the_table_refuses_what_it_should(path: str, source: str, found: list[st
 
 
 IMPORT = """
-import contextlib, importlib.util, io, json, logging, runpy, socket, sys, time, warnings
+import compileall, contextlib, importlib.util, io, json, logging, runpy, socket, sys, time, warnings
 from pathlib import Path
 root, host = Path({root!r}), {host!r}
 runpy.run_path(str(root / "_alias.py"))
@@ -180,7 +180,9 @@ if host:
 def refuse(*args, **kwargs):
     raise AssertionError("the network was used")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-sys.dont_write_bytecode, sys.pycache_prefix = False, {bytecode!r}
+sys.pycache_prefix = {bytecode!r}
+for folder in ("controlnext_core", "controlnext_training", "models", "nodes"):
+    compileall.compile_dir(root / folder, quiet=2)
 before, handlers, level = set(sys.modules), list(logging.root.handlers), logging.root.level
 threads, filters, path = torch.get_num_threads(), list(warnings.filters), list(sys.path)
 out, err, start = io.StringIO(), io.StringIO(), time.process_time()
@@ -202,7 +204,7 @@ print("RESULT" + json.dumps({{
 def import_pack(host: str, base: Path) -> dict[str, object]:
     """Import the pack in a separate process, as the host does, after the host's own imports.
 
-    Imports with folders beside one another share the bytecode of the pack's modules.
+    Its sources are compiled before that, as those of every start of a host but the first.
     """
     base.mkdir()
     code = IMPORT.format(root=str(ROOT), host=host, base=str(base), bytecode=str(base.parent / "bytecode"))
@@ -233,9 +235,7 @@ def test_without_the_host_the_pack_imports_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.comfy
 def test_in_the_host_the_pack_imports_quietly_and_fast(host: Path, tmp_path: Path) -> None:
-    """The second import is timed: only the first one compiles the sources, as the first start of a version does."""
-    for name in ("first", "second"):
-        result = import_pack(str(host), tmp_path / name)
-        assert_nothing_was_done(result, tmp_path / name)
-        assert isinstance(result["nodes"], list) and "ControlNeXtLoader" in result["nodes"]
+    result = import_pack(str(host), tmp_path / "base")
+    assert_nothing_was_done(result, tmp_path / "base")
+    assert isinstance(result["nodes"], list) and "ControlNeXtLoader" in result["nodes"]
     assert isinstance(result["seconds"], float) and result["seconds"] < 0.5  # of CPU; about 0.2 on a quiet machine

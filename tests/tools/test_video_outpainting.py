@@ -107,6 +107,22 @@ def test_the_base_becomes_a_file_that_the_host_takes_for_wan(host: Path, tmp_pat
 
 
 @pytest.mark.comfy
+def test_the_base_goes_on_from_its_file(host: Path, tmp_path: Path) -> None:
+    """Without time for a step, the file that is written has the weights of the file that was there."""
+    from comfyui_controlnext.tools.tiny_models.storage import save
+    from safetensors.torch import load_file
+
+    autoencoder = outpainting_base.whole(dict(outpainting_base.new_autoencoder().named_parameters()))
+    made = {name: value.detach() for name, value in autoencoder.items()}
+    save(tmp_path / "autoencoder" / outpainting_base.VAE_FILE, made)
+    fresh = load_file(outpainting_base.train_base(tmp_path, 1e-9, 1))
+    changed = {name: value + 0.25 for name, value in fresh.items()}
+    save(tmp_path / "base" / outpainting_base.BASE_FILE, changed)
+    found = load_file(outpainting_base.train_base(tmp_path, 1e-9, 1))
+    assert found.keys() == changed.keys() and all(torch.equal(found[name], changed[name]) for name in found)
+
+
+@pytest.mark.comfy
 @pytest.mark.long
 def test_all_parts_run(host: Path, tmp_path: Path) -> None:
     """In a process of its own, as `run.py bench` starts it."""

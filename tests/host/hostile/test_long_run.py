@@ -8,7 +8,9 @@ With CONTROLNEXT_RESULTS, a folder, the figures are written there.
 from __future__ import annotations
 
 import io
+import random
 import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,8 +20,7 @@ from comfyui_controlnext.tests.host.hostile.test_faults import PROMPTS, keep, me
 from comfyui_controlnext.tests.host.hostile.test_graph_faults import windows_graph
 from comfyui_controlnext.tests.host.hostile.test_server_faults import xs_graph
 from comfyui_controlnext.tests.host.test_api import Graph, Workflow, latents, node
-from comfyui_controlnext.tests.host.test_api import graph as graph  # noqa: F401  # fixtures
-from comfyui_controlnext.tests.host.test_api import hint as hint  # noqa: F401
+from comfyui_controlnext.tests.host.test_api import hint as hint  # noqa: F401  # fixture
 from comfyui_controlnext.tests.host.test_transformer_queue import files_of, graph_of
 from comfyui_controlnext.tools import tiny_models
 from PIL import Image
@@ -35,58 +36,66 @@ KINDS = ("windows", "sd15", "xs", "sd3")
 
 
 class Prompts:
-    """Prompts of the run by number, with a control and without one."""
+    """Prompts of the run by number, with a control and without one; a number's settings are drawn from it alone."""
 
-    def __init__(self, graph: Graph, hints: list[str], names: dict[str, str]) -> None:
-        self.graph, self.hints, self.names = graph, hints, names
+    def __init__(self, names: Mapping[str, str], hints: Sequence[str]) -> None:
+        self.names, self.hints = names, hints
 
     def kind(self, number: int) -> str:
         return "windows" if number % WINDOWS_EVERY == 0 else KINDS[1 + number % 3]
 
     def __call__(self, number: int, control: bool) -> Workflow:
-        kind, self.graph.hint = self.kind(number), self.hints[number % len(self.hints)]
-        door = ("ours", "stock")[number % 2] if control else "none"
+        kind, drawn = self.kind(number), random.Random(number)
+        hint, door, strength = drawn.choice(self.hints), drawn.choice(("ours", "stock")), drawn.choice((1.0, 0.7, 0.3))
         if kind == "windows":
-            workflow = windows_graph(self.graph.hint, number)
-            workflow["apply"]["inputs"]["strength"] = (1.0, 0.6)[number % 2]
-            if not control:
-                workflow["windows"]["inputs"]["model"] = ["checkpoint", 0]
-                del workflow["load"], workflow["apply"]
-            return workflow
+            return self._windows(hint, number, strength if control else None)
+        graph, given = Graph(self.names, hint), {"weights_strength": strength} if control else {"weights_name": "none"}
+        door = door if control else "none"
         if kind == "sd3":
-            workflow = graph_of("sd3", self.graph.hint, door, **({} if control else {"weights_name": "none"}))
+            workflow = graph_of("sd3", hint, door, **given)
         elif kind == "xs" and control:
-            workflow = xs_graph(self.graph, number)
+            workflow = xs_graph(graph, number)
         else:
-            strength = {"weights_strength": (1.0, 0.7, 0.0)[number % 3]} if control else {"weights_name": "none"}
-            workflow = self.graph(door, text=f"a cat {number % 7}", **strength)
+            workflow = graph(door, text=f"a cat {drawn.randrange(7)}", **given)
         workflow["sample"]["inputs"]["seed"] = number
-        workflow["empty"]["inputs"] |= {"width": 8 * CELLS + 64 * (number % 2), "height": 8 * CELLS + 64 * (number % 3)}
-        if kind != "sd3":
-            self._with_lora_and_stock_control(workflow, number)
+        sides = {side: 8 * CELLS + 64 * drawn.randrange(3) for side in ("width", "height")}
+        workflow["empty"]["inputs"] |= sides
+        if kind != "sd3" and drawn.random() < 0.5:
+            self._add_lora(workflow, drawn.uniform(0.5, 1.0))
+        if kind != "sd3" and drawn.random() < 0.3:
+            self._add_stock_control(workflow)
         return workflow
 
-    def _with_lora_and_stock_control(self, workflow: Workflow, number: int) -> None:
-        """Add a LoRA to every other prompt, and a stock ControlNet to every third one."""
-        if number % 4 < 2:
-            lora = {"lora_name": self.names["lora"], "strength_model": 0.5 + number % 3 / 4}
-            for part in workflow.values():
-                part["inputs"] |= {"model": ["lora", 0]} if part["inputs"].get("model") == ["checkpoint", 0] else {}
-            workflow["lora"] = node("LoraLoaderModelOnly", model=["checkpoint", 0], **lora)
-        if number % 5 < 2:
-            given = workflow["sample"]["inputs"]
-            sources = {"positive": given["positive"], "negative": given["negative"], "image": ["hint", 0]}
-            settings = {"strength": 0.5, "start_percent": 0.0, "end_percent": 1.0}
-            workflow["stock"] = node("ControlNetLoader", control_net_name=self.names["stock_control"])
-            workflow["both"] = node("ControlNetApplyAdvanced", control_net=["stock", 0], **sources, **settings)
-            given |= {"positive": ["both", 0], "negative": ["both", 1]}
+    def _windows(self, hint: str, number: int, strength: float | None) -> Workflow:
+        """Clip in windows; strength: of the control, None without one."""
+        workflow = windows_graph(hint, number)
+        if strength is None:
+            workflow["windows"]["inputs"]["model"] = ["checkpoint", 0]
+            del workflow["load"], workflow["apply"]
+        else:
+            workflow["apply"]["inputs"]["strength"] = strength
+        return workflow
+
+    def _add_lora(self, workflow: Workflow, strength: float) -> None:
+        for part in workflow.values():
+            if part["inputs"].get("model") == ["checkpoint", 0]:
+                part["inputs"]["model"] = ["lora", 0]
+        lora = {"lora_name": self.names["lora"], "strength_model": strength}
+        workflow["lora"] = node("LoraLoaderModelOnly", model=["checkpoint", 0], **lora)
+
+    def _add_stock_control(self, workflow: Workflow) -> None:
+        given = workflow["sample"]["inputs"]
+        sources = {"positive": given["positive"], "negative": given["negative"], "image": ["hint", 0]}
+        settings = {"strength": 0.5, "start_percent": 0.0, "end_percent": 1.0}
+        workflow["stock"] = node("ControlNetLoader", control_net_name=self.names["stock_control"])
+        workflow["both"] = node("ControlNetApplyAdvanced", control_net=["stock", 0], **sources, **settings)
+        given |= {"positive": ["both", 0], "negative": ["both", 1]}
 
 
 def unloaded(server: ComfyServer) -> float:
     """Memory of the server in MiB without models and results: bases of several sizes take turns."""
-    for _ in range(2):  # the host's thread misses a request that comes just before it goes to sleep
-        server.free()
-        time.sleep(1.5)
+    server.free()
+    time.sleep(1.5)
     return memory(server)
 
 
@@ -101,7 +110,7 @@ def growth_without_models(server: ComfyServer, prompts: Prompts, first: int, con
 
 
 def test_a_mix_of_bases_and_controls_holds_no_more_memory_than_without_controls(
-    server: ComfyServer, tiny: TinyModels, graph: Graph, hint: str, pinned_host: bool
+    server: ComfyServer, tiny: TinyModels, hint: str, pinned_host: bool
 ) -> None:
     """Slope of resident memory after a fifth of the prompts, less that of as many prompts without a control."""
     tiny_models.make_svd(tiny.models / "checkpoints" / "cancelled_svd.ckpt")
@@ -114,7 +123,7 @@ def test_a_mix_of_bases_and_controls_holds_no_more_memory_than_without_controls(
         array = (picture()[0] * 255).byte().numpy()
         Image.fromarray(array).rotate(90 * turned).save(stream, "PNG")
         hints.append(server.upload_image(stream.getvalue(), f"turned {turned}.png"))
-    prompts, shown = Prompts(graph, hints, tiny.names), range(WINDOWS_EVERY, WINDOWS_EVERY + 4)
+    prompts, shown = Prompts(tiny.names, hints), range(WINDOWS_EVERY, WINDOWS_EVERY + 4)
     assert {prompts.kind(number) for number in shown} == set(KINDS)
     first = [latents(server, prompts(number, True)) for number in shown]
     for number, one in zip(shown, first, strict=True):
