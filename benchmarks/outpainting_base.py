@@ -85,9 +85,9 @@ def timed(seconds: float) -> Iterator[tuple[int, float]]:
 
 
 class Passing(nn.Module):
-    """In place of a residual block that adds nothing."""
+    """In place of a residual block that adds nothing; hosts differ in the further arguments of their blocks."""
 
-    def forward(self, x: Tensor, feat_cache: Any = None, feat_idx: Any = None) -> Tensor:
+    def forward(self, x: Tensor, *caches: Any, **others: Any) -> Tensor:
         return x
 
 
@@ -268,6 +268,8 @@ def latent_of(vae: Any, frames: Tensor) -> Tensor:
 
 def train_base(folder: Path, seconds: float, count: int = CLIPS) -> Path:
     """Train the base for a time, and write its file; count: number of clips."""
+    from ..controlnext_training.base_model.blocks import host_in_training
+
     stage = StageRun("base", folder)
     vae = QuickEncoder(folder / "autoencoder" / VAE_FILE)
     data, words = prepared(stage.folder, vae, count), Words()
@@ -287,7 +289,8 @@ def train_base(folder: Path, seconds: float, count: int = CLIPS) -> Path:
         average.update(model)
         return loss.item()
 
-    steps = _fit(stage, seconds, update)
+    with host_in_training():
+        steps = _fit(stage, seconds, update)
     stage.say(event="finished", steps=steps)
     return save(file, dict(average.weights))
 
