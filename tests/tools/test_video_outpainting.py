@@ -108,7 +108,7 @@ def test_the_base_becomes_a_file_that_the_host_takes_for_wan(host: Path, tmp_pat
 
 @pytest.mark.comfy
 def test_the_base_goes_on_from_its_file(host: Path, tmp_path: Path) -> None:
-    """Without time for a step, the file that is written has the weights of the file that was there."""
+    """Without time for a step, the written file has the weights of the one that was there; a step changes them."""
     from comfyui_controlnext.tools.tiny_models.storage import save
     from safetensors.torch import load_file
 
@@ -120,6 +120,9 @@ def test_the_base_goes_on_from_its_file(host: Path, tmp_path: Path) -> None:
     save(tmp_path / "base" / outpainting_base.BASE_FILE, changed)
     found = load_file(outpainting_base.train_base(tmp_path, 1e-9, 1))
     assert found.keys() == changed.keys() and all(torch.equal(found[name], changed[name]) for name in found)
+    stepped = load_file(outpainting_base.train_base(tmp_path, 0.05, 1))  # time for a step or a few
+    assert all(value.isfinite().all() for value in stepped.values())
+    assert any(not torch.equal(stepped[name], found[name]) for name in found)
 
 
 @pytest.mark.comfy
