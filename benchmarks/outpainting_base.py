@@ -23,7 +23,7 @@ from ..tools.tiny_models.storage import save, write_atomically
 from .outpainting_scenes import PAINTS, SETTINGS, THINGS, draw
 
 SEED = 19
-SIDE, FRAMES = 96, 5
+SIDE, FRAMES = 64, 5
 """Pixels of a clip's side, and its frames: two latent frames."""
 CHANNELS, VAE_WIDTH = 16, 16
 CLIPS = 1536

@@ -8,7 +8,8 @@ its first steps with the mask as a fourth channel of the hint, for the loss besi
 that no training saw, in the part outside the kept rectangle, against the true clip: PSNR in dB, SSIM of luminance, and
 the temporal distance: mean absolute difference of the changes from frame to frame, in levels of 255. Row `border`: the
 edge of the rectangle continued. Rows `base alone` and `base, noise mask`: the base without control, from noise, and
-with the host's noise mask, which puts the known part back at each step. Row `autoencoder`: encoded and decoded.
+with the host's noise mask, which puts the known part back at each step; `ControlNeXt` and `ControlNeXt, noise mask`
+likewise with the control. Row `autoencoder`: encoded and decoded. Rows that sample share seeds, steps and guidance.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ from comfyui_controlnext.tools.environment import ROOT  # noqa: E402
 FOLDER = ROOT / ".cache" / "video_outpainting"
 RECIPE = ROOT / "controlnext_training" / "recipes" / "wan_outpaint.toml"
 PARTS = ("vae", "base", "control", "channel", "measure")
-MINUTES = {"vae": 30.0, "base": 45.0}
-STEPS, COMPARED, VALIDATED = 1050, 300, 150
+MINUTES = {"vae": 25.0, "base": 45.0}
+STEPS, COMPARED, VALIDATED = 1200, 300, 300
 """Steps of the control, those after which it is compared with the fourth channel, and those between validations."""
 TRAINED, HELD_OUT, SCENES = 960, 8, 32
 """Clips that train the control, that its validations see, and that are measured."""
@@ -56,12 +57,15 @@ SETTINGS: dict[str, Any] = {
         "batch_size": 4,
         "accumulation": 1,
     },
-    **{"rank": 0, "blocks": "joint", "learning_rate": 1e-3, "control_learning_rate": 2e-3, "warmup_steps": 20},
+    **{"trainable": r"re:^blocks\.\d+\.self_attn\.[qkvo]\.weight$", "rank": 0, "blocks": "joint"},
+    **{"learning_rate": 1e-3, "control_learning_rate": 2e-3, "warmup_steps": 20},
     **{"ema_decay": 0.99, "precision": "fp32", "checkpointing": False, "save_every": 100, "validation_cfg": 1.0},
     **{"validation_samples": HELD_OUT, "validation_steps": 2, "caption_dropout": 0.1},
 }
-SAMPLER: dict[str, Any] = {"steps": 20, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
-SHOWN = 4
+CFG = 3.0
+SAMPLER: dict[str, Any] = {"steps": 20, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+SHOWN, ENLARGED = 4, 2
+"""Clips in the strip of frames, and how many times their size they are shown in."""
 CONTROL, FOURTH = "outpainting_control", "outpainting_fourth_channel"
 
 Clips = dict[str, np.ndarray]
@@ -74,6 +78,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--parts", default=",".join(PARTS), metavar="WORD,..", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--steps", type=int, metavar="N", help=f"of the control's training; default {STEPS}")
     parser.add_argument("--scenes", type=int, default=SCENES, metavar="N", help="how many clips are measured")
+    parser.add_argument("--cfg", type=float, default=CFG, metavar="NUMBER", help=f"guidance; default {CFG}")
     parser.add_argument("--folder", type=Path, default=FOLDER, metavar="FOLDER", help="where all of it is kept")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="of the CPU; default all")
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
@@ -205,30 +210,31 @@ def compare(options: argparse.Namespace) -> None:
 class Painter:
     """The base with and without the control, through the host's own nodes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cfg: float) -> None:
         from comfyui_controlnext.controlnext_core.comfy_adapter.files.loading import load_controlnext
 
-        self.vae, self.words = load_vae(folder), made.Words()
+        self.vae, self.words, self.cfg = load_vae(folder), made.Words(), cfg
         self.base = load_base(folder)
         self.loaded = load_controlnext(self.base, _there(folder / "controlnext" / f"{CONTROL}.safetensors"))
 
-    def draw(self, caption: str, seed: int, hint: Tensor | None = None, known: Tensor | None = None) -> np.ndarray:
-        """A clip. hint: (F, H, W, 3), None for the base alone; known: (H, W), 1 where the host paints."""
+    def draw(
+        self, caption: str, seed: int, hint: Tensor | None = None, known: tuple[Tensor, Tensor] | None = None
+    ) -> np.ndarray:
+        """A clip. hint: (F, H, W, 3), None for the base alone; known: a clip as hint, (H, W) with 1 where to paint."""
         import nodes
 
         cells = made.SIDE // 8
         latent: dict[str, Any] = {"samples": torch.zeros(1, made.CHANNELS, 1 + (made.FRAMES - 1) // 4, cells, cells)}
-        model, positive = self.base, self._conditioning(caption)
-        negative = self._conditioning("")
+        model, positive, negative = self.base, self._conditioning(caption), self._conditioning("")
         if known is not None:
-            latent = {"samples": self.vae.encode(hint), "noise_mask": known[None, None]}
-        elif hint is not None:
+            latent = {"samples": self.vae.encode(known[0]), "noise_mask": known[1][None, None]}
+        if hint is not None:
             model = self.loaded.model
             positive, negative = nodes.ControlNetApplyAdvanced().apply_controlnet(
                 positive, negative, self.loaded.control, hint, 1.0, 0.0, 1.0
             )
         sampled = nodes.common_ksampler(
-            model, seed, SAMPLER["steps"], SAMPLER["cfg"], SAMPLER["sampler_name"], SAMPLER["scheduler"],
+            model, seed, SAMPLER["steps"], self.cfg, SAMPLER["sampler_name"], SAMPLER["scheduler"],
             positive, negative, latent, denoise=SAMPLER["denoise"],
         )[0]["samples"]  # fmt: skip
         return self.decode(sampled)
@@ -252,8 +258,9 @@ def rows_of(painter: Painter, number: int) -> tuple[Clips, np.ndarray]:
     rows = {
         "border": np.pad(clip[:, top:bottom, left:right].numpy(), around, mode="edge"),
         "base alone": painter.draw(caption, number),
-        "base, noise mask": painter.draw(caption, number, hint, outside),
+        "base, noise mask": painter.draw(caption, number, known=(hint, outside)),
         "ControlNeXt": painter.draw(caption, number, hint),
+        "ControlNeXt, noise mask": painter.draw(caption, number, hint, (hint, outside)),
     }
     kept = outside.numpy()[None, ..., None] == 0
     rows = {row: np.where(kept, clip.numpy(), picture) for row, picture in rows.items()}
@@ -284,16 +291,18 @@ def temporal_distance(clip: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def strip(scenes: list[Clips], path: Path) -> None:
-    """For each clip its first, middle and last frame in every row, beside one another."""
+    """For each clip its first, middle and last frame in six rows, beside one another, enlarged."""
     from PIL import Image
 
-    shown = ("hint", "border", "base, noise mask", "ControlNeXt", "clip")
+    shown = ("hint", "border", "base, noise mask", "ControlNeXt", "ControlNeXt, noise mask", "clip")
     lines = []
     for rows in scenes[:SHOWN]:
         for place in (0, made.FRAMES // 2, made.FRAMES - 1):
             lines.append(np.concatenate([rows[row][place] for row in shown], axis=1))
     image = Image.fromarray((255 * np.concatenate(lines, axis=0) + 0.5).astype(np.uint8))
-    image.save(path, "WEBP", quality=85)
+    image.resize((ENLARGED * image.width, ENLARGED * image.height), Image.Resampling.NEAREST).save(
+        path, "WEBP", quality=85
+    )
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -301,7 +310,7 @@ def measure(options: argparse.Namespace) -> None:
     found: list[dict[str, dict[str, float]]] = []
     scenes: list[Clips] = []
     with torch.inference_mode():
-        painter = Painter(options.folder)
+        painter = Painter(options.folder, options.cfg)
         for number in range(options.scenes):
             rows, outside = rows_of(painter, number)
             scenes.append(rows)

@@ -44,7 +44,7 @@ VALUES = ("json", "dtype", "repeats", "cases", "threads")
 OF_REQUEST = {
     "super_resolution": ("threads", "parts", "base", "steps", "batch", "scenes", "folder"),
     "convergence": ("threads", "cases", "folder"),
-    "video_outpainting": ("threads", "parts", "steps", "scenes", "folder"),
+    "video_outpainting": ("threads", "parts", "steps", "scenes", "cfg", "folder"),
 }
 """Benchmark of ON_REQUEST -> its options, by name."""
 OWN = {"train": ("batch",)}
@@ -70,6 +70,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--steps", type=int, metavar="N", help="of the training")
     training.add_argument("--batch", type=int, metavar="N", help="pictures of a step; train has it too")
     training.add_argument("--scenes", type=int, metavar="N", help="how many scenes or clips are measured")
+    training.add_argument("--cfg", type=float, metavar="NUMBER", help="guidance of the measured clips")
     training.add_argument("--folder", type=Path, metavar="FOLDER", help="where all of it is kept; of report: see there")
 
 

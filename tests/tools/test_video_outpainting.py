@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -55,13 +55,45 @@ def test_figures_are_those_of_the_painted_part() -> None:
     assert found["moved"]["temporal distance"] == pytest.approx(25.5, abs=1e-3)
 
 
+class RecordingPainter:
+    """Painter whose clips are white, and which records what each was given."""
+
+    def __init__(self) -> None:
+        self.vae = self
+        self.given: list[tuple[bool, bool]] = []
+
+    def draw(self, caption: str, seed: int, hint: Any = None, known: Any = None) -> np.ndarray:
+        self.given.append((hint is not None, known is not None))
+        if hint is not None and known is not None:
+            assert known[0] is hint
+        return np.ones((outpainting_base.FRAMES, outpainting_base.SIDE, outpainting_base.SIDE, 3), np.float32)
+
+    def encode(self, clip: torch.Tensor) -> torch.Tensor:
+        return clip
+
+    def decode(self, latent: torch.Tensor) -> np.ndarray:
+        return latent.numpy()
+
+
+def test_rows_keep_the_known_part_and_say_how_they_were_made() -> None:
+    painter = RecordingPainter()
+    rows, outside = video_outpainting.rows_of(cast(Any, painter), 3)
+    assert painter.given == [(False, False), (False, True), (True, False), (True, True)]
+    assert 0.2 < outside.mean() < 0.8
+    for row in ("border", "base alone", "base, noise mask", "ControlNeXt", "ControlNeXt, noise mask", "hint"):
+        assert np.array_equal(rows[row][:, ~outside], rows["clip"][:, ~outside]), row
+    assert (rows["ControlNeXt"][:, outside] == 1).all() and np.ptp(rows["hint"][:, outside]) == 0
+    assert np.array_equal(rows["autoencoder"], rows["clip"])
+
+
 def test_the_command_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started: dict[str, list[str]] = {}
     monkeypatch.setattr(bench, "_run", lambda name, arguments: started.update({name: arguments}) or 0)
-    options = cli.parse(["bench", "video_outpainting", "--parts", "control,measure", "--steps", "7", "--scenes", "3"])
+    given = ["--parts", "control,measure", "--steps", "7", "--scenes", "3", "--cfg", "2"]
+    options = cli.parse(["bench", "video_outpainting", *given])
     assert bench.run_benchmarks(options, lambda: tmp_path) == 0
     parsed = video_outpainting.parse(started["video_outpainting"])
-    assert (parsed.parts, parsed.steps, parsed.scenes) == (("control", "measure"), 7, 3)
+    assert (parsed.parts, parsed.steps, parsed.scenes, parsed.cfg) == (("control", "measure"), 7, 3, 2.0)
     assert "video_outpainting" in bench.ON_REQUEST and "video_outpainting" not in bench.BENCHMARKS
 
 
@@ -143,6 +175,7 @@ def test_all_parts_run(host: Path, tmp_path: Path) -> None:
         str(tmp_path),
     ]
     subprocess.run(command, check=True, timeout=1200)
-    assert "| ControlNeXt |" in (tmp_path / "figures.md").read_text("utf-8")
+    figures = (tmp_path / "figures.md").read_text("utf-8")
+    assert "| ControlNeXt |" in figures and "| ControlNeXt, noise mask |" in figures
     assert (tmp_path / "evidence_outpainting.webp").stat().st_size > 1000
     assert (tmp_path / "channels.json").is_file()
