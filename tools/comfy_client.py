@@ -106,12 +106,10 @@ class ComfyClient:
     def free(self, unload_models: bool = True, free_memory: bool = True) -> None:
         """Ask the server to unload models and drop cached outputs; it does so when the queue is empty.
 
-        Asks twice: the server's thread for prompts misses a request that comes after it last looked for one and before
-        it waits for the next prompt, and then waits for 1,000 seconds.
+        The server's thread for prompts misses a request that comes after it last looked for one and before it waits
+        for the next prompt; ask again where memory must be free.
         """
-        for pause in (0.0, 1.0):
-            time.sleep(pause)
-            self.post("/free", {"unload_models": unload_models, "free_memory": free_memory})
+        self.post("/free", {"unload_models": unload_models, "free_memory": free_memory})
 
     def upload_image(self, image: Path | bytes, name: str | None = None) -> str:
         """Upload an image file to the server's input folder; returns the name for LoadImage."""

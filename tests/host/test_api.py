@@ -118,10 +118,13 @@ def test_both_doors_give_equal_latents_and_the_log_stays_clean(server: ComfyServ
 
 def let_go(server: ComfyServer, also_results: bool) -> None:
     """Free the server's memory and wait until no features are cached."""
-    server.free(unload_models=True, free_memory=also_results)
-    until = time.monotonic() + 30
-    while probe(server)["kept"] and time.monotonic() < until:
-        time.sleep(0.1)
+    for _ in range(6):  # the host's thread misses a request that comes just before it goes to sleep
+        server.free(unload_models=True, free_memory=also_results)
+        until = time.monotonic() + 5
+        while probe(server)["kept"] and time.monotonic() < until:
+            time.sleep(0.1)
+        if not probe(server)["kept"]:
+            break
     assert probe(server)["kept"] == 0
 
 

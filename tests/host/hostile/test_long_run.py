@@ -94,8 +94,9 @@ class Prompts:
 
 def unloaded(server: ComfyServer) -> float:
     """Memory of the server in MiB without models and results: bases of several sizes take turns."""
-    server.free()
-    time.sleep(1.5)
+    for _ in range(2):  # the server may miss one
+        server.free()
+        time.sleep(1.0)
     return memory(server)
 
 
