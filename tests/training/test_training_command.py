@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "run.py"
 TINY = ROOT / "controlnext_training" / "recipes" / "tiny.toml"
 NEW_GROUP = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+LIMIT = 1200  # seconds of one training; the tiny recipe takes over 300 on slow or shared cores
 
 
 def start(host: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -47,18 +48,23 @@ def start(host: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def train(host: Path, *arguments: str) -> tuple[int, str]:
     """Exit status, and all printed text."""
-    process = start(host, *arguments)
-    printed, _ = process.communicate(timeout=300)
+    with start(host, *arguments) as process:
+        try:
+            printed, _ = process.communicate(timeout=LIMIT)
+        finally:
+            process.kill()  # no effect on one that has ended; one past the limit must not outlive its test
     return process.returncode, printed
 
 
 def lines_of(process: subprocess.Popen[str]) -> Iterator[str]:
     assert process.stdout is not None
-    watchdog = threading.Timer(300, process.kill)
+    watchdog = threading.Timer(LIMIT, process.kill)
     watchdog.start()
-    with process.stdout:
-        yield from process.stdout
-    watchdog.cancel()
+    try:
+        with process.stdout:
+            yield from process.stdout
+    finally:
+        watchdog.cancel()
 
 
 def press_ctrl_c(process: subprocess.Popen[str]) -> None:

@@ -69,7 +69,7 @@ def train(host: Path, recipe: Path, processes: int = 1, stop_rank: int | None = 
         environment = {**os.environ, **(together if processes > 1 else {}), **ranks, **stop, **quiet}
         command = [sys.executable, str(PROCESS), str(host), str(own)]
         started.append(subprocess.Popen(command, cwd=recipe.parent, env=environment))
-    return [process.wait(timeout=300) for process in started]
+    return [process.wait(timeout=900) for process in started]
 
 
 def printed(recipe: Path, rank: int = 0) -> str:
@@ -137,7 +137,7 @@ def test_torchrun_starts_the_documented_command(host: Path, tiny: TinyModels, tw
         capture_output=True,
         text=True,
         encoding="utf-8",
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -66,12 +66,12 @@ def assert_all_well(ended: list[dict[str, Any]], count: int) -> None:
 
 
 def test_hostile_files_recipes_and_folders_are_opened_or_refused(tmp_path: Path) -> None:
-    assert_all_well(run_cases(tmp_path, SHORT, timeout=300), sum(SHORT.values()))
+    assert_all_well(run_cases(tmp_path, SHORT, timeout=900), sum(SHORT.values()))
 
 
 @pytest.mark.comfy
 def test_the_loader_opens_or_refuses_in_the_real_host(tmp_path: Path) -> None:
-    assert_all_well(run_cases(tmp_path, {"loader": 30}, timeout=300), 30)
+    assert_all_well(run_cases(tmp_path, {"loader": 30}, timeout=900), 30)
 
 
 @pytest.mark.long
