@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ...controlnext_core.encodable import cut
+from ...controlnext_core.encodable import cut, escaped
 from .pictures import PICTURE_SUFFIXES
 from .rows import ROW_SUFFIXES, RowsError, read_rows, row_files
 from .samples import Broken, DatasetError, first_line
@@ -339,9 +339,9 @@ def _text(value: Any) -> str | None:
 
 
 def read_caption(caption: str | Blob | None) -> str:
-    """Read a caption, '' without one. Raises OSError or ValueError."""
+    """Read a caption, '' without one; a lone surrogate in JSON becomes its escape. Raises OSError or ValueError."""
     if caption is None or isinstance(caption, str):
-        return caption or ""
+        return escaped(caption or "")
     try:
         text = caption.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -353,4 +353,4 @@ def read_caption(caption: str | Blob | None) -> str:
     except ValueError as error:
         raise ValueError(f"is not JSON ({first_line(error)}). Correct or remove it") from None
     found: Iterable[Any] = (row.get(name) for name in COLUMNS[CAPTION]) if isinstance(row, dict) else ()
-    return next((text for text in map(_text, found) if text), "")
+    return escaped(next((text for text in map(_text, found) if text), ""))

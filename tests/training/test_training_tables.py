@@ -40,6 +40,18 @@ def row(number: int, image: str = "file_name", hint: str = "conditioning_image",
 EXPECTED = [(number, 100 + number, f"t\u00ebxt {number}") for number in range(3)]
 
 
+@pytest.mark.parametrize("kind", ["table", "file beside the picture"])
+def test_a_lone_surrogate_in_a_caption_is_written_as_its_escape(tmp_path: Path, kind: str) -> None:
+    write(tmp_path / "a.png", picture(0))
+    if kind == "table":
+        write(tmp_path / "metadata.jsonl", json.dumps({"file_name": "a.png", "text": "a\ud800b"}))
+    else:
+        write(tmp_path / "a.json", json.dumps({"caption": "a\ud800b"}))
+    dataset = opened(tmp_path, hint="canny")
+    assert dataset.captions == [dataset.load(0).caption] == ["a\\ud800b"]
+    assert len(dataset.fingerprint) == 32
+
+
 @pytest.mark.parametrize(
     "columns",
     [
