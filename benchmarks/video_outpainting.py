@@ -58,7 +58,7 @@ SETTINGS: dict[str, Any] = {
         "accumulation": 1,
     },
     **{"trainable": r"re:^blocks\.\d+\.self_attn\.[qkvo]\.weight$", "rank": 0, "blocks": "joint"},
-    **{"learning_rate": 1e-3, "control_learning_rate": 2e-3, "warmup_steps": 20},
+    **{"learning_rate": 1e-3, "control_learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 20},
     **{"ema_decay": 0.99, "precision": "fp32", "checkpointing": False, "save_every": 100, "validation_cfg": 1.0},
     **{"validation_samples": HELD_OUT, "validation_steps": 2, "caption_dropout": 0.1},
 }
@@ -77,6 +77,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--comfyui", type=Path, required=True, metavar="PATH", help="the ComfyUI to train in")
     parser.add_argument("--parts", default=",".join(PARTS), metavar="WORD,..", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--steps", type=int, metavar="N", help=f"of the control's training; default {STEPS}")
+    parser.add_argument("--start", type=Path, metavar="FILE", help="a control from which the control's training goes on")
     parser.add_argument("--scenes", type=int, default=SCENES, metavar="N", help="how many clips are measured")
     parser.add_argument("--cfg", type=float, default=CFG, metavar="NUMBER", help=f"guidance; default {CFG}")
     parser.add_argument("--folder", type=Path, default=FOLDER, metavar="FOLDER", help="where all of it is kept")
@@ -158,6 +159,8 @@ def train_control(options: argparse.Namespace, name: str, steps: int) -> Path:
     own: dict[str, Any] = {"output_name": name, "steps": steps, "validate_every": min(steps, VALIDATED)}
     own |= {"data": (str(seen),), "validation_data": (str(unseen),), "base": str(base_file(folder))}
     own |= {"runs_folder": str(folder / "runs"), "output_folder": str(folder / "controlnext")}
+    if options.start:
+        own["init_control"] = str(options.start.resolve())
     config = make_config(SETTINGS | own, read_recipe(RECIPE))
     base = BaseWithEncoders(load_base(folder), load_vae(folder), made.Words())
     console = Console()
