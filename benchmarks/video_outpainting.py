@@ -41,8 +41,8 @@ from comfyui_controlnext.tools.environment import ROOT  # noqa: E402
 FOLDER = ROOT / ".cache" / "video_outpainting"
 RECIPE = ROOT / "controlnext_training" / "recipes" / "wan_outpaint.toml"
 PARTS = ("vae", "base", "control", "channel", "measure")
-MINUTES = {"vae": 25.0, "base": 45.0}
-STEPS, COMPARED, VALIDATED = 1200, 300, 300
+MINUTES = {"vae": 25.0, "base": 70.0}
+STEPS, COMPARED, VALIDATED = 2800, 300, 300
 """Steps of the control, those after which it is compared with the fourth channel, and those between validations."""
 TRAINED, HELD_OUT, SCENES = 960, 8, 32
 """Clips that train the control, that its validations see, and that are measured."""
@@ -77,7 +77,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--comfyui", type=Path, required=True, metavar="PATH", help="the ComfyUI to train in")
     parser.add_argument("--parts", default=",".join(PARTS), metavar="WORD,..", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--steps", type=int, metavar="N", help=f"of the control's training; default {STEPS}")
-    parser.add_argument("--start", type=Path, metavar="FILE", help="a control from which the control's training goes on")
+    parser.add_argument("--start", type=Path, metavar="FILE", help="a control that the control's training goes on from")
     parser.add_argument("--scenes", type=int, default=SCENES, metavar="N", help="how many clips are measured")
     parser.add_argument("--cfg", type=float, default=CFG, metavar="NUMBER", help=f"guidance; default {CFG}")
     parser.add_argument("--folder", type=Path, default=FOLDER, metavar="FOLDER", help="where all of it is kept")
