@@ -44,7 +44,7 @@ PARTS = ("vae", "base", "control", "channel", "measure")
 MINUTES = {"vae": 25.0, "base": 70.0}
 STEPS, COMPARED, VALIDATED = 2800, 300, 300
 """Steps of the control, those after which it is compared with the fourth channel, and those between validations."""
-TRAINED, HELD_OUT, SCENES = 960, 8, 32
+TRAINED, HELD_OUT, SCENES = 960, 8, 96
 """Clips that train the control, that its validations see, and that are measured."""
 UNSEEN, MEASURED = 20, 21
 """Seeds of scenes for the validations and for the measurement."""
@@ -62,7 +62,7 @@ SETTINGS: dict[str, Any] = {
     **{"ema_decay": 0.99, "precision": "fp32", "checkpointing": False, "save_every": 100, "validation_cfg": 1.0},
     **{"validation_samples": HELD_OUT, "validation_steps": 2, "caption_dropout": 0.1},
 }
-CFG = 3.0
+CFG = 1.0
 SAMPLER: dict[str, Any] = {"steps": 20, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
 SHOWN, ENLARGED = 4, 2
 """Clips in the strip of frames, and how many times their size they are shown in."""

@@ -44,7 +44,7 @@ VALUES = ("json", "dtype", "repeats", "cases", "threads")
 OF_REQUEST = {
     "super_resolution": ("threads", "parts", "base", "steps", "batch", "scenes", "folder"),
     "convergence": ("threads", "cases", "folder"),
-    "video_outpainting": ("threads", "parts", "steps", "scenes", "cfg", "folder"),
+    "video_outpainting": ("threads", "parts", "start", "steps", "scenes", "cfg", "folder"),
 }
 """Benchmark of ON_REQUEST -> its options, by name."""
 OWN = {"train": ("batch",)}
@@ -67,6 +67,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("of super_resolution and video_outpainting", "--help of the script says more")
     training.add_argument("--parts", metavar="WORD,..", help="of the script; default all")
     training.add_argument("--base", type=Path, metavar="FILE", help="checkpoint to train on; default the demo's")
+    training.add_argument("--start", type=Path, metavar="FILE", help="a control that the training goes on from")
     training.add_argument("--steps", type=int, metavar="N", help="of the training")
     training.add_argument("--batch", type=int, metavar="N", help="pictures of a step; train has it too")
     training.add_argument("--scenes", type=int, metavar="N", help="how many scenes or clips are measured")

@@ -89,11 +89,12 @@ def test_rows_keep_the_known_part_and_say_how_they_were_made() -> None:
 def test_the_command_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started: dict[str, list[str]] = {}
     monkeypatch.setattr(bench, "_run", lambda name, arguments: started.update({name: arguments}) or 0)
-    given = ["--parts", "control,measure", "--steps", "7", "--scenes", "3", "--cfg", "2"]
+    given = ["--parts", "control,measure", "--steps", "7", "--scenes", "3", "--cfg", "2", "--start", "a.safetensors"]
     options = cli.parse(["bench", "video_outpainting", *given])
     assert bench.run_benchmarks(options, lambda: tmp_path) == 0
     parsed = video_outpainting.parse(started["video_outpainting"])
     assert (parsed.parts, parsed.steps, parsed.scenes, parsed.cfg) == (("control", "measure"), 7, 3, 2.0)
+    assert parsed.start == Path("a.safetensors").resolve()
     assert "video_outpainting" in bench.ON_REQUEST and "video_outpainting" not in bench.BENCHMARKS
 
 
