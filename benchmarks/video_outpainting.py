@@ -1,6 +1,6 @@
 """Video outpainting on a small base of Wan's shape, after table 4 of the paper: trained and measured on drawn clips.
 
-    python run.py bench video_outpainting                     # trains all of it, in about three hours, and measures
+    python run.py bench video_outpainting                     # trains all, about three hours of two cores, and measures
     python run.py bench video_outpainting --parts measure     # with what is there
 
 Parts: `vae` and `base` (outpainting_base.py) for a given time each, `control` from the recipe wan_outpaint, `channel`
