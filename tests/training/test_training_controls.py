@@ -153,3 +153,20 @@ def test_a_resumed_run_does_not_begin_again_with_its_file(loaded_studio: Studio,
     with pytest.raises(Stopped):
         train_in(tmp_path / "parts", base, config, Watcher(stop_at=1))
     assert same(load_file(train_in(tmp_path / "parts", base, config)), load_file(whole))
+
+
+def test_hints_have_the_layout_of_the_quicker_kernels_and_the_same_features() -> None:
+    """Contiguous where a gradient is wanted, channels last elsewhere; the features differ by rounding alone."""
+    from comfyui_controlnext.controlnext_core.specs import SPECS, config_of
+    from comfyui_controlnext.controlnext_training.base_model.clip_encoding import quick_layout
+    from comfyui_controlnext.models.controlnext import ControlNeXt
+
+    torch.manual_seed(0)
+    net, hint = ControlNeXt(config_of(SPECS["sd15"])), torch.rand(2, 3, 32, 48)
+    trained = quick_layout(hint.contiguous(memory_format=torch.channels_last))
+    with torch.no_grad():
+        used = quick_layout(hint)
+        assert used.is_contiguous(memory_format=torch.channels_last) and trained.is_contiguous()
+        found = [net(planes, torch.tensor([500.0])) for planes in (trained, used)]
+    assert torch.equal(trained, used)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
