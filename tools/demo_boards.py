@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .demo_weights.shipped import CHECKPOINT, DEPTH, EDGES, MASK, PICTURE_EDGES, PICTURE_POSE, PICTUREBOOK, XS
+from .demo_weights.shipped import (
+    CHECKPOINT,
+    EDGES,
+    PICTURE_DEPTH,
+    PICTURE_EDGES,
+    PICTURE_LORA,
+    PICTURE_MASK,
+    PICTURE_POSE,
+    PICTUREBOOK,
+    XS,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,7 +64,9 @@ class Column:
         """Picture given to the controls, (H, W, 3) bytes, if other than that of the row; a mask is shown in gray."""
         if self.split:
             return hint.some_edges | hint.other_mask // 2
-        return hint.depth if self.depth else None
+        if self.depth:
+            return hint.depth
+        return hint.mask if self.mask else None
 
     def inputs(self) -> dict[str, tuple[float, str]]:
         """Kind of each used control -> its strength, and the name of its picture in Hint."""
@@ -62,7 +74,7 @@ class Column:
         used = {
             "edges": (self.edges, outlines),
             "xs": (self.xs, outlines),
-            "mask": (self.mask, "other_mask"),
+            "mask": (self.mask, "other_mask" if self.split else "mask"),
             "depth": (self.depth, "depth"),
             "pose": (self.pose, "pose"),
         }
@@ -84,16 +96,22 @@ class Board:
     """Scene numbers, one per row."""
     columns: tuple[Column, ...]
     files: Mapping[str, str]
-    """Kind of control, as in Column.inputs -> its file."""
+    """Kind of control, as in Column.inputs, or "lora" -> its file."""
     shown: str = "edges"
     """Name in Hint of the picture at the start of a row."""
     seed: int = SEED
     """Seed of the noise in the first row."""
 
 
-PICTURE_FILES = {"edges": PICTURE_EDGES, "pose": PICTURE_POSE}
+PICTURE_FILES = {
+    "edges": PICTURE_EDGES,
+    "mask": PICTURE_MASK,
+    "depth": PICTURE_DEPTH,
+    "pose": PICTURE_POSE,
+    "lora": PICTURE_LORA,
+}
 BOOK = Board(
-    "A base of SD3's shape, and a ControlNeXt for outlines",
+    "A base of SD3's shape, and ControlNeXt for outlines, depth and masks",
     PICTUREBOOK,
     "picturebook",
     192,
@@ -101,9 +119,12 @@ BOOK = Board(
     (4, 13, 6),
     (
         Column("without control"),
-        Column("ControlNeXt 0.3", edges=0.3),
-        Column("ControlNeXt 0.6", edges=0.6),
+        Column("ControlNeXt 0.5", edges=0.5),
         Column("ControlNeXt 1.0", edges=1.0),
+        Column("depth", depth=1.0),
+        Column("mask", mask=1.0),
+        Column("edges + depth", edges=0.6, depth=0.6),
+        Column("with a LoRA", edges=1.0, lora=1.0),
     ),
     PICTURE_FILES,
 )
@@ -123,7 +144,7 @@ CHILDREN = Board(
     shown="pose",
 )
 SHAPES = Board(
-    "A base of SD1.5's shape that knows plain shapes, and every kind of control",
+    "A base of SD1.5's shape that knows plain shapes, ControlNeXt and ControlNet-XS",
     CHECKPOINT,
     "synthetic",
     128,
@@ -133,11 +154,8 @@ SHAPES = Board(
         Column("without control"),
         Column("ControlNeXt 1.0", edges=1.0),
         Column("ControlNet-XS", xs=1.0),
-        Column("depth", depth=1.0),
-        Column("edges + mask", edges=1.0, mask=1.0, split=True),
-        Column("with a LoRA", edges=1.0, lora=1.0),
     ),
-    {"edges": EDGES, "mask": MASK, "depth": DEPTH, "xs": XS},
+    {"edges": EDGES, "xs": XS},
 )
 BOARDS = (BOOK, CHILDREN, SHAPES)
 
@@ -149,6 +167,8 @@ class Hint:
     caption: str
     edges: np.ndarray
     """Outlines of all shapes, with which the F1 is computed."""
+    mask: np.ndarray
+    """Mask of all shapes, white on black."""
     some_edges: np.ndarray
     """Outlines of one shape."""
     other_mask: np.ndarray
@@ -176,6 +196,7 @@ def draw_hint(board: Board, index: int) -> Hint:
     return Hint(
         scene.caption,
         scene.hint("edges"),
+        scene.hint("mask"),
         rgb(scene.edges * near_first),
         rgb(scene.mask * ~near_first),
         scene.hint("depth"),

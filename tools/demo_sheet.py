@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .demo_boards import BOARDS, Board, Column, Hint, hints_of
-from .demo_weights.shipped import LORA, install
+from .demo_weights.shipped import install
 from .environment import ROOT
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _conditions(
     positive: Link = [graph.add("CLIPTextEncode", clip=[checkpoint, 1], text=caption), 0]
     negative: Link = [graph.add("CLIPTextEncode", clip=[checkpoint, 1], text=""), 0]
     if column.lora:
-        lora = graph.add("LoraLoaderModelOnly", model=model, lora_name=LORA, strength_model=column.lora)
+        lora = graph.add("LoraLoaderModelOnly", model=model, lora_name=board.files["lora"], strength_model=column.lora)
         model = [lora, 0]
     for kind, (strength, picture) in column.inputs().items():
         name = board.files[kind]
@@ -129,7 +129,7 @@ def _conditions(
 
 def uploads(hints: Mapping[int, Hint]) -> dict[str, bytes]:
     """Files for the host's input folder: name -> PNG."""
-    kinds = ("edges", "some_edges", "other_mask", "depth", "pose")
+    kinds = ("edges", "mask", "some_edges", "other_mask", "depth", "pose")
     return {f"{row}_{kind}.png": png(getattr(hint, kind)) for row, hint in hints.items() for kind in kinds}
 
 

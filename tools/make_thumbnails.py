@@ -21,8 +21,8 @@ if __package__ in (None, ""):
 
 from comfyui_controlnext.controlnext_core.fidelity import OUTPAINT_GRAY  # noqa: E402
 from comfyui_controlnext.controlnext_core.hints.pose_drawing import draw_sticks  # noqa: E402
-from comfyui_controlnext.controlnext_core.hints.sample_inputs import sample  # noqa: E402
-from comfyui_controlnext.controlnext_core.picturebook import draw_children  # noqa: E402
+from comfyui_controlnext.controlnext_core.hints.sample_inputs import SCENES, sample  # noqa: E402
+from comfyui_controlnext.controlnext_core.picturebook import draw, draw_children  # noqa: E402
 from comfyui_controlnext.controlnext_training.drawn import SCHEMES  # noqa: E402
 from comfyui_controlnext.tools import demo_sheet  # noqa: E402
 from comfyui_controlnext.tools.comfy_client import ComfyClient, ComfyError  # noqa: E402
@@ -41,23 +41,23 @@ from comfyui_controlnext.tools.workflow_graph import api_format  # noqa: E402
 from comfyui_controlnext.tools.workflows import demo_graphs  # noqa: E402
 
 EDGES, XS, DEPTH, MASK = Column("", edges=1), Column("", xs=1), Column("", depth=1), Column("", mask=1)
-POSE, TWO = Column("", pose=1), Column("", edges=1, mask=1, split=True)
+POSE, TWO = Column("", pose=1), Column("", edges=0.6, depth=0.6, lora=1)
 SHOWN: dict[str, tuple[Board, Column, int]] = {
     "demo": (BOOK, EDGES, 4),
     "demo_train": (BOOK, EDGES, 12),
     "sd15_canny": (BOOK, EDGES, 3),
-    "sd15_depth": (SHAPES, DEPTH, 4),
-    "sd15_depth_in_mask": (SHAPES, DEPTH, 12),
-    "sd15_mask": (SHAPES, MASK, 3),
+    "sd15_depth": (BOOK, DEPTH, 4),
+    "sd15_depth_in_mask": (BOOK, DEPTH, 12),
+    "sd15_mask": (BOOK, MASK, 13),
     "sd15_pose": (CHILDREN, POSE, 9),
     "sd15_pose_positive": (CHILDREN, POSE, 3),
     "sdxl_canny": (BOOK, EDGES, 23),
     "sdxl_second_pass": (BOOK, EDGES, 12),
-    "sdxl_depth": (SHAPES, DEPTH, 12),
-    "sdxl_lora_two_controls": (SHAPES, TWO, 4),
+    "sdxl_depth": (BOOK, DEPTH, 13),
+    "sdxl_lora_two_controls": (BOOK, TWO, 6),
     "xs_sd15_canny": (SHAPES, XS, 3),
     "xs_sdxl_canny": (SHAPES, XS, 4),
-    "xs_sdxl_depth": (SHAPES, DEPTH, 23),
+    "xs_sdxl_depth": (BOOK, DEPTH, 33),
     "xs_sdxl_two": (SHAPES, XS, 23),
     "xs_controlnext_lora": (SHAPES, XS, 12),
     "train_sd15": (BOOK, EDGES, 33),
@@ -67,7 +67,7 @@ SHOWN: dict[str, tuple[Board, Column, int]] = {
 """Workflow -> base and controls of the demo that stand for its own, and the number of a scene that no training saw."""
 CLIPS = {"svd_short_clip": 3, "svd_long_clip": 9, "wan_pose": 5}
 """Workflow -> number of the scene in which a child of the demo moves from one pose to another."""
-DEPTH_CLIPS = {"wan_depth": demo_graphs.SHAPES}
+DEPTH_CLIPS = {"wan_depth": "boat"}
 """Workflow -> scene along which the camera moves in the sample's clip of depth maps."""
 PADDED = {"wan_outpaint": (2, 7)}
 """Workflow -> illustrations that stand for frames of a video; no control draws here, so hints are shown."""
@@ -83,8 +83,6 @@ def scaled(column: Column, strength: float) -> Column:
 
 def shown(hint: Hint, board: Board, column: Column) -> Any:
     """Picture given to the controls of the column."""
-    if column.mask and not column.split:
-        return hint.other_mask
     given = column.given(hint)
     return getattr(hint, board.shown) if given is None else given
 
@@ -94,8 +92,6 @@ def drawn(client: ComfyClient, board: Board, column: Column, scene: int) -> list
     from PIL import Image
 
     hint = draw_hint(board, scene)
-    if column.mask and not column.split:  # of all shapes
-        hint = replace(hint, other_mask=SCHEMES[board.scheme](SCENE_SEED, scene, board.side).hint("mask"))
     columns = tuple(scaled(column, strength) for strength in STRENGTHS)
     words = ("prompt alone", "strength 0.5", "strength 1")
     results = pictures(client, board, {0: hint}, columns)
@@ -123,11 +119,11 @@ def along(client: ComfyClient, scene: str) -> list[tuple[str, Any]]:
     """(words, picture) of the four parts: two frames of the sample's clip of depth maps, each a hint and a result."""
     from PIL import Image
 
-    frames = (255 * sample("depth_clip", (SHAPES.side, SHAPES.side), scene).images).round().astype("uint8")
+    frames = (255 * sample("depth_clip", (BOOK.side, BOOK.side), scene).images).round().astype("uint8")
     named = zip(("first", "last"), (frames[0], frames[len(frames) // 2]), strict=True)
-    hint, found = replace(draw_hint(SHAPES, 0), caption=demo_graphs.SHAPES_PROMPT), []
+    hint, found = replace(draw_hint(BOOK, 0), caption=draw(*SCENES[scene], BOOK.side).caption), []
     for words, depth in named:
-        (result,) = pictures(client, SHAPES, {0: replace(hint, depth=depth)}, (DEPTH,))
+        (result,) = pictures(client, BOOK, {0: replace(hint, depth=depth)}, (DEPTH,))
         found += [(f"depth, {words}", Image.fromarray(depth)), (f"{words} frame", result)]
     return found
 

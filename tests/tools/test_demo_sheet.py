@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui_controlnext.tools import demo_sheet
-from comfyui_controlnext.tools.demo_boards import BOOK, CHILDREN, SHAPES, draw_hint
+from comfyui_controlnext.tools.demo_boards import BOOK, CHILDREN, SHAPES, Column, draw_hint
 from comfyui_controlnext.tools.demo_weights import packing, shipped
 from comfyui_controlnext.tools.environment import SetupError
 from PIL import Image
@@ -43,6 +43,28 @@ def test_packing_is_off_by_no_more_than_half_a_step_of_the_row(shape: tuple[int,
     assert bool((off <= largest / 254 + largest * 2**-11).all())
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (320, 64, 3, 3), (7, 5001), (4097, 1)])
+def test_packing_in_six_bits_is_close_and_three_quarters_the_size(shape: tuple[int, ...]) -> None:
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=random)
+    packed = packing.pack({"w": weight}, 6)
+    assert packed["w"].dtype is torch.uint8
+    assert packed["w"].numel() == shape[0] * 3 * -(-weight[0].numel() // 4)
+    back = packing.unpack(packed)["w"]
+    assert back.dtype is torch.float16 and back.shape == shape
+    plain = (weight.flatten(1) / (scale := weight.flatten(1).abs().amax(1, True) / 31)).round() * scale
+    error, of_plain = ((found.float().flatten(1) - weight.flatten(1)).norm() for found in (back, plain))
+    in_fp16 = 2**-11 * weight.norm()
+    assert error <= of_plain + in_fp16 and error < 0.04 * weight.norm()
+
+
+def test_six_bits_keep_every_integer_in_its_place() -> None:
+    whole = torch.arange(-31, 32).float().repeat(70)[None].repeat(2, 1)
+    assert torch.equal(packing.unpack(packing.pack({"w": whole}, 6))["w"].float(), whole)
+    with pytest.raises(ValueError, match="bits: 4 is not one of 6, 8"):
+        packing.pack({"w": whole}, 4)
+
+
 def test_packing_leaves_small_tensors_and_zero_rows_alone() -> None:
     tensors = {"bias": torch.randn(5000).half(), "few": torch.randn(8, 8).half(), "none": torch.zeros(64, 64)}
     packed = packing.pack(tensors)
@@ -58,31 +80,36 @@ def test_a_packed_tensor_without_its_factors_is_named() -> None:
     del packed["layer.weight" + packing.SCALE]
     with pytest.raises(KeyError, match=r"layer\.weight is in 8 bits .* not whole"):
         packing.unpack(packed)
+    for part in (packing.SCALE, packing.SHAPE):
+        packed = packing.pack({"layer.weight": torch.randn(64, 64)}, 6)
+        del packed["layer.weight" + part]
+        with pytest.raises(KeyError, match=rf"layer\.weight is in 6 bits and layer\.weight\{part} is missing"):
+            packing.unpack(packed)
 
 
 def test_the_shipped_weights_are_small_and_everything_the_demo_uses_is_there() -> None:
     parts = {name for names in shipped.SOURCES.values() for name in names}
     files = {path.name: path.stat().st_size for path in shipped.SHIPPED.glob("*.safetensors")}
     assert files.keys() == parts | shipped.FOLDERS.keys() - shipped.SOURCES.keys()
-    assert sum(files.values()) < 47 * MEGABYTE
+    assert sum(files.values()) < 40 * MEGABYTE
 
 
 def test_models_are_unpacked_once_and_again_when_one_changes(tmp_path: Path) -> None:
-    models = shipped.install(tmp_path, (shipped.LORA, shipped.XS))
-    lora, control = models / "loras" / shipped.LORA, models / "controlnet" / shipped.XS
+    models = shipped.install(tmp_path, (shipped.PICTURE_LORA, shipped.XS))
+    lora, control = models / "loras" / shipped.PICTURE_LORA, models / "controlnet" / shipped.XS
     before = lora.stat().st_mtime_ns, control.stat().st_mtime_ns
-    shipped.install(tmp_path, (shipped.LORA, shipped.XS))
+    shipped.install(tmp_path, (shipped.PICTURE_LORA, shipped.XS))
     assert (lora.stat().st_mtime_ns, control.stat().st_mtime_ns) == before
     control.unlink()
     stamp = models / shipped.STAMP
-    stamp.write_text(json.dumps({**json.loads(stamp.read_text("utf-8")), shipped.LORA: "older"}), "utf-8")
-    shipped.install(tmp_path, (shipped.LORA, shipped.XS))
+    stamp.write_text(json.dumps({**json.loads(stamp.read_text("utf-8")), shipped.PICTURE_LORA: "older"}), "utf-8")
+    shipped.install(tmp_path, (shipped.PICTURE_LORA, shipped.XS))
     assert control.is_file() and lora.stat().st_mtime_ns > before[0]
 
 
 def test_a_missing_file_says_where_it_comes_from(tmp_path: Path) -> None:
-    with pytest.raises(SetupError, match=r"shapes_night\.safetensors is missing\. .*git checkout"):
-        shipped.install(tmp_path / "base", (shipped.LORA,), shipped=tmp_path)
+    with pytest.raises(SetupError, match=r"picture_dusk\.safetensors is missing\. .*git checkout"):
+        shipped.install(tmp_path / "base", (shipped.PICTURE_LORA,), shipped=tmp_path)
     assert not list((tmp_path / "base").rglob("*.safetensors"))
 
 
@@ -112,15 +139,16 @@ def test_the_sheet_shows_every_cell_in_its_place() -> None:
 
 
 def test_a_corner_shows_what_a_control_was_given_where_it_is_not_the_outlines() -> None:
-    hint = draw_hint(SHAPES, SHAPES.scenes[0])
-    columns = tuple(column for column in SHAPES.columns if column.given(hint) is not None)
-    assert {column.title for column in columns} == {"edges + mask", "depth"}
-    cells = {(0, place): png("red") for place in range(len(columns))}
-    sheet = np.asarray(demo_sheet.compose(SHAPES, {0: hint}, columns, cells, dict.fromkeys(cells, 0.5)))
-    side = SHAPES.side // demo_sheet.INSET
+    hint = draw_hint(BOOK, BOOK.scenes[0])
+    both = Column("outlines of one thing, mask of the others", edges=1.0, mask=1.0, split=True)
+    columns = (*(column for column in BOOK.columns if column.given(hint) is not None), both)
+    assert [column.title for column in columns] == ["depth", "mask", "edges + depth", both.title]
+    cells = {(0, place): png("red", BOOK.side) for place in range(len(columns))}
+    sheet = np.asarray(demo_sheet.compose(BOOK, {0: hint}, columns, cells, dict.fromkeys(cells, 0.5)))
+    side = BOOK.side // demo_sheet.INSET
     for place, column in enumerate(columns):
-        left = 10 + (place + 1) * (SHAPES.side + 10)
-        corner = sheet[26 + SHAPES.side - side : 26 + SHAPES.side, left + SHAPES.side - side :][:, :side]
+        left = 10 + (place + 1) * (BOOK.side + 10)
+        corner = sheet[26 + BOOK.side - side : 26 + BOOK.side, left + BOOK.side - side :][:, :side]
         small = np.asarray(Image.fromarray(column.given(hint)).resize((side, side)))
         assert np.array_equal(corner, small), column.title
 
@@ -143,20 +171,25 @@ def test_the_demo_draws_through_the_server_what_the_edges_show(
 
 
 def test_every_picture_of_the_demo_has_its_words() -> None:
-    assert [column.words for column in BOOK.columns][1:] == [f"edges, strength {s}" for s in (0.3, 0.6, 1)]
     assert [column.words for column in CHILDREN.columns][1:] == [f"pose, strength {s}" for s in (0.5, 1)]
     assert [column.words for column in SHAPES.columns] == [
         "without control",
         "edges, strength 1",
         "ControlNet-XS edges, strength 1",
+    ]
+    assert [column.words for column in BOOK.columns] == [
+        "without control",
+        "edges, strength 0.5",
+        "edges, strength 1",
         "depth, strength 1",
-        "edges and mask, strength 1",
+        "mask, strength 1",
+        "edges and depth, strength 0.6",
         "edges, strength 1 and a LoRA",
     ]
-    hints = {row: draw_hint(SHAPES, index) for row, index in enumerate(SHAPES.scenes)}
-    graph = demo_sheet.workflow(SHAPES, hints, SHAPES.columns)
-    names = demo_sheet.pictures(graph, SHAPES.columns)
-    assert len(names) == len(hints) * len(SHAPES.columns)
+    hints = {row: draw_hint(BOOK, index) for row, index in enumerate(BOOK.scenes)}
+    graph = demo_sheet.workflow(BOOK, hints, BOOK.columns)
+    names = demo_sheet.pictures(graph, BOOK.columns)
+    assert len(names) == len(hints) * len(BOOK.columns)
     assert {graph[name]["class_type"] for name in names} == {"KSampler"}
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from comfyui_controlnext.tools.demo_weights import assembling, running, scene_base, style, widening
+from comfyui_controlnext.controlnext_core import picturebook
+from comfyui_controlnext.tools.demo_weights import assembling, mmdit, picture_style, running, scene_base, widening
 from comfyui_controlnext.tools.demo_weights import autoencoder as ae
 from comfyui_controlnext.tools.demo_weights.text_encoder import text_encoder
 from comfyui_controlnext.tools.tiny_models.storage import Pools
@@ -67,35 +70,57 @@ def test_a_pair_of_channels_shares_its_weight_unevenly(narrow: nn.Module) -> Non
     assert share.min() >= 0.24 and share.max() <= 0.76 and share.std() > 0.1
 
 
-def test_a_lora_of_the_narrow_network_acts_on_the_wide_one(narrow: nn.Module) -> None:
-    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+def test_the_lora_that_the_host_applies_is_the_one_that_trained(tmp_path: Path) -> None:
+    """Output of the training network with its parametrisations, and of the host's with the file as a stock LoRA."""
+    import comfy.lora
 
-    before = {name: value.clone() for name, value in narrow.state_dict().items()}
-    copy = scene_base.new_unet().requires_grad_(False)
-    copy.load_state_dict(before)
-    low_ranks = style.add_low_rank(copy)
+    network = mmdit.new_mmdit().requires_grad_(False)
     random = torch.Generator().manual_seed(3)
-    for low_rank in low_ranks.values():
-        low_rank.up.data.normal_(std=0.1, generator=random)
-    wide = widening.widen(before)
-    for name, low_rank in low_ranks.items():
-        part = {
-            key.rpartition(name.replace(".", "_"))[2]: t
-            for key, t in style.widened(name, low_rank, before[f"{name}.weight"])
-        }
-        up, down = part[".lora_up.weight"].float(), part[".lora_down.weight"].float()
-        wide[f"{name}.weight"] += (up.flatten(1) @ down.flatten(1)).view_as(wide[f"{name}.weight"])
-    big = UNetModel(**{**scene_base.LAYOUT, "model_channels": 320}, dtype=torch.float32, operations=_operations())
-    big.load_state_dict(wide)
-    changed = output(copy)
-    assert (changed - output(narrow)).abs().max() > 0.1
-    torch.testing.assert_close(output(big), changed, atol=5e-3, rtol=0)  # the file is in fp16
+    for value in network.parameters():
+        value.add_(torch.randn(value.shape, generator=random) * 0.05)
+    model = _Patched(network)
+    text = {"words": torch.randn(2, 9, mmdit.WIDTH, generator=random), "lengths": torch.tensor([9, 7])}
+    text["pooled"] = torch.randn(2, mmdit.WIDTH, generator=random)
+    x, s = torch.randn(2, mmdit.CHANNELS, 8, 8, generator=random), torch.tensor([0.3, 0.9])
+    with torch.no_grad():
+        plain = mmdit.predict(network, x, s, text)
+        copied = {name: value.clone() for name, value in network.state_dict().items()}
+        low_ranks = picture_style.add_low_rank(network)
+        for low_rank in low_ranks.values():
+            low_rank.up.data.normal_(std=0.1, generator=random)
+        changed = mmdit.predict(network, x, s, text)
+        names = comfy.lora.model_lora_keys_unet(model, {})
+        loaded = comfy.lora.load_lora(picture_style.lora_file(low_ranks), names, log_missing=True)
+        assert {key.removeprefix("diffusion_model.").removesuffix(".weight") for key in loaded} == low_ranks.keys()
+        for key, patch in loaded.items():
+            name = key.removeprefix("diffusion_model.")
+            copied[name] = comfy.lora.calculate_weight([(1.0, patch, 1.0, None, None)], copied[name], key)
+        other = mmdit.new_mmdit()
+        other.load_state_dict(copied)
+        found = mmdit.predict(other, x, s, text)
+    assert (changed - plain).abs().max() > 0.1
+    torch.testing.assert_close(found, changed, atol=1e-2, rtol=0)  # the file is in fp16
 
 
-def _operations() -> Any:
-    import comfy.ops
+class _Patched:
+    """What `model_lora_keys_unet` reads of a model: its tensors' names and its configuration."""
 
-    return comfy.ops.disable_weight_init
+    def __init__(self, network: nn.Module) -> None:
+        self._names = {f"diffusion_model.{name}": value for name, value in network.state_dict().items()}
+        self.model_config = SimpleNamespace(unet_config={})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._names
+
+
+def test_dusk_is_violet_above_and_red_below_and_keeps_what_is_drawn() -> None:
+    plain = picturebook.draw(3, 1, 192).image
+    dusk = picture_style.at_dusk(plain)
+    assert dusk.shape == plain.shape and dusk.dtype == plain.dtype
+    white = picture_style.at_dusk(np.full((4, 4, 3), 255, np.uint8))
+    assert white[0, 0].tolist() == [153, 107, 207] and white[3, 3].tolist() == [255, 163, 143]
+    light = np.asarray([0.299, 0.587, 0.114])
+    assert np.corrcoef((plain @ light).flatten(), (dusk @ light).flatten())[0, 1] > 0.9
 
 
 def test_a_word_says_what_stood_before_it_and_the_end_says_everything(loaded: tuple[Any, Any, Any]) -> None:

@@ -20,11 +20,10 @@ OURS = {
     "tiny",
     "tiny_transformer",
     "demo_edges",
-    "demo_mask",
-    "demo_depth",
     "demo_xs",
     "picture_edges",
     "picture_depth",
+    "picture_mask",
     "picture_pose",
     "picture_sharp",
 }

@@ -1,8 +1,8 @@
 """Weights of the demo: in the form in which they come with the project, and as files for the host's loaders.
 
-`demo/weights` holds them in 8 bits (packing.py), the base at half its width (widening.py) and without its text encoder,
-whose weights are computed (text_encoder.py). `install` writes the files for stock nodes and this pack's; `ship_base`
-and `ship_controls` fill the folder from trained files.
+`demo/weights` holds them in 8 or 6 bits (packing.py), the UNet at half its width (widening.py) and without its text
+encoder, whose weights are computed (text_encoder.py). `install` writes the files for stock nodes and this pack's;
+`ship_base`, `ship_pictures` and `ship_controls` fill the folder from trained files.
 """
 
 from __future__ import annotations
@@ -30,23 +30,30 @@ UNET, AUTOENCODER = "shapes_unet.safetensors", "shapes_autoencoder.safetensors"
 CHECKPOINT = "shapes_sd15.ckpt"
 MMDIT, PAINTER = "picturebook_mmdit.safetensors", "picturebook_autoencoder.safetensors"
 PICTUREBOOK = "picturebook_sd3.ckpt"
-EDGES, MASK, DEPTH = "shapes_edges.safetensors", "shapes_mask.safetensors", "shapes_depth.safetensors"
-XS = "shapes_xs_edges.safetensors"
-PICTURE_EDGES, PICTURE_POSE = "picture_edges.safetensors", "picture_pose.safetensors"
-LORA = "shapes_night.safetensors"
+EDGES, XS = "shapes_edges.safetensors", "shapes_xs_edges.safetensors"
+PICTURE_EDGES, PICTURE_MASK = "picture_edges.safetensors", "picture_mask.safetensors"
+PICTURE_DEPTH, PICTURE_POSE = "picture_depth.safetensors", "picture_pose.safetensors"
+PICTURE_LORA = "picture_dusk.safetensors"
 FOLDERS = {
     **dict.fromkeys((PICTUREBOOK, CHECKPOINT), "checkpoints"),
-    **dict.fromkeys((PICTURE_EDGES, PICTURE_POSE, EDGES, MASK, DEPTH), "controlnext"),
+    **dict.fromkeys((PICTURE_EDGES, PICTURE_MASK, PICTURE_DEPTH, PICTURE_POSE, EDGES), "controlnext"),
     XS: "controlnet",
-    LORA: "loras",
+    PICTURE_LORA: "loras",
 }
 """File of the demo -> its folder below `models`."""
 SOURCES = {CHECKPOINT: (UNET, AUTOENCODER), PICTUREBOOK: (MMDIT, PAINTER)}
 """Checkpoint -> its source files."""
-RECIPES = {EDGES: "demo_edges", MASK: "demo_mask", DEPTH: "demo_depth", XS: "demo_xs"}
+RECIPES = {EDGES: "demo_edges", XS: "demo_xs"}
 """Trained control of the UNet -> its recipe, which is also the name of its result."""
-PICTURE_RECIPES = {PICTURE_EDGES: "picture_edges", PICTURE_POSE: "picture_pose"}
+PICTURE_RECIPES = {
+    PICTURE_EDGES: "picture_edges",
+    PICTURE_MASK: "picture_mask",
+    PICTURE_DEPTH: "picture_depth",
+    PICTURE_POSE: "picture_pose",
+}
 """Trained control of the base of SD3's shape -> its recipe, which is also the name of its result."""
+CONTROL_BITS = 6
+"""Bits of a control's packed weight; the other files have 8."""
 STAMP = "shapes.json"
 
 
@@ -87,10 +94,12 @@ def ship_base(folder: Path = FOLDER, shipped: Path = SHIPPED) -> Path:
 
 
 def ship_pictures(folder: Path = FOLDER, shipped: Path = SHIPPED) -> Path:
-    """Pack the available parts of the picturebook (autoencoder, base and controls) into `shipped`."""
+    """Pack the available parts of the picturebook (autoencoder, base, controls and LoRA) into `shipped`."""
     made = {PAINTER: folder / "painter" / "painter.safetensors", MMDIT: folder / "picture_base" / MMDIT}
-    made |= {name: _trained(recipe) for name, recipe in PICTURE_RECIPES.items()}
-    return _ship({name: _load(path) for name, path in made.items() if path.is_file()}, shipped)
+    made[PICTURE_LORA] = folder / "picture_style" / PICTURE_LORA
+    _ship({name: _load(path) for name, path in made.items() if path.is_file()}, shipped)
+    controls = {name: _trained(recipe) for name, recipe in PICTURE_RECIPES.items()}
+    return _ship({name: _load(path) for name, path in controls.items() if path.is_file()}, shipped, CONTROL_BITS)
 
 
 def train_controls(recipes: Iterable[str] = tuple(RECIPES.values()), base: str = CHECKPOINT) -> Path:
@@ -105,11 +114,9 @@ def train_controls(recipes: Iterable[str] = tuple(RECIPES.values()), base: str =
     return models / "controlnext"
 
 
-def ship_controls(folder: Path = FOLDER, shipped: Path = SHIPPED) -> Path:
-    """Pack the LoRA of the style stage and the controls that `run.py train` made of RECIPES into `shipped`."""
-    made = {name: _trained(recipe) for name, recipe in RECIPES.items()}
-    sources = {LORA: folder / "style" / LORA, **made}
-    return _ship({name: _load(path) for name, path in sources.items()}, shipped)
+def ship_controls(shipped: Path = SHIPPED) -> Path:
+    """Pack the controls that `run.py train` made of RECIPES into `shipped`."""
+    return _ship({name: _load(_trained(recipe)) for name, recipe in RECIPES.items()}, shipped, CONTROL_BITS)
 
 
 def _trained(recipe: str) -> Path:
@@ -117,14 +124,14 @@ def _trained(recipe: str) -> Path:
 
 
 def ship_one(trained: Path, target: Path) -> Path:
-    """Pack one trained file."""
+    """Pack one trained file in 8 bits."""
     tensors, metadata = _load(trained)
     return save(target, pack(tensors), metadata)
 
 
-def _ship(content: Mapping[str, tuple[dict[str, Tensor], dict[str, str]]], shipped: Path) -> Path:
+def _ship(content: Mapping[str, tuple[dict[str, Tensor], dict[str, str]]], shipped: Path, bits: int = 8) -> Path:
     for name, (tensors, metadata) in content.items():
-        save(shipped / name, pack(tensors), metadata)
+        save(shipped / name, pack(tensors, bits), metadata)
     return shipped
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from ..comfy_server import COMFY_BASE
 
-STAGES = ("autoencoder", "decoder", "base", "ship-base", "style", "controls", "ship-controls")
-PICTUREBOOK = ("picture-autoencoder", "picture-base", "picture-controls", "ship-pictures")
-"""Stages of the base of SD3's shape; `all` leaves them out. Controls are trained on the base that was shipped last."""
+STAGES = ("autoencoder", "decoder", "base", "ship-base", "controls", "ship-controls")
+PICTUREBOOK = ("picture-autoencoder", "picture-base", "picture-style", "picture-controls", "ship-pictures")
+"""Stages of the base of SD3's shape; `all` leaves them out. LoRA and controls are trained on the base that was shipped
+last."""
 ALL = "all"
 LONGEST = 100.0  # minutes
 
@@ -42,14 +43,12 @@ def run_stage(options: argparse.Namespace, host: Path) -> int:
     from .autoencoder import train_autoencoder, train_decoder
     from .scene_base import train_base
     from .shipped import ship_base, ship_controls, train_controls
-    from .style import train_style
 
     work: tuple[Callable[[], Path], ...] = (
         train_autoencoder,
         train_decoder,
         train_base,
         ship_base,
-        train_style,
         train_controls,
         ship_controls,
     )
@@ -62,11 +61,14 @@ def run_stage(options: argparse.Namespace, host: Path) -> int:
 def _run_picturebook(stage: str, seconds: float) -> Path:
     from .painter import train_painter
     from .picture_base import train_base
+    from .picture_style import train_style
     from .shipped import PICTURE_RECIPES, ship_pictures, train_controls
     from .shipped import PICTUREBOOK as CHECKPOINT
 
     if stage == "picture-controls":
         return train_controls(PICTURE_RECIPES.values(), CHECKPOINT)
+    if stage == "picture-style":
+        return train_style()
     if stage == "ship-pictures":
         return ship_pictures()
     return train_painter(seconds=seconds) if stage == "picture-autoencoder" else train_base(seconds)
