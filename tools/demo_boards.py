@@ -116,7 +116,7 @@ BOOK = Board(
     "picturebook",
     192,
     20,
-    (4, 13, 6),
+    (4, 13, 103),
     (
         Column("without control"),
         Column("ControlNeXt 0.5", edges=0.5),

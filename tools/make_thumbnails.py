@@ -54,7 +54,7 @@ SHOWN: dict[str, tuple[Board, Column, int]] = {
     "sdxl_canny": (BOOK, EDGES, 23),
     "sdxl_second_pass": (BOOK, EDGES, 12),
     "sdxl_depth": (BOOK, DEPTH, 13),
-    "sdxl_lora_two_controls": (BOOK, TWO, 6),
+    "sdxl_lora_two_controls": (BOOK, TWO, 101),
     "xs_sd15_canny": (SHAPES, XS, 3),
     "xs_sdxl_canny": (SHAPES, XS, 4),
     "xs_sdxl_depth": (BOOK, DEPTH, 33),
