@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 SEED = 5
+HINTS = ("edges", "mask", "depth", "pose")
+"""Names of the pictures in Hint, in their order there."""
 SCENE_SEED = 99
 """Seed of scenes that were not used in training."""
 
@@ -38,8 +40,6 @@ class Column:
     pose: float = 0.0
     xs: float = 0.0
     lora: float = 0.0
-    split: bool = False
-    """True: the edges show some of the shapes and the mask the others. False: each shows all."""
 
     @property
     def file_name(self) -> str:
@@ -61,20 +61,17 @@ class Column:
         return f"{' and '.join(names)}, strength {max(used.values()):g}{' and a LoRA' if self.lora else ''}"
 
     def given(self, hint: Hint) -> np.ndarray | None:
-        """Picture given to the controls, (H, W, 3) bytes, if other than that of the row; a mask is shown in gray."""
-        if self.split:
-            return hint.some_edges | hint.other_mask // 2
+        """Picture given to the controls, (H, W, 3) bytes, if other than that of the row."""
         if self.depth:
             return hint.depth
         return hint.mask if self.mask else None
 
     def inputs(self) -> dict[str, tuple[float, str]]:
         """Kind of each used control -> its strength, and the name of its picture in Hint."""
-        outlines = "some_edges" if self.split else "edges"
         used = {
-            "edges": (self.edges, outlines),
-            "xs": (self.xs, outlines),
-            "mask": (self.mask, "other_mask" if self.split else "mask"),
+            "edges": (self.edges, "edges"),
+            "xs": (self.xs, "edges"),
+            "mask": (self.mask, "mask"),
             "depth": (self.depth, "depth"),
             "pose": (self.pose, "pose"),
         }
@@ -169,10 +166,6 @@ class Hint:
     """Outlines of all shapes, with which the F1 is computed."""
     mask: np.ndarray
     """Mask of all shapes, white on black."""
-    some_edges: np.ndarray
-    """Outlines of one shape."""
-    other_mask: np.ndarray
-    """Mask of the other shapes, white on black."""
     depth: np.ndarray
     """Depth of all shapes and the floor; bright is near."""
     pose: np.ndarray
@@ -180,28 +173,11 @@ class Hint:
 
 
 def draw_hint(board: Board, index: int) -> Hint:
-    """Draw the hints of an unseen scene; its shapes are the connected parts of its mask."""
-    import cv2
-    import numpy as np
-
+    """Draw the hints of an unseen scene."""
     from ..controlnext_training.drawn import SCHEMES
 
     scene = SCHEMES[board.scheme](SCENE_SEED, index, board.side)
-    _, parts = cv2.connectedComponents((scene.mask > 127).astype(np.uint8))
-    near_first = cv2.dilate((parts == 1).astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
-
-    def rgb(plane: np.ndarray) -> np.ndarray:
-        return np.repeat(plane[..., None], 3, axis=2)
-
-    return Hint(
-        scene.caption,
-        scene.hint("edges"),
-        scene.hint("mask"),
-        rgb(scene.edges * near_first),
-        rgb(scene.mask * ~near_first),
-        scene.hint("depth"),
-        scene.hint("pose"),
-    )
+    return Hint(scene.caption, *(scene.hint(name) for name in HINTS))
 
 
 def hints_of(board: Board) -> dict[int, Hint]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .demo_boards import BOARDS, Board, Column, Hint, hints_of
+from .demo_boards import BOARDS, HINTS, Board, Column, Hint, hints_of
 from .demo_weights.shipped import install
 from .environment import ROOT
 
@@ -129,8 +129,7 @@ def _conditions(
 
 def uploads(hints: Mapping[int, Hint]) -> dict[str, bytes]:
     """Files for the host's input folder: name -> PNG."""
-    kinds = ("edges", "mask", "some_edges", "other_mask", "depth", "pose")
-    return {f"{row}_{kind}.png": png(getattr(hint, kind)) for row, hint in hints.items() for kind in kinds}
+    return {f"{row}_{kind}.png": png(getattr(hint, kind)) for row, hint in hints.items() for kind in HINTS}
 
 
 def scores(hints: Mapping[int, Hint], cells: Mapping[tuple[int, int], bytes]) -> dict[tuple[int, int], float]:

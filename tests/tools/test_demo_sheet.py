@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from comfyui_controlnext.controlnext_core import picturebook
 from comfyui_controlnext.tools import demo_sheet
-from comfyui_controlnext.tools.demo_boards import BOOK, CHILDREN, SHAPES, Column, draw_hint
+from comfyui_controlnext.tools.demo_boards import BOOK, CHILDREN, HINTS, SCENE_SEED, SHAPES, draw_hint
 from comfyui_controlnext.tools.demo_weights import packing, shipped
 from comfyui_controlnext.tools.environment import SetupError
 from PIL import Image
@@ -113,13 +114,12 @@ def test_a_missing_file_says_where_it_comes_from(tmp_path: Path) -> None:
     assert not list((tmp_path / "base").rglob("*.safetensors"))
 
 
-def test_hints_of_a_scene_tell_its_shapes_apart() -> None:
-    for index in SHAPES.scenes:
-        hint = draw_hint(SHAPES, index)
-        outlined, masked = hint.some_edges.any(2), hint.other_mask.any(2)
-        assert outlined.any() and masked.any(), "a scene of the demo has two shapes or more"
-        assert not np.logical_and(outlined, masked).any()
-        assert np.logical_or(outlined, ~hint.edges.any(2)).sum() >= outlined.sum()
+def test_a_hint_has_the_pictures_of_its_scene_under_their_names() -> None:
+    scene = picturebook.draw_children(SCENE_SEED, 3, CHILDREN.side)
+    hint = draw_hint(CHILDREN, 3)
+    assert hint.caption == scene.caption and HINTS == picturebook.HINTS
+    for name in HINTS:
+        assert np.array_equal(getattr(hint, name), scene.hint(name)) and getattr(hint, name).any(), name
 
 
 def test_the_sheet_shows_every_cell_in_its_place() -> None:
@@ -140,9 +140,8 @@ def test_the_sheet_shows_every_cell_in_its_place() -> None:
 
 def test_a_corner_shows_what_a_control_was_given_where_it_is_not_the_outlines() -> None:
     hint = draw_hint(BOOK, BOOK.scenes[0])
-    both = Column("outlines of one thing, mask of the others", edges=1.0, mask=1.0, split=True)
-    columns = (*(column for column in BOOK.columns if column.given(hint) is not None), both)
-    assert [column.title for column in columns] == ["depth", "mask", "edges + depth", both.title]
+    columns = tuple(column for column in BOOK.columns if column.given(hint) is not None)
+    assert [column.title for column in columns] == ["depth", "mask", "edges + depth"]
     cells = {(0, place): png("red", BOOK.side) for place in range(len(columns))}
     sheet = np.asarray(demo_sheet.compose(BOOK, {0: hint}, columns, cells, dict.fromkeys(cells, 0.5)))
     side = BOOK.side // demo_sheet.INSET

@@ -70,7 +70,7 @@ def test_a_pair_of_channels_shares_its_weight_unevenly(narrow: nn.Module) -> Non
     assert share.min() >= 0.24 and share.max() <= 0.76 and share.std() > 0.1
 
 
-def test_the_lora_that_the_host_applies_is_the_one_that_trained(tmp_path: Path) -> None:
+def test_the_lora_that_the_host_applies_is_the_one_that_trained() -> None:
     """Output of the training network with its parametrisations, and of the host's with the file as a stock LoRA."""
     import comfy.lora
 
@@ -103,7 +103,7 @@ def test_the_lora_that_the_host_applies_is_the_one_that_trained(tmp_path: Path) 
 
 
 class _Patched:
-    """What `model_lora_keys_unet` reads of a model: its tensors' names and its configuration."""
+    """Model with the parts that the host's `model_lora_keys_unet` reads: names of tensors, and a configuration."""
 
     def __init__(self, network: nn.Module) -> None:
         self._names = {f"diffusion_model.{name}": value for name, value in network.state_dict().items()}

@@ -11,18 +11,17 @@ from typing import cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ...controlnext_core.picturebook import draw
 from ...controlnext_training.seeding import generator
 from ..tiny_models.storage import save
+from . import autoencoder
 from .mmdit import CHANNELS, new_mmdit, sample
-from .packing import unpack
 from .picture_base import SIDE, Text, batch_of, latents_of, loss_at, painter_of, text_model, texts_of
 from .running import StageRun, cosine, picture_grid, unpaused_steps
-from .shipped import MMDIT, PICTURE_LORA, SHIPPED
+from .shipped import MMDIT, PICTURE_LORA, SHIPPED, read_packed
 
 SEED = 31
 PICTURES, STEPS, BATCH = 320, 300, 8
@@ -82,7 +81,7 @@ def train_style(steps: int = STEPS, pictures: int = PICTURES) -> Path:
     """Train the LoRA from the start (minutes) on the shipped base; returns its file."""
     stage = StageRun("picture_style")
     network = new_mmdit().requires_grad_(False)
-    weights = {name: value.float() for name, value in unpack(load_file(SHIPPED / MMDIT)).items()}
+    weights = {name: value.float() for name, value in read_packed(SHIPPED / MMDIT)[0].items()}
     network.load_state_dict(weights, strict=False)
     latents, texts = _data(stage, pictures)
     low_ranks = add_low_rank(network)
@@ -120,8 +119,6 @@ def _data(stage: StageRun, count: int) -> tuple[Tensor, list[Text]]:
 
 @torch.no_grad()
 def _show(network: nn.Module, stage: StageRun, count: int = 8) -> None:
-    from . import autoencoder
-
     clip = text_model(stage.folder)
     captions = [draw(SEED, 10**6 + index, SIDE).caption for index in range(count)]
     text, empty = batch_of(texts_of(clip, captions)), batch_of(texts_of(clip, [""] * count))

@@ -70,13 +70,13 @@ def install(base: Path, names: Iterable[str] = tuple(FOLDERS), shipped: Path = S
         if path.is_file() and versions.get(name) == version:
             continue
         if name == CHECKPOINT:
-            wide = {key: value.half() for key, value in widen(_read(shipped / UNET)[0]).items()}
-            write_checkpoint(path, wide, autoencoder.whole(_read(shipped / AUTOENCODER)[0]))
+            wide = {key: value.half() for key, value in widen(read_packed(shipped / UNET)[0]).items()}
+            write_checkpoint(path, wide, autoencoder.whole(read_packed(shipped / AUTOENCODER)[0]))
         elif name == PICTUREBOOK:
-            network = as_the_host_loads(_read(shipped / MMDIT)[0])
-            write_sd3_checkpoint(path, network, autoencoder.whole(_read(shipped / PAINTER)[0]))
+            network = as_the_host_loads(read_packed(shipped / MMDIT)[0])
+            write_sd3_checkpoint(path, network, autoencoder.whole(read_packed(shipped / PAINTER)[0]))
         else:
-            save(path, *_read(shipped / name))
+            save(path, *read_packed(shipped / name))
         versions[name] = version
         text = json.dumps(versions, indent=1)
         write_atomically(stamp, lambda file, text=text: file.write_text(text, "utf-8"))  # type: ignore[misc]
@@ -135,7 +135,7 @@ def _ship(content: Mapping[str, tuple[dict[str, Tensor], dict[str, str]]], shipp
     return shipped
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_packed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors in fp16 and metadata of a packed file."""
     tensors, metadata = _load(path)
     return unpack(tensors), metadata

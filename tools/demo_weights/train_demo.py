@@ -65,10 +65,11 @@ def _run_picturebook(stage: str, seconds: float) -> Path:
     from .shipped import PICTURE_RECIPES, ship_pictures, train_controls
     from .shipped import PICTUREBOOK as CHECKPOINT
 
-    if stage == "picture-controls":
-        return train_controls(PICTURE_RECIPES.values(), CHECKPOINT)
-    if stage == "picture-style":
-        return train_style()
-    if stage == "ship-pictures":
-        return ship_pictures()
-    return train_painter(seconds=seconds) if stage == "picture-autoencoder" else train_base(seconds)
+    work: dict[str, Callable[[], Path]] = {
+        "picture-autoencoder": lambda: train_painter(seconds=seconds),
+        "picture-base": lambda: train_base(seconds),
+        "picture-style": train_style,
+        "picture-controls": lambda: train_controls(PICTURE_RECIPES.values(), CHECKPOINT),
+        "ship-pictures": ship_pictures,
+    }
+    return work[stage]()
