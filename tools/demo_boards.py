@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from .demo_weights.shipped import (
     CHECKPOINT,
-    EDGES,
     PICTURE_DEPTH,
     PICTURE_EDGES,
     PICTURE_LORA,
@@ -82,6 +81,8 @@ class Column:
 class Board:
     """Board of one base of the demo: its part of the sheet."""
 
+    name: str
+    """Start of the names of its pictures."""
     title: str
     checkpoint: str
     scheme: str
@@ -108,6 +109,7 @@ PICTURE_FILES = {
     "lora": PICTURE_LORA,
 }
 BOOK = Board(
+    "picturebook",
     "A base of SD3's shape, and ControlNeXt for outlines, depth and masks",
     PICTUREBOOK,
     "picturebook",
@@ -126,6 +128,7 @@ BOOK = Board(
     PICTURE_FILES,
 )
 CHILDREN = Board(
+    "children",
     "The same base, and a ControlNeXt for poses",
     PICTUREBOOK,
     "children",
@@ -140,21 +143,22 @@ CHILDREN = Board(
     PICTURE_FILES,
     shown="pose",
 )
-SHAPES = Board(
-    "A base of SD1.5's shape that knows plain shapes, ControlNeXt and ControlNet-XS",
+UNET_BOOK = Board(
+    "picturebook_unet",
+    "A base of SD1.5's shape, and a ControlNet-XS for outlines",
     CHECKPOINT,
-    "synthetic",
-    128,
-    14,
-    (4, 12),
+    "picturebook",
+    192,
+    20,
+    (4, 13),
     (
         Column("without control"),
-        Column("ControlNeXt 1.0", edges=1.0),
-        Column("ControlNet-XS", xs=1.0),
+        Column("ControlNet-XS 0.5", xs=0.5),
+        Column("ControlNet-XS 1.0", xs=1.0),
     ),
-    {"edges": EDGES, "xs": XS},
+    {"xs": XS},
 )
-BOARDS = (BOOK, CHILDREN, SHAPES)
+BOARDS = (BOOK, CHILDREN, UNET_BOOK)
 
 
 @dataclass(frozen=True)
@@ -163,11 +167,11 @@ class Hint:
 
     caption: str
     edges: np.ndarray
-    """Outlines of all shapes, with which the F1 is computed."""
+    """Outlines of all things, with which the F1 is computed."""
     mask: np.ndarray
-    """Mask of all shapes, white on black."""
+    """Mask of the things that the caption names, white on black."""
     depth: np.ndarray
-    """Depth of all shapes and the floor; bright is near."""
+    """Depth of everything in the scene; bright is near."""
     pose: np.ndarray
     """Pose of the people as sticks; black without people."""
 

@@ -48,7 +48,7 @@ def png(picture: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-class _Graph:
+class GraphBuilder:
     """Graph in the API's format; equal nodes are added once."""
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ def workflow(board: Board, hints: Mapping[int, Hint], columns: tuple[Column, ...
 
     Pictures of hints are those of `uploads`.
     """
-    graph = _Graph()
+    graph = GraphBuilder()
     checkpoint = graph.add("CheckpointLoaderSimple", ckpt_name=board.checkpoint)
     latent = graph.add("EmptyLatentImage", width=board.side, height=board.side, batch_size=1)
     for row, hint in hints.items():
@@ -95,7 +95,7 @@ def workflow(board: Board, hints: Mapping[int, Hint], columns: tuple[Column, ...
 
 
 def _conditions(
-    graph: _Graph, board: Board, checkpoint: str, row: int, caption: str, column: Column
+    graph: GraphBuilder, board: Board, checkpoint: str, row: int, caption: str, column: Column
 ) -> tuple[Link, Link, Link]:
     """Model, positive and negative conditioning of one cell."""
     model: Link = [checkpoint, 0]
@@ -253,7 +253,7 @@ def _drawn(server: ComfyClient, board: Board, output: Path) -> Pictures.Image:
     cells = draw_cells(server, board, hints, board.columns)
     f1 = scores(hints, cells)
     for (row, place), content in cells.items():
-        name = f"{board.scheme}_{row + 1}_{board.columns[place].file_name}.png"
+        name = f"{board.name}_{row + 1}_{board.columns[place].file_name}.png"
         (output / name).write_bytes(content)
     for place, column in enumerate(board.columns):
         mean = sum(f1[row, place] for row in hints) / len(hints)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 PYTEST = "pytest"
 TRAINED = ("picturebook_autoencoder.safetensors", "picturebook_mmdit.safetensors")
 """Packed weights that are returned, and from which the next run continues."""
-STARTS = ("shapes_autoencoder.safetensors", *TRAINED)
+STARTS = ("picturebook_unet_autoencoder.safetensors", *TRAINED)
 """Files of demo/weights from which the training parts start."""
 TRANSFORMERS = ("sd3", "flux", "chroma", "qwen_image", "lumina2", "z_image")
 

@@ -30,7 +30,7 @@ from comfyui_controlnext.tools.demo_boards import (  # noqa: E402
     BOOK,
     CHILDREN,
     SCENE_SEED,
-    SHAPES,
+    UNET_BOOK,
     Board,
     Column,
     Hint,
@@ -55,11 +55,11 @@ SHOWN: dict[str, tuple[Board, Column, int]] = {
     "sdxl_second_pass": (BOOK, EDGES, 12),
     "sdxl_depth": (BOOK, DEPTH, 13),
     "sdxl_lora_two_controls": (BOOK, TWO, 101),
-    "xs_sd15_canny": (SHAPES, XS, 3),
-    "xs_sdxl_canny": (SHAPES, XS, 4),
+    "xs_sd15_canny": (UNET_BOOK, XS, 3),
+    "xs_sdxl_canny": (UNET_BOOK, XS, 4),
     "xs_sdxl_depth": (BOOK, DEPTH, 33),
-    "xs_sdxl_two": (SHAPES, XS, 23),
-    "xs_controlnext_lora": (SHAPES, XS, 12),
+    "xs_sdxl_two": (UNET_BOOK, XS, 23),
+    "xs_controlnext_lora": (UNET_BOOK, XS, 12),
     "train_sd15": (BOOK, EDGES, 33),
     "sd35_canny": (BOOK, EDGES, 33),
     "train_sd35": (BOOK, EDGES, 3),
@@ -76,9 +76,10 @@ SIDE, GAP, QUALITY = 238, 4, 55
 
 
 def scaled(column: Column, strength: float) -> Column:
-    """Column with its controls at this strength."""
+    """Column with its controls at this strength; at 0 without its LoRA too."""
     names = ("edges", "mask", "depth", "pose", "xs")
-    return replace(column, **{name: strength * getattr(column, name) for name in names})
+    strengths = {name: strength * getattr(column, name) for name in names}
+    return replace(column, **strengths, lora=column.lora if strength else 0.0)
 
 
 def shown(hint: Hint, board: Board, column: Column) -> Any:

@@ -279,15 +279,15 @@ def test_the_training_demo_trains_from_its_template(browser: Browser, server: "C
     graph = page_graph("demo_train")
     (trainer,) = (node for node in graph["nodes"] if node["type"] == "ControlNeXtTrain")
     (data,) = (node for node in graph["nodes"] if node["type"] == "ControlDatasetFolder")
-    data["widgets_values"][0] = data["widgets_values"][0].replace(":200:", ":8:")
-    shorter = json.dumps(trainer["widgets_values"]).replace("validate_every = 40", "validate_every = 0")
-    trainer["widgets_values"] = [2 if value == 80 else value for value in json.loads(shorter)]
+    data["widgets_values"][0] = data["widgets_values"][0].replace(":60:", ":8:")
+    shorter = json.dumps(trainer["widgets_values"]).replace("validate_every = 20", "validate_every = 0")
+    trainer["widgets_values"] = [2 if value == 40 else value for value in json.loads(shorter)]
     assert trainer["widgets_values"].count(2) == 1 and "validate_every = 0" in shorter
     page = browser.page
     page.evaluate("(graph) => app.loadGraphData(graph)", graph)
     page.get_by_test_id("queue-button").click()
     shown = "(type) => app.graph.nodes.find(n => n.type === type).imgs?.[0]?.naturalWidth"
-    assert page.wait_for_function(shown, arg="SaveImage", timeout=600_000).json_value() == 64
+    assert page.wait_for_function(shown, arg="SaveImage", timeout=600_000).json_value() == 128
     for kind in ("ControlDatasetFolder", "ControlNeXtTrain"):
         assert page.evaluate(shown, kind) > 200
     browser.shot("demo_train", clip=page.evaluate(SHOW_ALL))

@@ -6,20 +6,17 @@ edges is that of the demo: 1 where the picture's outlines are the drawn ones, to
 
 from __future__ import annotations
 
-import io
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from comfyui_controlnext.controlnext_core.picturebook import COLORS, THINGS, Picture
 from comfyui_controlnext.controlnext_training.drawn import SCHEMES
-from comfyui_controlnext.tools import demo_sheet
-from comfyui_controlnext.tools.demo_boards import BOOK, CHILDREN, SCENE_SEED, SHAPES, Board, Column, draw_hint
+from comfyui_controlnext.tools.demo_boards import BOOK, CHILDREN, SCENE_SEED, UNET_BOOK, Board, Column
+from comfyui_controlnext.tools.demo_figures import mean, measured, share_of_colors
 from comfyui_controlnext.tools.demo_weights import shipped
 from comfyui_controlnext.tools.demo_weights.picture_style import at_dusk
-from PIL import Image
+from comfyui_controlnext.tools.demo_weights.reader import agreement, trained_reader
 
 if TYPE_CHECKING:
     from comfyui_controlnext.tools.comfy_server import ComfyServer
@@ -40,6 +37,8 @@ class Drawn:
     """Means over the hints, by column."""
 
     f1: dict[Column, float]
+    depth: dict[Column, float]
+    mask: dict[Column, float]
     dusk: dict[Column, float]
     """Share of the pictures whose colours are nearer to the scene at dusk than to the scene itself."""
     colors: dict[Column, float]
@@ -52,22 +51,17 @@ def models(server: ComfyServer) -> None:
 
 
 def drawn(server: ComfyServer, count: int, *columns: Column, board: Board = BOOK) -> Drawn:
-    hints = {row: draw_hint(board, FIRST + row) for row in range(count)}
-    cells = {}
-    for row, hint in hints.items():  # a workflow each, far from its time limit
-        cells |= demo_sheet.draw_cells(server, board, {row: hint}, columns)
-    f1 = demo_sheet.scores(hints, cells)
-    scenes = {row: SCHEMES[board.scheme](SCENE_SEED, FIRST + row, board.side) for row in hints}
-    pictures = {
-        place: np.asarray(Image.open(io.BytesIO(content)).convert("RGB"), np.float64)
-        for place, content in cells.items()
-    }
-    found = Drawn({}, {}, {})
-    for place, column in enumerate(columns):
-        found.f1[column] = sum(f1[row, place] for row in hints) / count
-        found.dusk[column] = sum(is_dusk(pictures[row, place], scenes[row].image) for row in hints) / count
-        things = [right_colors(pictures[row, place], scenes[row]) for row in hints]
-        found.colors[column] = sum(right for right, _ in things) / max(1, sum(of for _, of in things))
+    numbers = range(FIRST, FIRST + count)
+    scenes = [SCHEMES[board.scheme](SCENE_SEED, number, board.side).image for number in numbers]
+    found = Drawn({}, {}, {}, {}, {})
+    for column, of_column in measured(server, board, numbers, columns).items():
+        found.f1[column] = mean(figures.f1 for figures in of_column)
+        found.depth[column] = mean(figures.depth for figures in of_column)
+        found.mask[column] = mean(figures.mask for figures in of_column)
+        found.dusk[column] = mean(
+            is_dusk(figures.picture, scene) for figures, scene in zip(of_column, scenes, strict=True)
+        )
+        found.colors[column] = share_of_colors(of_column)
     return found
 
 
@@ -77,26 +71,12 @@ def is_dusk(found: np.ndarray, scene: np.ndarray) -> float:
     return float(np.linalg.norm(of_found - of_dusk) < np.linalg.norm(of_found - of_scene))
 
 
-def right_colors(found: np.ndarray, scene: Picture) -> tuple[int, int]:
-    """Number of things whose colour, of all named ones, is nearest to the caption's, and of those that were looked at.
-
-    The median of a picture is compared where the scene has the plain colour of the thing.
-    """
-    right = of = 0
-    for name in re.findall(rf"\b({'|'.join(COLORS)}) (?:{'|'.join(THINGS)})\b", scene.caption):
-        plain = np.abs(scene.image.astype(float) - COLORS[name]).max(2) < 8
-        if plain.sum() >= 40:
-            median = np.median(found[plain], axis=0)
-            of += 1
-            right += min(COLORS, key=lambda other: np.linalg.norm(median - COLORS[other])) == name
-    return right, of
-
-
 @pytest.mark.parametrize("count", COUNTS)
-def test_plain_shapes_follow_their_outlines(server: ComfyServer, models: None, count: int) -> None:
-    found = drawn(server, count, NONE, NEXT, XS, board=SHAPES).f1
-    assert found[NEXT] > found[NONE] + 0.3, found
-    assert found[XS] > found[NONE] + 0.3, found
+def test_illustrations_of_the_unet_follow_their_outlines(server: ComfyServer, models: None, count: int) -> None:
+    found = drawn(server, count, NONE, XS, board=UNET_BOOK)
+    assert found.f1[XS] >= 0.87 > found.f1[NONE] + 0.3, found
+    assert found.mask[XS] >= 0.85 > found.mask[NONE] + 0.1, found
+    assert found.depth[XS] >= 0.9 > found.depth[NONE], found
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -115,6 +95,20 @@ def test_illustrations_follow_what_each_control_is_given(server: ComfyServer, mo
     assert found[DEPTH] > found[NONE] + 0.1, found
     assert found[MASK] > found[NONE] + 0.05, found
     assert found[BOTH] > found[DEPTH], found
+    assert drawings.depth[DEPTH] >= 0.9 > drawings.depth[NONE], drawings
+    assert drawings.mask[MASK] >= 0.85 > drawings.mask[NONE] + 0.15, drawings
+    assert drawings.mask[NEXT] >= 0.85, drawings
+    assert drawings.depth[BOTH] >= 0.9 * drawings.depth[DEPTH], drawings
+    assert found[BOTH] >= 0.9 * found[NEXT], found
+
+
+def test_the_reader_finds_depth_and_mask_of_true_pictures_and_not_of_others() -> None:
+    reader = trained_reader()
+    scenes = [SCHEMES["picturebook"](SCENE_SEED, FIRST + number, BOOK.side) for number in range(8)]
+    true = [agreement(reader, scene.image, scene) for scene in scenes]
+    other = [agreement(reader, scenes[number - 1].image, scene) for number, scene in enumerate(scenes)]
+    assert min(depth for depth, _ in true) >= 0.87 and min(mask for _, mask in true) >= 0.88, true
+    assert mean(depth for depth, _ in other) < 0.85 and mean(mask for _, mask in other) < 0.5, other
 
 
 def test_control_goes_on_under_a_lora_that_it_never_met(server: ComfyServer, models: None) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from comfyui_controlnext.controlnext_core import picturebook
 from comfyui_controlnext.tools import demo_sheet
-from comfyui_controlnext.tools.demo_boards import BOOK, CHILDREN, HINTS, SCENE_SEED, SHAPES, draw_hint
+from comfyui_controlnext.tools.demo_boards import BOOK, CHILDREN, HINTS, SCENE_SEED, UNET_BOOK, draw_hint
 from comfyui_controlnext.tools.demo_weights import packing, shipped
 from comfyui_controlnext.tools.environment import SetupError
 from PIL import Image
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MEGABYTE = 1e6
 
 
-def png(color: str, side: int = SHAPES.side) -> bytes:
+def png(color: str, side: int = UNET_BOOK.side) -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", (side, side), color).save(stream, "PNG")
     return stream.getvalue()
@@ -97,7 +97,7 @@ def test_the_shipped_weights_are_small_and_everything_the_demo_uses_is_there() -
 
 def test_models_are_unpacked_once_and_again_when_one_changes(tmp_path: Path) -> None:
     models = shipped.install(tmp_path, (shipped.PICTURE_LORA, shipped.XS))
-    lora, control = models / "loras" / shipped.PICTURE_LORA, models / "controlnet" / shipped.XS
+    lora, control = models / "loras" / shipped.PICTURE_LORA, models / "controlnext" / shipped.XS
     before = lora.stat().st_mtime_ns, control.stat().st_mtime_ns
     shipped.install(tmp_path, (shipped.PICTURE_LORA, shipped.XS))
     assert (lora.stat().st_mtime_ns, control.stat().st_mtime_ns) == before
@@ -123,16 +123,16 @@ def test_a_hint_has_the_pictures_of_its_scene_under_their_names() -> None:
 
 
 def test_the_sheet_shows_every_cell_in_its_place() -> None:
-    hints = {row: draw_hint(SHAPES, index) for row, index in enumerate(SHAPES.scenes[:2])}
-    columns = SHAPES.columns[:2]
+    hints = {row: draw_hint(UNET_BOOK, index) for row, index in enumerate(UNET_BOOK.scenes[:2])}
+    columns = UNET_BOOK.columns[:2]
     colors = {(0, 0): "red", (0, 1): "lime", (1, 0): "blue", (1, 1): "yellow"}
     f1 = dict.fromkeys(colors, 0.5)
-    sheet = demo_sheet.compose(SHAPES, hints, columns, {place: png(color) for place, color in colors.items()}, f1)
+    sheet = demo_sheet.compose(UNET_BOOK, hints, columns, {place: png(color) for place, color in colors.items()}, f1)
     found = {
         color: np.argwhere((np.asarray(sheet) == Image.new("RGB", (1, 1), color).getpixel((0, 0))).all(2))
         for color in colors.values()
     }
-    assert all(len(places) == SHAPES.side**2 for places in found.values())
+    assert all(len(places) == UNET_BOOK.side**2 for places in found.values())
     top, left = (lambda color: found[color][0].tolist()[0]), (lambda color: found[color][0].tolist()[1])
     assert top("red") == top("lime") < top("blue") == top("yellow")
     assert left("red") == left("blue") < left("lime") == left("yellow")
@@ -156,24 +156,24 @@ def test_a_corner_shows_what_a_control_was_given_where_it_is_not_the_outlines() 
 def test_the_demo_draws_through_the_server_what_the_edges_show(
     server: ComfyServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Row of the sheet without and with ControlNeXt, as `run.py demo` queues it."""
+    """Row of the sheet without and with ControlNet-XS, as `run.py demo` queues it."""
     shipped.install(server.base)
-    hints = {0: draw_hint(SHAPES, SHAPES.scenes[0])}
-    columns = SHAPES.columns[:2]
-    f1 = demo_sheet.scores(hints, demo_sheet.draw_cells(server, SHAPES, hints, columns))
+    hints = {0: draw_hint(UNET_BOOK, UNET_BOOK.scenes[0])}
+    columns = UNET_BOOK.columns[:2]
+    f1 = demo_sheet.scores(hints, demo_sheet.draw_cells(server, UNET_BOOK, hints, columns))
     assert f1[0, 1] > f1[0, 0] + 0.2
     said = capsys.readouterr().out.splitlines()
     assert [line.partition(",")[0].strip() for line in said] == [
         "picture 1 of 2: without control",
-        "picture 2 of 2: edges",
+        "picture 2 of 2: ControlNet-XS edges",
     ]
 
 
 def test_every_picture_of_the_demo_has_its_words() -> None:
     assert [column.words for column in CHILDREN.columns][1:] == [f"pose, strength {s}" for s in (0.5, 1)]
-    assert [column.words for column in SHAPES.columns] == [
+    assert [column.words for column in UNET_BOOK.columns] == [
         "without control",
-        "edges, strength 1",
+        "ControlNet-XS edges, strength 0.5",
         "ControlNet-XS edges, strength 1",
     ]
     assert [column.words for column in BOOK.columns] == [

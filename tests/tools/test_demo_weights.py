@@ -10,8 +10,17 @@ import numpy as np
 import pytest
 import torch
 from comfyui_controlnext.controlnext_core import picturebook
-from comfyui_controlnext.tools.demo_weights import assembling, mmdit, picture_style, running, scene_base, widening
+from comfyui_controlnext.tools.demo_weights import (
+    assembling,
+    mmdit,
+    painter,
+    picture_style,
+    running,
+    unet_base,
+    widening,
+)
 from comfyui_controlnext.tools.demo_weights import autoencoder as ae
+from comfyui_controlnext.tools.demo_weights.muon import Muon
 from comfyui_controlnext.tools.demo_weights.text_encoder import text_encoder
 from comfyui_controlnext.tools.tiny_models.storage import Pools
 from comfyui_controlnext.tools.tiny_models.text_and_vae import taesd
@@ -27,7 +36,7 @@ CIRCLE, SQUARE, END, PAD = 3, 7, 12, 13  # places in either, after the start tok
 @pytest.fixture(scope="module")
 def narrow() -> nn.Module:
     """Narrow UNet with random weights."""
-    unet = scene_base.new_unet().requires_grad_(False)
+    unet = unet_base.new_unet().requires_grad_(False)
     random = torch.Generator().manual_seed(1)
     for value in unet.parameters():
         value.add_(torch.randn(value.shape, generator=random) * (value[0].numel() ** -0.5 if value.ndim > 1 else 0.1))
@@ -49,7 +58,7 @@ def loaded(narrow: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple
 def output(unet: nn.Module) -> Tensor:
     random = torch.Generator().manual_seed(2)
     x, words = torch.randn(2, 4, 8, 8, generator=random), torch.randn(2, 77, 768, generator=random)
-    return unet(x, torch.tensor([10.0, 800.0]), words, transformer_options=scene_base._options())
+    return unet(x, torch.tensor([10.0, 800.0]), words, transformer_options=unet_base._options())
 
 
 def test_the_wide_network_is_detected_as_sd15_and_computes_what_the_narrow_one_does(
@@ -57,7 +66,7 @@ def test_the_wide_network_is_detected_as_sd15_and_computes_what_the_narrow_one_d
 ) -> None:
     model = loaded[0].model
     assert type(model.model_config).__name__ == "SD15"
-    assert model.model_config.unet_config["model_channels"] == 2 * scene_base.LAYOUT["model_channels"]
+    assert model.model_config.unet_config["model_channels"] == 2 * unet_base.LAYOUT["model_channels"]
     wide = output(model.diffusion_model.float())
     assert wide.std() > 0.1
     torch.testing.assert_close(wide, output(narrow), atol=2e-5, rtol=0)
@@ -126,7 +135,7 @@ def test_dusk_is_violet_above_and_red_below_and_keeps_what_is_drawn() -> None:
 def test_a_word_says_what_stood_before_it_and_the_end_says_everything(loaded: tuple[Any, Any, Any]) -> None:
     clip = loaded[1]
     one, two, other = (
-        scene_base.context(clip, text) for text in (WORDS, SWAPPED, "a pink triangle on a black background")
+        unet_base.context(clip, text) for text in (WORDS, SWAPPED, "a pink triangle on a black background")
     )
     away = (one - two).square().mean(1).sqrt()
     assert away[CIRCLE] > 0.4 and away[SQUARE] > 0.4  # the same word behind another colour
@@ -148,7 +157,7 @@ def test_the_text_encoder_is_the_same_in_every_file() -> None:
 def test_many_captions_at_once_are_what_the_stock_node_encodes(loaded: tuple[Any, Any, Any]) -> None:
     clip = loaded[1]
     torch.testing.assert_close(
-        scene_base.contexts_of(clip, [WORDS, ""])[1], scene_base.context(clip, ""), atol=1e-5, rtol=0
+        unet_base.contexts_of(clip, [WORDS, ""])[1], unet_base.context(clip, ""), atol=1e-5, rtol=0
     )
 
 
@@ -156,7 +165,7 @@ def test_latents_are_as_the_unet_sees_them(loaded: tuple[Any, Any, Any]) -> None
     """The host multiplies what its VAE encodes by the latent format's factor; the training does not."""
     model, _, vae = loaded
     start = ae.new_autoencoder().requires_grad_(False)
-    picture = torch.from_numpy(scene_base.draw(0, 0, 64).image)[None].float() / 255
+    picture = torch.from_numpy(unet_base.draw(0, 0, 64).image)[None].float() / 255
     seen = model.model.process_latent_in(vae.encode(picture))
     torch.testing.assert_close(seen, ae.encode(start, picture.permute(0, 3, 1, 2)), atol=0.02, rtol=0)
 
@@ -173,6 +182,75 @@ def test_idle_blocks_of_the_autoencoder_pass_what_enters() -> None:
             whole.taesd_decoder(whole.taesd_encoder(picture)), ae.decode(start, ae.encode(start, picture))
         )
     assert len(taesd(Pools(0), "", 1.0)) > len(start.state_dict())
+
+
+def test_the_autoencoder_starts_from_the_principal_components_of_the_wider_one() -> None:
+    wide = painter.new_painter().requires_grad_(False)
+    random = torch.Generator().manual_seed(6)
+    for name in ("taesd_encoder.14.weight", "taesd_decoder.1.weight"):
+        wide.get_parameter(name).normal_(std=0.1, generator=random)
+    pictures = torch.rand(6, 3, 64, 64, generator=random)
+    latents = ae.encode(wide, pictures)
+    narrow = ae.new_autoencoder().requires_grad_(False)
+    narrow.load_state_dict(ae.narrowed(dict(wide.state_dict()), latents))
+    found = ae.encode(narrow, pictures)
+    rows = found.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(torch.cov(rows), torch.eye(ae.CHANNELS), atol=1e-3, rtol=0)
+    torch.testing.assert_close(rows.mean(1), torch.zeros(ae.CHANNELS), atol=1e-3, rtol=0)
+    centred = latents - latents.mean((0, 2, 3), keepdim=True)
+    _, values, vectors = torch.linalg.svd(centred.transpose(0, 1).flatten(1).T, full_matrices=False)
+    kept = vectors[: ae.CHANNELS]
+    projected = torch.einsum("nchw,kc,kd->ndhw", centred, kept, kept) + latents.mean((0, 2, 3), keepdim=True)
+    first, wider = narrow.get_submodule("taesd_decoder.1"), wide.get_submodule("taesd_decoder.1")
+    inner = (slice(None), slice(None), slice(1, -1), slice(1, -1))  # the border sees zeros in place of the mean
+    torch.testing.assert_close(first(found)[inner], wider(projected)[inner], atol=1e-4, rtol=1e-4)
+
+
+def test_every_second_noise_level_of_the_base_decides_edges(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Tensor] = {}
+
+    def predict(unet: nn.Module, x: Tensor, sigma: Tensor, times: Tensor, contexts: Tensor) -> Tensor:
+        seen.update(sigma=sigma, times=times)
+        return x
+
+    monkeypatch.setattr(unet_base, "predict", predict)
+    table = unet_base.sigmas()
+    unet_base.loss_at(nn.Identity(), torch.zeros(64, 4, 8, 8), torch.zeros(0), table, torch.Generator().manual_seed(0))
+    assert torch.equal(seen["sigma"], table[seen["times"]])
+    low, high = unet_base.MIDDLE
+    middle = seen["sigma"][1::2]
+    assert middle.min() >= low and middle.max() <= high * 1.02 and middle.log().std() > 0.5
+    assert torch.equal(seen["times"][::2] * 64 // len(table), torch.arange(0, 64, 2))
+
+
+def test_a_slice_resumes_and_the_next_begins_at_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr(running.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(running, "SAVE_EVERY", 0.0)
+
+    def begin() -> tuple[running.Slice, nn.Module]:
+        torch.manual_seed(8)
+        model = nn.Linear(4, 4)
+        stage = running.StageRun("trial", tmp_path)
+        return running.Slice(stage, model, Muon(model.named_parameters(), 0.02, 0.1, ("weight",)), 0.9), model
+
+    def train(seconds: float, stop: int | None = None) -> tuple[running.Slice, nn.Module]:
+        run, model = begin()
+        run.go_on(seconds, tmp_path / "none")
+        for step in run.steps(seconds, lambda: (model(torch.eye(4)) - torch.eye(4)).square().mean()):
+            if step == stop:
+                break
+        return run, model
+
+    stopped, before = train(500.0, stop=3)
+    resumed, model = begin()
+    resumed.go_on(500.0, tmp_path / "none")
+    assert (resumed.step, resumed.number, resumed.first) == (3, 0, 0) and resumed.spent == stopped.spent > 0
+    torch.testing.assert_close(model.state_dict(), before.state_dict(), atol=0, rtol=0)
+    assert torch.equal(resumed.average.weights["weight"], stopped.average.weights["weight"])
+    following, _ = begin()
+    following.go_on(resumed.spent, tmp_path / "none")
+    assert (following.step, following.number, following.first, following.spent) == (3, 1, 3, 0.0)
 
 
 def test_a_stage_keeps_its_state_and_waits_while_the_file_is_there(

@@ -1,8 +1,8 @@
-"""Small autoencoder in TAESD's layout: the host's class, with zero weights in blocks that this data does not need; a
-residual block with a rectifier at its end then passes its input unchanged.
+"""Autoencoder of the UNet base: TAESD's layout with 4 channels, the host's class, with zero weights in blocks that this
+data does not need; a residual block with a rectifier at its end then passes its input unchanged.
 
-It starts as the colour averager in tools/tiny_models: latents are mean colours, and the training adds what the mean of
-8x8 pixels lacks. Without the idle blocks a step takes a third of the time.
+Its training starts from the one with 16 channels (painter.py), whose latents are projected on their four principal
+components. Without the idle blocks a step takes a third of the time.
 """
 
 from __future__ import annotations
@@ -14,31 +14,30 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from ...controlnext_core.picturebook import draw
 from ...controlnext_training.seeding import generator
-from ...controlnext_training.synthetic import draw
 from ..tiny_models.storage import Pools, save
 from ..tiny_models.text_and_vae import taesd
+from .computing import quick
+from .packing import unpack
 from .running import Average, StageRun, cosine, picture_grid, snapshot, unpaused_steps
 
-SEED = 7
+SEED, CHANNELS = 7, 4
 LATENT_SCALE = 0.18215  # of the host's SD1.5 latent format
 WORKING = {"taesd_encoder": (3, 7, 8, 11, 12), "taesd_decoder": (3, 4, 5, 8, 9, 13)}
 """Indices of the blocks that train; the others pass their input."""
-STEPS, BATCH, SIDE = 1200, 12, 64
-LEARNING_RATE, WARMUP = 1e-3, 100
-DECODER_STEPS, DECODER_LEARNING_RATE = 3000, 5e-4
+SIDES, PART = (128, 192), 64  # sides of the pictures in pixels, and of the crop for a step
+PICTURES, STEPS, BATCH = 600, 1000, 8
+LEARNING_RATE, WARMUP, EMA_DECAY = 1e-3, 50, 0.998
 FILE = "autoencoder.safetensors"
-EMA_DECAY = 0.998
-SCENES = 6000  # of 128 pixels, of which random parts of SIDE are seen, and as many of SIDE pixels
 LATENT_NOISE = 0.1  # largest std of the noise added to latents, so that the decoder tolerates errors of a sampler
 MOMENTS_WEIGHT = 0.05
 EDGE_WEIGHT = 0.5
 
 
 def new_autoencoder() -> nn.Module:
-    """Initial TAESD of the host, with nn.ReLU in place of every idle block."""
+    """Initial TAESD of the host, a colour averager, with nn.ReLU in place of every idle block."""
     from comfy.taesd.taesd import TAESD
 
     model = TAESD()
@@ -58,128 +57,149 @@ def new_autoencoder() -> nn.Module:
     return model.requires_grad_(True).to(memory_format=torch.channels_last)
 
 
+def narrowed(weights: dict[str, Tensor], latents: Tensor) -> dict[str, Tensor]:
+    """Weights with CHANNELS latent channels: the principal components of latents (N, channels, h, w) of `weights`, each
+    with mean 0 and variance 1.
+    """
+    rows = latents.transpose(0, 1).flatten(1).double()
+    mean = rows.mean(1)
+    values, vectors = torch.linalg.eigh(torch.cov(rows))  # ascending
+    scale = values[-CHANNELS:].sqrt()
+    inward, outward = (vectors[:, -CHANNELS:] / scale).T, vectors[:, -CHANNELS:] * scale
+    last, first = "taesd_encoder.14", "taesd_decoder.1"
+    kernel = weights[f"{first}.weight"].double()  # (64, channels, 3, 3)
+    found = {
+        f"{last}.weight": torch.einsum("ij,jkyx->ikyx", inward, weights[f"{last}.weight"].double()),
+        f"{last}.bias": inward @ (weights[f"{last}.bias"].double() - mean),
+        f"{first}.weight": torch.einsum("kjyx,ji->kiyx", kernel, outward),
+        f"{first}.bias": weights[f"{first}.bias"].double() + torch.einsum("kjyx,j->k", kernel, mean),
+    }
+    return weights | {name: value.float() for name, value in found.items()}
+
+
 def whole(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors for TAESD: the trained ones, and zeros for the idle blocks."""
     return {name: weights.get(name, torch.zeros_like(value)) for name, value in taesd(Pools(0), "", 1.0).items()}
 
 
 def pictures(side: int, count: int, first: int = 0) -> Tensor:
-    """Scenes from `first` on as bytes (count, 3, side, side)."""
+    """Pictures from `first` on as bytes (count, 3, side, side)."""
     images = [torch.from_numpy(draw(SEED, index, side).image) for index in range(first, first + count)]
     return torch.stack(images).permute(0, 3, 1, 2).contiguous()
 
 
 def encode(model: Any, pixels: Tensor) -> Tensor:
-    """Encode pixels (B, 3, H, W) in [0, 1] to latents (B, 4, H/8, W/8) scaled for the UNet."""
+    """Encode pixels (B, 3, H, W) in [0, 1] to latents (B, channels, H/8, W/8) scaled for the base."""
     return model.taesd_encoder(pixels)
 
 
 def decode(model: Any, latent: Tensor) -> Tensor:
-    """Decode latents (B, 4, H/8, W/8) scaled for the UNet to pixels (B, 3, H, W) in [0, 1]."""
+    """Decode latents (B, channels, H/8, W/8) scaled for the base to pixels (B, 3, H, W) in [0, 1]."""
     return model.taesd_decoder(latent)
 
 
-def loss_of(model: nn.Module, pixels: Tensor, noise: Tensor, encoder_trains: bool = True) -> tuple[Tensor, Tensor]:
+def loss_of(model: nn.Module, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Compute (loss, mean absolute error). noise: in the latents' shape, ready to be added.
 
-    Absolute error of colours and of differences between neighbours and, where the encoder trains, a term that holds
-    each channel of the latents at mean 0 and variance 1.
+    Absolute error of colours and of differences between neighbours, and a term that holds each channel of the latents
+    at mean 0 and variance 1.
     """
-    with torch.set_grad_enabled(encoder_trains):
-        latent = encode(model, pixels).float()
+    latent = encode(model, pixels).float()
     painted = decode(model, latent + noise).float()
     error = (painted - pixels).abs().mean()
     edges = sum((torch.diff(painted, dim=axis) - torch.diff(pixels, dim=axis)).abs().mean() for axis in (2, 3))
-    loss = error + EDGE_WEIGHT * edges
-    if encoder_trains:
-        variance, mean = torch.var_mean(latent, dim=(0, 2, 3))
-        loss = loss + MOMENTS_WEIGHT * (mean.square() + variance.log().square()).mean()
-    return loss, error.detach()
-
-
-def train_autoencoder() -> Path:
-    """Train both halves, or resume; returns the file with the averaged weights, complete, in fp16."""
-    return _train(StageRun("autoencoder"), new_autoencoder(), STEPS, LEARNING_RATE)
-
-
-def train_decoder() -> Path:
-    """Train only the decoder, longer, for unchanged latents: nothing else needs to be trained again."""
-    stage = StageRun("decoder")
-    model = trained(stage.folder.parent / "autoencoder" / FILE)
-    model.taesd_decoder.requires_grad_(True)
-    return _train(stage, model, DECODER_STEPS, DECODER_LEARNING_RATE)
+    variance, mean = torch.var_mean(latent, dim=(0, 2, 3))
+    moments = (mean.square() + variance.log().square()).mean()
+    return error + EDGE_WEIGHT * edges + MOMENTS_WEIGHT * moments, error.detach()
 
 
 def trained(path: Path) -> nn.Module:
-    """Load the autoencoder of a file, frozen. Raises FileNotFoundError naming the stage that is missing."""
+    """Load the autoencoder of a file, packed or not, frozen. Raises FileNotFoundError naming the missing stage."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there. Run first: python run.py train-demo {path.parent.name}")
     model = new_autoencoder()
     kept = model.state_dict().keys()
-    model.load_state_dict({name: value.float() for name, value in load_file(path).items() if name in kept})
+    found = unpack(load_file(path))
+    model.load_state_dict({name: value.float() for name, value in found.items() if name in kept})
     return model.requires_grad_(False)
 
 
-def _train(stage: StageRun, model: Any, steps: int, rate: float) -> Path:
-    parameters = [value for value in model.parameters() if value.requires_grad]
-    encoder_trains = model.taesd_encoder[0].weight.requires_grad
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    average, start = Average(model, EMA_DECAY), 0
-    state = stage.load()
+def _first_weights() -> dict[str, Tensor]:
+    """Weights to start from: the shipped autoencoder with 16 channels, narrowed."""
+    from . import painter
+    from .shipped import PAINTER, SHIPPED
+
+    network = painter.trained(SHIPPED / PAINTER)
+    with torch.inference_mode(), quick():
+        latents = encode(network, pictures(SIDES[-1], 64).float() / 255).float()
+    return narrowed({name: value.clone() for name, value in network.state_dict().items()}, latents)
+
+
+def train_autoencoder(seconds: float | None = None, steps: int = STEPS) -> Path:
+    """Train, or resume; returns the file with the averaged weights in fp16. seconds: the length of this slice."""
+    stage, model = StageRun("autoencoder"), new_autoencoder()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
+    done, state = 0, stage.load()
+    if state is None:
+        model.load_state_dict(_first_weights())
+    average = Average(model, EMA_DECAY)
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average.restore(state["average"])
-        start = state["step"]
-    stage.say(event="start", step=start, parameters=sum(p.numel() for p in parameters))
-    scenes = (pictures(2 * SIDE, SCENES), pictures(SIDE, SCENES, SCENES)) if start < steps else ()
-    for step, seconds in unpaused_steps(start, steps):
+        done = state["step"]
+    stage.say(event="start", step=done, parameters=sum(p.numel() for p in model.parameters()))
+    drawn = [pictures(side, PICTURES) for side in SIDES] if done < steps else []
+    total = 0.0
+    for step, spent in unpaused_steps(done, steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate * cosine(step, steps, WARMUP)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss, error = loss_of(model, *_batch(scenes, stage.name, step), encoder_trains)
+            group["lr"] = LEARNING_RATE * cosine(step, steps, WARMUP)
+        with quick():
+            loss, error = loss_of(model, *_batch(drawn, step))
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average.update(model)
-        done = step + 1
+        total, done = total + error.item(), step + 1
         if done % 50 == 0:
-            stage.say(step=done, loss=round(loss.item(), 5), error=round(error.item(), 5), seconds=round(seconds, 1))
-        if done % 500 == 0:
-            show(average, model, stage.folder / f"pictures_{done:05d}.png")
-        if stage.is_time_to_save() or done == steps:
+            stage.say(step=done, error=round(total / 50, 5), seconds=round(spent, 1))
+            total = 0.0
+        if done % 250 == 0 or done == steps:
+            show(average.weights, stage.folder / f"pictures_{done:05d}.png")
+        late = seconds is not None and spent > seconds
+        if stage.is_time_to_save() or done == steps or late:
             stage.save(snapshot(model, optimizer, average, done))
-    return save(stage.folder / FILE, {name: value.half() for name, value in whole(average.weights).items()})
+        if late:
+            break
+    return save(stage.folder / FILE, {name: value.half() for name, value in average.weights.items()})
 
 
-def _batch(scenes: tuple[Tensor, ...], purpose: str, step: int) -> tuple[Tensor, Tensor]:
-    """Batch of a step:
-
-    (pixels (B, 3, SIDE, SIDE), noise for their latents); whole small scenes and crops of large ones.
-    """
-    random = generator(SEED, purpose, step)
-    large, small = scenes
-    rows = torch.randint(len(large), (BATCH,), generator=random).tolist()
-    places = torch.randint(SIDE + 1, (BATCH, 2), generator=random).tolist()
-    parts = [
-        large[row, :, top : top + SIDE, left : left + SIDE] if which % 2 else small[row]
-        for which, (row, (top, left)) in enumerate(zip(rows, places, strict=True))
-    ]
-    pixels = torch.stack(parts).contiguous(memory_format=torch.channels_last).float() / 255
+def _batch(drawn: list[Tensor], step: int) -> tuple[Tensor, Tensor]:
+    """Batch of a step: (crops of pictures (B, 3, PART, PART) of all sides in turn, noise for their latents)."""
+    random = generator(SEED, "autoencoder", step)
+    pixels = crops(drawn, BATCH, random)
     std = LATENT_NOISE * torch.rand(BATCH, 1, 1, 1, generator=random)
-    return pixels, std * torch.randn(BATCH, 4, SIDE // 8, SIDE // 8, generator=random)
+    return pixels, std * torch.randn(BATCH, CHANNELS, PART // 8, PART // 8, generator=random)
+
+
+def crops(drawn: list[Tensor], count: int, random: torch.Generator) -> Tensor:
+    """Random crops (count, 3, PART, PART) in [0, 1] of pictures, those of each side in turn."""
+    parts = []
+    for number in range(count):
+        pool = drawn[number % len(drawn)]
+        row = int(torch.randint(len(pool), (), generator=random))
+        y, x = torch.randint(pool.shape[-1] - PART + 1, (2,), generator=random).tolist()
+        parts.append(pool[row, :, y : y + PART, x : x + PART])
+    return torch.stack(parts).contiguous(memory_format=torch.channels_last).float() / 255
 
 
 @torch.no_grad()
-def show(average: Average, model: Any, path: Path) -> Path:
-    """Save unseen scenes above their reconstructions."""
-    pixels = pictures(2 * SIDE, 8, 10**6).float() / 255
-    with torch.autocast("cpu", torch.bfloat16):
-        latent = functional_call(model.taesd_encoder, _part(average.weights, "taesd_encoder."), pixels)
-        back = functional_call(model.taesd_decoder, _part(average.weights, "taesd_decoder."), latent)
-    return picture_grid(torch.cat([pixels, back.float()]).permute(0, 2, 3, 1), path)
-
-
-def _part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+def show(weights: dict[str, Tensor], path: Path) -> Path:
+    """Save unseen pictures above their reconstructions."""
+    model = new_autoencoder().requires_grad_(False)
+    model.load_state_dict(weights)
+    pixels = pictures(SIDES[-1], 4, 10**6).float() / 255
+    with quick():
+        back = decode(model, encode(model, pixels)).float()
+    return picture_grid(torch.cat([pixels, back]).permute(0, 2, 3, 1), path, columns=4)

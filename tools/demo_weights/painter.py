@@ -7,6 +7,7 @@ held at 0: the most important channels then exceed the added noise most.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -21,10 +22,11 @@ from .packing import unpack
 from .running import Average, StageRun, cosine, picture_grid, snapshot, unpaused_steps
 
 SEED, CHANNELS = 19, 16
-SIDE, PART = 256, 64  # side of the pictures in pixels, and of the crop for a step
-PICTURES, STEPS, BATCH = 1000, 1000, 8
+SIDES = (192, 256)  # sides of the pictures in pixels
+PICTURES, STEPS, BATCH = 500, 1000, 8  # pictures of each side
+DECODER_STEPS, DECODER_RATE, DECODER_NOISE = 700, 5e-4, 0.15
 LEARNING_RATE, WARMUP, EMA_DECAY = 1e-3, 50, 0.998
-LATENT_NOISE = 0.25  # largest std of the noise added to latents
+LATENT_NOISE = 0.25  # largest std of the noise added to latents while both halves train
 MOMENTS_WEIGHT, EDGE_WEIGHT = 0.05, 0.5
 FILE = "painter.safetensors"
 RANDOM_STD = 0.02  # std of the weights of channels that the 4-channel one lacks
@@ -73,34 +75,48 @@ def loss_of(model: nn.Module, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Te
 
 
 def train_painter(steps: int = STEPS, seconds: float | None = None, start: Path | None = None) -> Path:
-    """Train, or resume; returns the file with the averaged weights in fp16. seconds: the length of this slice.
+    """Train both halves, or resume; returns the file with the averaged weights in fp16.
 
-    start: folder of a packed file of this network with the initial weights of the first slice; None: the 4-channel one.
+    seconds: the length of this slice. start: folder of a packed file of this network with the initial weights of the
+    first slice; None: the 4-channel one.
     """
     from .shipped import AUTOENCODER, PAINTER, SHIPPED
 
-    stage = StageRun("painter")
     model = new_painter({name: value.float() for name, value in unpack(load_file(SHIPPED / AUTOENCODER)).items()})
     if start is not None and (start / PAINTER).is_file():
         packed = unpack(load_file(start / PAINTER))
         model.load_state_dict({name: value.float() for name, value in packed.items()}, strict=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
+    return _train(StageRun("painter"), model, steps, LEARNING_RATE, LATENT_NOISE, seconds)
+
+
+def train_decoder(steps: int = DECODER_STEPS, seconds: float | None = None) -> Path:
+    """Train only the decoder of the shipped file, for unchanged latents: nothing else needs to be trained again."""
+    from .shipped import PAINTER, SHIPPED
+
+    model: Any = trained(SHIPPED / PAINTER)
+    model.taesd_decoder.requires_grad_(True)
+    return _train(StageRun("painter_decoder"), model, steps, DECODER_RATE, DECODER_NOISE, seconds)
+
+
+def _train(stage: StageRun, model: nn.Module, steps: int, rate: float, noise: float, seconds: float | None) -> Path:
+    parameters = [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
     average, done, state = Average(model, EMA_DECAY), 0, stage.load()
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average.restore(state["average"])
         done = state["step"]
-    stage.say(event="start", step=done, parameters=sum(p.numel() for p in model.parameters()))
-    pictures = pictures_of(SIDE, PICTURES) if done < steps else torch.empty(0)
+    stage.say(event="start", step=done, parameters=sum(p.numel() for p in parameters))
+    drawn = [pictures_of(side, PICTURES) for side in SIDES] if done < steps else []
     total = 0.0
     for step, spent in unpaused_steps(done, steps):
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * cosine(step, steps, WARMUP)
+            group["lr"] = rate * cosine(step, steps, WARMUP)
         with quick():
-            loss, error = loss_of(model, *_batch(pictures, step))
+            loss, error = loss_of(model, *_batch(drawn, stage.name, step, noise))
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average.update(model)
@@ -124,16 +140,16 @@ def pictures_of(side: int, count: int, first: int = 0, seed: int = SEED) -> Tens
     return torch.stack(images).permute(0, 3, 1, 2).contiguous()
 
 
-def _batch(pictures: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Batch of a step: (crops of pictures (B, 3, PART, PART), noise for their latents)."""
-    random = generator(SEED, "painter", step)
-    rows = torch.randint(len(pictures), (BATCH,), generator=random).tolist()
-    places = torch.randint(SIDE - PART + 1, (BATCH, 2), generator=random).tolist()
-    parts = [pictures[row, :, y : y + PART, x : x + PART] for row, (y, x) in zip(rows, places, strict=True)]
-    pixels = torch.stack(parts).contiguous(memory_format=torch.channels_last).float() / 255
-    std = LATENT_NOISE * torch.rand(BATCH, 1, 1, 1, generator=random)
-    noise = std * torch.randn(BATCH, CHANNELS, PART // 8, PART // 8, generator=random)
-    return pixels.to(device()), noise.to(device())
+def _batch(drawn: list[Tensor], purpose: str, step: int, noise: float) -> tuple[Tensor, Tensor]:
+    """Batch of a step: (crops of pictures (B, 3, PART, PART), noise for their latents).
+
+    noise: its largest standard deviation.
+    """
+    random = generator(SEED, purpose, step)
+    pixels = autoencoder.crops(drawn, BATCH, random)
+    std = noise * torch.rand(BATCH, 1, 1, 1, generator=random)
+    part = autoencoder.PART // 8
+    return pixels.to(device()), (std * torch.randn(BATCH, CHANNELS, part, part, generator=random)).to(device())
 
 
 @torch.no_grad()
@@ -141,7 +157,7 @@ def show(weights: dict[str, Tensor], path: Path) -> Path:
     """Save unseen pictures above their reconstructions."""
     model = new_painter().requires_grad_(False)
     model.load_state_dict(weights)
-    pixels = pictures_of(SIDE, 4, 10**6).float().to(device()) / 255
+    pixels = pictures_of(SIDES[0], 4, 10**6).float().to(device()) / 255
     with quick():
         back = autoencoder.decode(model, autoencoder.encode(model, pixels)).float()
     return picture_grid(torch.cat([pixels, back]).permute(0, 2, 3, 1).cpu(), path, columns=4)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...controlnext_core.picturebook import Picture, draw, draw_children
@@ -23,17 +22,16 @@ from . import autoencoder, painter
 from .computing import device, quick
 from .mmdit import CHANNELS, new_mmdit, predict, sample, shortened
 from .muon import Muon
-from .packing import unpack
-from .running import Average, StageRun, picture_grid, wait_while_paused
+from .running import Slice, StageRun, picture_grid, wait_while_paused
 
 SEED = 29
 SIDE = 192  # pixels
 PICTURES, CHILDREN, PART = 3072, 3072, 512  # pictures, further ones with children, and the number prepared at once
 BATCH = 16
-RATE, ADAM_RATE, WARMUP, FALL = 0.02, 1.5e-3, 30, 0.35
+RATE, ADAM_RATE = 0.02, 1.5e-3
 EMA_DECAY = 0.995
 SLICE = 90 * 60.0  # seconds
-SAY_EVERY, SHOW_EVERY = 25, 250  # steps
+SHOW_EVERY = 250  # steps
 NO_CAPTION = 0.1  # share of the samples without a caption
 MIDDLE, SPREAD = 0.3, 1.0  # of the logit-normal distribution of every second noise level
 FILE = "picturebook_mmdit.safetensors"
@@ -151,51 +149,6 @@ def loss_at(model: nn.Module, z: Tensor, text: Text, random: torch.Generator) ->
     return (predict(model, x, s.to(device()), text) - target).square().mean()
 
 
-def rate_at(share: float, step: int) -> float:
-    """Factor of the learning rates; share: elapsed share of the slice's time.
-
-    A fast rise, a plateau, a decay in the last FALL.
-    """
-    return min(1.0, (step + 1) / WARMUP, max(0.02, (1 - share) / FALL))
-
-
-class _Slice:
-    """Slice of a training: the network and its progress."""
-
-    def __init__(self, stage: StageRun) -> None:
-        self.stage, self.model = stage, new_mmdit()
-        self.optimizer = Muon(self.model.named_parameters(), RATE, ADAM_RATE)
-        self.step, self.spent, self.number = 0, 0.0, 0
-
-    def go_on(self, seconds: float, start: Path) -> int:
-        """Restore the last state, else packed weights in `start`, else begin; returns the step at which the learning
-        rate starts to rise.
-        """
-        from .shipped import MMDIT
-
-        state = self.stage.load()
-        if state is None:
-            if (start / MMDIT).is_file():
-                shipped = unpack(load_file(start / MMDIT))
-                self.model.load_state_dict({name: value.float() for name, value in shipped.items()}, strict=False)
-            self.average = Average(self.model, EMA_DECAY)
-            return 0
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.spent, self.number, first = (state[key] for key in ("step", "spent", "number", "first"))
-        self.average = Average(self.model, EMA_DECAY)
-        if self.spent < seconds:
-            self.average.restore(state["average"])
-            return int(first)
-        self.spent, self.number = 0.0, self.number + 1
-        return self.step
-
-    def save(self, first: int) -> None:
-        kept: dict[str, Any] = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        kept |= {"average": self.average.state(), "step": self.step, "spent": self.spent, "number": self.number}
-        self.stage.save({**kept, "first": first})
-
-
 def train_base(
     seconds: float = SLICE,
     side: int = SIDE,
@@ -211,32 +164,16 @@ def train_base(
     A slice that was stopped is resumed; after a complete one another begins. start: folder of the packed weights for
     the first slice, by default the shipped ones. end: latest end of the training, on the clock of time.monotonic.
     """
-    from .shipped import SHIPPED
+    from .shipped import MMDIT, SHIPPED
 
-    stage = StageRun("picture_base")
+    stage, model = StageRun("picture_base"), new_mmdit()
     latents, texts = data(stage, side, pictures, children)
-    run = _Slice(stage)
-    first = run.go_on(seconds, start or SHIPPED)
+    run = Slice(stage, model, Muon(model.named_parameters(), RATE, ADAM_RATE), EMA_DECAY)
+    run.go_on(seconds, (start or SHIPPED) / MMDIT)
     seconds = max(0.0, min(seconds, run.spent + end - time.monotonic()))
-    stage.say(event="start", step=run.step, slice=run.number, side=side)
-    total, clock, began = 0.0, time.monotonic(), run.spent
-    while run.spent < seconds:
-        clock += wait_while_paused()
-        error = loss_at(run.model, *_chosen(latents, texts, batch, run.step))
-        error.backward()
-        nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-        run.optimizer.step(rate_at(run.spent / seconds, run.step - first))
-        run.optimizer.zero_grad()
-        run.average.update(run.model)
-        total, run.step = total + error.item(), run.step + 1
-        run.spent = began + time.monotonic() - clock
-        if run.step % SAY_EVERY == 0:
-            stage.say(step=run.step, loss=round(total / SAY_EVERY, 5), seconds=round(run.spent, 1))
-            total = 0.0
-        if run.step % SHOW_EVERY == 0:
-            show(run.average.weights, stage.folder, f"samples_{run.step:06d}.png", side)
-        if stage.is_time_to_save() or run.spent >= seconds:
-            run.save(first)
+    for step in run.steps(seconds, lambda: loss_at(model, *_chosen(latents, texts, batch, run.step))):
+        if step % SHOW_EVERY == 0:
+            show(run.average.weights, stage.folder, f"samples_{step:06d}.png", side)
     show(run.average.weights, stage.folder, f"samples_{run.step:06d}.png", side)
     return save(stage.folder / FILE, {name: value.half() for name, value in run.average.weights.items()})
 

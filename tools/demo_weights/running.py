@@ -6,18 +6,23 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..environment import ROOT
 from ..tiny_models.storage import write_atomically
+from .muon import Muon
+from .packing import unpack
 
 FOLDER = ROOT / ".cache" / "demo_weights"
 SAVE_EVERY = 180.0  # seconds
+SAY_EVERY = 25  # steps
+WARMUP, FALL = 30, 0.35  # steps of the rise of a slice's learning rate, and share of its time for the decay
 PAUSE_VARIABLE = "CONTROLNEXT_PAUSE_FILE"  # name of a file; while it exists, training waits
 
 
@@ -94,6 +99,73 @@ class Average:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.count, self.weights = int(state["count"]), dict(state["weights"])
+
+
+class Slice:
+    """Slice of a training, with a fixed duration: the network, its optimizer, and their progress.
+
+    The learning rate falls to zero at the end, and the next slice continues from its weights.
+    """
+
+    def __init__(self, stage: StageRun, model: nn.Module, optimizer: Muon, decay: float) -> None:
+        """decay: of the average of the weights."""
+        self.stage, self.model, self.optimizer, self.decay = stage, model, optimizer, decay
+        self.step, self.spent, self.number, self.first = 0, 0.0, 0, 0
+
+    def go_on(self, seconds: float, packed: Path) -> None:
+        """Restore the last state, else the weights of `packed` where that file exists, else begin.
+
+        A slice that was stopped before `seconds` is resumed; after a complete one another begins.
+        """
+        state = self.stage.load()
+        if state is None:
+            if packed.is_file():
+                found = unpack(load_file(packed))
+                self.model.load_state_dict({name: value.float() for name, value in found.items()}, strict=False)
+            self.average = Average(self.model, self.decay)
+            return
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.spent, self.number, self.first = (state[key] for key in ("step", "spent", "number", "first"))
+        self.average = Average(self.model, self.decay)
+        if self.spent < seconds:
+            self.average.restore(state["average"])
+        else:
+            self.spent, self.number, self.first = 0.0, self.number + 1, self.step
+
+    def steps(self, seconds: float, loss: Callable[[], Tensor]) -> Iterator[int]:
+        """Train to the end of the slice; yields the number of steps after each."""
+        self.stage.say(event="start", step=self.step, slice=self.number)
+        total, clock, began = 0.0, time.monotonic(), self.spent
+        while self.spent < seconds:
+            clock += wait_while_paused()
+            error = loss()
+            error.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step(rate_at(self.spent / seconds, self.step - self.first))
+            self.optimizer.zero_grad()
+            self.average.update(self.model)
+            total, self.step = total + error.item(), self.step + 1
+            self.spent = began + time.monotonic() - clock
+            if self.step % SAY_EVERY == 0:
+                self.stage.say(step=self.step, loss=round(total / SAY_EVERY, 5), seconds=round(self.spent, 1))
+                total = 0.0
+            if self.stage.is_time_to_save() or self.spent >= seconds:
+                self._save()
+            yield self.step
+
+    def _save(self) -> None:
+        kept: dict[str, Any] = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        kept |= {"average": self.average.state(), "step": self.step, "spent": self.spent, "number": self.number}
+        self.stage.save({**kept, "first": self.first})
+
+
+def rate_at(share: float, step: int) -> float:
+    """Factor of the learning rates; share: elapsed share of the slice's time.
+
+    A fast rise, a plateau, a decay in the last FALL.
+    """
+    return min(1.0, (step + 1) / WARMUP, max(0.02, (1 - share) / FALL))
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, average: Average, step: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..comfy_server import COMFY_BASE
 from ..environment import ROOT, SetupError
 from ..tiny_models.storage import save, write_atomically
-from . import autoencoder
+from . import autoencoder, painter, unet_base
 from .assembling import write_checkpoint, write_sd3_checkpoint
 from .mmdit import as_the_host_loads
 from .packing import pack, unpack
@@ -26,24 +26,23 @@ from .running import FOLDER
 from .widening import widen
 
 SHIPPED = ROOT / "demo" / "weights"
-UNET, AUTOENCODER = "shapes_unet.safetensors", "shapes_autoencoder.safetensors"
-CHECKPOINT = "shapes_sd15.ckpt"
+UNET, AUTOENCODER = "picturebook_unet.safetensors", "picturebook_unet_autoencoder.safetensors"
+CHECKPOINT = "picturebook_sd15.ckpt"
 MMDIT, PAINTER = "picturebook_mmdit.safetensors", "picturebook_autoencoder.safetensors"
 PICTUREBOOK = "picturebook_sd3.ckpt"
-EDGES, XS = "shapes_edges.safetensors", "shapes_xs_edges.safetensors"
+XS = "picture_xs_edges.safetensors"
 PICTURE_EDGES, PICTURE_MASK = "picture_edges.safetensors", "picture_mask.safetensors"
 PICTURE_DEPTH, PICTURE_POSE = "picture_depth.safetensors", "picture_pose.safetensors"
 PICTURE_LORA = "picture_dusk.safetensors"
 FOLDERS = {
     **dict.fromkeys((PICTUREBOOK, CHECKPOINT), "checkpoints"),
-    **dict.fromkeys((PICTURE_EDGES, PICTURE_MASK, PICTURE_DEPTH, PICTURE_POSE, EDGES), "controlnext"),
-    XS: "controlnet",
+    **dict.fromkeys((PICTURE_EDGES, PICTURE_MASK, PICTURE_DEPTH, PICTURE_POSE, XS), "controlnext"),
     PICTURE_LORA: "loras",
 }
 """File of the demo -> its folder below `models`."""
 SOURCES = {CHECKPOINT: (UNET, AUTOENCODER), PICTUREBOOK: (MMDIT, PAINTER)}
 """Checkpoint -> its source files."""
-RECIPES = {EDGES: "demo_edges", XS: "demo_xs"}
+RECIPES = {XS: "demo_xs"}
 """Trained control of the UNet -> its recipe, which is also the name of its result."""
 PICTURE_RECIPES = {
     PICTURE_EDGES: "picture_edges",
@@ -54,7 +53,7 @@ PICTURE_RECIPES = {
 """Trained control of the base of SD3's shape -> its recipe, which is also the name of its result."""
 CONTROL_BITS = 6
 """Bits of a control's packed weight; the other files have 8."""
-STAMP = "shapes.json"
+STAMP = "demo.json"
 
 
 def install(base: Path, names: Iterable[str] = tuple(FOLDERS), shipped: Path = SHIPPED) -> Path:
@@ -84,18 +83,18 @@ def install(base: Path, names: Iterable[str] = tuple(FOLDERS), shipped: Path = S
 
 
 def ship_base(folder: Path = FOLDER, shipped: Path = SHIPPED) -> Path:
-    """Pack the base and the autoencoder that the stages left in `folder` into `shipped`."""
-    better = folder / "decoder" / autoencoder.FILE
-    painter = better if better.is_file() else folder / "autoencoder" / autoencoder.FILE
-    working = autoencoder.new_autoencoder().state_dict().keys()
-    weights, metadata = _load(painter)
-    _ship({AUTOENCODER: ({name: t for name, t in weights.items() if name in working}, metadata)}, shipped)
-    return _ship({UNET: _load(folder / "base" / "unet_narrow.safetensors")}, shipped)
+    """Pack the UNet base and its autoencoder, where the stages left them in `folder`, into `shipped`."""
+    made = {AUTOENCODER: folder / "autoencoder" / autoencoder.FILE, UNET: folder / "base" / unet_base.FILE}
+    return _ship({name: _load(path) for name, path in made.items() if path.is_file()}, shipped)
 
 
 def ship_pictures(folder: Path = FOLDER, shipped: Path = SHIPPED) -> Path:
     """Pack the available parts of the picturebook (autoencoder, base, controls and LoRA) into `shipped`."""
-    made = {PAINTER: folder / "painter" / "painter.safetensors", MMDIT: folder / "picture_base" / MMDIT}
+    better = folder / "painter_decoder" / painter.FILE
+    made = {
+        PAINTER: better if better.is_file() else folder / "painter" / painter.FILE,
+        MMDIT: folder / "picture_base" / MMDIT,
+    }
     made[PICTURE_LORA] = folder / "picture_style" / PICTURE_LORA
     _ship({name: _load(path) for name, path in made.items() if path.is_file()}, shipped)
     controls = {name: _trained(recipe) for name, recipe in PICTURE_RECIPES.items()}

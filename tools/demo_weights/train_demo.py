@@ -8,10 +8,17 @@ from pathlib import Path
 
 from ..comfy_server import COMFY_BASE
 
-STAGES = ("autoencoder", "decoder", "base", "ship-base", "controls", "ship-controls")
-PICTUREBOOK = ("picture-autoencoder", "picture-base", "picture-style", "picture-controls", "ship-pictures")
-"""Stages of the base of SD3's shape; `all` leaves them out. LoRA and controls are trained on the base that was shipped
-last."""
+STAGES = ("autoencoder", "base", "ship-base", "controls", "ship-controls")
+PICTUREBOOK = (
+    "picture-autoencoder",
+    "picture-decoder",
+    "picture-base",
+    "picture-style",
+    "picture-controls",
+    "ship-pictures",
+)
+"""Stages of the base of SD3's shape, those above being of the UNet; `all` leaves them out. LoRA and controls are
+trained on the base that was shipped last."""
 ALL = "all"
 LONGEST = 100.0  # minutes
 
@@ -28,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--minutes",
         type=float,
         default=90.0,
-        help=f"length of a slice of picture-autoencoder or picture-base, at most {LONGEST:g} (default 90)",
+        help=f"length of a slice of an autoencoder or a base, at most {LONGEST:g} (default 90)",
     )
 
 
@@ -37,17 +44,17 @@ def run_stage(options: argparse.Namespace, host: Path) -> int:
     from ..train_command import bring_in_host
 
     bring_in_host(host, COMFY_BASE, cpu=True)
+    seconds = 60 * min(options.minutes, LONGEST)
     if options.stage in PICTUREBOOK:
-        print(_run_picturebook(options.stage, 60 * min(options.minutes, LONGEST)))
+        print(_run_picturebook(options.stage, seconds))
         return 0
-    from .autoencoder import train_autoencoder, train_decoder
-    from .scene_base import train_base
+    from .autoencoder import train_autoencoder
     from .shipped import ship_base, ship_controls, train_controls
+    from .unet_base import train_base
 
     work: tuple[Callable[[], Path], ...] = (
-        train_autoencoder,
-        train_decoder,
-        train_base,
+        lambda: train_autoencoder(seconds),
+        lambda: train_base(seconds),
         ship_base,
         train_controls,
         ship_controls,
@@ -59,7 +66,7 @@ def run_stage(options: argparse.Namespace, host: Path) -> int:
 
 
 def _run_picturebook(stage: str, seconds: float) -> Path:
-    from .painter import train_painter
+    from .painter import train_decoder, train_painter
     from .picture_base import train_base
     from .picture_style import train_style
     from .shipped import PICTURE_RECIPES, ship_pictures, train_controls
@@ -67,6 +74,7 @@ def _run_picturebook(stage: str, seconds: float) -> Path:
 
     work: dict[str, Callable[[], Path]] = {
         "picture-autoencoder": lambda: train_painter(seconds=seconds),
+        "picture-decoder": lambda: train_decoder(seconds=seconds),
         "picture-base": lambda: train_base(seconds),
         "picture-style": train_style,
         "picture-controls": lambda: train_controls(PICTURE_RECIPES.values(), CHECKPOINT),

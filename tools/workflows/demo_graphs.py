@@ -15,8 +15,6 @@ SIDE = 192
 SAMPLER: dict[str, Any] = {"seed": 7, "steps": 20, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal"}
 SCENE, PROMPT = "boat", "a red boat and a yellow balloon on the sea under a blue sky"
 """Sample that the demo's base can draw, and its caption."""
-SHAPES, SHAPES_PROMPT = "shapes", "a pink triangle, a red circle and a white circle on a yellow background"
-"""Sample and caption for the base on which a control is trained in two minutes."""
 SHARP, SMALL, TIMES, TILE = "picture_sharp.safetensors", 64, 4.0, 128
 """Super-resolution control, sides of the small picture and of a tile, and the enlargement factor."""
 TILE_GROUPS = ("Models", "Prompts", "Picture and tiles", "Control", "Result")
@@ -24,6 +22,8 @@ TINY = Path(__file__).resolve().parents[2] / "controlnext_training" / "recipes" 
 WIDGETS = ("steps", "batch_size", "learning_rate", "control_learning_rate", "seed", "variant")
 ELSEWHERE = ("base", "data", "validation_data", "output_name", "resolution", "bucket_step", "hint")
 """Keys of the recipe that other widgets of the graph set."""
+CAT, CAT_PROMPT = "cat", "a white cat and a purple house on a meadow under a blue sky"
+"""Sample for the control that is trained in two minutes, and its caption."""
 
 
 def _base(workflow: Workflow, checkpoint: str) -> Node:
@@ -122,34 +122,34 @@ def demo_tiles() -> Workflow:
 
 
 def demo_train() -> Workflow:
-    """Workflow that trains a control on drawn shapes, then draws with it."""
+    """Workflow that trains a control on drawn pictures, then draws with it."""
     workflow = Workflow("demo_train", "Demo, train in two minutes", TRAINING_GROUPS, arrangement=TRAINING)
     recipe = read_recipe(TINY)
     base = _base(workflow, CHECKPOINT)
     workflow.note(
         MODELS,
         "Press Run and watch",
-        "A control for outlines is trained from nothing, on a CPU in about two minutes, and tried at once. It stays "
-        "in **models/controlnext**. A control for your own use needs hours on a GPU; *SD1.5, train on your pictures* "
-        "is that graph.",
+        "The demo's ControlNet-XS for outlines learns to read **masks**, on a CPU in two minutes, and is tried at "
+        "once. It stays in **models/controlnext**. A control from nothing needs hours on a GPU; *SD1.5, train on your "
+        "pictures* is that graph.",
         170,
     )
     side = recipe["resolution"]
-    prompts = _prompts(workflow, base["CLIP"], SHAPES_PROMPT, "EmptyLatentImage", side, count=4)
+    prompts = _prompts(workflow, base["CLIP"], CAT_PROMPT, "EmptyLatentImage", side, count=4)
     prompts_first(workflow)
     data = workflow.add(HINT, "ControlDatasetFolder", folder=recipe["data"][0], hint="paired", resolution=side)
     workflow.note(
         HINT,
         "No pictures are needed",
-        f"**{recipe['data'][0]}** are 200 scenes that the project draws, with their outlines. The name of a folder "
-        "below ComfyUI's input folder stands here for pictures of your own.",
+        f"**{recipe['data'][0]}** are illustrations that the project draws, with masks of their things. The name of a "
+        "folder below ComfyUI's input folder stands here for pictures of your own.",
         130,
     )
-    hint = sample(workflow, "edges", side, "Sample hint", scene=SHAPES)
+    hint = sample(workflow, "mask", side, "Sample hint", scene=CAT)
     workflow.note(
         HINT,
-        "A drawing that it never saw",
-        "The trained control follows **these outlines** in the pictures on the right. Choose another *scene*, or put "
+        "A mask that it never saw",
+        "The trained control follows **this mask** in the pictures on the right. Choose another *scene*, or put "
         "*Load Image* here, and run again: the training is finished and does not run a second time.",
         150,
     )
@@ -167,7 +167,7 @@ def demo_train() -> Workflow:
     applied = workflow.add(
         RESULT, "ControlNeXtApply", model=trained["MODEL"], control_net=trained["CONTROL_NET"], image=hint["IMAGE"]
     )
-    return finish(workflow, applied["MODEL"], *prompts, base["VAE"], **{**SAMPLER, "steps": 14})
+    return finish(workflow, applied["MODEL"], *prompts, base["VAE"], **SAMPLER)
 
 
 def _settings(recipe: dict[str, object]) -> str:

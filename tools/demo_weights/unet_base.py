@@ -1,12 +1,13 @@
-"""Base model of plain scenes: a UNet with the layout of SD1.5 and half its channels in training, on scenes of 128
-pixels and their captions.
+"""Base model of illustrations: a UNet with the layout of SD1.5 and half its channels in training, on pictures
+and their captions.
 
-All inputs of the steps are computed once per scene: its latents (4, 16, 16) by the trained autoencoder and its
-caption's 77 vectors by the host's text encoder.
+All inputs of the steps are computed once per picture: its latents by the trained autoencoder and its caption's 77
+vectors by the host's text encoder. A first slice may have smaller pictures, whose steps take less time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...controlnext_core.picturebook import draw
 from ...controlnext_training.objective import OBJECTIVES, loss, noisy
 from ...controlnext_training.seeding import generator
-from ...controlnext_training.synthetic import draw
 from ..tiny_models.storage import save, write_atomically
 from . import autoencoder
-from .running import Average, StageRun, cosine, picture_grid, snapshot, unpaused_steps, wait_while_paused
+from .computing import quick
+from .muon import Muon
+from .running import Slice, StageRun, picture_grid, wait_while_paused
 
 SEED = 11
-SCENES, PART, SIDE = 16384, 1024, 128  # number of scenes, and of those prepared at once
-STEPS, BATCH = 5000, 16
-LEARNING_RATE, WARMUP = 6e-4, 200
-EMA_DECAY = 0.999
+PICTURES, PART, SIDE = 3072, 512, 192  # number of pictures, of those prepared at once, and their side in pixels
+BATCH = 16
+RATE, ADAM_RATE = 0.02, 1e-3
+EMA_DECAY = 0.995
+SLICE = 90 * 60.0  # seconds
 MIN_SNR_GAMMA = 5.0
+MIDDLE = (0.2, 2.0)  # noise levels of every second sample
 NO_CAPTION = 0.1  # share of the samples without a caption
-SHOW_EVERY = 1000
+SHOW_EVERY = 500  # steps
+FILE = "unet_narrow.safetensors"
 EPSILON = OBJECTIVES["epsilon"]
 LAYOUT: dict[str, Any] = {
     "image_size": 32,
@@ -45,6 +51,22 @@ LAYOUT: dict[str, Any] = {
     "transformer_depth_output": [0, 0, 1, 1],  # the last block first
     "legacy": False,
 }
+MATRICES = (
+    "in_layers.2.weight",
+    "out_layers.3.weight",
+    "skip_connection.weight",
+    "op.weight",
+    "conv.weight",
+    "proj_in.weight",
+    "proj_out.weight",
+    "to_q.weight",
+    "to_k.weight",
+    "to_v.weight",
+    "to_out.0.weight",
+    "net.0.proj.weight",
+    "net.2.weight",
+)
+"""Endings of the names of weights whose steps are made orthogonal."""
 ZERO_AT_FIRST = ("out_layers.3", "proj_out", "out.2")
 
 
@@ -66,9 +88,11 @@ def new_unet() -> nn.Module:
 
 
 def trained_autoencoder(folder: Path) -> nn.Module:
-    """Autoencoder of earlier stages: the encoder of the first, the decoder of the second where that has run."""
-    better = folder.parent / "decoder" / autoencoder.FILE
-    return autoencoder.trained(better if better.is_file() else folder.parent / "autoencoder" / autoencoder.FILE)
+    """Autoencoder trained by the previous stage, or the shipped one without it."""
+    from .shipped import AUTOENCODER, SHIPPED
+
+    made = folder.parent / "autoencoder" / autoencoder.FILE
+    return autoencoder.trained(made if made.is_file() else SHIPPED / AUTOENCODER)
 
 
 def text_model(folder: Path) -> Any:
@@ -105,36 +129,37 @@ def contexts_of(clip: Any, captions: list[str]) -> Tensor:
     return clip.cond_stage_model.clip_l.encode(words)[0]
 
 
-def data(stage: StageRun) -> dict[str, Tensor]:
-    """Training data: latents (SCENES, 4, 16, 16), contexts (SCENES + 1, 77, 768), the last for an
-    empty caption; fp16.
+def data(stage: StageRun, side: int, count: int) -> dict[str, Tensor]:
+    """Training data in fp16: latents (count, 4, side / 8, side / 8), contexts (count + 1, 77, 768), the last for an
+    empty caption.
     """
-    files = [stage.folder / f"data_{first:05d}.pt" for first in range(0, SCENES, PART)]
+    files = [stage.folder / f"data_{side}_{first:05d}.pt" for first in range(0, count, PART)]
     empty = stage.folder / "empty.pt"
     if not all(file.is_file() for file in (*files, empty)):
         model, clip = trained_autoencoder(stage.folder), text_model(stage.folder)
         for number, file in enumerate(files):
             if not file.is_file():
-                stage.say(event="preparing", first=number * PART, scenes=PART)
-                _save_part(file, model, clip, number * PART)
+                stage.say(event="preparing", first=number * PART, pictures=PART, side=side)
+                _save_part(file, model, clip, side, number * PART)
         nothing = context(clip, "")[None].half()
         write_atomically(empty, lambda path: torch.save(nothing, path))
     parts = [torch.load(file, mmap=True, weights_only=True) for file in files]
-    latents = torch.cat([part["latents"] for part in parts])
-    contexts = torch.cat([part["contexts"] for part in parts] + [torch.load(empty, weights_only=True)])
+    latents = torch.cat([part["latents"] for part in parts])[:count]
+    contexts = torch.cat([part["contexts"] for part in parts])[:count]
+    contexts = torch.cat([contexts, torch.load(empty, weights_only=True)])
     std, mean = torch.std_mean(latents.float(), dim=(0, 2, 3))
     stage.say(event="data", mean=mean.tolist(), std=std.tolist())
     return {"latents": latents, "contexts": contexts}
 
 
-def _save_part(file: Path, model: nn.Module, clip: Any, first: int) -> None:
-    """Save latents and contexts of PART scenes from `first` on."""
+def _save_part(file: Path, model: nn.Module, clip: Any, side: int, first: int) -> None:
+    """Save latents and contexts of PART pictures from `first` on."""
     latents, contexts = [], []
     for start in range(first, first + PART, 32):
         wait_while_paused()
-        scenes = [draw(SEED, index, SIDE) for index in range(start, start + 32)]
-        latents.append(latents_of(model, torch.stack([torch.from_numpy(s.image) for s in scenes])).half())
-        contexts.append(contexts_of(clip, [scene.caption for scene in scenes]).half())
+        pictures = [draw(SEED, index, side) for index in range(start, start + 32)]
+        latents.append(latents_of(model, torch.stack([torch.from_numpy(s.image) for s in pictures])).half())
+        contexts.append(contexts_of(clip, [scene.caption for scene in pictures]).half())
     found = {"latents": torch.cat(latents), "contexts": torch.cat(contexts)}
     write_atomically(file, lambda path: torch.save(found, path))
 
@@ -143,7 +168,7 @@ def _save_part(file: Path, model: nn.Module, clip: Any, first: int) -> None:
 def latents_of(model: nn.Module, images: Tensor) -> Tensor:
     """Encode images (N, H, W, 3) as bytes to latents (N, 4, H/8, W/8)."""
     pixels = images.permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last) / 255
-    with torch.autocast("cpu", torch.bfloat16):
+    with quick():
         return autoencoder.encode(model, pixels).float()
 
 
@@ -157,7 +182,7 @@ def sigmas() -> Tensor:
 def predict(unet: nn.Module, x: Tensor, sigma: Tensor, steps: Tensor, contexts: Tensor) -> Tensor:
     """Predict epsilon for x (B, 4, h, w) at sigma (B,) = sigmas[steps], in fp32."""
     scaled = x / (1 + sigma.square()).sqrt().view(-1, 1, 1, 1)
-    with torch.autocast("cpu", torch.bfloat16):
+    with quick():
         return unet(scaled, steps.float(), contexts, transformer_options=_options()).float()
 
 
@@ -176,73 +201,62 @@ def _attention(_chosen: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, **_: A
     return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
 
-def train_base(steps: int = STEPS) -> Path:
-    """Train, or resume; returns the file with the averaged weights of the half-width network, in fp16."""
-    stage = StageRun("base")
-    found, table = data(stage), sigmas()
-    unet = new_unet()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    average, start, state = Average(unet, EMA_DECAY), 0, stage.load()
-    if state is not None:
-        unet.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.restore(state["average"])
-        start = state["step"]
-    stage.say(event="start", step=start, parameters=sum(p.numel() for p in unet.parameters()))
-    total, clock = 0.0, 0.0
-    for step, seconds in unpaused_steps(start, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * cosine(step, steps, WARMUP)
-        error = _loss(unet, found, table, step)
-        error.backward()
-        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.update(unet)
-        total, done = total + error.item(), step + 1
-        if done % 50 == 0:
-            stage.say(step=done, loss=round(total / 50, 5), seconds_per_step=round((seconds - clock) / 50, 3))
-            total, clock = 0.0, seconds
-        if done % SHOW_EVERY == 0:
-            show(average.weights, stage.folder, f"samples_{done:05d}.png")
-        if stage.is_time_to_save() or done == steps:
-            stage.save(snapshot(unet, optimizer, average, done))
-            write_weights(average.weights, stage.folder)
-    return write_weights(average.weights, stage.folder)
+def train_base(seconds: float = SLICE, side: int = SIDE, pictures: int = PICTURES, batch: int = BATCH) -> Path:
+    """Train one slice of `seconds`, not counting drawing and encoding; returns the file with the averaged weights of
+    the half-width network in fp16.
+
+    A slice that was stopped is resumed; after a complete one another begins. The first starts from the shipped weights.
+    """
+    from .shipped import SHIPPED, UNET
+
+    stage, model = StageRun("base"), new_unet()
+    found, table = data(stage, side, pictures), sigmas()
+    run = Slice(stage, model, Muon(model.named_parameters(), RATE, ADAM_RATE, MATRICES), EMA_DECAY)
+    run.go_on(seconds, SHIPPED / UNET)
+    for step in run.steps(seconds, lambda: _loss(model, found, table, batch, run.step)):
+        if step % SHOW_EVERY == 0:
+            show(run.average.weights, stage.folder, f"samples_{step:06d}.png", side)
+    show(run.average.weights, stage.folder, f"samples_{run.step:06d}.png", side)
+    return save(stage.folder / FILE, {name: value.half() for name, value in run.average.weights.items()})
 
 
-def write_weights(weights: Mapping[str, Tensor], folder: Path) -> Path:
-    return save(folder / "unet_narrow.safetensors", {name: value.half() for name, value in weights.items()})
-
-
-def _loss(unet: nn.Module, found: Mapping[str, Tensor], table: Tensor, step: int) -> Tensor:
-    random = generator(SEED, "base", step)
-    rows = torch.randint(SCENES, (BATCH,), generator=random)
-    captions = torch.where(torch.rand(BATCH, generator=random) < NO_CAPTION, SCENES, rows)
+def _loss(unet: nn.Module, found: Mapping[str, Tensor], table: Tensor, batch: int, step: int) -> Tensor:
+    random, count = generator(SEED, "base", step), len(found["latents"])
+    rows = torch.randint(count, (batch,), generator=random)
+    captions = torch.where(torch.rand(batch, generator=random) < NO_CAPTION, count, rows)
     return loss_at(unet, found["latents"][rows].float(), found["contexts"][captions].float(), table, random)
 
 
 def loss_at(unet: nn.Module, z: Tensor, contexts: Tensor, table: Tensor, random: torch.Generator) -> Tensor:
-    """Mean loss of latents z (B, 4, h, w) with their captions, at noise levels spread over the whole table."""
+    """Mean loss of latents z (B, 4, h, w) with their captions.
+
+    Every second noise level is log-uniform in MIDDLE, where edges are decided, the others are evenly spaced in the
+    table.
+    """
+    count = len(z)
     noise = torch.randn(z.shape, generator=random)
-    place = (torch.arange(len(z)) + torch.rand(len(z), generator=random)) / len(z)
-    times = (place * len(table)).long()
+    even = (torch.arange(count) + torch.rand(count, generator=random)) / count * len(table)
+    low, high = (math.log(value) for value in MIDDLE)
+    middle = torch.exp(low + (high - low) * torch.rand(count, generator=random))
+    times = torch.where(torch.arange(count) % 2 == 0, even.long(), torch.searchsorted(table, middle))
     sigma = table[times]
     out = predict(unet, noisy(z, noise, sigma, EPSILON), sigma, times, contexts)
     return loss(out, z, noise, sigma, EPSILON, min_snr_gamma=MIN_SNR_GAMMA).mean()
 
 
 @torch.no_grad()
-def show(weights: Mapping[str, Tensor], folder: Path, name: str, count: int = 8, cfg: float = 3.0) -> Path:
+def show(
+    weights: Mapping[str, Tensor], folder: Path, name: str, side: int = SIDE, count: int = 8, cfg: float = 3.0
+) -> Path:
     """Save pictures of unseen captions, with guidance, above pictures without a caption; the captions beside them as
     text.
     """
     unet = new_unet().requires_grad_(False)
     unet.load_state_dict(dict(weights))
     clip = text_model(folder)
-    captions = [draw(SEED, 10**6 + index, SIDE).caption for index in range(count)]
+    captions = [draw(SEED, 10**6 + index, side).caption for index in range(count)]
     contexts, empty = torch.stack([context(clip, c) for c in captions]), context(clip, "")[None].repeat(count, 1, 1)
-    noise = torch.randn(count, 4, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(SEED))
+    noise = torch.randn(count, 4, side // 8, side // 8, generator=torch.Generator().manual_seed(SEED))
     latents = torch.cat([sample(unet, noise, contexts, empty, cfg), sample(unet, noise, empty, empty, 1.0)])
     pixels = autoencoder.decode(trained_autoencoder(folder), latents)
     write_atomically(folder / "samples.txt", lambda file: file.write_text("\n".join(captions), "utf-8"))
