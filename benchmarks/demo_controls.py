@@ -1,6 +1,6 @@
 """Controls of the demo in figures: every column of every board on scenes that no training saw, on a real server.
 
-    python run.py bench demo_controls                                  # 12 scenes, an hour on two cores
+    python run.py bench demo_controls                                  # 12 scenes, 20 minutes on two cores
     python run.py bench demo_controls --scenes 4 --cases children      # some, of the board whose name has this word
 
 Depth is a rank correlation and mask an intersection over union, both with what a small network reads from the picture
@@ -55,6 +55,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options.scenes = min(options.scenes, 2) if options.quick else options.scenes
     if options.scenes < 1:
         parser.error(f"--scenes {options.scenes}: must be 1 or more")
+    words = [word for word in options.cases.split(",") if word]
+    options.boards = [board for board in BOARDS if not words or any(word in board.name for word in words)]
+    if not options.boards:
+        names = ", ".join(board.name for board in BOARDS)
+        parser.error(f"--cases {options.cases}: no board has such a name. There are: {names}")
     return options
 
 
@@ -79,15 +84,13 @@ def row(name: str, found: list[Figures]) -> tuple[str, ...]:
 
 def main() -> None:
     options = parse()
-    words = [word for word in options.cases.split(",") if word]
     base = fresh_base(options.folder.resolve())
     shipped.install(base)
     arguments = [*device_arguments(options.cpu), "--disable-api-nodes"]
     rows: list[tuple[str, ...]] = []
     with ComfyServer.start(options.comfyui.resolve(), base, arguments=arguments, log=base / "server.log") as server:
-        for board in BOARDS:
-            if not words or any(word in board.name for word in words):
-                rows += rows_of(server, board, options.scenes)
+        for board in options.boards:
+            rows += rows_of(server, board, options.scenes)
     settings = f"scenes {FIRST} to {FIRST + options.scenes - 1} of seed {SCENE_SEED}"
     append_table("demo_controls", "Controls of the demo", HEAD, rows, settings, keep=not options.quick)
 

@@ -30,7 +30,7 @@ BENCHMARKS = {
 }
 """Benchmark -> the question it answers, slow ones last; the script is benchmarks/bench_<name>.py."""
 ON_REQUEST = {
-    "demo_controls": "edges, depth, masks and colours of the demo's pictures on unseen scenes: draws for an hour",
+    "demo_controls": "edges, depth, masks and colours of the demo's pictures on unseen scenes: draws for 20 minutes",
     "super_resolution": "a picture from its low-resolution copy, on the demo's SD3 base: trains for most of an hour",
     "convergence": "edges controls on the demo's SD3 base, by join, rank and place: trains for half an hour",
     "video_outpainting": "clips painted beyond their frame, on a small base of Wan's shape: trains for three hours",

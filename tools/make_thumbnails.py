@@ -44,7 +44,7 @@ EDGES, XS, DEPTH, MASK = Column("", edges=1), Column("", xs=1), Column("", depth
 POSE, TWO = Column("", pose=1), Column("", edges=0.6, depth=0.6, lora=1)
 SHOWN: dict[str, tuple[Board, Column, int]] = {
     "demo": (BOOK, EDGES, 4),
-    "demo_train": (BOOK, MASK, 4),
+    "demo_train": (UNET_BOOK, XS, 12),
     "sd15_canny": (BOOK, EDGES, 3),
     "sd15_depth": (BOOK, DEPTH, 4),
     "sd15_depth_in_mask": (BOOK, DEPTH, 12),

@@ -3,22 +3,16 @@
 Standard library only until `run_train`, which a Python without torch does not reach.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from .comfy_server import COMFY_BASE, device_arguments
 from .environment import PATIENT_THREADS, ROOT, SetupError
 from .launcher import allow_missing_torchaudio, declare_missing_torchvision_ops
 from .quiet_start import quiet_logging
-
-if TYPE_CHECKING:
-    from ..controlnext_training.config import TrainConfig
 
 RECIPES = ROOT / "controlnext_training" / "recipes"
 
@@ -98,23 +92,6 @@ def tiny_base() -> Path:
     return path if path.is_file() else make_sd3(path)
 
 
-def with_demo_files(config: TrainConfig, folder: Path, own: bool) -> TrainConfig:
-    """Configuration in which names of the demo's files are paths; these files are unpacked where they are missing.
-
-    folder: that of the recipe; a file of the same name there comes first. own: True means that the host is the user's;
-    False: this project's, which always gets the demo's checkpoint.
-    """
-    from .demo_weights.shipped import CHECKPOINT, FOLDERS, SOURCES, install
-
-    given = {key: getattr(config, key) for key in ("base", "init_control")}
-    named = {key: name for key, name in given.items() if name in FOLDERS and not (folder / name).is_file()}
-    install(COMFY_BASE, {*named.values(), *(() if own or config.base in SOURCES else (CHECKPOINT,))})
-    if config.base == TINY:
-        config = replace(config, base=str(tiny_base()))
-    paths: dict[str, Any] = {key: str(COMFY_BASE / "models" / FOLDERS[name] / name) for key, name in named.items()}
-    return replace(config, **paths)
-
-
 def run_train(options: argparse.Namespace, host: Path, own: bool) -> int:
     """Train; returns 0 when the file is written, 130 when the run was stopped and saved.
 
@@ -123,12 +100,18 @@ def run_train(options: argparse.Namespace, host: Path, own: bool) -> int:
     for name, value in PATIENT_THREADS.items():  # before torch is imported and reads them
         os.environ.setdefault(name, value)
     from ..controlnext_training.config_files import make_config, read_recipe
+    from .demo_weights.shipped import CHECKPOINT, SOURCES, install
 
     recipe = options.recipe.resolve()
     base = host if own else COMFY_BASE
     try:
         config = make_config(settings(options.settings), read_recipe(recipe))
-        config = with_demo_files(config, recipe.parent, own)
+        if not own or config.base in SOURCES:
+            install(COMFY_BASE, (config.base if config.base in SOURCES else CHECKPOINT,))
+        if config.base in SOURCES:
+            config = replace(config, base=str(COMFY_BASE / "models" / "checkpoints" / config.base))
+        elif config.base == TINY:
+            config = replace(config, base=str(tiny_base()))
         quiet_logging(ROOT, COMFY_BASE / "train.log")
         bring_in_host(host, base, options.cpu)
         from ..controlnext_training.command import run_config

@@ -280,8 +280,8 @@ def test_the_training_demo_trains_from_its_template(browser: Browser, server: "C
     (trainer,) = (node for node in graph["nodes"] if node["type"] == "ControlNeXtTrain")
     (data,) = (node for node in graph["nodes"] if node["type"] == "ControlDatasetFolder")
     data["widgets_values"][0] = data["widgets_values"][0].replace(":60:", ":8:")
-    shorter = json.dumps(trainer["widgets_values"]).replace("validate_every = 20", "validate_every = 0")
-    trainer["widgets_values"] = [2 if value == 40 else value for value in json.loads(shorter)]
+    shorter = json.dumps(trainer["widgets_values"]).replace("validate_every = 30", "validate_every = 0")
+    trainer["widgets_values"] = [2 if value == 60 else value for value in json.loads(shorter)]
     assert trainer["widgets_values"].count(2) == 1 and "validate_every = 0" in shorter
     page = browser.page
     page.evaluate("(graph) => app.loadGraphData(graph)", graph)

@@ -259,9 +259,7 @@ def test_wrong_settings_are_refused_before_anything_runs(
 def test_a_recipe_pasted_whole_is_understood(server: ComfyServer, tiny: TinyModels, shapes: str) -> None:
     recipe = ROOT / "controlnext_training" / "recipes" / "tiny.toml"
     text = re.sub(
-        r"(?m)^(steps|warmup_steps|validate_every|output_name|batch_size|init_control|xs_ratio) = .*$",
-        "",
-        recipe.read_text("utf-8"),
+        r"(?m)^(steps|warmup_steps|validate_every|output_name|batch_size) = .*$", "", recipe.read_text("utf-8")
     )
     run = server.run(graph(tiny, shapes, output_name="pasted", steps=1, config=text + "\nvalidate_every = 0\n"))
     assert Path(run.outputs["path"]["text"][0]).name == "pasted.safetensors"

@@ -7,12 +7,13 @@ components. Without the idle blocks a step takes a third of the time.
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...controlnext_core.picturebook import draw
@@ -20,7 +21,6 @@ from ...controlnext_training.seeding import generator
 from ..tiny_models.storage import Pools, save
 from ..tiny_models.text_and_vae import taesd
 from .computing import quick
-from .packing import unpack
 from .running import Average, StageRun, cosine, picture_grid, snapshot, unpaused_steps
 
 SEED, CHANNELS = 7, 4
@@ -82,9 +82,9 @@ def whole(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: weights.get(name, torch.zeros_like(value)) for name, value in taesd(Pools(0), "", 1.0).items()}
 
 
-def pictures(side: int, count: int, first: int = 0) -> Tensor:
+def pictures(side: int, count: int, first: int = 0, seed: int = SEED) -> Tensor:
     """Pictures from `first` on as bytes (count, 3, side, side)."""
-    images = [torch.from_numpy(draw(SEED, index, side).image) for index in range(first, first + count)]
+    images = [torch.from_numpy(draw(seed, index, side).image) for index in range(first, first + count)]
     return torch.stack(images).permute(0, 3, 1, 2).contiguous()
 
 
@@ -98,29 +98,31 @@ def decode(model: Any, latent: Tensor) -> Tensor:
     return model.taesd_decoder(latent)
 
 
-def loss_of(model: nn.Module, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute (loss, mean absolute error). noise: in the latents' shape, ready to be added.
+def moments_of_each(latent: Tensor) -> Tensor:
+    """Penalty that is 0 where each channel of latents (B, channels, h, w) has mean 0 and variance 1."""
+    variance, mean = torch.var_mean(latent, dim=(0, 2, 3))
+    return (mean.square() + variance.log().square()).mean()
 
-    Absolute error of colours and of differences between neighbours, and a term that holds each channel of the latents
-    at mean 0 and variance 1.
+
+def loss_of(
+    model: nn.Module, pixels: Tensor, noise: Tensor, moments: Callable[[Tensor], Tensor] = moments_of_each
+) -> tuple[Tensor, Tensor]:
+    """Compute (loss, mean absolute error): error of colours and of differences between neighbours, and `moments` of
+    the latents. noise: in the latents' shape, ready to be added.
     """
     latent = encode(model, pixels).float()
     painted = decode(model, latent + noise).float()
     error = (painted - pixels).abs().mean()
     edges = sum((torch.diff(painted, dim=axis) - torch.diff(pixels, dim=axis)).abs().mean() for axis in (2, 3))
-    variance, mean = torch.var_mean(latent, dim=(0, 2, 3))
-    moments = (mean.square() + variance.log().square()).mean()
-    return error + EDGE_WEIGHT * edges + MOMENTS_WEIGHT * moments, error.detach()
+    return error + EDGE_WEIGHT * edges + MOMENTS_WEIGHT * moments(latent), error.detach()
 
 
 def trained(path: Path) -> nn.Module:
-    """Load the autoencoder of a file, packed or not, frozen. Raises FileNotFoundError naming the missing stage."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there. Run first: python run.py train-demo {path.parent.name}")
+    """Load the autoencoder of a file, packed or not, frozen. Raises SetupError where it is missing."""
+    from .shipped import read_packed
+
     model = new_autoencoder()
-    kept = model.state_dict().keys()
-    found = unpack(load_file(path))
-    model.load_state_dict({name: value.float() for name, value in found.items() if name in kept})
+    model.load_state_dict({name: value.float() for name, value in read_packed(path)[0].items()})
     return model.requires_grad_(False)
 
 
@@ -138,26 +140,47 @@ def _first_weights() -> dict[str, Tensor]:
 def train_autoencoder(seconds: float | None = None, steps: int = STEPS) -> Path:
     """Train, or resume; returns the file with the averaged weights in fp16. seconds: the length of this slice."""
     stage, model = StageRun("autoencoder"), new_autoencoder()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
-    done, state = 0, stage.load()
-    if state is None:
+    if not stage.state_file.is_file():
         model.load_state_dict(_first_weights())
-    average = Average(model, EMA_DECAY)
+
+    def loss(drawn: list[Tensor], step: int) -> tuple[Tensor, Tensor]:
+        return loss_of(model, *batch(drawn, generator(SEED, stage.name, step), LATENT_NOISE, CHANNELS))
+
+    weights = train(stage, model, steps, LEARNING_RATE, lambda: [pictures(s, PICTURES) for s in SIDES], loss, seconds)
+    return save(stage.folder / FILE, weights)
+
+
+def train(
+    stage: StageRun,
+    model: Any,
+    steps: int,
+    rate: float,
+    drawing: Callable[[], list[Tensor]],
+    loss: Callable[[list[Tensor], int], tuple[Tensor, Tensor]],
+    seconds: float | None,
+) -> dict[str, Tensor]:
+    """Train what requires gradients, or resume; returns all averaged weights in fp16.
+
+    drawing: makes the pictures, one tensor for each side. loss: of these and the step, (loss, error). seconds: the
+    length of this slice.
+    """
+    parameters = [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    average, done, state = Average(model, EMA_DECAY), 0, stage.load()
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average.restore(state["average"])
         done = state["step"]
-    stage.say(event="start", step=done, parameters=sum(p.numel() for p in model.parameters()))
-    drawn = [pictures(side, PICTURES) for side in SIDES] if done < steps else []
-    total = 0.0
+    stage.say(event="start", step=done, parameters=sum(p.numel() for p in parameters))
+    drawn, total = drawing() if done < steps else [], 0.0
     for step, spent in unpaused_steps(done, steps):
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * cosine(step, steps, WARMUP)
+            group["lr"] = rate * cosine(step, steps, WARMUP)
         with quick():
-            loss, error = loss_of(model, *_batch(drawn, step))
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            found, error = loss(drawn, step)
+        found.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average.update(model)
@@ -166,21 +189,23 @@ def train_autoencoder(seconds: float | None = None, steps: int = STEPS) -> Path:
             stage.say(step=done, error=round(total / 50, 5), seconds=round(spent, 1))
             total = 0.0
         if done % 250 == 0 or done == steps:
-            show(average.weights, stage.folder / f"pictures_{done:05d}.png")
+            show(model, average.weights, stage.folder / f"pictures_{done:05d}.png")
         late = seconds is not None and spent > seconds
         if stage.is_time_to_save() or done == steps or late:
             stage.save(snapshot(model, optimizer, average, done))
         if late:
             break
-    return save(stage.folder / FILE, {name: value.half() for name, value in average.weights.items()})
+    return {name: value.half() for name, value in average.weights.items()}
 
 
-def _batch(drawn: list[Tensor], step: int) -> tuple[Tensor, Tensor]:
-    """Batch of a step: (crops of pictures (B, 3, PART, PART) of all sides in turn, noise for their latents)."""
-    random = generator(SEED, "autoencoder", step)
+def batch(drawn: list[Tensor], random: torch.Generator, noise: float, channels: int) -> tuple[Tensor, Tensor]:
+    """Batch of a step: (crops of pictures (B, 3, PART, PART), noise for their latents).
+
+    noise: its largest standard deviation; channels: of the latents.
+    """
     pixels = crops(drawn, BATCH, random)
-    std = LATENT_NOISE * torch.rand(BATCH, 1, 1, 1, generator=random)
-    return pixels, std * torch.randn(BATCH, CHANNELS, PART // 8, PART // 8, generator=random)
+    std = noise * torch.rand(BATCH, 1, 1, 1, generator=random)
+    return pixels, std * torch.randn(BATCH, channels, PART // 8, PART // 8, generator=random)
 
 
 def crops(drawn: list[Tensor], count: int, random: torch.Generator) -> Tensor:
@@ -195,11 +220,11 @@ def crops(drawn: list[Tensor], count: int, random: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def show(weights: dict[str, Tensor], path: Path) -> Path:
-    """Save unseen pictures above their reconstructions."""
-    model = new_autoencoder().requires_grad_(False)
-    model.load_state_dict(weights)
-    pixels = pictures(SIDES[-1], 4, 10**6).float() / 255
+def show(model: Any, weights: dict[str, Tensor], path: Path) -> Path:
+    """Save unseen pictures above their reconstructions by `model` with these weights."""
+    averaged = copy.deepcopy(model)
+    averaged.load_state_dict(weights)
+    pixels = pictures(SIDES[-1], 4, 10**6).float().to(weights["taesd_encoder.0.weight"].device) / 255
     with quick():
-        back = decode(model, encode(model, pixels)).float()
-    return picture_grid(torch.cat([pixels, back]).permute(0, 2, 3, 1), path, columns=4)
+        back = decode(averaged, encode(averaged, pixels)).float()
+    return picture_grid(torch.cat([pixels, back]).permute(0, 2, 3, 1).cpu(), path, columns=4)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from ...controlnext_core.picturebook import Picture, draw, draw_children
 from ...controlnext_training.seeding import generator
 from ..tiny_models.storage import save, write_atomically
-from . import autoencoder, painter
+from . import autoencoder
 from .computing import device, quick
 from .mmdit import CHANNELS, new_mmdit, predict, sample, shortened
 from .muon import Muon
+from .painter import painter_of
 from .running import Slice, StageRun, picture_grid, wait_while_paused
 
 SEED = 29
@@ -104,14 +105,6 @@ def _parts(stage: StageRun, name: str, drawing: Drawing, side: int, count: int) 
         stage.say(event="preparing", name=name, first=number * PART, pictures=PART, side=side)
         _prepare(file, network, clip, drawing, side, number * PART)
     return [torch.load(file, weights_only=True) for file in files]
-
-
-def painter_of(folder: Path) -> nn.Module:
-    """Autoencoder trained by the previous stage, or the shipped one without it."""
-    from .shipped import PAINTER, SHIPPED
-
-    made = folder.parent / "painter" / painter.FILE
-    return painter.trained(made if made.is_file() else SHIPPED / PAINTER)
 
 
 def _prepare(file: Path, network: nn.Module, clip: Any, drawing: Drawing, side: int, first: int) -> None:

@@ -19,7 +19,8 @@ from ...controlnext_training.seeding import generator
 from ..tiny_models.storage import save
 from . import autoencoder
 from .mmdit import CHANNELS, new_mmdit, sample
-from .picture_base import SIDE, Text, batch_of, latents_of, loss_at, painter_of, text_model, texts_of
+from .painter import painter_of
+from .picture_base import SIDE, Text, batch_of, latents_of, loss_at, text_model, texts_of
 from .running import StageRun, cosine, picture_grid, unpaused_steps
 from .shipped import MMDIT, PICTURE_LORA, SHIPPED, read_packed
 

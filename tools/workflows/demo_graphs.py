@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ...controlnext_training.config_files import read_recipe
-from ..demo_weights.shipped import CHECKPOINT, PICTURE_EDGES, PICTUREBOOK
+from ..demo_weights.shipped import CHECKPOINT, PICTURE_EDGES, PICTUREBOOK, XS
 from ..workflow_graph import Node, Output, Workflow
 from .parts import CONTROL, GROUPS, HINT, MODELS, PROMPTS, RESULT, finish, sample, sampler
 from .training_graphs import ARRANGEMENT as TRAINING
@@ -22,8 +22,10 @@ TINY = Path(__file__).resolve().parents[2] / "controlnext_training" / "recipes" 
 WIDGETS = ("steps", "batch_size", "learning_rate", "control_learning_rate", "seed", "variant")
 ELSEWHERE = ("base", "data", "validation_data", "output_name", "resolution", "bucket_step", "hint")
 """Keys of the recipe that other widgets of the graph set."""
-CAT, CAT_PROMPT = "cat", "a white cat and a purple house on a meadow under a blue sky"
+FISH, FISH_PROMPT = "fish", "an orange fish under water"
 """Sample for the control that is trained in two minutes, and its caption."""
+MASKS = "picturebook:mask:60:31"
+"""Pictures with which the demo's ControlNet-XS for outlines learns masks."""
 
 
 def _base(workflow: Workflow, checkpoint: str) -> Node:
@@ -129,23 +131,23 @@ def demo_train() -> Workflow:
     workflow.note(
         MODELS,
         "Press Run and watch",
-        "The demo's ControlNet-XS for outlines learns to read **masks**, on a CPU in two minutes, and is tried at "
-        "once. It stays in **models/controlnext**. A control from nothing needs hours on a GPU; *SD1.5, train on your "
-        "pictures* is that graph.",
+        "The demo's ControlNet-XS for outlines learns to read **masks**, on a CPU in about two minutes, and is tried "
+        "at once. It stays in **models/controlnext**. A control from nothing needs hours on a GPU; *SD1.5, train on "
+        "your pictures* is that graph.",
         170,
     )
     side = recipe["resolution"]
-    prompts = _prompts(workflow, base["CLIP"], CAT_PROMPT, "EmptyLatentImage", side, count=4)
+    prompts = _prompts(workflow, base["CLIP"], FISH_PROMPT, "EmptyLatentImage", side, count=4)
     prompts_first(workflow)
-    data = workflow.add(HINT, "ControlDatasetFolder", folder=recipe["data"][0], hint="paired", resolution=side)
+    data = workflow.add(HINT, "ControlDatasetFolder", folder=MASKS, hint="paired", resolution=side)
     workflow.note(
         HINT,
         "No pictures are needed",
-        f"**{recipe['data'][0]}** are illustrations that the project draws, with masks of their things. The name of a "
+        f"**{MASKS}** are illustrations that the project draws, with masks of their things. The name of a "
         "folder below ComfyUI's input folder stands here for pictures of your own.",
         130,
     )
-    hint = sample(workflow, "mask", side, "Sample hint", scene=CAT)
+    hint = sample(workflow, "mask", side, "Sample hint", scene=FISH)
     workflow.note(
         HINT,
         "A mask that it never saw",
@@ -161,7 +163,7 @@ def demo_train() -> Workflow:
         clip=base["CLIP"],
         dataset=data["dataset"],
         output_name="my_first_control",
-        config=_settings(recipe),
+        config=f'init_control = "{XS}"\n' + _settings(recipe),
         **{name: recipe[name] for name in WIDGETS},
     )
     applied = workflow.add(
