@@ -4,7 +4,8 @@
     python run.py bench demo_controls --scenes 4 --cases children      # some, of the board whose name has this word
 
 Depth is a rank correlation and mask an intersection over union, both with what a small network reads from the picture
-(tools/demo_weights/reader.py); F1 is of edges, within 2 pixels. The rows `scene` are the true pictures, and those
+(tools/demo_weights/reader.py); edge F1 is within 2 pixels, that of dark strokes
+within 1. The rows `scene` are the true pictures, and those
 encoded and decoded by the base's autoencoder, the best that the base can reach.
 """
 
@@ -40,7 +41,7 @@ from comfyui_controlnext.tools.environment import ROOT  # noqa: E402
 FOLDER = ROOT / ".cache" / "demo_controls"
 FIRST, SCENES = 100, 12
 """Number of the first scene, and of scenes."""
-HEAD = ("board, column", "edge F1", "standard error", "depth", "mask", "colours")
+HEAD = ("board, column", "edge F1", "standard error", "strokes", "depth", "mask", "colours")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -75,11 +76,17 @@ def rows_of(client: ComfyClient, board: Board, scenes: int) -> Iterator[tuple[st
     yield row(f"{board.name}, scene, encoded and decoded", best)
 
 
-def row(name: str, found: list[Figures]) -> tuple[str, ...]:
+def row(title: str, found: list[Figures]) -> tuple[str, ...]:
     f1 = [figures.f1 for figures in found]
     error = np.std(f1, ddof=1) / len(f1) ** 0.5 if len(f1) > 1 else float("nan")
-    depth, mask = mean(figures.depth for figures in found), mean(figures.mask for figures in found)
-    return (name, f"{mean(f1):.3f}", f"{error:.3f}", f"{depth:.3f}", f"{mask:.3f}", f"{share_of_colors(found):.2f}")
+    means = [mean(getattr(figures, name) for figures in found) for name in ("strokes", "depth", "mask")]
+    return (
+        title,
+        f"{mean(f1):.3f}",
+        f"{error:.3f}",
+        *(f"{value:.3f}" for value in means),
+        f"{share_of_colors(found):.2f}",
+    )
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from .demo_weights.shipped import (
     PICTURE_MASK,
     PICTURE_POSE,
     PICTUREBOOK,
+    PRINTBOOK,
     XS,
 )
 
@@ -121,7 +122,7 @@ BOOK = Board(
         Column("ControlNeXt 0.5", edges=0.5),
         Column("ControlNeXt 1.0", edges=1.0),
         Column("depth", depth=1.0),
-        Column("mask", mask=1.0),
+        Column("mask 1.2", mask=1.2),
         Column("edges + depth", edges=0.6, depth=0.6),
         Column("with a LoRA", edges=1.0, lora=1.0),
     ),
@@ -143,6 +144,21 @@ CHILDREN = Board(
     PICTURE_FILES,
     shown="pose",
 )
+PRINT = Board(
+    "print",
+    "A fine-tune of that base, and the same ControlNeXts",
+    PRINTBOOK,
+    "picturebook",
+    192,
+    20,
+    (4, 13),
+    (
+        Column("without control"),
+        Column("ControlNeXt 1.0", edges=1.0),
+        Column("depth", depth=1.0),
+    ),
+    PICTURE_FILES,
+)
 UNET_BOOK = Board(
     "picturebook_unet",
     "A base of SD1.5's shape, and a ControlNet-XS for outlines",
@@ -158,7 +174,7 @@ UNET_BOOK = Board(
     ),
     {"xs": XS},
 )
-BOARDS = (BOOK, CHILDREN, UNET_BOOK)
+BOARDS = (BOOK, PRINT, CHILDREN, UNET_BOOK)
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def test_the_sheet_shows_every_cell_in_its_place() -> None:
 def test_a_corner_shows_what_a_control_was_given_where_it_is_not_the_outlines() -> None:
     hint = draw_hint(BOOK, BOOK.scenes[0])
     columns = tuple(column for column in BOOK.columns if column.given(hint) is not None)
-    assert [column.title for column in columns] == ["depth", "mask", "edges + depth"]
+    assert [column.title for column in columns] == ["depth", "mask 1.2", "edges + depth"]
     cells = {(0, place): png("red", BOOK.side) for place in range(len(columns))}
     sheet = np.asarray(demo_sheet.compose(BOOK, {0: hint}, columns, cells, dict.fromkeys(cells, 0.5)))
     side = BOOK.side // demo_sheet.INSET
@@ -181,7 +181,7 @@ def test_every_picture_of_the_demo_has_its_words() -> None:
         "edges, strength 0.5",
         "edges, strength 1",
         "depth, strength 1",
-        "mask, strength 1",
+        "mask, strength 1.2",
         "edges and depth, strength 0.6",
         "edges, strength 1 and a LoRA",
     ]

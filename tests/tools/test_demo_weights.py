@@ -94,7 +94,8 @@ def test_the_lora_that_the_host_applies_is_the_one_that_trained() -> None:
     with torch.no_grad():
         plain = mmdit.predict(network, x, s, text)
         copied = {name: value.clone() for name, value in network.state_dict().items()}
-        low_ranks = picture_style.add_low_rank(network)
+        low_ranks = picture_style.add_low_rank(network, 4)
+        before = {name: value.clone() for name, value in copied.items()}
         for low_rank in low_ranks.values():
             low_rank.up.data.normal_(std=0.1, generator=random)
         changed = mmdit.predict(network, x, s, text)
@@ -109,6 +110,9 @@ def test_the_lora_that_the_host_applies_is_the_one_that_trained() -> None:
         found = mmdit.predict(other, x, s, text)
     assert (changed - plain).abs().max() > 0.1
     torch.testing.assert_close(found, changed, atol=1e-2, rtol=0)  # the file is in fp16
+    fine_tune = assembling.merged(before, picture_style.lora_file(low_ranks))
+    torch.testing.assert_close(fine_tune, copied, atol=1e-5, rtol=1e-5)
+    assert sum(not torch.equal(fine_tune[name], value) for name, value in before.items()) == len(low_ranks)
 
 
 class _Patched:
@@ -130,6 +134,17 @@ def test_dusk_is_violet_above_and_red_below_and_keeps_what_is_drawn() -> None:
     assert white[0, 0].tolist() == [153, 107, 207] and white[3, 3].tolist() == [255, 163, 143]
     light = np.asarray([0.299, 0.587, 0.114])
     assert np.corrcoef((plain @ light).flatten(), (dusk @ light).flatten())[0, 1] > 0.9
+
+
+def test_a_print_has_four_inks_and_keeps_what_is_drawn() -> None:
+    gray = np.linspace(0, 255, 256).round().astype(np.uint8)[None, :, None].repeat(3, axis=2)
+    printed = picture_style.as_print(gray)[0].astype(int)
+    assert printed[0].tolist() == [22, 30, 70] and printed[-1].tolist() == [253, 246, 222]
+    assert printed[30].tolist() == [22, 30, 70]  # at DARK
+    assert (np.diff(printed, axis=0) >= 0).all() and (np.abs(printed - [34, 110, 140]).max(1) <= 1).any()
+    plain = picturebook.draw(3, 1, 192).image
+    light = np.asarray(picture_style.LUMINANCE)
+    assert np.corrcoef((plain @ light).flatten(), (picture_style.as_print(plain) @ light).flatten())[0, 1] > 0.95
 
 
 def test_a_word_says_what_stood_before_it_and_the_end_says_everything(loaded: tuple[Any, Any, Any]) -> None:

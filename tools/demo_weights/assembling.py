@@ -19,6 +19,19 @@ SD3_TEXT = "text_model."
 SD3_SCALE, SD3_SHIFT = 1.5305, 0.0609  # latents = (output of the autoencoder - shift) * scale
 
 
+def merged(network: Mapping[str, Tensor], lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a network with the low-rank differences of a file (diffusion_model.NAME.lora_up.weight, ...) added."""
+    tensors = dict(network)
+    for key, up in lora.items():
+        if key.endswith(".lora_up.weight"):
+            name = key.removesuffix(".lora_up.weight")
+            down, alpha = lora[f"{name}.lora_down.weight"].float(), lora[f"{name}.alpha"].float()
+            weight = f"{name.removeprefix('diffusion_model.')}.weight"
+            tensors[weight] = tensors[weight].float() + up.float() @ down * (alpha / len(down))
+            tensors[weight] = tensors[weight].to(network[weight].dtype)
+    return tensors
+
+
 def write_checkpoint(path: Path, unet: Mapping[str, Tensor], autoencoder: Mapping[str, Tensor]) -> Path:
     """Write an SD1.5 checkpoint. unet: in the host's names; autoencoder:
 

@@ -19,7 +19,7 @@ from ..comfy_server import COMFY_BASE
 from ..environment import ROOT, SetupError
 from ..tiny_models.storage import save, write_atomically
 from . import autoencoder, painter, unet_base
-from .assembling import write_checkpoint, write_sd3_checkpoint
+from .assembling import merged, write_checkpoint, write_sd3_checkpoint
 from .mmdit import as_the_host_loads
 from .packing import pack, unpack
 from .running import FOLDER
@@ -33,14 +33,16 @@ PICTUREBOOK = "picturebook_sd3.ckpt"
 XS = "picture_xs_edges.safetensors"
 PICTURE_EDGES, PICTURE_MASK = "picture_edges.safetensors", "picture_mask.safetensors"
 PICTURE_DEPTH, PICTURE_POSE = "picture_depth.safetensors", "picture_pose.safetensors"
-PICTURE_LORA = "picture_dusk.safetensors"
+PICTURE_LORA, PICTURE_PRINT = "picture_dusk.safetensors", "picture_print.safetensors"
+PRINTBOOK = "picturebook_print_sd3.ckpt"
+"""Fine-tune of PICTUREBOOK."""
 FOLDERS = {
-    **dict.fromkeys((PICTUREBOOK, CHECKPOINT), "checkpoints"),
+    **dict.fromkeys((PICTUREBOOK, PRINTBOOK, CHECKPOINT), "checkpoints"),
     **dict.fromkeys((PICTURE_EDGES, PICTURE_MASK, PICTURE_DEPTH, PICTURE_POSE, XS), "controlnext"),
     PICTURE_LORA: "loras",
 }
 """File of the demo -> its folder below `models`."""
-SOURCES = {CHECKPOINT: (UNET, AUTOENCODER), PICTUREBOOK: (MMDIT, PAINTER)}
+SOURCES = {CHECKPOINT: (UNET, AUTOENCODER), PICTUREBOOK: (MMDIT, PAINTER), PRINTBOOK: (MMDIT, PAINTER, PICTURE_PRINT)}
 """Checkpoint -> its source files."""
 RECIPES = {XS: "demo_xs"}
 """Trained control of the UNet -> its recipe, which is also the name of its result."""
@@ -71,9 +73,11 @@ def install(base: Path, names: Iterable[str] = tuple(FOLDERS), shipped: Path = S
         if name == CHECKPOINT:
             wide = {key: value.half() for key, value in widen(read_packed(shipped / UNET)[0]).items()}
             write_checkpoint(path, wide, autoencoder.whole(read_packed(shipped / AUTOENCODER)[0]))
-        elif name == PICTUREBOOK:
-            network = as_the_host_loads(read_packed(shipped / MMDIT)[0])
-            write_sd3_checkpoint(path, network, autoencoder.whole(read_packed(shipped / PAINTER)[0]))
+        elif name in (PICTUREBOOK, PRINTBOOK):
+            network = read_packed(shipped / MMDIT)[0]
+            if name == PRINTBOOK:
+                network = merged(network, read_packed(shipped / PICTURE_PRINT)[0])
+            write_sd3_checkpoint(path, as_the_host_loads(network), autoencoder.whole(read_packed(shipped / PAINTER)[0]))
         else:
             save(path, *read_packed(shipped / name))
         versions[name] = version
@@ -89,13 +93,14 @@ def ship_base(folder: Path = FOLDER, shipped: Path = SHIPPED) -> Path:
 
 
 def ship_pictures(folder: Path = FOLDER, shipped: Path = SHIPPED) -> Path:
-    """Pack the available parts of the picturebook (autoencoder, base, controls and LoRA) into `shipped`."""
+    """Pack the available parts of the picturebook (autoencoder, base, controls, LoRA and fine-tune) into `shipped`."""
     better = folder / "painter_decoder" / painter.FILE
     made = {
         PAINTER: better if better.is_file() else folder / "painter" / painter.FILE,
         MMDIT: folder / "picture_base" / MMDIT,
     }
-    made[PICTURE_LORA] = folder / "picture_style" / PICTURE_LORA
+    made[PICTURE_LORA] = folder / "picture_dusk" / PICTURE_LORA
+    made[PICTURE_PRINT] = folder / "picture_print" / PICTURE_PRINT
     _ship({name: _load(path) for name, path in made.items() if path.is_file()}, shipped)
     controls = {name: _trained(recipe) for name, recipe in PICTURE_RECIPES.items()}
     return _ship({name: _load(path) for name, path in controls.items() if path.is_file()}, shipped, CONTROL_BITS)

@@ -13,12 +13,13 @@ PICTUREBOOK = (
     "picture-autoencoder",
     "picture-decoder",
     "picture-base",
-    "picture-style",
+    "picture-dusk",
+    "picture-print",
     "picture-controls",
     "ship-pictures",
 )
-"""Stages of the base of SD3's shape, those above being of the UNet; `all` leaves them out. LoRA and controls are
-trained on the base that was shipped last."""
+"""Stages of the base of SD3's shape, those above being of the UNet; `all` leaves them out. LoRA, fine-tune and controls
+are trained on the base that was shipped last."""
 ALL = "all"
 LONGEST = 100.0  # minutes
 
@@ -76,7 +77,8 @@ def _run_picturebook(stage: str, seconds: float) -> Path:
         "picture-autoencoder": lambda: train_painter(seconds=seconds),
         "picture-decoder": lambda: train_decoder(seconds=seconds),
         "picture-base": lambda: train_base(seconds),
-        "picture-style": train_style,
+        "picture-dusk": lambda: train_style("dusk"),
+        "picture-print": lambda: train_style("print"),
         "picture-controls": lambda: train_controls(PICTURE_RECIPES.values(), CHECKPOINT),
         "ship-pictures": ship_pictures,
     }
