@@ -4,9 +4,8 @@
     python run.py bench demo_controls --scenes 4 --cases children      # some, of the board whose name has this word
 
 Depth is a rank correlation and mask an intersection over union, both with what a small network reads from the picture
-(tools/demo_weights/reader.py); edge F1 is within 2 pixels, that of dark strokes
-within 1. The rows `scene` are the true pictures, and those
-encoded and decoded by the base's autoencoder, the best that the base can reach.
+(tools/demo_weights/reader.py); edge F1 is within 2 pixels, that of dark strokes within 1. The rows `scene` are the true
+pictures, and those encoded and decoded by the base's autoencoder, the best that the base can reach.
 """
 
 from __future__ import annotations

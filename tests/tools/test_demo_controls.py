@@ -14,7 +14,14 @@ import pytest
 from comfyui_controlnext.controlnext_core.fidelity import boundary_f1, edge_f1
 from comfyui_controlnext.controlnext_training.drawn import SCHEMES
 from comfyui_controlnext.tools.demo_boards import BOOK, CHILDREN, PRINT, SCENE_SEED, UNET_BOOK, Board, Column
-from comfyui_controlnext.tools.demo_figures import mean, measured, share_of_colors, strokes_of
+from comfyui_controlnext.tools.demo_figures import (
+    encoded_and_decoded,
+    figures_of,
+    mean,
+    measured,
+    share_of_colors,
+    strokes_of,
+)
 from comfyui_controlnext.tools.demo_weights import shipped
 from comfyui_controlnext.tools.demo_weights.picture_style import STYLES
 from comfyui_controlnext.tools.demo_weights.reader import agreement, trained_reader
@@ -30,7 +37,7 @@ DEPTH, MASK, POSE = Column("depth", depth=1.0), Column("mask", mask=1.2), Column
 BOTH = Column("both", edges=0.6, depth=0.6)
 STYLE, DUSK = Column("style", lora=1.0), Column("dusk", edges=1.0, lora=1.0)
 FIRST = 100  # scene
-COUNTS = [pytest.param(5, id="5 hints"), pytest.param(16, id="16 hints", marks=pytest.mark.long)]
+COUNTS = [pytest.param(5, id="5 hints"), *(pytest.param(n, id=f"{n} hints", marks=pytest.mark.long) for n in (16, 64))]
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,14 @@ def has_style(found: np.ndarray, scene: np.ndarray, style: str) -> float:
     return float(np.linalg.norm(of_found - of_painted) < np.linalg.norm(of_found - of_scene))
 
 
+def round_trip(server: ComfyServer, count: int) -> tuple[float, float]:
+    """Mean F1 of edges and of strokes of true pictures, encoded and decoded by the base of SD3's shape."""
+    scenes = [SCHEMES[BOOK.scheme](SCENE_SEED, number, BOOK.side) for number in range(FIRST, FIRST + count)]
+    pictures, reader = encoded_and_decoded(server, BOOK.checkpoint, [scene.image for scene in scenes]), trained_reader()
+    found = [figures_of(reader, picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
+    return mean(figures.f1 for figures in found), mean(figures.strokes for figures in found)
+
+
 @pytest.mark.parametrize("count", COUNTS)
 def test_illustrations_of_the_unet_follow_their_outlines(server: ComfyServer, models: None, count: int) -> None:
     found = drawn(server, count, NONE, XS, board=UNET_BOOK)
@@ -106,6 +121,8 @@ def test_illustrations_follow_what_each_control_is_given(server: ComfyServer, mo
     assert drawings.mask[NEXT] >= 0.85, drawings
     assert drawings.depth[BOTH] >= 0.9 * drawings.depth[DEPTH], drawings
     assert found[BOTH] >= 0.9 * found[NEXT], found
+    edges, strokes = round_trip(server, count)
+    assert found[NEXT] >= 0.85 * edges and drawings.strokes[NEXT] >= 0.85 * strokes, (drawings, edges, strokes)
 
 
 def test_the_reader_finds_depth_and_mask_of_true_pictures_and_not_of_others() -> None:
@@ -131,9 +148,10 @@ def test_strokes_of_true_pictures_are_the_drawn_outlines_to_a_pixel_and_those_of
 
 
 def test_control_goes_on_under_a_lora_that_it_never_met(server: ComfyServer, models: None) -> None:
-    found = drawn(server, 3, NONE, STYLE, DUSK)
+    found = drawn(server, 3, NEXT, STYLE, DUSK)
     assert found.f1[DUSK] > found.f1[STYLE] + 0.2, found
-    assert found.styled == {NONE: 0, STYLE: 1, DUSK: 1}, found
+    assert found.f1[DUSK] >= 0.75 * found.f1[NEXT], found
+    assert found.styled == {NEXT: 0, STYLE: 1, DUSK: 1}, found
 
 
 def test_control_goes_on_on_a_fine_tune_that_it_never_met(server: ComfyServer, models: None) -> None:
