@@ -20,7 +20,7 @@ from comfyui_controlnext.controlnext_core.picturebook import (
     draw_children,
     things,
 )
-from comfyui_controlnext.tools.demo_weights import assembling, mmdit, muon, painter, picture_base
+from comfyui_controlnext.tools.demo_weights import assembling, autoencoder, mmdit, muon, painter, picture_base, running
 from torch import Tensor
 
 COUNT, SIDE = 40, 128
@@ -181,9 +181,9 @@ def test_muon_steps_matrices_by_their_rate_and_the_rest_with_adam() -> None:
 
 
 def test_a_slice_begins_and_ends_with_small_steps() -> None:
-    assert picture_base.rate_at(0.0, 0) == pytest.approx(1 / picture_base.WARMUP)
-    assert picture_base.rate_at(0.3, 10**6) == 1.0
-    assert picture_base.rate_at(1.0, 10**6) == pytest.approx(0.02)
+    assert running.rate_at(0.0, 0) == pytest.approx(1 / running.WARMUP)
+    assert running.rate_at(0.3, 10**6) == 1.0
+    assert running.rate_at(1.0, 10**6) == pytest.approx(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def loaded(network: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any,
     path = tmp_path_factory.mktemp("picturebook") / "sd3.ckpt"
     weights = {name: value.half() for name, value in network.state_dict().items()}
     halves = {name: value.half() for name, value in painter.new_painter().state_dict().items()}
-    assembling.write_sd3_checkpoint(path, mmdit.as_the_host_loads(weights), painter.whole(halves))
+    assembling.write_sd3_checkpoint(path, mmdit.as_the_host_loads(weights), autoencoder.whole(halves))
     return comfy.sd.load_checkpoint_guess_config(str(path))[:3]
 
 

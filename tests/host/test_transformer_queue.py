@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from comfyui_controlnext.tools.comfy_server import ComfyServer
 
 pytestmark = pytest.mark.comfy
-GIGABYTES = 2.0
+GIGABYTES = 1.5
 """Memory in GB above which a family runs only with `--long`."""
 RANK = 4
 FOLDERS = ("controlnext", "controlnet", "model_patches")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import pytest
 
@@ -31,7 +32,7 @@ def test_the_page_gets_every_node_with_words_on_every_socket(server: ComfyServer
         for input_name, (_, options, *_) in ((n, (*given, {})) for n, given in inputs.items()):
             assert options.get("tooltip"), f"{name}.{input_name}"
         assert len(info["output_tooltips"]) == len(info["output"]) and all(info["output_tooltips"]), name
-        assert server.request(f"/extensions/{ROOT.name}/docs/{name}.md"), name
+        assert server.request(f"/extensions/{quote(ROOT.name)}/docs/{name}.md"), name
 
 
 WANTED = ("canny", "depth", "pose", "edges", "preprocessor", "svd", "video", "train", "lora", "controlnet")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ CONFIG = small(validate_every=1, validation_samples=3)
 
 
 class Some(DrawnDataset):
-    """Dataset of scenes by their numbers."""
+    """Dataset of scenes by their numbers, with one caption, which is encoded once."""
 
     def __init__(self, numbers: Sequence[int]) -> None:
         super().__init__("synthetic", "edges", len(numbers), SIDE)
@@ -31,7 +32,7 @@ class Some(DrawnDataset):
         return super().frame_keys(self.numbers[index])
 
     def _scene(self, index: int) -> Any:
-        return super()._scene(self.numbers[index])
+        return dataclasses.replace(super()._scene(self.numbers[index]), caption="a scene")
 
 
 def parted(numbers: Sequence[int], saved: SavedData | None = None, config: Any = CONFIG) -> Split:
