@@ -221,7 +221,7 @@ def test_the_autoencoder_starts_from_the_principal_components_of_the_wider_one()
     torch.testing.assert_close(first(found)[inner], wider(projected)[inner], atol=1e-4, rtol=1e-4)
 
 
-def test_every_second_noise_level_of_the_base_decides_edges(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_second_noise_level_of_the_base_decides_edges_and_colors(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Tensor] = {}
 
     def predict(unet: nn.Module, x: Tensor, sigma: Tensor, times: Tensor, contexts: Tensor) -> Tensor:
@@ -236,6 +236,24 @@ def test_every_second_noise_level_of_the_base_decides_edges(monkeypatch: pytest.
     middle = seen["sigma"][1::2]
     assert middle.min() >= low and middle.max() <= high * 1.02 and middle.log().std() > 0.5
     assert torch.equal(seen["times"][::2] * 64 // len(table), torch.arange(0, 64, 2))
+
+
+def test_the_error_of_the_base_is_that_of_a_velocity_between_latents_and_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Tensor] = {}
+    random = torch.Generator().manual_seed(3)
+    z, guess = torch.randn(24, 4, 8, 8, generator=random), torch.randn(24, 4, 8, 8, generator=random)
+
+    def predict(unet: nn.Module, x: Tensor, sigma: Tensor, times: Tensor, contexts: Tensor) -> Tensor:
+        seen.update(x=x.double(), sigma=sigma.double().view(-1, 1, 1, 1))
+        return guess
+
+    monkeypatch.setattr(unet_base, "predict", predict)
+    found = unet_base.loss_at(nn.Identity(), z, torch.zeros(0), unet_base.sigmas(), random)
+    x, sigma = seen["x"], seen["sigma"]
+    noise, share = (x - z) / sigma, sigma / (1 + sigma)
+    between, clean = (1 - share) * z + share * noise, x - sigma * guess
+    error = (between - clean) / share - (noise - z)
+    assert found.item() == pytest.approx(error.square().mean().item(), rel=1e-3)
 
 
 def test_a_slice_resumes_and_the_next_begins_at_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
