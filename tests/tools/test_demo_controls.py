@@ -116,7 +116,7 @@ def test_children_stand_as_their_poses_say(server: ComfyServer, models: None, co
 def test_illustrations_follow_what_each_control_is_given(server: ComfyServer, models: None, count: int) -> None:
     drawings = drawn(server, count, NONE, HALF, NEXT, DEPTH, MASK, BOTH)
     assert drawings.colors[NEXT] >= 0.9, drawings
-    assert drawings.strokes[NEXT] >= 0.78 > drawings.strokes[NONE] + 0.4, drawings
+    assert drawings.strokes[NEXT] >= 0.8 > drawings.strokes[NONE] + 0.4, drawings
     found = drawings.f1
     assert found[NEXT] > found[HALF] > found[NONE], found
     assert found[NEXT] > found[NONE] + 0.2, found

@@ -16,6 +16,7 @@ from comfyui_controlnext.tools.demo_weights import (
     painter,
     picture_style,
     running,
+    shipped,
     unet_base,
     widening,
 )
@@ -24,6 +25,7 @@ from comfyui_controlnext.tools.demo_weights.muon import Muon
 from comfyui_controlnext.tools.demo_weights.text_encoder import text_encoder
 from comfyui_controlnext.tools.tiny_models.storage import Pools
 from comfyui_controlnext.tools.tiny_models.text_and_vae import taesd
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.comfy
@@ -134,6 +136,45 @@ def test_dusk_is_violet_above_and_red_below_and_keeps_what_is_drawn() -> None:
     assert white[0, 0].tolist() == [153, 107, 207] and white[3, 3].tolist() == [255, 163, 143]
     light = np.asarray([0.299, 0.587, 0.114])
     assert np.corrcoef((plain @ light).flatten(), (dusk @ light).flatten())[0, 1] > 0.9
+
+
+def test_random_light_differs_by_picture_channel_and_height_and_is_repeated_by_its_seed() -> None:
+    white = torch.full((16, 3, 9, 4), 255, dtype=torch.uint8)
+    lit = ae.in_random_light(white, torch.Generator().manual_seed(1))
+    assert lit.dtype == torch.uint8 and lit.shape == white.shape
+    assert torch.equal(lit, ae.in_random_light(white, torch.Generator().manual_seed(1)))
+    top, middle, bottom = (lit[:, :, row, 0].double() for row in (0, 4, 8))
+    assert ((lit == lit[..., :1]).all()) and len(top.flatten().unique()) > 20 and (top - bottom).abs().max() > 60
+    assert top.min() >= 255 * ae.DARKEST - 1 and bottom.min() >= 255 * ae.DARKEST - 1
+    unclipped = (top < 255) & (bottom < 255)
+    torch.testing.assert_close(middle[unclipped], (top + bottom)[unclipped] / 2, atol=1.0, rtol=0)
+    black = ae.in_random_light(torch.zeros_like(white), torch.Generator().manual_seed(2)).double()
+    assert 0 < black.max() <= 255 * ae.HAZE + 1 and (black == black[:, :, :1, :1]).all()
+
+
+@pytest.mark.parametrize("module", [ae, painter], ids=["4 channels", "16 channels"])
+def test_a_decoder_is_trained_on_alone_with_pictures_in_other_light(
+    module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(running, "FOLDER", tmp_path)
+    monkeypatch.setattr(module, "PICTURES", 2)
+    monkeypatch.setattr(ae, "BATCH", 3)
+    seen: list[Tensor] = []
+    crops = ae.crops
+
+    def recorded(drawn: list[Tensor], count: int, random: torch.Generator) -> Tensor:
+        seen.extend(drawn)
+        return crops(drawn, count, random)
+
+    monkeypatch.setattr(ae, "crops", recorded)
+    file = module.train_decoder(steps=2)
+    start = shipped.read_packed(shipped.SHIPPED / (shipped.AUTOENCODER if module is ae else shipped.PAINTER))[0]
+    trained = load_file(file)
+    changed = {name for name, value in trained.items() if name in start and not torch.equal(value, start[name])}
+    assert changed and all(name.startswith("taesd_decoder") for name in changed), changed
+    assert [len(pictures) for pictures in seen[:3]] == [2, 2, 2]
+    light, plain = seen[2].double(), seen[0].double()
+    assert light.shape == plain.shape and (light.mean((2, 3)) - plain.mean((2, 3))).abs().max() > 10
 
 
 def test_a_print_has_four_inks_and_keeps_what_is_drawn() -> None:

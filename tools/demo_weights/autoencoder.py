@@ -32,6 +32,8 @@ PICTURES, STEPS, BATCH = 600, 1000, 8
 LEARNING_RATE, WARMUP, EMA_DECAY = 1e-3, 50, 0.998
 FILE = "autoencoder.safetensors"
 LATENT_NOISE = 0.1  # largest std of the noise added to latents, so that the decoder tolerates errors of a sampler
+DECODER_STEPS, DECODER_RATE = 2500, 5e-4
+DARKEST, HAZE = 0.35, 0.06  # least share of a channel's light that is left, and the most that is added
 MOMENTS_WEIGHT = 0.05
 EDGE_WEIGHT = 0.5
 
@@ -86,6 +88,23 @@ def pictures(side: int, count: int, first: int = 0, seed: int = SEED) -> Tensor:
     """Pictures from `first` on as bytes (count, 3, side, side)."""
     images = [torch.from_numpy(draw(seed, index, side).image) for index in range(first, first + count)]
     return torch.stack(images).permute(0, 3, 1, 2).contiguous()
+
+
+def in_random_light(images: Tensor, random: torch.Generator) -> Tensor:
+    """Pictures (N, 3, H, W) of bytes, each with shares of red, green and blue light of its own, another at the bottom
+    than at the top, and a haze.
+    """
+    count, _, height, _ = images.shape
+    above, below = DARKEST + (1 - DARKEST) * torch.rand(2, count, 3, 1, 1, generator=random)
+    down = torch.linspace(0, 1, height)[:, None]
+    haze = HAZE * torch.rand(count, 3, 1, 1, generator=random)
+    lit = images / 255 * torch.lerp(above, below, down) + haze
+    return (lit.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def with_styles(drawn: list[Tensor], seed: int) -> list[Tensor]:
+    """Pictures of each side, and after them those of the first side in random light."""
+    return [*drawn, in_random_light(drawn[0], generator(seed, "light", 0))]
 
 
 def encode(model: Any, pixels: Tensor) -> Tensor:
@@ -148,6 +167,28 @@ def train_autoencoder(seconds: float | None = None, steps: int = STEPS) -> Path:
 
     weights = train(stage, model, steps, LEARNING_RATE, lambda: [pictures(s, PICTURES) for s in SIDES], loss, seconds)
     return save(stage.folder / FILE, weights)
+
+
+def train_decoder(seconds: float | None = None, steps: int = DECODER_STEPS) -> Path:
+    """Train only the decoder of the autoencoder trained by the stage `autoencoder`, or of the shipped one without it.
+
+    Latents stay as they are, so nothing else needs to be trained again. A third of the pictures stand in the light of
+    `in_random_light`, so that styles keep their lines.
+    """
+    from .shipped import AUTOENCODER, SHIPPED
+
+    stage = StageRun("decoder")
+    made = stage.folder.parent / "autoencoder" / FILE
+    model: Any = trained(made if made.is_file() else SHIPPED / AUTOENCODER)
+    model.taesd_decoder.requires_grad_(True)
+
+    def drawing() -> list[Tensor]:
+        return with_styles([pictures(side, PICTURES) for side in SIDES[::-1]], SEED)
+
+    def loss(drawn: list[Tensor], step: int) -> tuple[Tensor, Tensor]:
+        return loss_of(model, *batch(drawn, generator(SEED, stage.name, step), LATENT_NOISE, CHANNELS))
+
+    return save(stage.folder / FILE, train(stage, model, steps, DECODER_RATE, drawing, loss, seconds))
 
 
 def train(

@@ -21,7 +21,7 @@ from .running import StageRun
 SEED, CHANNELS = 19, 16
 SIDES = (192, 256)  # sides of the pictures in pixels
 PICTURES, STEPS = 500, 1000  # pictures of each side
-DECODER_STEPS, DECODER_RATE, DECODER_NOISE = 700, 5e-4, 0.15
+DECODER_STEPS, DECODER_RATE, DECODER_NOISE = 3000, 5e-4, 0.15
 LATENT_NOISE = 0.25  # largest std of the noise added to latents while both halves train
 FILE = "painter.safetensors"
 RANDOM_STD = 0.02  # std of the weights of channels that the 4-channel one lacks
@@ -79,11 +79,14 @@ def train_painter(steps: int = STEPS, seconds: float | None = None, start: Path 
 
 
 def train_decoder(steps: int = DECODER_STEPS, seconds: float | None = None) -> Path:
-    """Train only the decoder, for unchanged latents: nothing else needs to be trained again."""
+    """Train only the decoder, for unchanged latents: nothing else needs to be trained again.
+
+    A third of the pictures stand in the light of `autoencoder.in_random_light`, so that styles keep their lines.
+    """
     stage = StageRun("painter_decoder")
     model: Any = painter_of(stage.folder)
     model.taesd_decoder.requires_grad_(True)
-    return _train(stage, model, steps, DECODER_RATE, DECODER_NOISE, seconds)
+    return _train(stage, model, steps, DECODER_RATE, DECODER_NOISE, seconds, styles=True)
 
 
 def _with(model: nn.Module, path: Path) -> nn.Module:
@@ -93,9 +96,18 @@ def _with(model: nn.Module, path: Path) -> nn.Module:
     return model
 
 
-def _train(stage: StageRun, model: nn.Module, steps: int, rate: float, noise: float, seconds: float | None) -> Path:
+def _train(
+    stage: StageRun,
+    model: nn.Module,
+    steps: int,
+    rate: float,
+    noise: float,
+    seconds: float | None,
+    styles: bool = False,
+) -> Path:
     def drawing() -> list[Tensor]:
-        return [autoencoder.pictures(side, PICTURES, seed=SEED) for side in SIDES]
+        drawn = [autoencoder.pictures(side, PICTURES, seed=SEED) for side in SIDES]
+        return autoencoder.with_styles(drawn, SEED) if styles else drawn
 
     def loss(drawn: list[Tensor], step: int) -> tuple[Tensor, Tensor]:
         pixels, added = autoencoder.batch(drawn, generator(SEED, stage.name, step), noise, CHANNELS)

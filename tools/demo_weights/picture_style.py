@@ -28,7 +28,7 @@ from .running import StageRun, cosine, picture_grid, unpaused_steps
 from .shipped import MMDIT, PICTURE_LORA, PICTURE_PRINT, SHIPPED, read_packed
 
 SEED = 31
-PICTURES, BATCH = 320, 8
+BATCH = 8
 RATE, WARMUP = 3e-3, 20
 NO_CAPTION = 0.1  # share of the samples without a caption
 SUFFIXES = ("attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight", "final_layer.linear.weight")
@@ -61,11 +61,16 @@ class Style:
     paint: Callable[[np.ndarray], np.ndarray]
     """Gives a picture (H, W, 3) of bytes in this style."""
     rank: int
+    pictures: int
+    """Number of pictures that it is trained with."""
     steps: int
     file: str
 
 
-STYLES = {"dusk": Style(at_dusk, 8, 300, PICTURE_LORA), "print": Style(as_print, 16, 400, PICTURE_PRINT)}
+STYLES = {
+    "dusk": Style(at_dusk, 16, 1200, 2400, PICTURE_LORA),
+    "print": Style(as_print, 16, 320, 400, PICTURE_PRINT),
+}
 
 
 class LowRank(nn.Module):
@@ -136,15 +141,17 @@ def train_style(name: str) -> Path:
 
 
 def _data(stage: StageRun, style: Style) -> tuple[Tensor, list[Text]]:
-    """Training data: latents (PICTURES, 16, h, w) of pictures in this style, and the texts of their
+    """Training data: latents (N, 16, h, w) of pictures in this style, and the texts of their
     captions, the empty one last.
     """
     network, clip = painter_of(stage.folder), text_model(stage.folder)
-    scenes = [draw(SEED, index, SIDE) for index in range(PICTURES)]
+    scenes = [draw(SEED, index, SIDE) for index in range(style.pictures)]
     images = torch.stack([torch.from_numpy(style.paint(scene.image)) for scene in scenes])
     latents = torch.cat([latents_of(network, part) for part in images.split(16)])
     texts = [
-        text for start in range(0, PICTURES, 16) for text in texts_of(clip, [s.caption for s in scenes[start:][:16]])
+        text
+        for start in range(0, style.pictures, 16)
+        for text in texts_of(clip, [s.caption for s in scenes[start:][:16]])
     ]
     return latents, [*texts, *texts_of(clip, [""])]
 

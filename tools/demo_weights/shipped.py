@@ -88,7 +88,11 @@ def install(base: Path, names: Iterable[str] = tuple(FOLDERS), shipped: Path = S
 
 def ship_base(folder: Path = FOLDER, shipped: Path = SHIPPED) -> Path:
     """Pack the UNet base and its autoencoder, where the stages left them in `folder`, into `shipped`."""
-    made = {AUTOENCODER: folder / "autoencoder" / autoencoder.FILE, UNET: folder / "base" / unet_base.FILE}
+    better = folder / "decoder" / autoencoder.FILE
+    made = {
+        AUTOENCODER: better if better.is_file() else folder / "autoencoder" / autoencoder.FILE,
+        UNET: folder / "base" / unet_base.FILE,
+    }
     return _ship({name: _load(path) for name, path in made.items() if path.is_file()}, shipped)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..comfy_server import COMFY_BASE
 
-STAGES = ("autoencoder", "base", "ship-base", "controls", "ship-controls")
+STAGES = ("autoencoder", "decoder", "base", "ship-base", "controls", "ship-controls")
 PICTUREBOOK = (
     "picture-autoencoder",
     "picture-decoder",
@@ -49,12 +49,13 @@ def run_stage(options: argparse.Namespace, host: Path) -> int:
     if options.stage in PICTUREBOOK:
         print(_run_picturebook(options.stage, seconds))
         return 0
-    from .autoencoder import train_autoencoder
+    from .autoencoder import train_autoencoder, train_decoder
     from .shipped import ship_base, ship_controls, train_controls
     from .unet_base import train_base
 
     work: tuple[Callable[[], Path], ...] = (
         lambda: train_autoencoder(seconds),
+        lambda: train_decoder(seconds),
         lambda: train_base(seconds),
         ship_base,
         train_controls,
