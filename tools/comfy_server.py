@@ -7,6 +7,7 @@ other pack, there and in the host, stays off (`--disable-all-custom-nodes`, with
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -26,15 +27,22 @@ DEMO_BASE, COMFY_BASE = ROOT / ".host" / "base-demo", ROOT / ".host" / "base-com
 """Base directories of the ComfyUI that this project brings: for the demo; for `comfy` and `train`."""
 COLOR = re.compile(r"\x1b\[[0-9;]*m")
 LEVEL = re.compile(r"^\[(?:DEBUG|DETAIL|INFO|WARNING|ERROR|CRITICAL)\] ", re.M)
+PORTS, TRIES = range(10_000, 16_000), 100
+"""Ports below those of outgoing connections on every system, and the number of them that are tried."""
 START_SECONDS = 180.0
 STOP_SECONDS = 15.0
 
 
 def free_port() -> int:
-    """TCP port that is currently free on loopback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """TCP port that is currently free on loopback.
+
+    It is not one of those that a system gives to outgoing connections, which could take it before a server is up.
+    """
+    for port in random.SystemRandom().sample(PORTS, TRIES):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise SetupError(f"No port from {PORTS.start} to {PORTS.stop - 1} is free. Choose one: --port NUMBER")
 
 
 def require_free_port(port: int) -> None:

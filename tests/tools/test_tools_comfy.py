@@ -123,6 +123,19 @@ def test_a_port_in_use_is_said() -> None:
     comfy_server.require_free_port(comfy_server.free_port())
 
 
+def test_a_free_port_is_none_that_outgoing_connections_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranges = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    first = int(ranges.read_text().split()[0]) if ranges.is_file() else 49152
+    assert len({comfy_server.free_port() for _ in range(20)} & set(range(1024, first))) > 10
+    with socket.socket() as busy:
+        port = comfy_server.free_port()
+        busy.bind(("127.0.0.1", port))
+        monkeypatch.setattr(comfy_server, "PORTS", range(port, port + 1))
+        monkeypatch.setattr(comfy_server, "TRIES", 1)
+        with pytest.raises(SetupError, match=rf"No port from {port} to {port} is free"):
+            comfy_server.free_port()
+
+
 def fake_host(folder: Path, main: str) -> Path:
     folder.mkdir(parents=True)
     (folder / "main.py").write_text(main, encoding="utf-8")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,7 @@ from comfyui_controlnext.tests.fixtures.data_fixtures import coordinates, encode
 from comfyui_controlnext.tests.fixtures.training_fixtures import same_nested
 from comfyui_controlnext.tools.comfy_server import free_port
 from torch import Tensor
+from torch.distributed import TCPStore
 
 if TYPE_CHECKING:
     from comfyui_controlnext.tests.conftest import TinyModels
@@ -56,9 +60,34 @@ def recipe_in(folder: Path, tiny: TinyModels, **changes: Any) -> Path:
     return path
 
 
+@contextmanager
+def meeting(processes: int) -> Iterator[dict[str, str]]:
+    """Environment in which this many processes find each other, as `torchrun` makes it.
+
+    The store where they meet is in this process and chooses its port itself: a port that is merely free may be taken by
+    the time that a process has imported torch. They talk over loopback, whatever the name of the machine stands for.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    interfaces = [] if os.name == "nt" else [name for _, name in socket.if_nameindex()]
+    loopback = next((name for name in interfaces if name in ("lo", "lo0")), None)
+    yield {
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        **({} if loopback is None else {"GLOO_SOCKET_IFNAME": loopback}),
+    }
+    del store  # it lives until the processes have ended
+
+
 def train(host: Path, recipe: Path, processes: int = 1, stop_rank: int | None = None) -> list[int]:
     """Exit statuses by rank. stop_rank: the process that requests a stop after two steps."""
-    together = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with meeting(processes) as together:
+        return _train(host, recipe, together if processes > 1 else {}, processes, stop_rank)
+
+
+def _train(host: Path, recipe: Path, together: dict[str, str], processes: int, stop_rank: int | None) -> list[int]:
     started = []
     for rank in range(processes):
         own = recipe.with_name(f"{recipe.stem}-{rank}.toml")  # what it prints goes beside it
@@ -66,7 +95,7 @@ def train(host: Path, recipe: Path, processes: int = 1, stop_rank: int | None = 
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         stop = {"STOP_AFTER": "2"} if rank == stop_rank else {}
         quiet = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        environment = {**os.environ, **(together if processes > 1 else {}), **ranks, **stop, **quiet}
+        environment = {**os.environ, **together, **ranks, **stop, **quiet}
         command = [sys.executable, str(PROCESS), str(host), str(own)]
         started.append(subprocess.Popen(command, cwd=recipe.parent, env=environment))
     return [process.wait(timeout=900) for process in started]
@@ -175,20 +204,20 @@ with join_group() as group:
 
 def opened_by_two(folder: Path, index: Path) -> list[str]:
     """Output line of each of two processes that open a folder together."""
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     alias = str(PROCESS.parents[2] / "_alias.py")
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", COUNT, alias, str(folder), str(index)],
-            env={**environment, "RANK": rank, "LOCAL_RANK": rank},
-            cwd=index.parent,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-        )
-        for rank in "01"
-    ]
-    return [process.communicate(timeout=120)[0].strip() for process in started]
+    with meeting(2) as together:
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-c", COUNT, alias, str(folder), str(index)],
+                env={**os.environ, **together, "RANK": rank, "LOCAL_RANK": rank},
+                cwd=index.parent,
+                stdout=subprocess.PIPE,
+                text=True,
+                encoding="utf-8",
+            )
+            for rank in "01"
+        ]
+        return [process.communicate(timeout=120)[0].strip() for process in started]
 
 
 def test_two_processes_read_each_file_of_a_folder_once_in_all(tmp_path: Path) -> None:
