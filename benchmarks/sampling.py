@@ -145,7 +145,9 @@ def watching() -> Iterator[None]:
     try:
         for owner, name, function in before:
             setattr(owner, name, WATCH.watched(function))
-        XSJob.__init__ = lambda self, order, start: make(self, order, WATCH.watched(start))  # type: ignore[method-assign]
+        XSJob.__init__ = lambda self, order, start, owner: make(  # type: ignore[method-assign]
+            self, order, WATCH.watched(start), owner
+        )
         yield
     finally:
         for owner, name, function in before:

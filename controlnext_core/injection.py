@@ -47,12 +47,13 @@ class Term:
     """Control that is ready to be added, with its gains."""
 
     control: Tensor
-    """Output of `prepare`, (n, C, h, w); n = 1, or one row per latent of a chunk."""
+    """Output of `prepare`, (n, C, h, w); n = 1, or one row per latent of a chunk, or one per row of the features."""
     gains: tuple[float, ...] | Tensor
-    """Gains, one per chunk of the guided batch; a tensor where gains are trained."""
+    """Gains, one per chunk of the guided batch, or one per row where the control has all rows; a tensor where gains
+    are trained."""
     fusion: Fusion
     mask: Tensor | None = None
-    """Mask (1 or latents of a chunk, 1, any, any) in [0, 1], multiplied with the control."""
+    """Mask (1 or the rows of `control`, 1, any, any) in [0, 1], multiplied with the control."""
 
 
 def moments(x: Tensor) -> Moments:
@@ -124,15 +125,15 @@ def fuse(h: Tensor, terms: Sequence[Term]) -> Tensor:
     rounding of the sum; callers sort them.
     """
     assert terms, "fuse needs at least one control"
-    features, chunks = moments(h), len(terms[0].gains)
-    total = h.unflatten(0, (chunks, -1))
+    features, total = moments(h), h
     for term in terms:
-        total = _added(total, term, features)
-    return total.flatten(0, 1)
+        whole = 1 < len(total) == len(term.control) == len(term.gains)
+        total = _added(total.unflatten(0, (1 if whole else len(term.gains), -1)), term, features).flatten(0, 1)
+    return total
 
 
 def _added(total: Tensor, term: Term, features: Moments) -> Tensor:
-    """total (chunks, latents, C, H, W) and one control."""
+    """total (chunks, rows of a chunk, C, H, W) and one control."""
     chunks, dtype = total.shape[0], total.dtype
     scale, shift = (
         part.unflatten(0, (chunks, -1))
@@ -144,7 +145,7 @@ def _added(total: Tensor, term: Term, features: Moments) -> Tensor:
         return torch.addcmul(total, control, scale.to(dtype), value=gains[0])
     if isinstance(gains, tuple):  # filled in on the device: a copy from the host would synchronise
         gains = torch.cat([torch.full((1,), gain, dtype=torch.float32, device=total.device) for gain in gains])
-    gains = gains.view(chunks, 1, 1, 1, 1)
+    gains = gains.view(chunks, -1, 1, 1, 1)
     delta = torch.addcmul((shift * gains).to(dtype), control, (scale * gains).to(dtype))
     if term.mask is not None:
         mask = pool_to(term.mask.to(total.device, torch.float32), (total.shape[-2], total.shape[-1]))

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from .. import encodable
 from .short_paths import short_paths
 
@@ -57,13 +55,19 @@ def log_once(message: str, *args: Any) -> None:
     log.info(message, *args)
 
 
-def warn_if_tiled(name: str, seen: Any, x: Tensor) -> None:
-    """Warn once that another pack tiles the latent: every tile then gets the whole hint.
+def warn_if_tiled(name: str, seen: Any, prepared_for: Sequence[int]) -> None:
+    """Warn once where another pack cuts the latent into tiles, each of which then gets the whole hint.
 
-    seen: the shape given to the UNet, or None; x: the latent for which the control was prepared.
+    seen: the latent's shape in this forward, or None; prepared_for: its shape when the control was prepared, or empty.
     """
-    if seen is not None and tuple(seen[-2:]) != tuple(x.shape[-2:]):
-        log_once(
-            "%s: the latent is cut into tiles after the control was prepared; every tile gets the whole hint.",
-            name,
-        )
+    if seen is not None and prepared_for and tuple(seen[-2:]) != tuple(prepared_for[-2:]):
+        warn_of_whole_hints(name)
+
+
+def warn_of_whole_hints(name: str) -> None:
+    """Warn once that every tile gets the whole hint of this control."""
+    warn_once(
+        f"{name}: another node cuts the latent into tiles, and every tile gets the whole hint. Use ControlNeXt Split "
+        "into Tiles, or a node that cuts hints too (Tiled Diffusion) with this control on the conditioning: Apply "
+        "ControlNet."
+    )

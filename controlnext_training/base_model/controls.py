@@ -164,7 +164,7 @@ class _NeXt:
                 control = self._clips.encode(ready, timesteps, size, clip, latent[0])
             return Term(control, self._gains(strength), self.spec.fusion)
 
-        collect(options, self.place, latent, Job((), term))
+        collect(options, self.place, latent, Job((), term, self))
 
     def _encode(self, hint: Tensor, timesteps: Tensor, size: tuple[int, int]) -> Tensor:
         """Features (rows, C, H, W), normalised and pooled, in the memory layout of inference."""
@@ -250,7 +250,7 @@ class _XS:
                 mix=time_mix(strength),
             )
 
-        join_forward(options, XSJob((), start))
+        join_forward(options, XSJob((), start, self))
 
     def save(
         self, stem: Path, differences: Differences, layout: str, dtype: torch.dtype, facts: Mapping[str, str]
@@ -333,7 +333,7 @@ def _by_parameter(
     file: ControlFile, chosen: ChosenWeights, facts: LoadedBase, model: ModelPatcher
 ) -> tuple[dict[str, Tensor], dict[str, Slice | None]]:
     """(differences of a file by the names of `Differences.parameters`, in fp32, slices by the names of weights)."""
-    if (named := host_named(file, chosen)) is None:
+    if (named := host_named(model, file, chosen)) is None:
         whole: Mapping[Any, Difference] = differences_of(file, chosen, facts.key_map(), base_weights(model)).tensors
     else:
         whole = read_differences(*named, shape_of(model), str(chosen.path))

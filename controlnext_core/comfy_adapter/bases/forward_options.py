@@ -46,6 +46,8 @@ class TransformerOptions(TypedDict, total=False):
     """Key of this pack: block -> the `Collector` of the controls there."""
     controlnext_conds: int
     """Key of this pack: length of the list of conditionings, see halves.py."""
+    controlnext_latents: int
+    """Key of this pack: number of latents of the sampled batch, see halves.py."""
     controlnext_sigma: tuple[Tensor, float]
     """Key of this pack: sigmas of the forward on their device, and the first of them as a number."""
     controlnext_reference: tuple[int, ...] | None

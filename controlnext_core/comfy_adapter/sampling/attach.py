@@ -12,6 +12,7 @@ from comfy.patcher_extension import WrappersMP
 from ..bases.forward_options import TransformerOptions
 from ..bases.table import loaded_base
 from ..bases.tokens import note_reference
+from ..feedback import warn_if_tiled
 from .halves import add_places_wrapper
 from .host_control import HostControl
 from .next_forward import KEY
@@ -61,6 +62,8 @@ class _Door:
     def __init__(self, control: HostControl) -> None:
         self.control = control
         self.memory = _WorkingMemory(control)
+        self.size: tuple[int, ...] = ()
+        """Height and width of the latent of this run; empty where unknown."""
 
     def control_beside(self, base: Any) -> HostControl:
         """Control for this base model: itself, or its copy for this run with the network of the same device.
@@ -90,6 +93,7 @@ class _Door:
         """PREPARE_SAMPLING wrapper: makes the host count this control's working memory like that of a conditioning's
         control.
         """
+        self.size = tuple(noise_shape[-2:])
         counted = {**conds, KEY: [*conds.get(KEY, []), {"control": self.memory}]}
         real_model, _, models = executor(model, noise_shape, counted, *args, **kwargs)
         return real_model, conds, models
@@ -112,7 +116,9 @@ class _Door:
             ours.pre_run(base, base.model_sampling.percent_to_sigma)
         options: TransformerOptions = {**(transformer_options or {})}
         note_reference(options, kwargs)
-        ours.add_to(options, x, sigma_of(t, options))
+        if "tiled_diffusion" in getattr(getattr(base, "current_patcher", None), "model_options", {}):
+            warn_if_tiled(ours.name, x.shape, self.size)
+        ours.add_to(options, x, sigma_of(t, options), self)
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 

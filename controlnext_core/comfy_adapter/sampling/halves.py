@@ -19,6 +19,7 @@ from ..bases.forward_options import TransformerOptions
 from ..feedback import log_once
 
 CONDS_KEY: Final = "controlnext_conds"
+LATENTS_KEY: Final = "controlnext_latents"
 PLAIN_CFG_PLACES = 2
 
 
@@ -65,9 +66,11 @@ def chunk_gains(
 
 
 def note_places(executor: Any, model: Any, conds: Any, x_in: Any, timestep: Any, model_options: dict[str, Any]) -> Any:
-    """CALC_COND_BATCH wrapper: records the number of conditionings of this call, in a copy of its options."""
+    """CALC_COND_BATCH wrapper: records the numbers of conditionings and of latents of this call, in a copy of its
+    options.
+    """
     given: TransformerOptions = model_options.get("transformer_options", {})
-    options: TransformerOptions = {**given, CONDS_KEY: len(conds)}
+    options: TransformerOptions = {**given, CONDS_KEY: len(conds), LATENTS_KEY: x_in.shape[0]}
     return executor(model, conds, x_in, timestep, {**model_options, "transformer_options": options})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,12 +19,13 @@ from ..bases.base import LoadedBase
 from ..bases.forward_options import TransformerOptions
 from ..bases.table import loaded_base
 from ..bases.tokens import note_reference
-from ..feedback import warn_once
+from ..feedback import warn_of_whole_hints, warn_once
 from .cautions import control_cautions, has_one_colour, model_cautions, patcher_of
 from .control_options import ControlOptions
 from .features import CACHE
-from .halves import chunk_gains, half_gains, needs_halves, places_hook
+from .halves import LATENTS_KEY, chunk_gains, half_gains, needs_halves, places_hook
 from .hint_inputs import clean_hint, clip_rows, content_id, frames_of, hint_rows
+from .hint_tiles import HintTiles, KnownTiles, first_of_equals, fits, parted, row_gains, with_masks
 from .networks import on_device
 from .run_state import SamplingRun, release_after_failure, sigma_of
 
@@ -50,10 +52,15 @@ class HostControl(ControlBase):
 
     def __init__(self) -> None:
         super().__init__()
+        self.preprocess_image = self.with_masks
         self.options = ControlOptions()
         self.run: SamplingRun | None = None
         self.multigpu_clones: dict[torch.device, HostControl] = {}
         """Copies on further devices that sample at the same time; the host reads this attribute."""
+        self.tiles: HintTiles | None = None
+        """What is known of the hint's rows where they are tiles of another control's hint; None: they are whole."""
+        self.tiled: KnownTiles[HostControl] = KnownTiles()
+        """Copies whose hints are tiles of this one's."""
 
     # -- set up ---------------------------------------------------------------------------------------------
 
@@ -79,6 +86,7 @@ class HostControl(ControlBase):
         super().copy_to(c)
         assert isinstance(c, HostControl)
         c.options = self.options
+        c.preprocess_image = c.with_masks
 
     def with_options(self, **changes: Any) -> HostControl:
         """Copy with other options; masks and parts multiply with the present ones.
@@ -127,6 +135,7 @@ class HostControl(ControlBase):
         super().pre_run(model, percent_to_timestep_function)
         base = loaded_base(model)
         self.check(base)
+        self.cond_hint = None  # of a run with tiles that was cut off
         for caution in (*control_cautions(self), *model_cautions(self, patcher_of(model))):
             warn_once(caution)
         self.run = SamplingRun(base, model.model_sampling)
@@ -141,22 +150,52 @@ class HostControl(ControlBase):
         if self.previous_controlnet is not None:
             previous = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, transformer_options)
         note_reference(transformer_options, cond)
-        self.add_to(transformer_options, x_noisy, sigma_of(t, transformer_options))
+        self.add_to(transformer_options, x_noisy, sigma_of(t, transformer_options), self)
         return previous
 
-    def add_to(self, transformer_options: TransformerOptions, x: Tensor, sigma: float) -> None:
+    def add_to(self, transformer_options: TransformerOptions, x: Tensor, sigma: float, owner: object) -> None:
         """Engine of both doors: join one forward at this sigma, or leave it unchanged.
 
-        x: (rows, C, H, W), the latent that the UNet gets next.
+        x: (rows, C, H, W), the latent that the UNet gets next. owner: object whose earlier job in these options, if
+        any, is replaced.
         """
         strength = self.strength_at(sigma)
         if strength != 0:
+            control = self.of_tiles(x)
+            assert control.run is not None
+            control.run.counts.in_range += 1
+            control.run.note_schedule(transformer_options.get("sample_sigmas"))
+            control.join(transformer_options, x, sigma, strength, owner)
+
+    def with_masks(self, hint: Tensor) -> Tensor:
+        """Hint (n, C, H, W) with the masks as a last channel; a pack that cuts hints into tiles calls it first."""
+        return with_masks(hint, self.options.masks)
+
+    def of_tiles(self, x: Tensor) -> HostControl:
+        """Copy whose hint is the tiles that another pack left for this latent in `cond_hint`; without tiles, itself."""
+        cut = self.cond_hint
+        if cut is None:
+            return self
+        channels = self.cond_hint_original.shape[1] + bool(self.options.masks)
+        if not fits(cut, channels, x, self.compression_ratio):
+            warn_of_whole_hints(self.name)
+            return self
+        control = self.tiled.of(cut)
+        if control is None:
             assert self.run is not None
-            self.run.in_range += 1
-            self.run.note_schedule(transformer_options.get("sample_sigmas"))
-            self.join(transformer_options, x, sigma, strength)
+            hint, masks = parted(cut, masked=bool(self.options.masks))
+            control = self.copy()
+            control.cond_hint_original = clean_hint(hint, self.name)
+            control.options = replace(self.options, masks=masks)
+            control.timestep_range, control.run = self.timestep_range, self.run.of_tiles()
+            control.tiles = HintTiles(first_of_equals(control.cond_hint_original))
+            self.tiled.put(cut, control)
+        assert control.tiles is not None
+        control.tiles.forwards += 1
+        return control
 
     def cleanup(self) -> None:
+        self.tiled = KnownTiles()
         everywhere = (self, *self.multigpu_clones.values())
         self._warn_without_effect([control.run for control in everywhere if control.run is not None])
         for control in everywhere:
@@ -167,11 +206,11 @@ class HostControl(ControlBase):
         """Log a warning where the control had no effect on any device; with several, each may have run one
         half only.
         """
-        if not any(run.in_range for run in runs):
+        if not any(run.counts.in_range for run in runs):
             return
-        if not any(run.reached for run in runs):
+        if not any(run.counts.reached for run in runs):
             log.warning("%s: had no effect: the model never reached the block where it is added.", self.name)
-        elif not any(run.added for run in runs):
+        elif not any(run.counts.added for run in runs):
             log.warning(
                 "%s: had no effect: apply_to=%s and the conditioning that it is wired to have nothing in common.",
                 self.name,
@@ -207,8 +246,10 @@ class HostControl(ControlBase):
         """Raise ValueError unless the control fits the base model."""
         raise NotImplementedError
 
-    def join(self, transformer_options: TransformerOptions, x: Tensor, sigma: float, strength: float) -> None:
-        """Add this control's patches to the options of the coming forward."""
+    def join(
+        self, transformer_options: TransformerOptions, x: Tensor, sigma: float, strength: float, owner: object
+    ) -> None:
+        """Add this control's patches to the options of the coming forward, in place of those of the same owner."""
         raise NotImplementedError
 
     def bytes_per_pixel(self, dtype: torch.dtype) -> int:
@@ -240,11 +281,25 @@ class HostControl(ControlBase):
         )
 
     def hint_rows(self, latents: int, transformer_options: TransformerOptions) -> tuple[int, ...]:
-        """Row of the hint for each latent of a chunk."""
+        """Row of the hint for each latent of a chunk; for tiles, for each row of the batch."""
         assert self.run is not None
+        if self.tiles is not None:
+            return self.tiles.rows
         hints = self.cond_hint_original.shape[0]
         self.run.count_hints(self.name, hints, frames_of(latents, transformer_options))
         return hint_rows(latents, hints, transformer_options)
+
+    def layout(self, rows: int, transformer_options: TransformerOptions) -> tuple[list[float], int]:
+        """(gains at strength 1, one per chunk of a batch of this many rows; number of latents of a chunk).
+
+        For tiles, whose rows differ also where a chunk repeats them: (one gain per row, number of rows).
+        """
+        chunks = transformer_options.get("cond_or_uncond") or [0]
+        if self.tiles is None:
+            chunks = [0] if rows % len(chunks) else chunks
+            return self.chunk_gains(chunks, transformer_options), rows // len(chunks)
+        latents = transformer_options.get(LATENTS_KEY, 1)
+        return row_gains(self.chunk_gains(chunks, transformer_options), latents, rows), rows
 
     def chunk_gains(self, chunks: list[int], transformer_options: TransformerOptions) -> list[float]:
         """Gains at strength 1, one per chunk of the guided batch."""
@@ -263,7 +318,8 @@ class HostControl(ControlBase):
     ) -> Tensor | None:
         """Product of all masks at the size of h: (1 or latents, 1, H, W), or None."""
         assert self.run is not None
-        return self.run.mask(self.options.masks, latents, h, transformer_options, clip)
+        windows: TransformerOptions = {} if self.tiles is not None else transformer_options
+        return self.run.mask(self.options.masks, latents, h, windows, clip)
 
     def inference_memory_requirements(self, dtype: torch.dtype) -> int:
         """Memory of a run in bytes: the peak of an encoder's pass or of a forward, and the features cached on the

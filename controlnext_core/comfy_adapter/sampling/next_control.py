@@ -69,28 +69,28 @@ class ControlNeXtControl(HostControl):
     def check(self, base: LoadedBase) -> None:
         check_pair(base, self.net.spec, self.net.patcher.model.config.out_channels, self.name)
 
-    def join(self, transformer_options: TransformerOptions, x: Tensor, sigma: float, strength: float) -> None:
+    def join(
+        self, transformer_options: TransformerOptions, x: Tensor, sigma: float, strength: float, owner: object
+    ) -> None:
         assert self.run is not None
         place = self.run.base.places[self.net.spec.fusion.site]
         order = (self.net.uid, self.hint_id, strength, self.options.apply_to.value, self.options.mask_id)
         term = functools.partial(self.term, x=x, sigma=sigma, strength=strength)
-        collect(transformer_options, place, tuple(x.shape), Job(order, term))
+        collect(transformer_options, place, tuple(x.shape), Job(order, term, owner))
 
     def term(
         self, h: Tensor, transformer_options: TransformerOptions, *, x: Tensor, sigma: float, strength: float
     ) -> Term | None:
         """Term of this control for h (rows, C, H, W) at its site; None: nothing to add."""
         assert self.run is not None
-        self.run.reached += 1
-        warn_if_tiled(self.name, transformer_options.get("original_shape"), x)
-        chunks = transformer_options.get("cond_or_uncond") or [0]
-        if h.shape[0] % len(chunks):
-            chunks = [0]
-        gains = tuple(strength * gain for gain in self.chunk_gains(chunks, transformer_options))
+        self.run.counts.reached += 1
+        warn_if_tiled(self.name, transformer_options.get("original_shape"), x.shape)
+        at_one, latents = self.layout(h.shape[0], transformer_options)
+        gains = tuple(strength * gain for gain in at_one)
         if not any(gains):
             return None
-        self.run.added += 1
-        latents, clip = h.shape[0] // len(chunks), clip_of(self.net.spec.family, tuple(x.shape))
+        self.run.counts.added += 1
+        clip = clip_of(self.net.spec.family, tuple(x.shape))
         if clip is None:
             rows: tuple[Row, ...] = self.hint_rows(latents, transformer_options)
         else:
@@ -125,6 +125,8 @@ class ControlNeXtControl(HostControl):
     def later_timesteps(self, sigma: float) -> list[float]:
         """Later timesteps of the run's schedule, after this sigma, at which this control acts; each once."""
         assert self.run is not None
+        if self.tiles is not None and self.tiles.forwards < 2:
+            return []  # tiles that are cut elsewhere in every step are used once
         later = (self.run.timestep(s) for s in self.run.sigmas_after(sigma) if self.strength_at(s) != 0)
         return list(dict.fromkeys(later))
 

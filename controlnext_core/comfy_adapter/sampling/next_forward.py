@@ -27,6 +27,8 @@ class Job:
     """Sort key of the controls at a place, so that the order of nodes does not change the rounding."""
     term: Callable[[Tensor, TransformerOptions], Term | None]
     """(map at the place (samples, C, H, W), transformer_options) -> term to add, or None."""
+    owner: object
+    """Object that joins a forward once: its next job replaces this one."""
 
 
 class Collector:
@@ -61,12 +63,14 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def collect(options: TransformerOptions, place: Place, latent: tuple[int, ...], job: Job) -> None:
-    """Add a job to the options of the coming forward, which must not be shared with another forward.
+    """Add a job to the options of the coming forward, in place of an earlier job of the same owner.
 
-    latent: shape of the denoised latent, see `Forward`. Dictionaries inside the options are replaced, not written to.
+    The options may be those of several forwards in succession, as of packs that sample in tiles, which call a control
+    again for each. latent: shape of the denoised latent, see `Forward`. Dictionaries inside the options are replaced,
+    not written to.
     """
     others: dict[Block, Collector] = options.get(KEY, {})
     jobs = others[place.block].jobs if place.block in others else ()
-    collector = Collector(place, latent, (*jobs, job))
+    collector = Collector(place, latent, (*(other for other in jobs if other.owner is not job.owner), job))
     options[KEY] = {**others, place.block: collector}
     place.door(options, place.block, collector.add)

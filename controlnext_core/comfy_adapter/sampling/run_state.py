@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import comfy.utils
@@ -27,6 +27,15 @@ SIGMA_KEY: Final = "controlnext_sigma"
 
 
 @dataclass
+class Counts:
+    """Numbers of forwards of a run: in the control's range, that reached its block, and with the control added."""
+
+    in_range: int = 0
+    reached: int = 0
+    added: int = 0
+
+
+@dataclass
 class SamplingRun:
     """State of one sampling run; made in `pre_run`, dropped by `cleanup`."""
 
@@ -44,9 +53,11 @@ class SamplingRun:
     """Result of projecting the last forward's features to the base's channels."""
     counted: bool = False
     """True: the number of hints has been compared with that of the frames. False: not yet."""
-    in_range: int = 0
-    reached: int = 0
-    added: int = 0
+    counts: Counts = field(default_factory=Counts)
+
+    def of_tiles(self) -> SamplingRun:
+        """Run of a control whose hint is a set of tiles: its hints, masks and features are other ones."""
+        return replace(self, hints={}, masks={}, recent={}, ready={}, counted=True)
 
     def percent(self, sigma: float) -> float:
         """Host's percent at a sigma, 0..1."""

@@ -73,12 +73,14 @@ class ControlNetXSControl(HostControl):
     def check(self, base: LoadedBase) -> None:
         check_xs_pair(base, self.loaded.file.shape, self.name)
 
-    def join(self, transformer_options: TransformerOptions, x: Tensor, sigma: float, strength: float) -> None:
+    def join(
+        self, transformer_options: TransformerOptions, x: Tensor, sigma: float, strength: float, owner: object
+    ) -> None:
         options = self.options
         mix = -1.0 if options.time_mix is None else options.time_mix
         order = (self.loaded.uid, self.hint_id, strength, options.apply_to.value, options.mask_id, options.parts, mix)
         start = functools.partial(self.start, prepared_for=x, sigma=sigma, strength=strength)
-        join_forward(transformer_options, XSJob(order, start))
+        join_forward(transformer_options, XSJob(order, start, owner))
 
     def start(
         self,
@@ -94,33 +96,35 @@ class ControlNetXSControl(HostControl):
         inputs.
         """
         assert self.run is not None
-        self.run.reached += 1
-        warn_if_tiled(self.name, x.shape, prepared_for)
-        chunks = transformer_options.get("cond_or_uncond") or [0]
-        if x.shape[0] % len(chunks):
-            chunks = [0]
-        active = [n for n, gain in enumerate(self.chunk_gains(chunks, transformer_options)) if gain]
+        self.run.counts.reached += 1
+        warn_if_tiled(self.name, x.shape, prepared_for.shape)
+        gains, latents = self.layout(x.shape[0], transformer_options)
+        active = [n for n, gain in enumerate(gains) if gain]
         if not active:
             return None
-        self.run.added += 1
-        latents = x.shape[0] // len(chunks)
-        rows = None
-        if len(active) < len(chunks):
-            rows = torch.cat([torch.arange(n * latents, (n + 1) * latents, device=x.device) for n in active])
+        self.run.counts.added += 1
+        rows, of_gain = None, x.shape[0] // len(gains)
+        if len(active) < len(gains):
+            rows = torch.cat([torch.arange(n * of_gain, (n + 1) * of_gain, device=x.device) for n in active])
         hint = self.hint_features(self.hint_rows(latents, transformer_options), x)
         own_time = self.own_time(sigma, x) if self.loaded.net.config.own_time is not None else None
-
-        def mask(h: Tensor) -> Tensor | None:
-            whole = self.mask(latents, h, transformer_options)
-            return whole if whole is None or whole.shape[0] == 1 else whole.repeat(len(active), 1, 1, 1)
 
         def take(batch: Tensor) -> Tensor:
             return batch if rows is None else batch.index_select(0, rows)
 
+        def in_rows(batch: Tensor) -> Tensor:
+            if len(batch) == 1:
+                return batch
+            return take(batch) if self.tiles is not None else batch.repeat(len(active), 1, 1, 1)
+
+        def mask(h: Tensor) -> Tensor | None:
+            whole = self.mask(latents, h, transformer_options)
+            return whole if whole is None else in_rows(whole)
+
         encoder, middle, decoder = self.options.parts
         return Companion(
             name=self.name,
-            walk=Walk(self.loaded.net, take(x), hint if hint.shape[0] == 1 else hint.repeat(len(active), 1, 1, 1)),
+            walk=Walk(self.loaded.net, take(x), in_rows(hint)),
             rows=rows,
             context=take(context),
             strengths=(strength * encoder, strength * middle, strength * decoder),

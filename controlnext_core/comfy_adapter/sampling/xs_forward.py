@@ -70,6 +70,8 @@ class XSJob:
     """Sort key of the controls, so that the order of nodes does not change the rounding."""
     start: Callable[[Tensor, Tensor, TransformerOptions], Companion | None]
     """(x, context, transformer_options), the inputs of the UNet -> the companion, or None for no control."""
+    owner: object
+    """Object that joins a forward once: its next job replaces this one."""
 
 
 class XSForward:
@@ -106,14 +108,15 @@ class XSForward:
 
 
 def join_forward(transformer_options: TransformerOptions, job: XSJob) -> None:
-    """Add a job to the options of the coming forward, which must not be shared with another forward.
+    """Add a job to the options of the coming forward, in place of an earlier job of the same owner; see `collect`.
 
     The dictionaries and lists inside are replaced, not written to. This wrapper is the innermost one.
     """
     wrappers = dict(transformer_options.get("wrappers", {}))
     of_unet = dict(wrappers.get(WrappersMP.DIFFUSION_MODEL, {}))
     jobs = of_unet.pop(XS_KEY)[0].jobs if XS_KEY in of_unet else ()
-    of_unet[XS_KEY] = [XSForward((*jobs, replace(job, start=untraced(job.start))))]
+    others = (other for other in jobs if other.owner is not job.owner)
+    of_unet[XS_KEY] = [XSForward((*others, replace(job, start=untraced(job.start))))]
     transformer_options["wrappers"] = {**wrappers, WrappersMP.DIFFUSION_MODEL: of_unet}
 
 
