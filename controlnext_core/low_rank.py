@@ -161,14 +161,19 @@ def as_lora(differences: Differences, shape_of: Callable[[str], torch.Size | Non
     return found
 
 
-def from_lora(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a file of `as_lora` under the names that `read_differences` accepts; other names are unchanged."""
+def from_lora(tensors: Mapping[str, Tensor], shape_of: Callable[[str], torch.Size | None]) -> dict[str, Tensor]:
+    """Tensors of a file of `as_lora` under the names that `read_differences` accepts; other names are unchanged.
+
+    A whole difference (`NAME.diff`) is that of the parameter NAME, such as a bias, or of the weight of the layer NAME,
+    whichever the base has. shape_of: as for `read_differences`.
+    """
     endings = {LORA_UP: ".weight" + UP, LORA_DOWN: ".weight" + DOWN, LORA_WHOLE: ".weight"}
     found = {}
     for name, tensor in tensors.items():
-        ending = next((e for e in endings if name.endswith(e)), None)
-        bare = name.removeprefix(HOST_PREFIX)
-        found[bare if ending is None else bare.removesuffix(ending) + endings[ending]] = tensor
+        ending = next((e for e in endings if name.endswith(e)), "")
+        bare = name.removeprefix(HOST_PREFIX).removesuffix(ending)
+        parameter = ending == LORA_WHOLE and shape_of(HOST_PREFIX + bare) is not None
+        found[bare if parameter else bare + endings.get(ending, "")] = tensor
     return found
 
 

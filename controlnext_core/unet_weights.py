@@ -135,7 +135,7 @@ def host_differences(
         if whole is None:
             raise CheckpointError(
                 f"{source}: the connected model cannot give its tensor '{host_name}' for '{name}'. "
-                "Load the model from an ordinary (not GGUF) checkpoint."
+                "Load the model from an ordinary checkpoint."
             )
         current = _to_published(whole, target)
         if tensor.shape != current.shape:

@@ -15,6 +15,9 @@ from .short_paths import short_error, short_paths
 
 METHODS = ("execute", "validate_inputs", "fingerprint_inputs")
 """Names of the methods whose results and errors the host shows."""
+LINKED = "linked"
+"""Fingerprint of a node whose file is named through a link: the host knows no value of it before the run, and looks
+itself at what the link comes from."""
 
 
 class ControlNode(io.ComfyNode):
@@ -57,6 +60,8 @@ def _speaking(method: Callable[..., Any]) -> Callable[..., Any]:
             if method.__name__ == "execute":
                 cls = args[0]
                 check_inputs(cls.SCHEMA or cls.GET_SCHEMA(), signature.bind(*args, **inputs).arguments)
+            if method.__name__ == "fingerprint_inputs" and any(inputs.get(n, n) is None for n in signature.parameters):
+                return LINKED
             return _encodable_result(method(*args, **inputs))
         except Exception as error:
             said = make_encodable(short_error(error))

@@ -72,7 +72,7 @@ def test_the_lora_form_round_trips_and_a_slice_becomes_the_whole_weight(stored: 
     found = read(stored)
     lora = as_lora(found, shape_of)
     assert is_lora(lora) and not is_lora(stored) and not is_lora([])
-    again = read_differences(from_lora(lora), {}, shape_of, "a LoRA")
+    again = read_differences(from_lora(lora, shape_of), {}, shape_of, "a LoRA")
     for name in (A, B):
         key = f"diffusion_model.{name}"
         assert torch.equal(whole(again[key]), whole(found[key]))
@@ -83,11 +83,26 @@ def test_the_lora_form_round_trips_and_a_slice_becomes_the_whole_weight(stored: 
     assert not embedded[:, :IN].any() and not embedded[:, 3 * IN :].any()
 
 
+def test_a_bias_and_a_parameter_outside_of_layers_keep_their_names_in_the_lora_form() -> None:
+    shapes = SHAPES | {name: torch.Size([OUT]) for name in ("blocks.0.a.bias", "pad_token")}
+    differences = {f"diffusion_model.{name}": numbers(3, *shape) for name, shape in shapes.items()}
+
+    def shape(name: str) -> torch.Size | None:
+        bare = name.removeprefix("diffusion_model.")
+        return torch.Size(shapes[bare]) if bare in shapes else None
+
+    lora = as_lora(differences, shape)
+    assert {"diffusion_model.blocks.0.a.bias.diff", "diffusion_model.pad_token.diff"} < lora.keys() and is_lora(lora)
+    again = read_differences(from_lora(lora, shape), {}, shape, "a LoRA")
+    assert again.keys() == differences.keys()
+    assert all(torch.equal(whole(again[name]), differences[name]) for name in differences)
+
+
 @pytest.mark.parametrize("low_rank", [True, False])
 def test_a_slice_of_rows_is_embedded_too(low_rank: bool) -> None:
     difference = LowRank(numbers(0, 4, 2), numbers(1, 2, IN)) if low_rank else numbers(0, 4, IN)
     lora = as_lora({(f"diffusion_model.{A}", (0, 8, 4)): difference}, shape_of)
-    found = whole(read_differences(from_lora(lora), {}, shape_of, "a LoRA")[f"diffusion_model.{A}"])
+    found = whole(read_differences(from_lora(lora, shape_of), {}, shape_of, "a LoRA")[f"diffusion_model.{A}"])
     assert torch.equal(found[8:], whole(difference)) and not found[:8].any()
 
 

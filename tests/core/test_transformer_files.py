@@ -103,7 +103,7 @@ def test_the_lora_layout_is_an_encoder_beside_a_lora(tmp_path: Path) -> None:
     up, down = (lora[f"diffusion_model.{NAMES[0].removesuffix('.weight')}.lora_{x}.weight"] for x in "BA")
     expected = differences()[f"diffusion_model.{NAMES[0]}"]
     assert torch.equal(up, expected.up) and torch.equal(down, expected.down)
-    fused = read_differences(from_lora(lora), {}, shape_of, "x")[f"diffusion_model.{FUSED}"]
+    fused = read_differences(from_lora(lora, shape_of), {}, shape_of, "x")[f"diffusion_model.{FUSED}"]
     assert not whole(fused)[:WIDTH].any() and not whole(fused)[2 * WIDTH :].any()
 
 

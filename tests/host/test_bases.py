@@ -16,6 +16,8 @@ from comfyui_controlnext.controlnext_core.specs import SPECS, Family, Fusion, Si
 from comfyui_controlnext.tests.core.test_key_maps import SD15, SDXL, SVD
 from comfyui_controlnext.tests.fixtures import video_fixtures as video
 from comfyui_controlnext.tests.fixtures.sampling_fixtures import REASSOCIATED, Studio, relative
+from comfyui_controlnext.tests.fixtures.transformer_fixtures import NARROW, narrow_model
+from comfyui_controlnext.tests.fixtures.transformer_stage import FAMILIES as FAMILIES_ON_TRANSFORMERS
 from comfyui_controlnext.tests.host import test_parity as parity
 from torch import Tensor
 
@@ -33,6 +35,19 @@ def test_the_families_of_the_table_are_those_of_the_controls() -> None:
     for spec in SPECS.values():
         assert spec.fusion.site in FAMILIES[spec.family].cells
     assert CONTEXT_FAMILIES == {768: Family.SD15, 1024: Family.SD21, 2048: Family.SDXL}
+
+
+@pytest.mark.parametrize("family", FAMILIES_ON_TRANSFORMERS)
+def test_a_network_that_another_pack_put_in_place_of_the_hosts_is_refused_in_words(family: str) -> None:
+    """Nunchaku keeps the host's configuration and has none of its blocks."""
+    from comfyui_controlnext.controlnext_core.comfy_adapter.bases.base import check_pair
+
+    host, spec = narrow_model(family), SPECS[family]
+    assert loaded(host).family is spec.family
+    other = loaded(SimpleNamespace(model_config=host.model_config, diffusion_model=torch.nn.Linear(1, 1)))
+    assert other.family is Family.OTHER and not other.places
+    with pytest.raises(ValueError, match=rf"^x: is a {re.escape(spec.family.value)} control .* the connected model is"):
+        check_pair(other, spec, NARROW[family].width, "x")
 
 
 def host_of(family: Family) -> Any:
@@ -155,7 +170,7 @@ def test_a_place_of_tokens_takes_controls_as_a_map_does() -> None:
             maps.append(h)
             return Term(control, (0.7,), fusion)
 
-        collect(options, token_place(3, seen), (2, 16, 3, 4, 8), Job((number,), term))
+        collect(options, token_place(3, seen), (2, 16, 3, 4, 8), Job((number,), term, object()))
     found = options["slot"](tokens, 3)
     assert [h.shape for h in maps] == [(2, 6, 6, 4)] * 2 and maps[0] is maps[1]
     picture = tokens[:, 3:27]
@@ -182,9 +197,9 @@ def test_a_door_keeps_the_patches_of_others_and_replaces_its_own() -> None:
     mine = {AFTER_SKIP: [other]}
     options: dict[str, Any] = {"patches": mine}
     first, second = (Place(door=after_input_block, block=("input", number), width=4, cell=8) for number in (0, 1))
-    nothing = Job((), lambda h, given: None)
-    for place in (first, second, first):
-        collect(options, place, (1, 4, 8, 8), nothing)
+    owner = object()
+    for place, of in ((first, owner), (second, owner), (first, object()), (first, owner)):
+        collect(options, place, (1, 4, 8, 8), Job((), lambda h, given: None, of))
     assert mine == {AFTER_SKIP: [other]}
     patches = options["patches"][AFTER_SKIP]
     assert [getattr(patch, "__self__", None) and patch.__self__.block for patch in patches] == [

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from comfyui_controlnext.tests.fixtures.sampling_fixtures import Studio, picture
-from comfyui_controlnext.tools.tiny_models import make_controlnext, make_unet_difference
+from comfyui_controlnext.tools.tiny_models import make_controlnext, make_unet_difference, unet_tensors
+from safetensors.torch import save_file
 
 pytestmark = pytest.mark.comfy
 
@@ -120,9 +121,10 @@ def test_a_published_control_without_its_weights_is_told(studio: Studio, tmp_pat
     make_unet_difference(tmp_path / "unet.safetensors")
     (caution,) = studio.load(tmp_path / "controlnet.safetensors", "none").cautions
     assert caution.startswith("controlnet.safetensors: was published with UNet weights and is loaded without them")
-    whole = studio.model.clone()
-    whole.cached_patcher_init = (load_unet, ())
-    assert studio.load(tmp_path / "controlnet.safetensors", "none", whole).cautions == ()
+    save_file({name: tensor.float() for name, tensor in unet_tensors("sd15").items()}, tmp_path / "whole.safetensors")
+    whole = load_unet(tmp_path / "whole.safetensors")
+    for model in (whole, whole.clone()):  # a LoRA loader clones it
+        assert studio.load(tmp_path / "controlnet.safetensors", "none", model).cautions == ()
 
 
 @pytest.mark.parametrize("kind", ["full", "difference"])

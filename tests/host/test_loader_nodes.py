@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +58,31 @@ def fingerprint(control_name: str, weights_name: str = "auto") -> str:
 def patched(loaded: Any) -> int:
     """Number of the model's patched weights."""
     return len(loaded.model.patches)
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_file_named_through_a_link_is_loaded_once_and_not_in_every_run(
+    linked: bool, folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Host's table of changed nodes, for each node of the pack that reads a file."""
+    import execution
+    from comfy_execution.graph import DynamicPrompt
+    from comfyui_controlnext import controlnext_training, nodes
+
+    import nodes as host_nodes
+
+    ours = {**nodes.NODE_CLASS_MAPPINGS, **controlnext_training.NODE_CLASS_MAPPINGS}
+    reading = {name: node for name, node in ours.items() if "fingerprint_inputs" in node.__dict__}
+    assert {"ControlNeXtLoader", "ControlNetXSLoader", "ControlNeXtUNetLoader", "ControlNeXtInspect"} < reading.keys()
+    for name, node in reading.items():
+        own = list(inspect.signature(node.fingerprint_inputs).parameters)
+        inputs = {given: ["other", 0] if linked else "no such file" for given in own if len(given) > 1}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(host_nodes.NODE_CLASS_MAPPINGS, name, node)
+            prompt = DynamicPrompt({"one": {"class_type": name, "inputs": inputs}})
+            (found,) = asyncio.run(execution.IsChangedCache("id", prompt, None).get("one"))
+        assert (found == "linked") == linked, (name, found)
+    assert not caplog.records
 
 
 def test_both_folders_are_listed_ours_first_weight_files_only(folders: dict[str, Path]) -> None:

@@ -59,6 +59,22 @@ def test_a_saved_control_gives_the_same_latents(studio: Studio, output: Path, la
     assert names == ({path.name} if layout == "single" else {"controlnet.safetensors", "unet.safetensors"})
 
 
+def test_the_lora_layout_of_a_unet_control_loads_here_and_in_the_stock_loader(studio: Studio) -> None:
+    """Differences of weights and of biases."""
+    import comfy.sd
+    import comfy.utils
+
+    loaded = demo_pair(studio)
+    path = save(loaded.control, loaded.model, "lora")
+    lora = path.parent / "lora.safetensors"
+    assert [name for name in load_file(lora) if name.endswith(".bias.diff")]
+    again = studio.load(path, "auto")
+    assert torch.equal(run(studio, again), run(studio, loaded))
+    alone = studio.load(path, "none")
+    stock, _ = comfy.sd.load_lora_for_models(alone.model, None, comfy.utils.load_torch_file(str(lora)), 1.0, 0.0)
+    assert torch.equal(studio.sample(studio.ours(stock, alone.control, picture())), run(studio, loaded))
+
+
 def test_the_encoder_alone_is_saved_under_the_published_names(studio: Studio) -> None:
     loaded = studio.load()
     original = load_file(studio.files / "gen2.safetensors")

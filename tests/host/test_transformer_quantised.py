@@ -139,6 +139,43 @@ def test_the_weights_of_a_quantised_base_are_read_as_numbers(
     assert look_up(f"{name}.wait") is None and look_up(f"{name}.forward") is None and look_up("") is None
 
 
+def test_a_difference_does_not_meet_the_factors_on_a_layers_input(
+    tmp_path: Path, pinned_host: bool, inference: None
+) -> None:
+    """nvfp4 with `pre_quant_scale`: the layer multiplies its input with it, the difference is for the input itself."""
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files.weights import base_weights
+
+    at = stage_of("z_image", "nvfp4", tmp_path, pinned_host)
+    tensors = small("z_image")
+    name, difference = product(tensors)
+    layer = at.model.model.get_submodule(f"diffusion_model.{name.removesuffix('.weight')}")
+    factors_of_input = 0.5 + torch.rand(difference.shape[1], generator=torch.Generator().manual_seed(1))
+    layer.pre_quant_scale = torch.nn.Parameter(factors_of_input, requires_grad=False)
+    weight = numbers_of(layer) * factors_of_input
+    found_weight = base_weights(at.model)(f"diffusion_model.{name}")
+    assert found_weight is not None and torch.allclose(found_weight, weight)
+    found = velocity(at.load(weights=tensors).model, "z_image")
+    velocity(at.model, "z_image")
+    with computed(layer, weight):
+        without = velocity(at.model, "z_image")
+    with computed(layer, weight + difference):
+        effect = velocity(at.model, "z_image") - without
+    assert float((found - without - effect).norm() / effect.norm()) < KEPT
+
+
+def test_a_small_layer_of_a_dynamic_patcher_gets_a_patch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a patcher gives layers of up to 16 KiB no weight functions; this one has 16.1 KiB."""
+    from comfyui_controlnext.controlnext_core.comfy_adapter.files import host_weights
+
+    at = stage_of("sd3", "fp8_e4m3fn", tmp_path, pinned=True)
+    name = f"diffusion_model.{product(small('sd3'))[0]}"
+    for dynamic, limit, patched in ((True, 16 * 1024, False), (True, 32 * 1024, True), (False, 32 * 1024, False)):
+        monkeypatch.setattr(type(at.model), "is_dynamic", lambda self, dynamic=dynamic: dynamic, raising=False)
+        monkeypatch.setattr(host_weights, "LOADED_WHOLE", limit)
+        model = at.load(weights=small("sd3")).model
+        assert (name in model.patches) == patched and (name in model.weight_wrapper_patches) != patched
+
+
 def test_a_layer_that_takes_nothing_in_its_forward_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pinned_host: bool, inference: None
 ) -> None:

@@ -64,6 +64,7 @@ def no_published_names(config: Mapping[str, Any]) -> KeyMap:
 def transformer(
     family: Family,
     matches: Callable[[Any], bool],
+    width: str,
     places: Callable[[Any], dict[Site, Place]],
     attention_out: str,
     sides: Mapping[str, str],
@@ -71,12 +72,15 @@ def transformer(
     subsets: Mapping[str, str] | None = None,
     fused: Mapping[str, Part] | None = None,
 ) -> Base:
-    """Row of a transformer. attention_out: the output projections of the picture's attention, `to_out`, the default
-    subset.
+    """Row of a transformer.
+
+    matches: by the host's configuration; width: attribute of the host's network with its number of channels, which a
+    network that another pack puts in its place (Nunchaku's) does not have; attention_out: the output projections of the
+    picture's attention, `to_out`, the default subset.
     """
     return Base(
         family=family,
-        matches=matches,
+        matches=lambda model: matches(model) and hasattr(model.diffusion_model, width),
         places=places,
         key_map=key_map,
         encoder_time=flow_timesteps,
@@ -103,6 +107,7 @@ def _image_model(model: Any) -> Any:
 SD3 = transformer(
     Family.SD3,
     matches=lambda model: isinstance(model.diffusion_model, MMDiT),
+    width="hidden_size",
     places=lambda model: first_block(Family.SD3, model.diffusion_model.hidden_size, replace_block),
     attention_out=r"^joint_blocks\.\d+\.x_block\.attn2?\.proj\.weight$",
     sides={"joint": "joint_blocks."},
@@ -132,18 +137,21 @@ TWO_STREAMS: dict[str, Any] = {
 FLUX = transformer(
     Family.FLUX,
     matches=_is_flux,
+    width="hidden_size",
     places=lambda model: first_block(Family.FLUX, model.diffusion_model.hidden_size, replace_block),
     **TWO_STREAMS,
 )
 CHROMA = transformer(
     Family.CHROMA,
     matches=lambda model: _image_model(model) == "chroma",
+    width="hidden_size",
     places=lambda model: first_block(Family.CHROMA, model.diffusion_model.hidden_size, replace_block),
     **TWO_STREAMS,
 )
 QWEN_IMAGE = transformer(
     Family.QWEN_IMAGE,
     matches=lambda model: _image_model(model) == "qwen_image",
+    width="inner_dim",
     places=lambda model: first_block(Family.QWEN_IMAGE, model.diffusion_model.inner_dim, replace_block),
     attention_out=r"^transformer_blocks\.\d+\.attn\.to_out\.0\.weight$",
     sides={"joint": "transformer_blocks."},
@@ -185,12 +193,14 @@ ONE_STREAM: dict[str, Any] = {
 LUMINA2 = transformer(
     Family.LUMINA2,
     matches=functools.partial(_is_lumina, of_z_image=False),
+    width="dim",
     places=functools.partial(_joint_layers, Family.LUMINA2),
     **ONE_STREAM,
 )
 Z_IMAGE = transformer(
     Family.Z_IMAGE,
     matches=functools.partial(_is_lumina, of_z_image=True),
+    width="dim",
     places=functools.partial(_joint_layers, Family.Z_IMAGE),
     **ONE_STREAM,
 )
@@ -217,6 +227,7 @@ def _wan(family: Family, of_5b: bool) -> Base:
     return transformer(
         family,
         matches=functools.partial(_is_wan, of_5b=of_5b),
+        width="dim",
         places=functools.partial(_wan_places, family),
         attention_out=r"^blocks\.\d+\.self_attn\.o\.weight$",
         sides={"joint": "blocks."},

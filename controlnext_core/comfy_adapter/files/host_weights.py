@@ -2,7 +2,8 @@
 
 A weight in a plain format gets a patch, as from a LoRA. A quantised weight would be quantised again, and the rounding
 would drown a small difference (fp8: a cosine of about 0.6 to the intended result). For such a weight the difference is
-added in each forward to the dequantised weight, and the stored weight does not change.
+added in each forward to the dequantised weight, and the stored weight does not change. The layers of ComfyUI-GGUF do
+that with patches.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import comfy.model_management
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -21,6 +23,7 @@ from ...detection import BUNDLE_BASE, ControlFile
 from ...low_rank import (
     Difference,
     Differences,
+    Key,
     LowRank,
     Slice,
     from_lora,
@@ -32,10 +35,15 @@ from ...low_rank import (
 from ...metadata import read_metadata
 from ...unet_weights import WeightsKind
 from .folders import ChosenWeights
-from .weights import WEIGHTS_KEY, AppliedWeights, is_plain, stored_weight
+from .weights import WEIGHTS_KEY, AppliedWeights, ggml_layer, input_factors, is_plain, stored_weight
+
+LOADED_WHOLE = 16 * 1024
+"""Bytes of a layer up to which the host's dynamic patcher loads it at once."""
 
 
-def host_named(file: ControlFile, chosen: ChosenWeights) -> tuple[Mapping[str, Tensor], Mapping[str, Slice]] | None:
+def host_named(
+    model: ModelPatcher, file: ControlFile, chosen: ChosenWeights
+) -> tuple[Mapping[str, Tensor], Mapping[str, Slice]] | None:
     """Differences of the chosen file under the host's names, with the slices they apply to; None for published names.
 
     The differences are bundled with the encoder, in a separate file, or in the host's LoRA form.
@@ -45,7 +53,7 @@ def host_named(file: ControlFile, chosen: ChosenWeights) -> tuple[Mapping[str, T
         return (checkpoint.open_tensors(chosen.path, file.weights), file.metadata.slices) if file.host_names else None
     header = checkpoint.peek(chosen.path)
     if is_lora(header.shapes):
-        return from_lora(checkpoint.load(chosen.path)), {}
+        return from_lora(checkpoint.load(chosen.path), shape_of(model)), {}
     names = {name.removeprefix(BUNDLE_BASE): name for name in header.shapes if name.startswith(BUNDLE_BASE)}
     return (checkpoint.open_tensors(chosen.path, names), read_metadata(header).slices) if names else None
 
@@ -80,9 +88,13 @@ def shape_of(model: ModelPatcher) -> Callable[[str], torch.Size | None]:
 
 
 def quantised(model: ModelPatcher, differences: Differences) -> set[str]:
-    """Names of the weights with a difference whose storage format is not the one they compute in."""
+    """Names of the weights with a difference to which a patch would add it before they are quantised again."""
     found = {name: stored_weight(model, name) for name in map(name_of, differences)}
-    return {name for name, stored in found.items() if stored is not None and not is_plain(stored[0])}
+    return {
+        name
+        for name, stored in found.items()
+        if stored is not None and not is_plain(stored[0]) and ggml_layer(model, name) is None
+    }
 
 
 def added_how(model: ModelPatcher, differences: Differences) -> str:
@@ -100,6 +112,7 @@ def add_host_differences(model: ModelPatcher, differences: Differences, strength
     if strength == 0 or not differences:
         return patched
     in_forward = quantised(model, differences)
+    in_forward -= {name for name in in_forward if _is_loaded_whole(model, name)}
     patches = {key: _as_patch(d) for key, d in differences.items() if name_of(key) not in in_forward}
     used = patched.add_patches(patches, strength)
     if len(used) != len(patches):
@@ -110,7 +123,8 @@ def add_host_differences(model: ModelPatcher, differences: Differences, strength
     for key, difference in differences.items():
         if name_of(key) in in_forward:
             own = strength / _scale_of(model, name_of(key), source)
-            patched.add_weight_wrapper(name_of(key), AddedInForward(difference, slice_of(key), own))
+            added = AddedInForward(_for_scaled_input(model, key, difference), slice_of(key), own)
+            patched.add_weight_wrapper(name_of(key), added)
     earlier: tuple[AppliedWeights, ...] = patched.get_attachment(WEIGHTS_KEY) or ()
     patched.set_attachments(WEIGHTS_KEY, (*earlier, AppliedWeights(differences, strength, source)))
     return patched
@@ -167,6 +181,30 @@ def _scale_of(model: ModelPatcher, name: str, source: str) -> float:
         )
     scale = getattr(layer, "scale_weight", None)
     return 1.0 if scale is None or not name.endswith(".weight") else float(scale)
+
+
+def _is_loaded_whole(model: ModelPatcher, name: str) -> bool:
+    """True: the host's dynamic patcher loads this small layer at once, with patches but without weight functions; what
+    it then rounds is rounded at random, up or down. False: the layer takes weight functions.
+    """
+    if not getattr(model, "is_dynamic", bool)():
+        return False
+    return (
+        comfy.model_management.module_size(comfy.utils.get_attr(model.model, name.rpartition(".")[0])) <= LOADED_WHOLE
+    )
+
+
+def _for_scaled_input(model: ModelPatcher, key: Key, difference: Difference) -> Difference:
+    """Difference divided by the factors that a layer multiplies its input with; as it is where there are none."""
+    factors = input_factors(model, name_of(key))
+    if factors is None:
+        return difference
+    part = slice_of(key)
+    if part is not None and part[0] == 1:
+        factors = factors.narrow(0, *part[1:])
+    if isinstance(difference, LowRank):
+        return LowRank(difference.up, (difference.down.float() / factors).to(difference.down.dtype))
+    return (difference.float() / factors).to(difference.dtype)
 
 
 def _as_patch(difference: Difference) -> Any:

@@ -25,7 +25,7 @@ from ..sampling.next_control import ControlNeXtControl, LoadedControlNeXt
 from .folders import ChosenWeights, choose_weights
 from .host_weights import add_host_differences, added_how, host_named, put_on
 from .weights import base_weights
-from .whole_unets import load_unet
+from .whole_unets import is_whole_unet
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def load_controlnext(
         cautions = _without_weights(file, chosen, model)
         return Loaded(model.clone(), control, "\n".join(report), cautions)
     control = ControlNeXtControl(replace(control.net, weights_source=str(chosen.path)))
-    if (named := host_named(file, chosen)) is not None:
+    if (named := host_named(model, file, chosen)) is not None:
         patched, line = put_on(model, named, chosen, weights_kind, weights_strength)
         return Loaded(patched, control, "\n".join([*report, line]))
     found = differences_of(file, chosen, base.key_map(), base_weights(model), weights_kind)
@@ -84,8 +84,7 @@ def _without_weights(file: ControlFile, chosen: ChosenWeights, model: ModelPatch
     ControlNeXt UNet contains them already.
     """
     published = file.metadata.spec is None and not all(spec.on_transformer for spec in file.candidates)
-    whole_unet = (getattr(model, "cached_patcher_init", None) or (None,))[0] is load_unet
-    if chosen.path is not None or whole_unet or not (published or file.weights):
+    if chosen.path is not None or is_whole_unet(model) or not (published or file.weights):
         return ()
     return (
         f"{file.header.path.name}: was published with UNet weights and is loaded without them, so the control is weak "

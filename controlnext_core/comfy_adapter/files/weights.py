@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher, get_key_weight
 from torch import Tensor
@@ -52,6 +54,35 @@ def is_plain(weight: Tensor) -> bool:
     return type(weight.detach()) is Tensor and weight.dtype in PLAIN_DTYPES
 
 
+def ggml_layer(model: ModelPatcher, name: str) -> Any | None:
+    """Layer of ComfyUI-GGUF that holds a weight; None: the weight is in another kind of layer, or missing.
+
+    Such a layer adds patches to the dequantised weight in each forward, and calls no weight functions.
+    """
+    try:
+        layer = comfy.utils.get_attr(model.model, name.rpartition(".")[0])
+    except AttributeError:
+        return None
+    return layer if hasattr(layer, "is_ggml_quantized") and hasattr(layer, "get_weight") else None
+
+
+def _dequantised(layer: Any, weight: Tensor) -> Tensor:
+    """Weight of a layer of ComfyUI-GGUF as a plain tensor in fp32 on the CPU, without the patches that it carries."""
+    bare: Any = weight.to("cpu", copy=True)
+    bare.patches = []
+    return layer.get_weight(bare, torch.float32).as_subclass(Tensor)
+
+
+def input_factors(model: ModelPatcher, name: str) -> Tensor | None:
+    """Factors (in,) in fp32 on the CPU with which a quantised layer multiplies its input, for its `.weight`.
+
+    None: it has none. Some nvfp4 files have them, as `pre_quant_scale`.
+    """
+    layer, _, parameter = name.rpartition(".")
+    factors = getattr(comfy.utils.get_attr(model.model, layer), "pre_quant_scale", None)
+    return factors.detach().float().cpu() if isinstance(factors, Tensor) and parameter == "weight" else None
+
+
 def base_weights(model: ModelPatcher) -> Callable[[str], Tensor | None]:
     """Lookup of a base weight by its host name: as loaded, before any patch; None for a name that the model lacks."""
 
@@ -59,11 +90,15 @@ def base_weights(model: ModelPatcher) -> Callable[[str], Tensor | None]:
         found = stored_weight(model, name)
         if found is None:
             return None
+        if (layer := ggml_layer(model, name)) is not None:
+            return _dequantised(layer, found[0])
         weight, convert = found[0].detach().cpu(), found[1]
         if is_plain(weight):
             return weight
         weight = weight.to(torch.float32, copy=True)
-        return weight if convert is None else convert(weight, inplace=True)  # scaled or quantized: as the host reads it
+        weight = weight if convert is None else convert(weight, inplace=True)  # scaled or quantised: as the host has it
+        factors = input_factors(model, name)
+        return weight if factors is None else weight * factors
 
     return look_up
 

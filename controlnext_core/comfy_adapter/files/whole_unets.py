@@ -19,6 +19,8 @@ from ...published_unets import unet_config_of
 from ..bases.table import loaded_base
 from . import folders
 
+WHOLE_UNET = "controlnext_whole_unet"
+"""Key of the attachment of a MODEL from `load_unet`; clones keep it."""
 UNET_FOLDERS = (folders.FOLDER, "diffusion_models")
 WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -62,7 +64,13 @@ def load_unet(path: Path, weight_dtype: str = "default", disable_dynamic: bool =
         )
     _refuse_missing(model.model.diffusion_model.state_dict().keys() - names, str(path))
     model.cached_patcher_init = (load_unet, (path, weight_dtype))
+    model.set_attachments(WHOLE_UNET, True)
     return model
+
+
+def is_whole_unet(model: ModelPatcher) -> bool:
+    """True: `load_unet` loaded this MODEL or the one that it is a clone of. False: another loader did."""
+    return bool(model.get_attachment(WHOLE_UNET))
 
 
 def describe_loaded(model: ModelPatcher, path: Path) -> str:
