@@ -13,6 +13,7 @@ from ..controlnext_core.comfy_adapter.sampling.cautions import (
     schedule_cautions,
 )
 from ..controlnext_core.comfy_adapter.sampling.host_control import HostControl
+from ..controlnext_core.keyframes import read_keyframes
 from ..controlnext_core.schedule import parse_schedule
 from ..controlnext_core.specs import Halves
 from ._api import ControlNode, blame, io, refuse_wrong_choice
@@ -184,6 +185,18 @@ class ControlNeXtOptions(ControlNode):
                     "strength of the Apply node.",
                 ),
                 *hidden(xs_inputs(optional=True)),  # of graphs that are older than ControlNetXSOptions
+                io.Custom("TIMESTEP_KEYFRAME").Input(
+                    "timestep_keyframes",
+                    optional=True,
+                    tooltip="From a Timestep Keyframe node of Advanced-ControlNet: strength and mask from a percent "
+                    "on; multiplies all other strengths.",
+                ),
+                io.Custom("LATENT_KEYFRAME").Input(
+                    "latent_keyframes",
+                    optional=True,
+                    tooltip="From a Latent Keyframe node of Advanced-ControlNet: strengths of single images of a "
+                    "batch or frames of a video.",
+                ),
             ],
             outputs=[io.ControlNet.Output(tooltip="The control with these options.")],
         )
@@ -203,6 +216,8 @@ class ControlNeXtOptions(ControlNode):
         middle_strength: float = 1.0,
         decoder_strength: float = 1.0,
         time_mix: float = FOLLOW_STRENGTH,
+        timestep_keyframes: Any = None,
+        latent_keyframes: Any = None,
     ) -> io.NodeOutput:
         refuse_wrong_choice(apply_to=(apply_to, [half.value for half in Halves]))
         options: dict[str, Any] = {
@@ -212,6 +227,8 @@ class ControlNeXtOptions(ControlNode):
         }
         if schedule.strip():
             options["schedule"] = parse_schedule(schedule)
+        if timestep_keyframes is not None or latent_keyframes is not None:
+            options["keyframes"] = read_keyframes(timestep_keyframes, latent_keyframes)
         control = our_control(control_net).with_options(**options)
         shown = report("", [*mask_cautions(control.options), *schedule_cautions(control.options.schedule)])
         return io.NodeOutput(control, ui=shown)

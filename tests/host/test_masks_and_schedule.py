@@ -76,7 +76,7 @@ def test_a_mask_is_averaged_before_it_goes_to_the_device(studio: Studio, monkeyp
     control = studio.options(loaded.control, mask=LEFT)
     control.pre_run(loaded.model.model, lambda percent: percent)
     h = torch.empty(1, 1, 9, 7, device="meta")
-    found = [control.mask(1, h, {}) for _ in range(2)]
+    found = [control.mask(1, h, {}, 1.0) for _ in range(2)]
     control.cleanup()
     assert pooled == ["cpu"] and found[1] is found[0]
     assert found[0].device.type == "meta" and found[0].shape == (1, 1, 9, 7)

@@ -195,7 +195,7 @@ def _is_loaded_whole(model: ModelPatcher, name: str) -> bool:
 
 
 def _for_scaled_input(model: ModelPatcher, key: Key, difference: Difference) -> Difference:
-    """Difference divided by the factors that a layer multiplies its input with; as it is where there are none."""
+    """Difference divided by the factors that a layer multiplies its input with; unchanged where it has none."""
     factors = input_factors(model, name_of(key))
     if factors is None:
         return difference

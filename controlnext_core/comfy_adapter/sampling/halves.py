@@ -65,6 +65,11 @@ def chunk_gains(
     return [negative if chunk else positive for chunk in chunks]
 
 
+def latents_of(transformer_options: TransformerOptions) -> int:
+    """Number of latents of the sampled batch; 1 where it was not recorded."""
+    return transformer_options.get(LATENTS_KEY, 1)
+
+
 def note_places(executor: Any, model: Any, conds: Any, x_in: Any, timestep: Any, model_options: dict[str, Any]) -> Any:
     """CALC_COND_BATCH wrapper: records the numbers of conditionings and of latents of this call, in a copy of its
     options.

@@ -24,7 +24,7 @@ C = TypeVar("C")
 
 @dataclass
 class HintTiles:
-    """What a control knows of its hint where that is a set of tiles."""
+    """Facts about a hint that is a set of tiles."""
 
     rows: tuple[int, ...]
     """Row of the hint for each row of a forward: the first one with its content."""

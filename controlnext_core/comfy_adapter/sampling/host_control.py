@@ -12,6 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ... import encodable
+from ...keyframes import Keyframe
 from ...latent_clips import Clip, Frames
 from ...memory import rows_at_once
 from ...specs import Gain
@@ -23,7 +24,7 @@ from ..feedback import warn_of_whole_hints, warn_once
 from .cautions import control_cautions, has_one_colour, model_cautions, patcher_of
 from .control_options import ControlOptions
 from .features import CACHE
-from .halves import LATENTS_KEY, chunk_gains, half_gains, needs_halves, places_hook
+from .halves import chunk_gains, half_gains, latents_of, needs_halves, places_hook
 from .hint_inputs import clean_hint, clip_rows, content_id, frames_of, hint_rows
 from .hint_tiles import HintTiles, KnownTiles, first_of_equals, fits, parted, row_gains, with_masks
 from .networks import on_device
@@ -58,7 +59,7 @@ class HostControl(ControlBase):
         self.multigpu_clones: dict[torch.device, HostControl] = {}
         """Copies on further devices that sample at the same time; the host reads this attribute."""
         self.tiles: HintTiles | None = None
-        """What is known of the hint's rows where they are tiles of another control's hint; None: they are whole."""
+        """Facts about the hint where its rows are tiles of another control's hint; None: they are whole."""
         self.tiled: KnownTiles[HostControl] = KnownTiles()
         """Copies whose hints are tiles of this one's."""
 
@@ -150,22 +151,25 @@ class HostControl(ControlBase):
         if self.previous_controlnet is not None:
             previous = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, transformer_options)
         note_reference(transformer_options, cond)
-        self.add_to(transformer_options, x_noisy, sigma_of(t, transformer_options), self)
+        self.add_to(transformer_options, x_noisy, sigma_of(t, transformer_options))
         return previous
 
-    def add_to(self, transformer_options: TransformerOptions, x: Tensor, sigma: float, owner: object) -> None:
+    def add_to(
+        self, transformer_options: TransformerOptions, x: Tensor, sigma: float, owner: object | None = None
+    ) -> None:
         """Engine of both doors: join one forward at this sigma, or leave it unchanged.
 
-        x: (rows, C, H, W), the latent that the UNet gets next. owner: object whose earlier job in these options, if
-        any, is replaced.
+        x: (rows, C, H, W), the latent that the UNet gets next. owner: object whose earlier job in these options is
+        replaced; None: this control.
         """
+        if self.run is not None:
+            self.run.note_schedule(transformer_options.get("sample_sigmas"))
         strength = self.strength_at(sigma)
         if strength != 0:
             control = self.of_tiles(x)
             assert control.run is not None
             control.run.counts.in_range += 1
-            control.run.note_schedule(transformer_options.get("sample_sigmas"))
-            control.join(transformer_options, x, sigma, strength, owner)
+            control.join(transformer_options, x, sigma, strength, self if owner is None else owner)
 
     def with_masks(self, hint: Tensor) -> Tensor:
         """Hint (n, C, H, W) with the masks as a last channel; a pack that cuts hints into tiles calls it first."""
@@ -176,13 +180,14 @@ class HostControl(ControlBase):
         cut = self.cond_hint
         if cut is None:
             return self
-        channels = self.cond_hint_original.shape[1] + bool(self.options.masks)
-        if not fits(cut, channels, x, self.compression_ratio):
+        if not fits(cut, self.cond_hint_original.shape[1] + bool(self.options.masks), x, self.compression_ratio):
             warn_of_whole_hints(self.name)
             return self
         control = self.tiled.of(cut)
         if control is None:
             assert self.run is not None
+            if any(keyframe.mask is not None or keyframe.latents for keyframe in self.options.keyframes):
+                warn_once(f"{self.name}: masks and latent keyframes of keyframes are left out in tiles.")
             hint, masks = parted(cut, masked=bool(self.options.masks))
             control = self.copy()
             control.cond_hint_original = clean_hint(hint, self.name)
@@ -269,8 +274,13 @@ class HostControl(ControlBase):
         start, end = self.timestep_range
         if sigma > start or sigma < end or self.options.masked_out:
             return 0.0
-        schedule = self.options.schedule
-        return self.strength * (schedule.at(self.run.percent(sigma)) if schedule.points else 1.0)
+        schedule, keyframe = self.options.schedule, self.keyframe_at(sigma)
+        strength = self.strength * (schedule.at(self.run.percent(sigma)) if schedule.points else 1.0)
+        return strength if keyframe is None else strength * keyframe.strength
+
+    def keyframe_at(self, sigma: float) -> Keyframe | None:
+        """Keyframe that holds at a sigma; None: no keyframes, or before the first."""
+        return None if self.run is None else self.run.keyframe(self.options.keyframes, sigma)
 
     def sized_hint(self, rows: tuple[int, ...], x: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the hint at the picture's size, on the latent's device: (len(rows), 3, 8H, 8W)."""
@@ -298,8 +308,8 @@ class HostControl(ControlBase):
         if self.tiles is None:
             chunks = [0] if rows % len(chunks) else chunks
             return self.chunk_gains(chunks, transformer_options), rows // len(chunks)
-        latents = transformer_options.get(LATENTS_KEY, 1)
-        return row_gains(self.chunk_gains(chunks, transformer_options), latents, rows), rows
+        gains = self.chunk_gains(chunks, transformer_options)
+        return row_gains(gains, latents_of(transformer_options), rows), rows
 
     def chunk_gains(self, chunks: list[int], transformer_options: TransformerOptions) -> list[float]:
         """Gains at strength 1, one per chunk of the guided batch."""
@@ -314,12 +324,16 @@ class HostControl(ControlBase):
         return clip_rows(clip, hints, transformer_options)
 
     def mask(
-        self, latents: int, h: Tensor, transformer_options: TransformerOptions, clip: Clip | None = None
+        self, latents: int, h: Tensor, transformer_options: TransformerOptions, sigma: float, clip: Clip | None = None
     ) -> Tensor | None:
-        """Product of all masks at the size of h: (1 or latents, 1, H, W), or None."""
+        """Product of all masks and of a keyframe's factors at the size of h: (1 or latents, 1, H, W), or None."""
         assert self.run is not None
-        windows: TransformerOptions = {} if self.tiles is not None else transformer_options
-        return self.run.mask(self.options.masks, latents, h, windows, clip)
+        if self.tiles is not None:
+            return self.run.mask(self.options.masks, latents, h, {})
+        masks = self.options.masks
+        if (keyframe := self.keyframe_at(sigma)) is not None:
+            masks += self.run.keyframe_masks(keyframe, latents, transformer_options, clip)
+        return self.run.mask(masks, latents, h, transformer_options, clip)
 
     def inference_memory_requirements(self, dtype: torch.dtype) -> int:
         """Memory of a run in bytes: the peak of an encoder's pass or of a forward, and the features cached on the

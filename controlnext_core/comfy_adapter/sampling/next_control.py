@@ -74,7 +74,7 @@ class ControlNeXtControl(HostControl):
     ) -> None:
         assert self.run is not None
         place = self.run.base.places[self.net.spec.fusion.site]
-        order = (self.net.uid, self.hint_id, strength, self.options.apply_to.value, self.options.mask_id)
+        order = (self.net.uid, self.hint_id, strength, self.options.apply_to.value, *self.options.ids)
         term = functools.partial(self.term, x=x, sigma=sigma, strength=strength)
         collect(transformer_options, place, tuple(x.shape), Job(order, term, owner))
 
@@ -99,7 +99,7 @@ class ControlNeXtControl(HostControl):
             self.features(rows, h, x, sigma, clip),
             gains,
             self.net.spec.fusion,
-            self.mask(latents, h, transformer_options, clip),
+            self.mask(latents, h, transformer_options, sigma, clip),
         )
 
     def features(self, rows: tuple[Row, ...], h: Tensor, x: Tensor, sigma: float, clip: Clip | None = None) -> Tensor:

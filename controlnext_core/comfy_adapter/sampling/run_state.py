@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ... import encodable
 from ...injection import pool_to
+from ...keyframes import Keyframe, keyframe_of_steps
 from ...latent_clips import Clip, Frames
 from ...schedule import percent_of
 from ..bases.base import LoadedBase
@@ -51,6 +52,10 @@ class SamplingRun:
     """Features used by the last forward."""
     ready: dict[Hashable, Tensor] = field(default_factory=dict)
     """Result of projecting the last forward's features to the base's channels."""
+    keyframe_of: dict[float, int] | None = None
+    """Sigma of a step -> index of its keyframe, once the schedule is known."""
+    factors: dict[tuple[Hashable, int], Tensor] = field(default_factory=dict)
+    """(factors of a keyframe, number of latents or frames) -> the factors as a mask."""
     counted: bool = False
     """True: the number of hints has been compared with that of the frames. False: not yet."""
     counts: Counts = field(default_factory=Counts)
@@ -76,6 +81,38 @@ class SamplingRun:
         if self.sigmas is None and sample_sigmas is not None:
             self.sigmas = tuple(sigma for sigma in sample_sigmas.flatten().tolist() if sigma > 0)
             self._work_out(self.sigmas)
+
+    def keyframe(self, keyframes: tuple[Keyframe, ...], sigma: float) -> Keyframe | None:
+        """Keyframe at a sigma; None: before the first. Between two steps it is that of the first of them."""
+        if not keyframes:
+            return None
+        if self.sigmas and self.keyframe_of is None:
+            starts = [float(self.model_sampling.percent_to_sigma(keyframe.start)) for keyframe in keyframes]
+            indices = keyframe_of_steps(keyframes, starts, self.sigmas)
+            self.keyframe_of = dict(zip(self.sigmas, indices, strict=True))
+        if self.keyframe_of is None:
+            number = sum(keyframe.start <= self.percent(sigma) for keyframe in keyframes) - 1
+        else:
+            above = [step for step in self.keyframe_of if step >= sigma]
+            number = self.keyframe_of[min(above) if above else max(self.keyframe_of)]
+        return None if number < 0 else keyframes[number]
+
+    def keyframe_masks(
+        self, keyframe: Keyframe, latents: int, options: TransformerOptions, clip: Clip | None
+    ) -> tuple[Tensor, ...]:
+        """Mask of a keyframe, and its factors as a mask (n, 1, 1, 1), one per image or frame of the video."""
+        found = [] if keyframe.mask is None else [keyframe.mask]
+        if keyframe.latents is not None:
+            here = latents if clip is None else clip.length
+            count = frames_of(here, options) or here
+            key = ((keyframe.latents, keyframe.rest), count)
+            if key not in self.factors:
+                first, *others = keyframe.factors(count)
+                frames = 1 if clip is None else clip.frames
+                whole = [first, *(factor for factor in others for _ in range(frames))]
+                self.factors[key] = torch.tensor(whole).view(-1, 1, 1, 1)
+            found.append(self.factors[key])
+        return tuple(found)
 
     def sigmas_after(self, sigma: float) -> tuple[float, ...]:
         """Sigmas of the schedule after this one; empty for a sigma that is not in it."""
@@ -141,7 +178,7 @@ class SamplingRun:
             hint_rows(latents, mask.shape[0], options) if clip is None else clip_rows(clip, mask.shape[0], options)
             for mask in masks
         )
-        key = (rows, h.shape[-2:], h.device)
+        key = (tuple(map(id, masks)), rows, h.shape[-2:], h.device)
         if key not in self.masks:
             size = (h.shape[-2] // (1 if clip is None else clip.length), h.shape[-1])
             sized = (_sized_mask(mask, of_mask, size).to(h.device) for of_mask, mask in zip(rows, masks, strict=True))

@@ -78,7 +78,7 @@ class ControlNetXSControl(HostControl):
     ) -> None:
         options = self.options
         mix = -1.0 if options.time_mix is None else options.time_mix
-        order = (self.loaded.uid, self.hint_id, strength, options.apply_to.value, options.mask_id, options.parts, mix)
+        order = (self.loaded.uid, self.hint_id, strength, options.apply_to.value, *options.ids, options.parts, mix)
         start = functools.partial(self.start, prepared_for=x, sigma=sigma, strength=strength)
         join_forward(transformer_options, XSJob(order, start, owner))
 
@@ -118,7 +118,7 @@ class ControlNetXSControl(HostControl):
             return take(batch) if self.tiles is not None else batch.repeat(len(active), 1, 1, 1)
 
         def mask(h: Tensor) -> Tensor | None:
-            whole = self.mask(latents, h, transformer_options)
+            whole = self.mask(latents, h, transformer_options, sigma)
             return whole if whole is None else in_rows(whole)
 
         encoder, middle, decoder = self.options.parts
