@@ -104,6 +104,8 @@ def test_each_image_of_a_batch_has_its_factor(studio: Studio, kind: str) -> None
 
 def test_latent_frames_of_a_clip_have_their_factors(tmp_path: Any) -> None:
     """Equal to a mask for each frame of the video."""
+    import comfy.model_management
+
     at = TransformerStage("wan", tmp_path)
     loaded = at.load()
     hints = picture(count=9, side=8 * CELLS)
@@ -114,6 +116,7 @@ def test_latent_frames_of_a_clip_have_their_factors(tmp_path: Any) -> None:
         found, expected, full = (
             at.sample(at.ours(control, hints), length=3) for control in (by_keyframes, by_mask, loaded.control)
         )
+        comfy.model_management.unload_all_models()  # before its patchers go: the network is shared
     assert torch.equal(found, expected)
     assert relative(found, full) > 1e-3
 
