@@ -56,7 +56,8 @@ def read_keyframes(timesteps: Any = None, latents: Any = None) -> tuple[Keyframe
     found: list[Keyframe] = []
     own: tuple[tuple[int, float], ...] | None = None
     mask: Tensor | None = None
-    for given in _entries(timesteps, "timestep_keyframes", "start_percent"):
+    entries = _entries(timesteps, "timestep_keyframes", "start_percent")
+    for given in sorted(entries, key=lambda entry: float(entry.start_percent)):
         _refuse_weights(getattr(given, "control_weights", None))
         keep = bool(getattr(given, "inherit_missing", True))
         its_latents, its_mask = getattr(given, "latent_keyframes", None), getattr(given, "mask_hint_orig", None)
@@ -77,7 +78,7 @@ def read_keyframes(timesteps: Any = None, latents: Any = None) -> tuple[Keyframe
                 mask,
             )
         )
-    return tuple(sorted(found, key=lambda keyframe: keyframe.start))
+    return tuple(found)
 
 
 def keyframe_of_steps(keyframes: Sequence[Keyframe], starts: Sequence[float], sigmas: Sequence[float]) -> list[int]:

@@ -6,6 +6,8 @@ the control's `cond_hint` and calls the control again, with the options of the w
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -185,7 +187,43 @@ def test_the_run_after_one_with_tiles_gets_the_whole_hint(studio: Studio) -> Non
     control.cond_hint = torch.zeros(2, 3, 8 * CELLS, 8 * CELLS)
     control.get_control = control.get_control_orig
     assert torch.equal(studio.sample(loaded.model, *conds), expected)
-    assert control.run is None and not control.tiled.known
+    assert control.run is None
+
+
+def test_what_was_known_of_tiles_goes_with_a_cancelled_run(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that stay in place, as in the pack's node, after Cancel in the second step; then a run with other steps."""
+    loaded, steps = studio.load(), iter(range(99))
+    wrapper, made = TileByTile(4), []
+    parted, kind = type(loaded.control).of_tiles, type(loaded.control)
+
+    def noted(control: Any, x: Tensor) -> Any:
+        found = parted(control, x)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(kind, "of_tiles", noted)
+
+    def until_cancel(model_function: Any, given: dict[str, Any]) -> Tensor:
+        if next(steps) == 1:
+            raise InterruptedError
+        return wrapper(model_function, given)
+
+    conds = replaced(studio.stock(loaded.control, picture(side=8 * SIDE), 1.0, 0.0, 0.6))
+    with pytest.raises(InterruptedError):
+        studio.sample(on_call(loaded.model, until_cancel), *conds, cells=SIDE, steps=2)
+    gc.collect()  # the traceback held the forward
+    assert made and not [reference for reference in made if reference() is not None]
+    found = studio.sample(on_call(loaded.model, wrapper), *conds, cells=SIDE, steps=3)
+    fresh = replaced(studio.stock(loaded.control, picture(side=8 * SIDE), 1.0, 0.0, 0.6))
+    assert torch.equal(found, studio.sample(on_call(loaded.model, TileByTile(4)), *fresh, cells=SIDE, steps=3))
+
+
+def test_a_control_that_nobody_holds_is_gone_at_once(studio: Studio) -> None:
+    """No garbage collection is needed: its network and hint would take memory until then."""
+    control = studio.options(studio.load().control)
+    gone = weakref.ref(control)
+    del control
+    assert gone() is None
 
 
 @pytest.mark.parametrize("kind", ["gen2", "xs"])

@@ -65,7 +65,7 @@ def transformer(
     family: Family,
     matches: Callable[[Any], bool],
     width: str,
-    places: Callable[[Any], dict[Site, Place]],
+    places: Callable[[Any, int], dict[Site, Place]],
     attention_out: str,
     sides: Mapping[str, str],
     key_map: Callable[[Mapping[str, Any]], KeyMap] = no_published_names,
@@ -75,13 +75,13 @@ def transformer(
     """Row of a transformer.
 
     matches: by the host's configuration; width: attribute of the host's network with its number of channels, which a
-    network that another pack puts in its place (Nunchaku's) does not have; attention_out: the output projections of the
-    picture's attention, `to_out`, the default subset.
+    network that another pack puts in its place (Nunchaku's) does not have; places: (BaseModel, number of channels) ->
+    places; attention_out: the output projections of the picture's attention, `to_out`, the default subset.
     """
     return Base(
         family=family,
         matches=lambda model: matches(model) and hasattr(model.diffusion_model, width),
-        places=places,
+        places=lambda model: places(model, getattr(model.diffusion_model, width)),
         key_map=key_map,
         encoder_time=flow_timesteps,
         trainable={"none": r"(?!)", "to_out": attention_out, **(subsets or {}), ALL: r""},
@@ -108,7 +108,7 @@ SD3 = transformer(
     Family.SD3,
     matches=lambda model: isinstance(model.diffusion_model, MMDiT),
     width="hidden_size",
-    places=lambda model: first_block(Family.SD3, model.diffusion_model.hidden_size, replace_block),
+    places=lambda model, width: first_block(Family.SD3, width, replace_block),
     attention_out=r"^joint_blocks\.\d+\.x_block\.attn2?\.proj\.weight$",
     sides={"joint": "joint_blocks."},
     key_map=_mmdit_names,
@@ -138,34 +138,34 @@ FLUX = transformer(
     Family.FLUX,
     matches=_is_flux,
     width="hidden_size",
-    places=lambda model: first_block(Family.FLUX, model.diffusion_model.hidden_size, replace_block),
+    places=lambda model, width: first_block(Family.FLUX, width, replace_block),
     **TWO_STREAMS,
 )
 CHROMA = transformer(
     Family.CHROMA,
     matches=lambda model: _image_model(model) == "chroma",
     width="hidden_size",
-    places=lambda model: first_block(Family.CHROMA, model.diffusion_model.hidden_size, replace_block),
+    places=lambda model, width: first_block(Family.CHROMA, width, replace_block),
     **TWO_STREAMS,
 )
 QWEN_IMAGE = transformer(
     Family.QWEN_IMAGE,
     matches=lambda model: _image_model(model) == "qwen_image",
     width="inner_dim",
-    places=lambda model: first_block(Family.QWEN_IMAGE, model.diffusion_model.inner_dim, replace_block),
+    places=lambda model, width: first_block(Family.QWEN_IMAGE, width, replace_block),
     attention_out=r"^transformer_blocks\.\d+\.attn\.to_out\.0\.weight$",
     sides={"joint": "transformer_blocks."},
 )
 
 
-def _joint_layers(family: Family, model: Any) -> dict[Site, Place]:
+def _joint_layers(family: Family, model: Any, width: int) -> dict[Site, Place]:
     """Places of a host class with text and picture in one sequence; its newer versions call patches
     after each layer.
     """
-    network = model.diffusion_model
     if HAS_LAYER_PATCHES:
-        return first_block(family, network.dim, patch_block)
-    return first_block(family, network.dim, hook_block, "layers", FromTheEnd(network.pad_tokens_multiple or 1))
+        return first_block(family, width, patch_block)
+    start = FromTheEnd(model.diffusion_model.pad_tokens_multiple or 1)
+    return first_block(family, width, hook_block, "layers", start)
 
 
 def _is_lumina(model: Any, of_z_image: bool) -> bool:
@@ -217,10 +217,9 @@ def _is_wan(model: Any, of_5b: bool) -> bool:
     return known and (config.get("out_dim") == WAN_5B_CHANNELS) is of_5b
 
 
-def _wan_places(family: Family, model: Any) -> dict[Site, Place]:
-    network = model.diffusion_model
-    start = from_the_front if getattr(network, "ref_conv", None) is None else after_the_reference
-    return first_block(family, network.dim, replace_block, start=start)
+def _wan_places(family: Family, model: Any, width: int) -> dict[Site, Place]:
+    start = from_the_front if getattr(model.diffusion_model, "ref_conv", None) is None else after_the_reference
+    return first_block(family, width, replace_block, start=start)
 
 
 def _wan(family: Family, of_5b: bool) -> Base:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +27,7 @@ from .control_options import ControlOptions
 from .features import CACHE
 from .halves import chunk_gains, half_gains, latents_of, needs_halves, places_hook
 from .hint_inputs import clean_hint, clip_rows, content_id, frames_of, hint_rows
-from .hint_tiles import HintTiles, KnownTiles, first_of_equals, fits, parted, row_gains, with_masks
+from .hint_tiles import HintTiles, first_of_equals, fits, parted, row_gains, with_masks
 from .networks import on_device
 from .run_state import SamplingRun, release_after_failure, sigma_of
 
@@ -53,15 +54,12 @@ class HostControl(ControlBase):
 
     def __init__(self) -> None:
         super().__init__()
-        self.preprocess_image = self.with_masks
         self.options = ControlOptions()
         self.run: SamplingRun | None = None
         self.multigpu_clones: dict[torch.device, HostControl] = {}
         """Copies on further devices that sample at the same time; the host reads this attribute."""
         self.tiles: HintTiles | None = None
         """Facts about the hint where its rows are tiles of another control's hint; None: they are whole."""
-        self.tiled: KnownTiles[HostControl] = KnownTiles()
-        """Copies whose hints are tiles of this one's."""
 
     # -- set up ---------------------------------------------------------------------------------------------
 
@@ -87,7 +85,6 @@ class HostControl(ControlBase):
         super().copy_to(c)
         assert isinstance(c, HostControl)
         c.options = self.options
-        c.preprocess_image = c.with_masks
 
     def with_options(self, **changes: Any) -> HostControl:
         """Copy with other options; masks and parts multiply with the present ones.
@@ -171,21 +168,25 @@ class HostControl(ControlBase):
             control.run.counts.in_range += 1
             control.join(transformer_options, x, sigma, strength, self if owner is None else owner)
 
-    def with_masks(self, hint: Tensor) -> Tensor:
-        """Hint (n, C, H, W) with the masks as a last channel; a pack that cuts hints into tiles calls it first."""
-        return with_masks(hint, self.options.masks)
+    @property
+    def preprocess_image(self) -> Callable[[Tensor], Tensor]:
+        """Function (n, C, H, W) -> the same hint with the masks as a last channel; packs that cut hints call it."""
+        return lambda hint: with_masks(hint, self.options.masks)
+
+    @preprocess_image.setter
+    def preprocess_image(self, function: object) -> None:
+        """The host's constructor and copies set its own, which changes nothing."""
 
     def of_tiles(self, x: Tensor) -> HostControl:
         """Copy whose hint is the tiles that another pack left for this latent in `cond_hint`; without tiles, itself."""
-        cut = self.cond_hint
-        if cut is None:
+        if (cut := self.cond_hint) is None:
             return self
         if not fits(cut, self.cond_hint_original.shape[1] + bool(self.options.masks), x, self.compression_ratio):
             warn_of_whole_hints(self.name)
             return self
-        control = self.tiled.of(cut)
+        assert self.run is not None
+        control = self.run.tiled.of(cut)
         if control is None:
-            assert self.run is not None
             if any(keyframe.mask is not None or keyframe.latents for keyframe in self.options.keyframes):
                 warn_once(f"{self.name}: masks and latent keyframes of keyframes are left out in tiles.")
             hint, masks = parted(cut, masked=bool(self.options.masks))
@@ -194,13 +195,12 @@ class HostControl(ControlBase):
             control.options = replace(self.options, masks=masks)
             control.timestep_range, control.run = self.timestep_range, self.run.of_tiles()
             control.tiles = HintTiles(first_of_equals(control.cond_hint_original))
-            self.tiled.put(cut, control)
+            self.run.tiled.put(cut, control)
         assert control.tiles is not None
         control.tiles.forwards += 1
         return control
 
     def cleanup(self) -> None:
-        self.tiled = KnownTiles()
         everywhere = (self, *self.multigpu_clones.values())
         self._warn_without_effect([control.run for control in everywhere if control.run is not None])
         for control in everywhere:

@@ -21,6 +21,7 @@ from ...schedule import percent_of
 from ..bases.base import LoadedBase
 from ..bases.forward_options import TransformerOptions
 from .hint_inputs import clip_rows, frames_needed, frames_of, hint_rows
+from .hint_tiles import KnownTiles
 
 log = encodable.logger(__name__)
 
@@ -58,11 +59,13 @@ class SamplingRun:
     """(factors of a keyframe, number of latents or frames) -> the factors as a mask."""
     counted: bool = False
     """True: the number of hints has been compared with that of the frames. False: not yet."""
+    tiled: KnownTiles[Any] = field(default_factory=KnownTiles)
+    """Copies of the control whose hints are tiles of its hint."""
     counts: Counts = field(default_factory=Counts)
 
     def of_tiles(self) -> SamplingRun:
         """Run of a control whose hint is a set of tiles: its hints, masks and features are other ones."""
-        return replace(self, hints={}, masks={}, recent={}, ready={}, counted=True)
+        return replace(self, hints={}, masks={}, recent={}, ready={}, tiled=KnownTiles(), counted=True)
 
     def percent(self, sigma: float) -> float:
         """Host's percent at a sigma, 0..1."""
